@@ -1,0 +1,27 @@
+"""Strict numbers and quiet, deterministic JAX for every test."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+REAL = pathlib.Path(
+    os.environ.get("AVJAX_TEST_DATA", pathlib.Path(__file__).resolve().parents[2] / "shared" / "data")
+)
+
+
+@pytest.fixture(scope="session")
+def java_sed() -> pathlib.Path:
+    """The folder of 96 real clips; tests that need it skip where it is not at hand."""
+    root = REAL / "java_sed_open"
+    if not (root / "labels.csv").is_file():
+        pytest.skip(f"real clips are not at {root} (set AVJAX_TEST_DATA to their parent folder)")
+    return root
