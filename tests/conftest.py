@@ -13,9 +13,7 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
-REAL = pathlib.Path(
-    os.environ.get("AVJAX_TEST_DATA", pathlib.Path(__file__).resolve().parents[2] / "shared" / "data")
-)
+REAL = pathlib.Path(os.environ.get("AVJAX_TEST_DATA", pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,41 @@
+"""What every entry point shares: flags in, one-line errors out, a compile cache that is on by default."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, logging
+
+from avjax import assets, config
+from avjax.errors import AvjaxError
+
+# Native libraries that chat on standard error by default; an explicit setting of the user wins.
+_QUIET = {"GLOG_minloglevel": "2", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs an entry point: a user's mistake is one line on standard error and exit status 2."""
+    for key, value in _QUIET.items():
+        os.environ.setdefault(key, value)
+
+    def quiet(argv: list[str]) -> int | None:
+        # TFDS and Orbax log every step they take through absl.
+        logging.set_verbosity(logging.ERROR)
+        return main(argv)
+
+    try:
+        app.run(quiet, flags_parser=config.parse_flags)
+    except AvjaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs under the cache folder, so that a second start is quick (`JAX_COMPILATION_CACHE_DIR`)."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(assets.cache() / "compiled"))

@@ -1,0 +1,128 @@
+"""Configurations: one Python file per experiment, `file.py:variant,variant` applied left to right.
+
+A configuration file defines `get_config(variants: str = "") -> ConfigDict`. It is found relative to the working
+directory, else among the files that avjax ships.
+"""
+
+import difflib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from avjax import assets
+from avjax.errors import AvjaxError
+
+
+def with_variants(config: ConfigDict, names: str, table: Mapping[str, Mapping[str, object]]) -> ConfigDict:
+    """Applies the comma-separated variants `names` to `config`, left to right; later ones win.
+
+    Args:
+      table: variant → {dotted key: value}.
+    Raises:
+      AvjaxError: a variant is unknown; the message names the nearest.
+    """
+    for name in filter(None, names.split(",")):
+        if name not in table:
+            raise AvjaxError(f"no variant {name!r} in this configuration{_nearest(name, table)}")
+        config.update_from_flattened_dict(dict(table[name]))
+        config.variants = f"{config.variants},{name}".strip(",")
+    return config
+
+
+def load(spec: str, **overrides: object) -> ConfigDict:
+    """Loads `file.py` or `file.py:variants` without flags; `overrides` are dotted keys with `__` for the dots.
+
+    Raises:
+      AvjaxError: no such file, variant or key.
+    """
+    file, _, variants = spec.partition(":")
+    config = module(file).get_config(variants)
+    for key, value in overrides.items():
+        dotted = key.replace("__", ".")
+        if dotted not in keys(config):
+            raise AvjaxError(f"no key {dotted!r} in {file}{_nearest(dotted, keys(config))}")
+        config.update_from_flattened_dict({dotted: value})
+    return config
+
+
+def module(file: str) -> ModuleType:
+    """Executes a configuration file and gives its names, so that one configuration can build on another."""
+    spec = importlib.util.spec_from_file_location("avjax_config", find(file))
+    out = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(out)
+    return out
+
+
+def find(file: str) -> Path:
+    """The path of a configuration file: as given, else the shipped one of that name."""
+    return Path(file) if Path(file).exists() else assets.path(file)
+
+
+def keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """All dotted keys that hold a value, in the order of the configuration."""
+    out = []
+    for key, value in config.items():
+        out += keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
+    return out
+
+
+def define_flag() -> flags.FlagHolder:
+    """Defines the `--config` flag of an entry point."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "Configuration, `file.py` or `file.py:variant,variant`; `--config.a.b=value` changes a key."
+    )
+    flags.mark_flag_as_required("config")
+    return holder
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command line, for `app.run(flags_parser=...)`.
+
+    Raises:
+      AvjaxError: the configuration file, a variant or a key does not exist; the message names the nearest.
+    """
+    argv = [argv[0], *_with_found_file(argv[1:])]
+    try:
+        return flags.FLAGS(argv, known_only=False)
+    except (AttributeError, KeyError) as error:
+        raise AvjaxError(_unknown_key(argv)) from error
+
+
+def _with_found_file(args: list[str]) -> list[str]:
+    """Puts the path where the configuration file really is into the command line."""
+    args = list(args)
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        at, spec = (i, value) if equals else (i + 1, args[i + 1] if i + 1 < len(args) else "")
+        if spec:
+            file, colon, variants = spec.partition(":")
+            args[at] = ("--config=" if equals else "") + str(find(file)) + colon + variants
+    return args
+
+
+def _unknown_key(argv: list[str]) -> str:
+    """Which `--config.key` is not in the configuration, and the nearest that is."""
+    spec = next(
+        (a.partition("=")[2] or argv[i + 1] for i, a in enumerate(argv) if a.partition("=")[0] == "--config"), ""
+    )
+    valid = keys(load(spec))
+    for arg in argv[1:]:
+        key = arg.partition("=")[0].removeprefix("--config.")
+        if arg.startswith("--config.") and key not in valid:
+            return f"no key {key!r} in {spec}{_nearest(key, valid)}"
+    return f"a --config.key in {argv[1:]} does not fit {spec}; valid keys: {', '.join(valid)}"
+
+
+def _nearest(name: str, valid) -> str:
+    valid = list(valid)
+    # Matching on the last part too, so that `data.root` is found for `root`.
+    close = difflib.get_close_matches(name, valid, 1, 0.5) or [
+        v for v in valid if difflib.SequenceMatcher(None, v.rsplit(".", 1)[-1], name.rsplit(".", 1)[-1]).ratio() > 0.7
+    ]
+    return f"; did you mean {close[0]!r}? (all: {', '.join(valid)})" if close else f"; valid ones: {', '.join(valid)}"

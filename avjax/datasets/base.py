@@ -1,0 +1,182 @@
+"""What a data set is to avjax: an index of clips, a task, and folds as lists of clip ids."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from avjax.errors import AvjaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is predicted.
+
+    Attributes:
+      kind: "single" (one of the classes per clip).
+      classes: class names; a label is an index into them.
+    """
+
+    kind: str
+    classes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One clip of a data set, before anything was read from it.
+
+    Attributes:
+      id: unique within the data set.
+      path: the media file; audio: a separate sound file, or None when the sound is in `path`.
+      label: class name.
+      speaker, transcript: or None where unknown.
+      start, end: seconds, the part of the file that is the clip, or None for all of it.
+      split: "train", "val" or "test" of an official split, or None.
+      fold: name of the fold in which the clip is tested, or None.
+    """
+
+    id: str
+    path: Path
+    label: str
+    audio: Path | None = None
+    speaker: str | None = None
+    transcript: str | None = None
+    start: float | None = None
+    end: float | None = None
+    split: str | None = None
+    fold: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """One division of a data set: `name`, ids to train on, ids of an official validation part, ids to test on."""
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    val: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """An indexed data set.
+
+    Attributes:
+      name: its registry name.
+      task: what is predicted.
+      clips: all clips of the protocol, in a stable order.
+      folds: official folds, or () where the protocol makes them from the clips.
+      rejected: (clip id, reason) of rows that name no usable clip.
+    """
+
+    name: str
+    task: Task
+    clips: tuple[Clip, ...]
+    folds: tuple[Fold, ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+
+
+Index = Callable[[Path], Corpus]
+
+
+def natural_folds(
+    clips: Sequence, official: Sequence[Fold], kind: str = "auto", count: int = 5, seed: int = 0
+) -> tuple[list[Fold], str]:
+    """Makes the folds of a protocol.
+
+    Args:
+      clips: anything with `id, label, speaker, split, fold`.
+      official: the data set's own folds; taken by "auto" and "given" when there are any.
+      kind: "given" (official folds, a fold column or a split column), "speaker" (leave one speaker out, or `count`
+        groups of speakers when there are more than `count`), "stratified" (`count` folds balanced over classes), or
+        "auto": the first of these that the data admit.
+    Returns:
+      the folds and the protocol's name.
+    Raises:
+      AvjaxError: the data do not admit the folds asked for.
+    """
+    makers = {
+        "given": lambda: _given(clips, official),
+        "speaker": lambda: _by_speaker(clips, count, seed),
+        "stratified": lambda: _stratified(clips, count, seed),
+    }
+    if kind != "auto" and kind not in makers:
+        raise AvjaxError(f"protocol.folds is {kind!r}; choose one of auto, {', '.join(makers)}")
+    for name in makers if kind == "auto" else (kind,):
+        made = makers[name]()
+        if made is not None:
+            return made
+    needs = {
+        "given": "a split or fold for every clip, or official folds",
+        "speaker": "a speaker for every clip and at least two speakers",
+        "stratified": f"at least {count} clips",
+    }
+    raise AvjaxError(f"protocol.folds={kind} needs {needs.get(kind, needs['stratified'])}; these data have it not")
+
+
+def _given(clips: Sequence, official: Sequence[Fold]) -> tuple[list[Fold], str] | None:
+    if official:
+        return list(official), f"{len(official)} official folds"
+    if all(c.fold for c in clips):
+        names = sorted({c.fold for c in clips})
+        return [_leaving(clips, n, lambda c, n=n: c.fold == n) for n in names], f"{len(names)} given folds"
+    if all(c.split for c in clips) and {"train", "test"} <= {c.split for c in clips}:
+        part = {s: tuple(c.id for c in clips if c.split == s) for s in ("train", "val", "test")}
+        return [Fold("split", part["train"], part["test"], part["val"])], "given train/test split"
+    return None
+
+
+def _by_speaker(clips: Sequence, count: int, seed: int) -> tuple[list[Fold], str] | None:
+    speakers = sorted({c.speaker for c in clips if c.speaker})
+    if len(speakers) < 2 or not all(c.speaker for c in clips):
+        return None
+    if len(speakers) <= count:
+        folds = [_leaving(clips, s, lambda c, s=s: c.speaker == s) for s in speakers]
+        return folds, f"leave one speaker out ({len(speakers)} speakers)"
+    order = np.random.default_rng(seed).permutation(len(speakers))
+    groups = [{speakers[i] for i in order[g::count]} for g in range(count)]
+    folds = [_leaving(clips, str(g + 1), lambda c, s=s: c.speaker in s) for g, s in enumerate(groups)]
+    return folds, f"{count} folds of disjoint speakers ({len(speakers)} speakers)"
+
+
+def _stratified(clips: Sequence, count: int, seed: int) -> tuple[list[Fold], str] | None:
+    if len(clips) < count:
+        return None
+    # Dealt class by class over one running counter, so that folds are even in size and in every class.
+    order = np.random.default_rng(seed).permutation(len(clips))
+    dealt = sorted(order.tolist(), key=lambda i: clips[i].label)
+    fold_of = {clips[i].id: position % count for position, i in enumerate(dealt)}
+    folds = [_leaving(clips, str(f + 1), lambda c, f=f: fold_of[c.id] == f) for f in range(count)]
+    return folds, f"{count} stratified folds (speakers unknown: the same person may be on both sides)"
+
+
+def _leaving(clips: Sequence, name: str, tested: Callable) -> Fold:
+    return Fold(name, tuple(c.id for c in clips if not tested(c)), tuple(c.id for c in clips if tested(c)))
+
+
+def hold_out(clips: Sequence, share: float, seed: int) -> tuple[list[str], list[str], str]:
+    """Divides training clips into (train ids, validation ids, how): whole speakers where known, else stratified.
+
+    Args:
+      clips: the training clips of a fold, with `id, label, speaker`.
+      share: the part to hold out; at least one speaker, never all of them. 0 holds out nothing.
+    """
+    ids = [c.id for c in clips]
+    if share <= 0 or len(clips) < 2:
+        return ids, [], "no validation part"
+    rng = np.random.default_rng(seed)
+    speakers = sorted({c.speaker for c in clips if c.speaker})
+    if len(speakers) > 1 and all(c.speaker for c in clips):
+        count = min(max(1, round(share * len(speakers))), len(speakers) - 1)
+        held = {speakers[i] for i in rng.permutation(len(speakers))[:count]}
+        val = [c.id for c in clips if c.speaker in held]
+        how = "whole training speakers held out"
+    else:
+        groups: dict[str, list[str]] = {}
+        for c in clips:
+            groups.setdefault(c.label, []).append(c.id)
+        val = [i for g in sorted(groups) for i in rng.permutation(groups[g])[: round(share * len(groups[g]))].tolist()]
+        how = "stratified part of the training clips held out"
+    taken = set(val)
+    return [i for i in ids if i not in taken], [i for i in ids if i in taken], how

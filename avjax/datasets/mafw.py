@@ -1,0 +1,69 @@
+"""MAFW, single-label protocol: 9,172 clips, 11 emotions, five official folds (Liu et al., ACM Multimedia 2022).
+
+Its descriptive captions are annotators' words about the emotion, and never an input.
+"""
+
+import json
+from pathlib import Path
+
+from avjax import assets
+from avjax.datasets.base import Clip, Corpus, Fold, Task
+from avjax.errors import AvjaxError
+
+_LISTS = "Train & Test Set/single/no_caption"
+
+
+def index(root: Path) -> Corpus:
+    """Indexes `root/data/clips/*.mp4` by `root/Train & Test Set/single/no_caption/set_{1..5}/{train,test}.txt`.
+
+    A clip that a list names and the disk lacks is rejected with a reason, so that the count is stated.
+
+    Raises:
+      AvjaxError: the layout is not MAFW's (the message names every missing part), a line is not `00025.mp4 anger`,
+        a label is not one of the eleven, or the lists contradict each other.
+    """
+    about = json.loads(assets.path("data/mafw.json").read_text())
+    lists = {
+        (fold, part): root / _LISTS / f"set_{fold}" / f"{part}.txt"
+        for fold in range(1, about["folds"] + 1)
+        for part in ("train", "test")
+    }
+    missing = [str(p.relative_to(root)) for p in (root / "data" / "clips", *lists.values()) if not p.exists()]
+    if missing:
+        raise AvjaxError(
+            f"{root}: no MAFW here; missing: {', '.join(missing)}. Set --config.data.root to the folder that holds "
+            "'data/clips' and 'Train & Test Set' (or put it at $AVJAX_DATA/mafw)"
+        )
+    labels: dict[str, str] = {}
+    parts = {key: _read_list(path, labels, about["classes"]) for key, path in lists.items()}
+    clips = {name: root / "data" / "clips" / f"{name}.mp4" for name in sorted(labels)}
+    there = {name for name, path in clips.items() if path.is_file()}
+    if not there:
+        raise AvjaxError(f"{root / 'data' / 'clips'}: holds none of the {len(clips)} clips that the fold lists name")
+    folds = tuple(
+        Fold(str(f), *(tuple(n for n in parts[f, p] if n in there) for p in ("train", "test")))
+        for f in range(1, about["folds"] + 1)
+    )
+    return Corpus(
+        "mafw",
+        Task("single", tuple(about["classes"])),
+        tuple(Clip(id=n, path=p, label=labels[n]) for n, p in clips.items() if n in there),
+        folds,
+        tuple((n, "no such file") for n in clips if n not in there),
+    )
+
+
+def _read_list(path: Path, labels: dict[str, str], classes: list[str]) -> list[str]:
+    """The clip names of a fold list; adds their labels to `labels`."""
+    names = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        file, _, label = line.strip().partition(" ")
+        name, label = file.removesuffix(".mp4"), label.strip().lower()
+        if label not in classes:
+            raise AvjaxError(f"{path}, line {number}: label {label!r}; expected one of {', '.join(classes)}")
+        if labels.setdefault(name, label) != label:
+            raise AvjaxError(f"{path}, line {number}: {name} is {label!r}, but another list says {labels[name]!r}")
+        names.append(name)
+    return names

@@ -1,0 +1,367 @@
+"""The feature store: one staged file per clip and feature, and the TFDS view that is packed from them.
+
+    F/staged/<clip>/<feature>-<key>.npz   key = hash of how the feature was made; never rewritten, only replaced whole
+    F/provenance/<key>.json               what that hash stands for
+    F/sentences.csv                       the sentences, to be read and edited
+    F/quarantine.csv                      clip_id,reason
+    F/tfds/avjax_<dataset>/<preset>/      the packed view (array_record; no TensorFlow)
+    F/index.json                          written last: a store without it is unfinished
+
+Every file is written beside its place and moved there in one step, so a killed run leaves nothing half-written.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from avjax import assets
+from avjax.datasets.base import Clip, Corpus, Fold, Task
+from avjax.errors import AvjaxError
+
+VERSION = "1.0.0"  # of the packed view's layout
+STREAMS = ("video", "audio")
+_INDEXED = ("id", "label", "speaker", "transcript", "split", "fold")
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """All features of a data set, padded to its longest clip.
+
+    Attributes:
+      dataset, classes, folds: as indexed; content: hash of all packed values.
+      ids, clips, label, speakers: one entry per used clip; `label (n,)` int32; a speaker is "" where unknown.
+      arrays: `video`, `audio`, `text_<source>` → (n, steps, d) float32, zeros where masked.
+      masks: the same names → (n, steps) bool.
+      sentences: text source → n strings.
+      counts: used, quarantined, masked_audio, masked_video.
+    """
+
+    dataset: str
+    classes: tuple[str, ...]
+    folds: tuple[Fold, ...]
+    content: str
+    ids: list[str]
+    clips: list[Clip]
+    label: np.ndarray
+    speakers: list[str]
+    arrays: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray]
+    sentences: dict[str, list[str]]
+    counts: dict[str, int]
+
+
+class Store:
+    """A feature store at `root`, for writing."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator["Store"]:
+        """Holds the store for one writer, and clears away what a killed one left.
+
+        Raises:
+          AvjaxError: another process is writing to it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise AvjaxError(
+                    f"{self.root}: another extraction is writing here; wait for it, or use another --out"
+                ) from error
+            for part in self.root.glob("**/.*.part"):
+                part.unlink()
+            for unfinished in self.root.glob("tfds/*/*/*incomplete*"):
+                shutil.rmtree(unfinished)
+            yield self
+
+    def _staged(self, clip_id: str, feature: str, key: str) -> Path:
+        return self.root / "staged" / safe_name(clip_id) / f"{feature}-{key}.npz"
+
+    def has(self, clip_id: str, feature: str, key: str) -> bool:
+        return self._staged(clip_id, feature, key).is_file()
+
+    def put(self, clip_id: str, feature: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Stages one feature of one clip; a reader sees all of it or nothing."""
+        with _replacing(self._staged(clip_id, feature, key), "wb") as file:
+            np.savez(file, **arrays)
+
+    def get(self, clip_id: str, feature: str, key: str) -> dict[str, np.ndarray]:
+        with np.load(self._staged(clip_id, feature, key)) as file:
+            return dict(file)
+
+    def record(self, provenance: Mapping[str, object]) -> str:
+        """Keeps a provenance record and gives its key."""
+        text = json.dumps(provenance, indent=1, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        path = self.root / "provenance" / f"{key}.json"
+        if not path.exists():
+            write_text(path, text)
+        return key
+
+    def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """Writes a CSV file of the store, whole."""
+        with _replacing(self.root / name, "w") as file:
+            csv.writer(file).writerows([columns, *rows])
+
+    def read_table(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
+        """Reads a CSV file of the store; [] where it does not exist yet.
+
+        Raises:
+          AvjaxError: it is not UTF-8, as some spreadsheet programs save it, or lacks one of `columns`.
+        """
+        path = self.root / name
+        if not path.is_file():
+            return []
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = csv.DictReader(file)
+                if missing := set(columns) - set(rows.fieldnames or ()):
+                    raise AvjaxError(f"{path}: no column {', '.join(sorted(missing))}; expected {','.join(columns)}")
+                return list(rows)
+        except UnicodeDecodeError as error:
+            raise AvjaxError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 CSV") from error
+
+    def is_packed(self, preset: str, recipe: str) -> bool:
+        """Whether the packed view of `preset` was made from `recipe`, a hash of all that goes into it."""
+        index = read_index(self.root)
+        return bool(index) and index["presets"].get(preset, {}).get("recipe") == recipe
+
+    def read_measured(self, preset: str) -> tuple[Corpus, list[tuple[Clip, str, str]]]:
+        """The data set and [(clip, video key, audio key)] as the last whole extraction left them; opens no media.
+
+        Raises:
+          AvjaxError: there was none.
+        """
+        index = read_index(self.root)
+        if not index or preset not in index["presets"]:
+            raise AvjaxError(f"{self.root}: no extraction with preset {preset!r} yet; run once without --only")
+        clips = [Clip(path=Path(), **c) for c in index["clips"]]
+        staged = index["presets"][preset]["staged"]
+        task = Task(index["task"], tuple(index["classes"]))
+        corpus = Corpus(index["dataset"], task, tuple(clips), _folds(index))
+        return corpus, [(c, *staged[c.id][:2]) for c in clips]
+
+    def pack(
+        self,
+        corpus: Corpus,
+        clips: Sequence[Clip],
+        preset: str,
+        examples: Iterable[Mapping[str, object]],
+        recipe: str,
+        about: Mapping[str, object],
+    ) -> None:
+        """Packs `examples`, one per clip of `clips`, into the TFDS view, and writes the index.
+
+        Args:
+          corpus: gives name, classes and official folds.
+          examples: see `avjax.features.example`.
+          about: further entries of this preset in the index, such as counts and provenance.
+        """
+        index = read_index(self.root) or {"presets": {}}
+        if preset in index["presets"]:
+            # Unfinished from here until the last line, but still known to `read_measured`.
+            index["presets"][preset] |= {"recipe": None, "content": None}
+            write_text(self.root / "index.json", json.dumps(index))
+        digest = hashlib.sha256()
+        name = f"avjax_{corpus.name}"
+        shutil.rmtree(self.root / "tfds" / name / preset, ignore_errors=True)
+        _build(self.root / "tfds", name, preset, corpus.task.classes, _hashed(examples, digest), len(clips))
+        index |= {
+            "dataset": corpus.name,
+            "task": corpus.task.kind,
+            "classes": corpus.task.classes,
+            "folds": [dataclasses.asdict(f) for f in corpus.folds],
+            "clips": [{k: getattr(c, k) for k in _INDEXED} for c in clips],
+        }
+        index["presets"][preset] = {"recipe": recipe, "content": digest.hexdigest(), **about}
+        write_text(self.root / "index.json", json.dumps(index, indent=1))
+
+
+def place(dataset: str, given: str = "") -> Path:
+    """Where a feature store is: as given, by default `$AVJAX_CACHE/features/<dataset>`."""
+    return Path(given).expanduser() if given else assets.cache() / "features" / dataset
+
+
+def read_index(root: Path) -> dict | None:
+    """The store's index, or None where there is none yet."""
+    path = root / "index.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def load(root: Path, preset: str) -> Features:
+    """Reads the packed view of `preset` from the store at `root`.
+
+    Raises:
+      AvjaxError: no finished store there, or it lacks the preset; the message says what to run.
+    """
+    index = read_index(root)
+    finished = [name for name, about in (index["presets"] if index else {}).items() if about["content"]]
+    if preset not in finished:
+        there = ", ".join(finished)
+        raise AvjaxError(
+            f"{root}: no finished feature store with preset {preset!r}"
+            + (f" (it has: {there})" if there else "")
+            + f"; make it with: python -m avjax.extract --config configs/extract_….py:{preset} "
+            f"--config.data.root=YOUR_DATA --out {root}"
+        )
+    about = index["presets"][preset]
+    examples = {e["clip_id"].decode(): e for e in read_examples(root, f"avjax_{index['dataset']}", preset)}
+    clips = [Clip(path=Path(), **c) for c in index["clips"]]
+    rows = [examples[c.id] for c in clips]
+    arrays, masks = {}, {}
+    for stream in STREAMS:
+        arrays[stream], masks[stream] = _dense([r[stream] for r in rows], [r[f"{stream}_mask"] for r in rows])
+    for source in rows[0]["text"]:
+        tokens = [r["text"][source] for r in rows]
+        arrays[f"text_{source}"], masks[f"text_{source}"] = _dense(tokens, [np.ones(len(t), bool) for t in tokens])
+    return Features(
+        dataset=index["dataset"],
+        classes=tuple(index["classes"]),
+        folds=_folds(index),
+        content=about["content"],
+        ids=[c.id for c in clips],
+        clips=clips,
+        label=np.array([index["classes"].index(c.label) for c in clips], np.int32),
+        speakers=[c.speaker or "" for c in clips],
+        arrays=arrays,
+        masks=masks,
+        sentences={s: [r["sentence"][s].decode() for r in rows] for s in rows[0]["sentence"]},
+        counts=about["counts"],
+    )
+
+
+def read_examples(root: Path, name: str, preset: str) -> Iterator[dict]:
+    """The examples of a packed view, as TFDS gives them (strings as bytes), in no particular order."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(root / "tfds" / name / preset / VERSION))
+    source = builder.as_data_source("clips")
+    return (source[i] for i in range(len(source)))
+
+
+def safe_name(clip_id: str) -> str:
+    """A file name for any clip id: percent-encoded, and hashed where that would be too long."""
+    name = urllib.parse.quote(clip_id, safe=" ").replace(".", "%2E")
+    return name if len(name) <= 200 else "long-" + hashlib.sha256(clip_id.encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole: a reader sees the old text or the new, never a part."""
+    with _replacing(path, "w") as file:
+        file.write(text)
+
+
+class _replacing:
+    """Opens a file beside `path` and moves it there when all was written."""
+
+    def __init__(self, path: Path, mode: str):
+        self.path, self.mode = path, mode
+        # Named by process, so that what a killed one left is written over by the next of that number, or swept.
+        self.part = path.with_name(f".{path.name}.{os.getpid()}.part")
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = {} if "b" in self.mode else {"encoding": "utf-8", "newline": ""}
+        self.file = self.part.open(self.mode, **text)
+        return self.file
+
+    def __exit__(self, kind, error, trace):
+        self.file.close()
+        if kind is None:
+            os.replace(self.part, self.path)
+        else:
+            self.part.unlink()
+
+
+def _hashed(examples: Iterable[Mapping[str, object]], digest) -> Iterator[tuple[str, Mapping[str, object]]]:
+    for example in examples:
+        _digest(digest, example)
+        yield example["clip_id"], example
+
+
+def _digest(digest, value) -> None:
+    if isinstance(value, Mapping):
+        for key in sorted(value):
+            digest.update(key.encode())
+            _digest(digest, value[key])
+    else:
+        array = np.asarray(value)
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+
+
+def _build(data_dir: Path, name: str, preset: str, classes: Sequence[str], examples, count: int) -> None:
+    import tensorflow_datasets as tfds
+
+    examples = iter(examples)
+    first = next(examples)
+    spec = _feature_spec(tfds, first[1], classes)
+
+    # TFDS's ready-made ad-hoc builder would need TensorFlow.
+    class Packed(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version(VERSION)
+        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=preset),)
+
+        def _info(self):
+            about = f"Features of {count} clips, packed by avjax from its feature store."
+            return tfds.core.DatasetInfo(builder=self, features=spec, description=about)
+
+        def _split_generators(self, dl_manager):
+            return {"clips": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield first
+            yield from examples
+
+    Packed.name = name
+    tfds.disable_progress_bar()
+    builder = Packed(data_dir=str(data_dir), config=preset, file_format="array_record")
+    # It announces a download and makes a folder for it, and there is none.
+    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as nowhere:
+        builder.download_and_prepare(download_dir=nowhere)
+
+
+def _feature_spec(tfds, example: Mapping[str, object], classes: Sequence[str]):
+    """The TFDS description of an example: arrays have one free axis, the first."""
+
+    def spec(name: str, value):
+        if isinstance(value, Mapping):
+            return {k: spec(k, v) for k, v in value.items()}
+        if name == "label":
+            return tfds.features.ClassLabel(names=list(classes))
+        if isinstance(value, str):
+            return tfds.features.Text()
+        array = np.asarray(value)
+        shape = (None, *array.shape[1:]) if array.ndim else ()
+        return tfds.features.Tensor(shape=shape, dtype=array.dtype) if array.ndim else array.dtype.type
+
+    return tfds.features.FeaturesDict(spec("", example))
+
+
+def _folds(index: Mapping) -> tuple[Fold, ...]:
+    return tuple(Fold(f["name"], *(tuple(f[part]) for part in ("train", "test", "val"))) for f in index["folds"])
+
+
+def _dense(steps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pads sequences (n_i, d) to (clips, longest, d); at least one step, so that an empty set keeps its rank."""
+    longest = max(1, *(len(s) for s in steps))
+    out = np.zeros((len(steps), longest, steps[0].shape[-1]), np.float32)
+    mask = np.zeros((len(steps), longest), bool)
+    for i, (step, valid) in enumerate(zip(steps, masks, strict=True)):
+        out[i, : len(step)] = np.where(valid[:, None], step, 0)
+        mask[i, : len(step)] = valid
+    return out, mask

@@ -1,0 +1,185 @@
+"""BERT (Devlin et al. 2019) and DistilBERT (Sanh et al. 2019): word pieces → one vector per piece.
+
+DistilBERT is the same network without token types; its checkpoints differ in names only. A text here is one segment,
+so the token type is always 0.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avjax.encoders import weights
+from avjax.errors import AvjaxError
+from avjax.layers import PostNormBlock
+
+_ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Architecture of a checkpoint; widths in numbers of units."""
+
+    model_type: str  # "bert" or "distilbert"
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    inner: int  # width of the feed-forward layer
+    positions: int  # the longest text, in word pieces
+    types: int  # token types; 0 for DistilBERT, which has none
+    activation: str
+    eps: float  # of layer normalisation
+
+    @classmethod
+    def from_hub(cls, config: Mapping[str, Any]) -> "BertConfig":
+        """Reads the contents of the hub's config.json.
+
+        Raises:
+          AvjaxError: a value is missing, or asks for a variant that this module does not compute.
+        """
+        keys = _KEYS[config["model_type"]]
+        absent = [key for key in keys.values() if key not in config]
+        if absent:
+            raise AvjaxError(f"config.json of a {config['model_type']} lacks {', '.join(absent)}")
+        read = cls(**{"types": 0, "eps": 1e-12} | {field: config[key] for field, key in keys.items()})
+        if read.activation not in _ACTIVATIONS:
+            raise AvjaxError(f"activation {read.activation!r} is not known; known are {', '.join(_ACTIVATIONS)}")
+        if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
+            raise AvjaxError("only BERT encoders with absolute positions are computed; see config.json")
+        return read
+
+
+_KEYS = {
+    "bert": {
+        "model_type": "model_type",
+        "vocab": "vocab_size",
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "inner": "intermediate_size",
+        "positions": "max_position_embeddings",
+        "types": "type_vocab_size",
+        "activation": "hidden_act",
+        "eps": "layer_norm_eps",
+    },
+    "distilbert": {
+        "model_type": "model_type",
+        "vocab": "vocab_size",
+        "width": "dim",
+        "layers": "n_layers",
+        "heads": "n_heads",
+        "inner": "hidden_dim",
+        "positions": "max_position_embeddings",
+        "activation": "activation",
+    },
+}
+
+
+class Bert(nn.Module):
+    """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products."""
+
+    config: BertConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """Maps word pieces ids (b, l) int32 under mask (b, l) bool to the last hidden state (b, l, d) in `dtype`.
+
+        Raises:
+          AvjaxError: l exceeds the number of positions.
+        """
+        c = self.config
+        if ids.shape[1] > c.positions:
+            raise AvjaxError(f"{ids.shape[1]} word pieces, but this encoder has {c.positions} positions; truncate")
+        ids = jnp.where(mask, ids, 0)  # an id that the vocabulary lacks would bring NaN in from under the padding
+        x = nn.Embed(c.vocab, c.width, name="words")(ids)  # b l d
+        x += nn.Embed(c.positions, c.width, name="positions")(jnp.arange(ids.shape[1]))[None]
+        if c.types:
+            x += nn.Embed(c.types, c.width, name="types")(jnp.zeros((1, 1), jnp.int32))
+        x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="embedding_norm")(x)
+        for i in range(c.layers):
+            block = PostNormBlock(c.heads, c.inner, _ACTIVATIONS[c.activation], c.eps, self.dtype, name=f"block_{i}")
+            x = block(x, mask)
+        return x
+
+
+def build(config: Mapping[str, Any], dtype: jnp.dtype) -> Bert:
+    """The module for the contents of a hub's config.json."""
+    return Bert(BertConfig.from_hub(config), dtype)
+
+
+def shapes(config: BertConfig) -> dict[str, Any]:
+    """The params of `Bert(config)` as shapes, without computing them."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+    return jax.eval_shape(Bert(config).init, jax.random.key(0), ids, mask)["params"]
+
+
+_COMMON = {
+    "words": "embeddings.word_embeddings",
+    "positions": "embeddings.position_embeddings",
+    "embedding_norm": "embeddings.LayerNorm",
+}
+_NAMES = {
+    "bert": _COMMON
+    | {
+        "types": "embeddings.token_type_embeddings",
+        "attention/query": "attention.self.query",
+        "attention/key": "attention.self.key",
+        "attention/value": "attention.self.value",
+        "attention/out": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "norm": "output.LayerNorm",
+    },
+    "distilbert": _COMMON
+    | {
+        "attention/query": "attention.q_lin",
+        "attention/key": "attention.k_lin",
+        "attention/value": "attention.v_lin",
+        "attention/out": "attention.out_lin",
+        "attention_norm": "sa_layer_norm",
+        "up": "ffn.lin1",
+        "down": "ffn.lin2",
+        "norm": "output_layer_norm",
+    },
+}
+_LAYERS = {"bert": "encoder.layer", "distilbert": "transformer.layer"}
+# Heads of pretraining and fine-tuning, the pooler, and a constant that old checkpoints carry.
+IGNORED = re.compile(r"^(pooler|cls|vocab_\w+|pre_classifier|classifier|qa_outputs)\.|^embeddings\.position_ids$")
+
+
+def convert(tensors: Mapping[str, np.ndarray], config: BertConfig) -> dict[str, Any]:
+    """Params of `Bert(config)` out of the tensors of a PyTorch checkpoint, with or without its model's prefix.
+
+    Raises:
+      AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
+    """
+    plain = {_plain(name, config.model_type): tensor for name, tensor in tensors.items()}
+    return weights.convert(plain, shapes(config), functools.partial(_torch_name, config.model_type), IGNORED)
+
+
+def _plain(name: str, model_type: str) -> str:
+    # Checkpoints that came from TensorFlow, bert-base-uncased among them, call the affine of a norm gamma and beta.
+    return name.removeprefix(f"{model_type}.").replace(".gamma", ".weight").replace(".beta", ".bias")
+
+
+def _torch_name(model_type: str, path: str) -> str:
+    block, _, rest = path.partition("/")
+    if not rest:
+        return _NAMES[model_type][path]
+    return f"{_LAYERS[model_type]}.{block.removeprefix('block_')}.{_NAMES[model_type][rest]}"

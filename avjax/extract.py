@@ -1,0 +1,252 @@
+"""Turns a data set into features and sentences, once; resumable by clip.
+
+python -m avjax.extract --config configs/extract_folder.py --config.data.root=R --out F
+
+Stopped and started again it goes on. A file that cannot be used goes to F/quarantine.csv with a reason and never stops
+the run. Sentences are in F/sentences.csv: edit them, then run with --only text.
+"""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+from absl import app, flags
+
+from avjax import cli
+from avjax import config as configs
+from avjax.errors import AvjaxError
+
+CONFIG = configs.define_flag()
+OUT = flags.DEFINE_string("out", None, "Feature store; default $AVJAX_CACHE/features/<dataset>.")
+ONLY = flags.DEFINE_enum("only", None, ["text"], "Only encode the sentences of F/sentences.csv again; opens no media.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    extract(CONFIG.value, OUT.value or "", only_text=ONLY.value == "text")
+
+
+def extract(config, out: str = "", *, only_text: bool = False) -> Path:
+    """Extracts `config` into the feature store `out` and returns its folder.
+
+    Raises:
+      AvjaxError: the data set is not there, weights cannot be had, or no clip can be used.
+    """
+    from rich.console import Console
+
+    from avjax import datasets, features
+    from avjax.datasets import store as stores
+
+    console = Console()
+    cli.use_compile_cache()
+    root = stores.place(config.dataset, out)
+    settings = features.preset(config.preset)
+    with stores.Store(root).locked() as store:
+        # ---- Picture and sound ------------------------------------------------------------------------------------
+        if only_text:
+            corpus, measured = store.read_measured(config.preset)
+            rejected = [(r["clip_id"], r["reason"]) for r in store.read_table("quarantine.csv", ("clip_id", "reason"))]
+        else:
+            corpus = datasets.index(config.dataset, config.data.root)
+            measured, rejected = _measure_all(corpus, settings, store, config, console)
+            store.write_table("quarantine.csv", ("clip_id", "reason"), rejected)
+        # ---- Sentences --------------------------------------------------------------------------------------------
+        if not measured:
+            first = f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "it has no clips"
+            raise AvjaxError(f"no clip of {corpus.name} can be used; {first} (all reasons: {root / 'quarantine.csv'})")
+        sentences = _sentences(measured, store)
+        # ---- Text encoder -----------------------------------------------------------------------------------------
+        texts = _encode_all(sentences, settings, store, config.text_batch, console)
+        # ---- Packed view ------------------------------------------------------------------------------------------
+        _pack(corpus, measured, rejected, sentences, texts, store, config.preset)
+    index = stores.read_index(root)["presets"][config.preset]
+    counts = index["counts"]
+    console.print(
+        f"{root}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "
+        f"{counts['masked_audio']} without sound, {counts['masked_video']} without a face; "
+        f"sentences in sentences.csv; content {index['content'][:12]}"
+    )
+    return root
+
+
+def _measure_all(corpus, settings, store, config, console) -> tuple[list, list[tuple[str, str]]]:
+    """Measures what is not staged yet; returns [(clip, video key, audio key)] and [(clip id, reason)]."""
+    from avjax import features, workers
+    from avjax.encoders import weights
+
+    _need_media()
+    model = features.landmarker()
+    keys = {
+        "video": store.record(features.provenance("video", settings, face_landmarker=weights.sha256(model))),
+        "audio": store.record(features.provenance("audio", settings)),
+    }
+    rejected = list(corpus.rejected)
+    planned = []
+    for clip in corpus.clips:
+        source = features.source_key(clip)
+        planned.append((clip, f"{keys['video']}-{source}", f"{keys['audio']}-{source}"))
+    todo = [p for p in planned if not (store.has(p[0].id, "video", p[1]) and store.has(p[0].id, "audio", p[2]))]
+    console.print(f"{len(planned)} clips, {len(planned) - len(todo)} measured already")
+    failed = set()
+    count = config.workers or os.cpu_count() or 1
+    done = workers.each(
+        _measure_one,
+        todo,
+        count=count,
+        seconds=config.clip_seconds,
+        setup=_set_up,
+        arguments=(store.root, settings, model),
+    )
+    for (clip, *_), reason in _with_progress(done, len(todo), "picture and sound", console):
+        if reason:
+            failed.add(clip.id)
+            rejected.append((clip.id, reason))
+    return [p for p in planned if p[0].id not in failed], rejected
+
+
+def _need_media() -> None:
+    missing = [name for name in ("av", "mediapipe", "pebble") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise AvjaxError(f"extraction needs {', '.join(missing)}; install with: pip install 'avjax[media]'")
+
+
+def _set_up(root: Path, settings, model: Path) -> None:
+    """In a worker: what all its clips share."""
+    from avjax.datasets.store import Store
+    from avjax.media.faces import FaceTracker
+
+    global _SHARED
+    _SHARED = Store(root), settings, FaceTracker(model)
+
+
+def _measure_one(planned) -> str:
+    """In a worker: measures and stages a clip; returns why it cannot be used, or ""."""
+    from avjax import features
+    from avjax.errors import UnusableMedia
+
+    clip, video_key, audio_key = planned
+    store, settings, tracker = _SHARED
+    try:
+        made = features.measure(clip, settings, tracker)
+    except UnusableMedia as error:
+        return str(error)
+    store.put(clip.id, "video", video_key, made["video"])
+    store.put(clip.id, "audio", audio_key, made["audio"])
+    return ""
+
+
+def _sentences(measured: list, store) -> dict[str, dict[str, str]]:
+    """Makes the sentences and writes sentences.csv; a row that was edited there is kept."""
+    from avjax import features
+    from avjax.text import template
+
+    pairs = {c.id: (store.get(c.id, "video", v), store.get(c.id, "audio", a)) for c, v, a in measured}
+    usual = features.speaker_pitch((c.speaker, float(pairs[c.id][1]["prosody"][0])) for c, *_ in measured)
+    columns = ("clip_id", *template.SOURCES, "generated")
+    before = {row["clip_id"]: row for row in store.read_table("sentences.csv", columns)}
+    rows = {}
+    for clip, *_ in measured:
+        made = features.describe(*pairs[clip.id], clip.transcript, usual.get(clip.speaker))
+        generated = _hash(made)
+        old = before.get(clip.id)
+        if old and _hash(old) != old["generated"]:
+            made, generated = {s: old[s] for s in template.SOURCES}, old["generated"]
+        rows[clip.id] = made | {"generated": generated}
+    store.write_table("sentences.csv", columns, [(i, *(r[c] for c in columns[1:])) for i, r in rows.items()])
+    return {i: {s: r[s] for s in template.SOURCES} | {"constant": template.CONSTANT} for i, r in rows.items()}
+
+
+def _hash(sentences: dict[str, str]) -> str:
+    """By which a row of sentences.csv is seen to be as it was generated."""
+    from avjax.text import template
+
+    return hashlib.sha256("\n".join(sentences[s] for s in template.SOURCES).encode()).hexdigest()[:12]
+
+
+def _encode_all(sentences: dict, settings, store, batch: int, console) -> dict[str, str]:
+    """Encodes the sentences that are not staged yet; returns clip id → key of its text feature."""
+    from avjax import features
+    from avjax.encoders import load
+
+    encoder = load(settings.text_encoder)
+    made_by = store.record(features.provenance("text", settings, **encoder.provenance))
+    keys = {
+        i: f"{made_by}-{hashlib.sha256(repr(sorted(s.items())).encode()).hexdigest()[:12]}"
+        for i, s in sentences.items()
+    }
+    todo = [i for i in sentences if not store.has(i, "text", keys[i])]
+    size = max(1, batch // len(features.TEXTS))
+
+    def encode():
+        for at in range(0, len(todo), size):
+            part = todo[at : at + size]
+            flat = [sentences[i][s] for i in part for s in features.TEXTS]
+            tokens = iter(features.encode_texts(encoder, flat, settings.max_tokens))
+            for clip_id in part:
+                store.put(clip_id, "text", keys[clip_id], {s: next(tokens) for s in features.TEXTS})
+                yield clip_id
+
+    for _ in _with_progress(encode(), len(todo), "sentences", console):
+        pass
+    return keys
+
+
+def _pack(corpus, measured: list, rejected: list, sentences: dict, texts: dict, store, preset: str) -> None:
+    from avjax import features
+
+    clips = [c for c, *_ in measured]
+    staged = {c.id: [v, a, texts[c.id]] for c, v, a in measured}
+    recipe = hashlib.sha256(repr([corpus.folds, corpus.task, rejected, clips, staged]).encode()).hexdigest()
+    if store.is_packed(preset, recipe):
+        return
+    masks = [
+        (store.get(c.id, "audio", a)["audio_mask"].any(), store.get(c.id, "video", v)["video_mask"].any())
+        for c, v, a in measured
+    ]
+    counts = {
+        "used": len(clips),
+        "quarantined": len(rejected),
+        "masked_audio": sum(not heard for heard, _ in masks),
+        "masked_video": sum(not seen for _, seen in masks),
+    }
+
+    def examples():
+        for clip in clips:
+            video_key, audio_key, text_key = staged[clip.id]
+            yield features.example(
+                clip,
+                store.get(clip.id, "video", video_key),
+                store.get(clip.id, "audio", audio_key),
+                store.get(clip.id, "text", text_key),
+                sentences[clip.id],
+            )
+
+    store.pack(corpus, clips, preset, examples(), recipe, {"counts": counts, "staged": staged})
+
+
+def _with_progress(items, total: int, what: str, console):
+    """Passes `items` on under a progress bar with clips/s and time left; no bar where there is nothing to do."""
+    from rich import progress
+
+    if not total:
+        return
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[rate]}"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, rate="")
+        for item in items:
+            yield item
+            bar.advance(task)
+            speed = bar.tasks[0].speed
+            bar.update(task, rate=f"{speed:.1f} clips/s" if speed else "")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,242 @@
+"""Training as one compiled program: a pure step, scanned over steps and epochs, `vmap`ped over the lanes of a protocol.
+
+Each lane carries its own parameters, optimizer state, best parameters so far and a stop flag; a stopped lane keeps its
+state while the others go on. All random draws come from the lane's seed and the epoch, so a run can be cut between two
+calls and go on bit for bit.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avjax import metrics, optim
+from avjax.errors import AvjaxError
+from avjax.models.base import Model
+from avjax.pipeline import Lane, LanePlan, Resident, Statistics, batches, gather, lane_statistics, shuffled
+
+SELECT = ("val", "last")
+_EVAL_BATCH = 64
+
+
+@flax.struct.dataclass
+class State:
+    """What one lane carries from step to step.
+
+    Attributes:
+      params, moments, step: parameters, optimizer state, number of updates made.
+      stats: the lane's standardisation statistics, fixed from the start; an answer needs them beside the parameters.
+      best: the parameters that the lane will answer with; best_epoch: the epoch they are from, counted from 1.
+      best_uar, best_loss: their validation score; ties in UAR are broken by the loss.
+      bad: epochs since the best; stopped: whether the lane has stopped early.
+    """
+
+    params: dict
+    moments: tuple
+    step: jax.Array
+    stats: Statistics
+    best: dict
+    best_epoch: jax.Array
+    best_uar: jax.Array
+    best_loss: jax.Array
+    bad: jax.Array
+    stopped: jax.Array
+
+
+@flax.struct.dataclass
+class Trainer:
+    """The compiled functions of a run, all over lanes; `Lane` and `State` have a leading lane axis.
+
+    Attributes:
+      init: (lanes, data) → state.
+      epochs: (state, lanes, data, first) → (state, sums), `epochs_per_call` epochs beginning with epoch `first`; the
+        state is donated.
+      predict: (state, lanes, data) → {head: (lanes, n_test, c)}, each lane's test clips by its best parameters.
+    """
+
+    init: Callable = flax.struct.field(pytree_node=False)
+    epochs: Callable = flax.struct.field(pytree_node=False)
+    predict: Callable = flax.struct.field(pytree_node=False)
+
+
+def make(model: Model, config) -> Trainer:
+    """Compiles nothing yet; `config` is a whole training configuration.
+
+    Raises:
+      AvjaxError: `protocol.select` is unknown.
+    """
+    if config.protocol.select not in SELECT:
+        raise AvjaxError(f"protocol.select is {config.protocol.select!r}; choose one of {', '.join(SELECT)}")
+    tx = optim.transform(config.train)
+    epochs = functools.partial(_epochs, model, tx, config)
+    return Trainer(
+        init=jax.jit(jax.vmap(functools.partial(_init, model, tx), (0, None))),
+        epochs=jax.jit(jax.vmap(epochs, (0, 0, None, None)), donate_argnums=0),
+        predict=jax.jit(jax.vmap(functools.partial(_predict_test, model), (0, 0, None))),
+    )
+
+
+def _init(model: Model, tx, lane: Lane, data: Resident) -> State:
+    stats = lane_statistics(data, lane.counted)
+    batch = gather(data, stats, lane.train[:1], lane.train_weight[:1])
+    params = model.module.init(jax.random.key(lane.seed), batch)["params"]
+    zero = jnp.int32(0)
+    # The best parameters start as a copy: donated buffers must not alias.
+    return State(
+        params=params,
+        moments=tx.init(params),
+        step=zero,
+        stats=stats,
+        best=jax.tree.map(jnp.copy, params),
+        best_epoch=zero,
+        best_uar=jnp.float32(-1),
+        best_loss=jnp.float32(jnp.inf),
+        bad=zero,
+        stopped=jnp.bool_(False),
+    )
+
+
+def _epochs(model: Model, tx, config, state: State, lane: Lane, data: Resident, first: jax.Array):
+    def one(state, epoch):
+        live = ~state.stopped
+        state, train = _train_epoch(model, tx, config, state, lane, data, epoch)
+        val = _evaluate(model, state, lane, data)
+        return _select(config, state, val, epoch), train | val | {"live": live}
+
+    return jax.lax.scan(one, state, first + jnp.arange(config.train.epochs_per_call))
+
+
+def _train_epoch(model: Model, tx, config, state: State, lane: Lane, data: Resident, epoch):
+    key = jax.random.fold_in(jax.random.key(lane.seed), epoch)
+    order = shuffled(key, lane.train, lane.train_weight, config.train.batch_size)
+    size = jnp.sum(lane.train_weight)
+    total = config.train.epochs * jnp.ceil(size / config.train.batch_size)
+    live = ~state.stopped
+
+    def one(state, item):
+        index, weight, step_key = item
+        batch = gather(data, state.stats, index, weight)
+        rate = optim.learning_rate(config.train, (state.step + 0.5) / total)
+        return _step(model, tx, state, batch, lane.prior, rate, step_key, live)
+
+    # Keys are derived one by one: step 3 draws the same whether a lane is padded to 5 steps or to 7.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(order[0].shape[0]))
+    state, sums = jax.lax.scan(one, state, (*order, keys))
+    # Per step and term, so that a value that is not finite can be traced to its clips.
+    return state, {"train_terms": sums, "train_size": size}
+
+
+def _step(model: Model, tx, state: State, batch, prior, rate, key, live) -> tuple[State, dict[str, jax.Array]]:
+    """(state, batch) → (state, sums); a batch of padding alone, and a stopped lane, change nothing."""
+    size = jnp.sum(batch["weight"])
+
+    def mean_loss(params):
+        output = model.module.apply({"params": params}, batch, train=True, rngs={"dropout": key})
+        terms = model.loss(output, batch, prior)
+        sums = {name: jnp.sum(term * batch["weight"]) for name, term in terms.items()}
+        return sum(sums.values()) / jnp.maximum(size, 1.0), sums
+
+    grads, sums = jax.grad(mean_loss, has_aux=True)(state.params)
+    directions, moments = tx.update(grads, state.moments, state.params)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
+    moved = state.replace(params=params, moments=moments, step=state.step + 1)
+    return _where(live & (size > 0), moved, state), sums
+
+
+def _where(condition: jax.Array, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _evaluate(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
+    """Validation sums of one lane: confusion matrix of the predicting head, summed loss, number of clips."""
+
+    def one(sums, item):
+        batch = gather(data, state.stats, *item)
+        output = model.module.apply({"params": state.params}, batch, train=False)
+        loss = sum(model.loss(output, batch, lane.prior).values())
+        logits = output.logits[model.heads[0]]
+        add = {
+            "val_confusion": metrics.confusion(
+                batch["label"], jnp.argmax(logits, -1), batch["weight"], logits.shape[-1]
+            ),
+            "val_loss": jnp.sum(loss * batch["weight"]),
+            "val_size": jnp.sum(batch["weight"]),
+        }
+        return jax.tree.map(jnp.add, sums, add), None
+
+    classes = lane.prior.shape[0]
+    zero = {"val_confusion": jnp.zeros((classes, classes)), "val_loss": jnp.float32(0), "val_size": jnp.float32(0)}
+    return jax.lax.scan(one, zero, batches(lane.val, lane.val_weight, _EVAL_BATCH))[0]
+
+
+def _select(config, state: State, val: dict[str, jax.Array], epoch: jax.Array) -> State:
+    """Keeps the best epoch on validation, or the last one, and decides whether to stop. Test clips play no part."""
+    uar = metrics.uar(val["val_confusion"])
+    loss = val["val_loss"] / jnp.maximum(val["val_size"], 1.0)
+    better = (uar > state.best_uar) | ((uar == state.best_uar) & (loss < state.best_loss))
+    by_val = (config.protocol.select == "val") & (val["val_size"] > 0)
+    take = ~state.stopped & (better | ~by_val)
+    kept = state.replace(
+        best=state.params, best_epoch=jnp.int32(epoch), best_uar=uar, best_loss=loss, bad=jnp.int32(-1)
+    )
+    state = _where(take, kept, state)
+    bad = state.bad + 1
+    patience = config.train.patience
+    stop = state.stopped | (epoch >= config.train.epochs) | ((patience > 0) & by_val & (bad >= max(patience, 1)))
+    return state.replace(bad=bad, stopped=stop)
+
+
+def _predict_test(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
+    index, weight = batches(lane.test, lane.test_weight, _EVAL_BATCH)
+
+    def one(_, item):
+        batch = gather(data, state.stats, *item)
+        return None, model.module.apply({"params": state.best}, batch, train=False).logits
+
+    logits = jax.lax.scan(one, None, (index, weight))[1]
+    return {h: v.reshape(-1, v.shape[-1])[: lane.test.shape[0]] for h, v in logits.items()}
+
+
+def epoch_rows(sums: dict, names: list[tuple[str, int]], first: int) -> list[dict[str, object]]:
+    """The sums of one call as rows, one per epoch and lane that was still training: losses and validation scores."""
+    sums = jax.device_get(sums)
+    war, uar = jax.device_get((metrics.war(sums["val_confusion"]), metrics.uar(sums["val_confusion"])))
+    terms = {f"train_{k}": v.sum(-1) / sums["train_size"] for k, v in sums["train_terms"].items()}  # (lanes, epochs)
+    rows = []
+    for epoch in range(war.shape[1]):
+        for lane, (fold, seed) in enumerate(names):
+            if not sums["live"][lane, epoch]:
+                continue
+            losses = {k: float(v[lane, epoch]) for k, v in terms.items()}
+            row = {"epoch": first + epoch, "fold": fold, "seed": seed, "train_loss": sum(losses.values()), **losses}
+            if size := sums["val_size"][lane, epoch]:
+                row["val_loss"] = float(sums["val_loss"][lane, epoch] / size)
+                row |= {"val_war": float(war[lane, epoch]), "val_uar": float(uar[lane, epoch])}
+            rows.append(row)
+    return rows
+
+
+def check_finite(sums: dict, plan: LanePlan, ids: list[str], first: int, batch_size: int) -> None:
+    """Stops a run whose loss is not finite.
+
+    Raises:
+      AvjaxError: names the lane, epoch, step, term and clips of the first such value.
+    """
+    found = []
+    for term, values in jax.device_get(sums["train_terms"]).items():  # (lanes, epochs, steps)
+        found += [(epoch, step, lane, term) for lane, epoch, step in np.argwhere(~np.isfinite(values)).tolist()]
+    if not found:
+        return
+    epoch, step, at, term = min(found)
+    lane = jax.tree.map(lambda v: v[at], plan.lanes)
+    key = jax.random.fold_in(jax.random.key(lane.seed), first + epoch)
+    index, weight = (v[step].tolist() for v in shuffled(key, lane.train, lane.train_weight, batch_size))
+    clips = [ids[i] for i, w in zip(index, weight, strict=True) if w]
+    fold, seed = plan.names[at]
+    raise AvjaxError(
+        f"loss {term!r} is not finite at fold {fold}, seed {seed}, epoch {first + epoch}, step {step}; clips: "
+        f"{', '.join(clips)}. Lower train.learning_rate, or look at these clips' features"
+    )

@@ -1,0 +1,257 @@
+"""Faces in frames: where they are, what they do (blendshapes, action units), where they look, and crops of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from avjax.errors import AvjaxError
+from avjax.media.video import Frames
+
+# The face landmarker's outputs, in its order.
+# fmt: off
+BLENDSHAPES = (
+    "_neutral", "browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff",
+    "cheekSquintLeft", "cheekSquintRight", "eyeBlinkLeft", "eyeBlinkRight", "eyeLookDownLeft", "eyeLookDownRight",
+    "eyeLookInLeft", "eyeLookInRight", "eyeLookOutLeft", "eyeLookOutRight", "eyeLookUpLeft", "eyeLookUpRight",
+    "eyeSquintLeft", "eyeSquintRight", "eyeWideLeft", "eyeWideRight", "jawForward", "jawLeft", "jawOpen", "jawRight",
+    "mouthClose", "mouthDimpleLeft", "mouthDimpleRight", "mouthFrownLeft", "mouthFrownRight", "mouthFunnel",
+    "mouthLeft", "mouthLowerDownLeft", "mouthLowerDownRight", "mouthPressLeft", "mouthPressRight", "mouthPucker",
+    "mouthRight", "mouthRollLower", "mouthRollUpper", "mouthShrugLower", "mouthShrugUpper", "mouthSmileLeft",
+    "mouthSmileRight", "mouthStretchLeft", "mouthStretchRight", "mouthUpperUpLeft", "mouthUpperUpRight",
+    "noseSneerLeft", "noseSneerRight",
+)
+# fmt: on
+
+
+def _both(name: str) -> tuple[str, str]:
+    return f"{name}Left", f"{name}Right"
+
+
+# Action unit → the blendshapes whose mean it is (specification, "Blendshapes → action units").
+AU_BLENDSHAPES: dict[str, tuple[str, ...]] = {
+    "AU1": ("browInnerUp",),
+    "AU2": _both("browOuterUp"),
+    "AU4": _both("browDown"),
+    "AU5": _both("eyeWide"),
+    "AU6": _both("cheekSquint"),
+    "AU7": _both("eyeSquint"),
+    "AU9": _both("noseSneer"),
+    "AU10": _both("mouthUpperUp"),
+    "AU12": _both("mouthSmile"),
+    "AU14": _both("mouthDimple"),
+    "AU15": _both("mouthFrown"),
+    "AU16": _both("mouthLowerDown"),
+    "AU17": ("mouthShrugLower",),
+    "AU18": ("mouthPucker",),
+    "AU20": _both("mouthStretch"),
+    "AU23": ("mouthRollLower", "mouthRollUpper"),
+    "AU24": _both("mouthPress"),
+    "AU25": ("jawOpen", "mouthClose"),
+    "AU26": ("jawOpen",),
+    "AU45": _both("eyeBlink"),
+    "AU28": ("mouthRollLower",),
+}
+AU_NAMES = tuple(AU_BLENDSHAPES)
+
+# A speaker's neutral face is the 10th percentile over the clip. What may be subtracted is capped, or a smile held over
+# the whole clip would vanish: in clips of neutral speech that percentile is 0.00 (median) to 0.12 (90th percentile of
+# the worst unit) for most units, so more than 0.1 is no neutral face.
+_NEUTRAL_PERCENTILE = 10
+_NEUTRAL_CAP = 0.1
+# For these the landmarker's value has an offset that belongs to the person or the camera (in neutral clips 0.1 to 0.9
+# for brows, 0.1 to 0.4 for lids and jaw), which a single clip cannot tell from a held expression: no cap.
+_OFFSET_UNITS = ("AU1", "AU2", "AU7", "AU25", "AU26")
+_MOST_FACES = 4
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The followed face of one clip in T frames; rows of frames without a face are all zero.
+
+    `found` (T,) bool; `boxes` (T, 4) float32 x0, y0, x1, y1 in pixels (may reach past the picture); `blendshapes`
+    (T, 52) float32 in 0–1, columns `BLENDSHAPES`; `pose` (T, 6) float32: rotation about the x, y and z axis in
+    radians, then translation in decimetres, of the canonical face model to the camera (y up, z to the viewer);
+    `several`: the number of frames that show more than one face.
+    """
+
+    found: np.ndarray
+    boxes: np.ndarray
+    blendshapes: np.ndarray
+    pose: np.ndarray
+    several: int
+
+    @property
+    def fallback(self) -> bool:
+        """True where no frame has a face, so that `crops` falls back on the middle of the picture."""
+        return not self.found.any()
+
+
+class FaceTracker:
+    """Follows one face through the frames of a clip; a context manager that holds MediaPipe's face landmarker.
+
+    The landmarker looks at every frame afresh and nothing is kept from clip to clip, so the answer for a clip never
+    depends on the clips before it.
+
+    Args:
+      model_path: the file `face_landmarker.task`.
+
+    Raises:
+      AvjaxError: there is no such file.
+    """
+
+    def __init__(self, model_path: str | Path):
+        from mediapipe.tasks.python import BaseOptions, vision
+
+        if not Path(model_path).is_file():
+            raise AvjaxError(f"{model_path}: no such file; expected MediaPipe's face_landmarker.task")
+        # Video mode gives the same numbers when it looks for several faces, but carries state from frame to frame.
+        options = vision.FaceLandmarkerOptions(
+            base_options=BaseOptions(model_asset_path=str(model_path)),
+            running_mode=vision.RunningMode.IMAGE,
+            num_faces=_MOST_FACES,
+            output_face_blendshapes=True,
+            output_facial_transformation_matrixes=True,
+        )
+        self._landmarker = vision.FaceLandmarker.create_from_options(options)
+
+    def __enter__(self) -> "FaceTracker":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._landmarker.close()
+
+    def track(self, frames: Frames) -> Faces:
+        """Finds the face to follow in every frame.
+
+        Of several faces the first is the largest; from then on it is the one that overlaps most with the face followed
+        in the frame before; when none does, that face is lost and the largest is followed anew.
+        """
+        results = [self._detect(image) for image in frames.images]
+        size = np.array(frames.images.shape[2:0:-1] * 2, np.float32)
+        boxes = [_boxes(result) * size for result in results]
+        faces = _empty(len(results), several=sum(len(b) > 1 for b in boxes))
+        for t, k in enumerate(follow(boxes)):
+            if k is not None:
+                faces.found[t] = True
+                faces.boxes[t] = boxes[t][k]
+                faces.blendshapes[t] = [shape.score for shape in results[t].face_blendshapes[k]]
+                faces.pose[t] = _pose(results[t].facial_transformation_matrixes[k])
+        return faces
+
+    def _detect(self, image: np.ndarray):
+        import mediapipe
+
+        return self._landmarker.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image))
+
+
+def follow(boxes: Sequence[np.ndarray]) -> list[int | None]:
+    """Which of each frame's faces is the followed one; see `FaceTracker.track`.
+
+    Args:
+      boxes: per frame (K, 4), x0, y0, x1, y1 of the K faces in it; K may be 0.
+
+    Returns:
+      Per frame an index below K, or None where K is 0.
+    """
+    chosen, last = [], None
+    for candidates in boxes:
+        if len(candidates) == 0:
+            chosen.append(None)
+            last = None
+            continue
+        overlaps = np.zeros(len(candidates)) if last is None else _overlap(candidates, last)
+        k = int(np.argmax(overlaps if overlaps.any() else _area(candidates)))
+        chosen.append(k)
+        last = candidates[k]
+    return chosen
+
+
+def crops(frames: Frames, faces: Faces, size: int = 224, margin: float = 0.25) -> np.ndarray:
+    """Square pictures of the followed face.
+
+    The square is centred on the face's box, its side the box's longer one plus `margin` of that at either end. Where it
+    reaches past the picture, the picture's edge is repeated. A frame without a face gives zeros; if no frame has one,
+    each gives the largest square in its middle.
+
+    Returns:
+      (T, size, size, 3) uint8 RGB.
+    """
+    out = np.zeros((len(frames.images), size, size, 3), np.uint8)
+    height, width = frames.images.shape[1:3]
+    for t in range(len(out)):
+        if faces.fallback:
+            out[t] = _square(frames.images[t], (width / 2, height / 2), min(width, height), size)
+        elif faces.found[t]:
+            x0, y0, x1, y1 = faces.boxes[t]
+            side = max(x1 - x0, y1 - y0) * (1 + 2 * margin)
+            out[t] = _square(frames.images[t], ((x0 + x1) / 2, (y0 + y1) / 2), side, size)
+    return out
+
+
+def action_units(blendshapes: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Intensities of action units on the OpenFace scale 0–5.
+
+    Each is five times the mean of its blendshapes (`AU_BLENDSHAPES`) above the speaker's neutral face. That is taken
+    from the clip itself: a low percentile, capped where neutral faces are known to be low, so that a held smile stays.
+
+    Args:
+      blendshapes: (T, 52), 0–1.
+      found: (T,) bool; frames where it is False are zero in the answer.
+
+    Returns:
+      (T, len(AU_NAMES)) float32.
+    """
+    columns = {name: i for i, name in enumerate(BLENDSHAPES)}
+    units = np.stack(
+        [blendshapes[:, [columns[name] for name in names]].mean(1) for names in AU_BLENDSHAPES.values()], axis=1
+    )
+    if not found.any():
+        return np.zeros(units.shape, np.float32)
+    caps = np.where(np.isin(AU_NAMES, _OFFSET_UNITS), np.inf, _NEUTRAL_CAP)
+    neutral = np.minimum(np.percentile(units[found], _NEUTRAL_PERCENTILE, axis=0), caps)
+    return (np.clip(5 * (units - neutral), 0, 5) * found[:, None]).astype(np.float32)
+
+
+def _empty(steps: int, several: int) -> Faces:
+    zeros = [np.zeros((steps, width), np.float32) for width in (4, len(BLENDSHAPES), 6)]
+    return Faces(np.zeros(steps, bool), *zeros, several)
+
+
+def _boxes(result) -> np.ndarray:
+    """(K, 4) boxes around the landmarks of K faces, in shares of the picture's width and height."""
+    points = [np.array([(p.x, p.y) for p in face], np.float32) for face in result.face_landmarks]
+    return np.array([(*p.min(0), *p.max(0)) for p in points], np.float32).reshape(-1, 4)
+
+
+def _pose(matrix: np.ndarray) -> np.ndarray:
+    """(6,) angles and translation of a 4x4 transformation in centimetres."""
+    from scipy.spatial.transform import Rotation
+
+    return np.concatenate([Rotation.from_matrix(matrix[:3, :3]).as_euler("xyz"), matrix[:3, 3] / 10])
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+
+
+def _overlap(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """(K,) intersection over union of K boxes with one."""
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    shared = np.prod(np.maximum(sides, 0), axis=1)
+    return shared / (_area(boxes) + _area(box[None]) - shared)
+
+
+def _square(image: np.ndarray, centre: tuple[float, float], side: float, size: int) -> np.ndarray:
+    """Cuts the square of `side` pixels about `centre` (x, y) and scales it to (size, size, 3)."""
+    import cv2
+
+    side = max(1, round(float(side)))
+    # Clamped indices repeat the edge.
+    columns, rows = (
+        np.clip(round(float(c) - side / 2) + np.arange(side), 0, length - 1)
+        for c, length in zip(centre, image.shape[1::-1], strict=True)
+    )
+    method = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    return cv2.resize(image[rows[:, None], columns], (size, size), interpolation=method)

@@ -1,0 +1,317 @@
+"""ETG-AVER: a sentence made from the clip guides the fusion of its sound and picture.
+
+Wei et al., "Emotion-Aware Text Generation for Instructing Audio-Visual Emotion Recognition". Equation numbers are the
+paper's. Shapes: b clip, n step of a stream (l token, s audio step, t video step), g segment, d width, c class.
+
+One module holds every row of the paper's ablations, because each is a choice of four things: which streams enter,
+whether the text reweights the others (Eqs. 3–4), how they are fused (Eq. 5 and Table IV), and whether every modality
+has a head of its own (Eqs. 6–7).
+
+A missing modality is an all-False mask. Then its weights, pools and contexts are zeros; Eq. 5 without sound attends
+evenly over the video segments, without picture it reads the audio segments instead; without a sentence there is no
+query, so the fused vector of Eq. 5 is zero and the answer rests on the classifier's bias alone.
+"""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avjax import losses
+from avjax.errors import AvjaxError
+from avjax.layers import attend, masked_mean, masked_softmax
+from avjax.models.base import Model, Output
+
+FUSIONS = ("concat", "additive", "attention")
+WEIGHTINGS = ("softmax", "ratio")
+QUERIES = ("tokens", "summary")
+_SETTINGS = (
+    "width",
+    "guide",
+    "fusion",
+    "hlo",
+    "weighting",
+    "temperature",
+    "query",
+    "summary",
+    "segment_count",
+    "dropout",
+)
+IMBALANCE = ("none", "class_weights", "logit_adjustment")
+
+# The paper's tables as settings of `config.model`, by the name that stands after the colon of `--config file.py:name`.
+VARIANTS: dict[str, dict[str, object]] = {
+    "full": {},
+    # Table III, from the bottom row up; `no_hlo` is also Figure 3 (c).
+    "no_hlo": {"hlo": False},
+    "concat_text": {"hlo": False, "guide": False, "fusion": "concat"},
+    "concat": {"hlo": False, "guide": False, "fusion": "concat", "streams": ("audio", "video")},
+    # Figure 3 (a) and (b).
+    "no_etg": {"text_source": "constant"},
+    "no_tmfef": {"guide": False, "fusion": "concat"},
+    # Table IV: Eqs. 3–4 and the four losses stay.
+    "fusion_concat": {"fusion": "concat"},
+    "fusion_additive": {"fusion": "additive"},
+    # Table V, in the order fusion, text, audio, video.
+    "weights_equal": {"loss_weights": (1.0, 1.0, 1.0, 1.0)},
+    "weights_fusion": {"loss_weights": (2.0, 1.0, 1.0, 1.0)},
+    # Table VI.
+    "text_audio": {"text_source": "audio"},
+    "text_video": {"text_source": "video"},
+    # One modality alone.
+    "audio_only": {"hlo": False, "guide": False, "fusion": "concat", "streams": ("audio",)},
+    "video_only": {"hlo": False, "guide": False, "fusion": "concat", "streams": ("video",)},
+    "text_only": {"hlo": False, "guide": False, "fusion": "concat", "streams": ("text",)},
+    # Readings of the equations that the paper leaves open.
+    "ratio_weights": {"weighting": "ratio"},
+    "summary_query": {"query": "summary"},
+}
+
+
+def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Eq. 3: cosine along the last axis, 0 where either vector is zero; in float32."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    norm = jax.lax.rsqrt(jnp.maximum(jnp.sum(a * a, -1) * jnp.sum(b * b, -1), 1e-12))
+    return jnp.sum(a * b, -1) * norm
+
+
+def step_weights(similarity: jax.Array, mask: jax.Array, weighting: str, temperature: float) -> jax.Array:
+    """Eq. 4 over the steps of a clip: (b, n), summing to 1 over the valid steps, zeros for a clip without any.
+
+    `softmax` divides the cosines by `temperature`; `ratio` is the paper's own quotient with negative cosines clipped
+    at 0, even weights where none is positive.
+    """
+    if weighting == "softmax":
+        return masked_softmax(similarity / temperature, mask)
+    positive = jnp.where(mask, jnp.maximum(similarity, 0.0), 0.0)
+    total = jnp.sum(positive, -1, keepdims=True)
+    even = masked_softmax(jnp.zeros_like(similarity), mask)
+    return jnp.where(total > 0, positive / jnp.where(total > 0, total, 1.0), even)
+
+
+def segments(x: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Masked average pooling of a stream onto `count` equal spans of its clip: the common time base of Eq. 5.
+
+    Span g covers the steps from floor(g·n/count) up to ceil((g+1)·n/count), where n is the clip's own number of steps
+    (up to its last valid one), so padding moves nothing and a short clip leaves no span empty.
+
+    Args:
+      x: (b, n, d); mask: (b, n).
+    Returns:
+      pooled (b, count, d) and their mask (b, count).
+    """
+    step = jnp.arange(x.shape[1])[None, None, :]  # (1, 1, n)
+    span = jnp.arange(count)[None, :, None]  # (1, g, 1)
+    length = jnp.max(jnp.where(mask, step[0] + 1, 0), -1)[:, None, None]  # (b, 1, 1)
+    member = (
+        (step >= span * length // count) & (step < -(-(span + 1) * length // count)) & mask[:, None, :]
+    )  # (b, g, n)
+    total = jnp.einsum("bgn,bnd->bgd", member.astype(x.dtype), jnp.where(mask[..., None], x, 0))
+    size = jnp.sum(member, -1)
+    return total / jnp.maximum(size, 1).astype(x.dtype)[..., None], size > 0
+
+
+class Guide(nn.Module):
+    """Eqs. 3–4: weighs the steps of a stream by their likeness to the text summary.
+
+    The one text row is mapped into the stream's space by a trained linear layer: the encoders' spaces are untied.
+    """
+
+    weighting: str
+    temperature: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, summary: jax.Array, has_text: jax.Array, x: jax.Array, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """summary (b, d), has_text (b,), x (b, n, d), mask (b, n) → reweighted x and its weights (b, n)."""
+        mapped = nn.Dense(x.shape[-1], dtype=self.dtype, name="map")(summary)
+        similarity = jnp.where(has_text[:, None], cosine(mapped[:, None, :], x), 0.0)
+        weights = step_weights(similarity, mask, self.weighting, self.temperature)
+        # Times the number of valid steps, so that even weights change nothing.
+        scale = weights * jnp.sum(mask, -1, keepdims=True).astype(weights.dtype)
+        return x * scale[..., None].astype(x.dtype), weights
+
+
+class TextQuery(nn.Module):
+    """Eq. 5: text asks, audio is asked, video answers, on a common number of segments.
+
+    `kind` "attention" is the scaled dot product, "additive" Bahdanau's v·tanh(Wq + Wk) (Table IV).
+    """
+
+    kind: str
+    width: int
+    count: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, text, text_mask, audio, audio_mask, video, video_mask) -> tuple[jax.Array, jax.Array]:
+        """Streams (b, n, d) with masks (b, n) → fused (b, d) and weights (b, l, g)."""
+        dense = lambda name: nn.Dense(self.width, dtype=self.dtype, name=name)  # noqa: E731
+        audio, heard = segments(audio, audio_mask, self.count)
+        video, seen = segments(video, video_mask, self.count)
+        sighted = jnp.any(seen, -1)
+        source = jnp.where(sighted[:, None, None], video, audio)
+        valid = jnp.where(sighted[:, None], seen, heard)  # (b, g)
+        query, key, value = dense("query")(text), dense("key")(audio), dense("value")(source)
+        # A segment without sound scores 0: without any sound the video segments share evenly.
+        key = jnp.where(heard[..., None], key, 0)
+        if self.kind == "additive":
+            weights, context = self._additive(query, key, value, valid, heard)
+        else:
+            context, weights = attend(query[:, :, None], key[:, :, None], value[:, :, None], valid)
+            context, weights = context[:, :, 0], weights[:, 0]
+        return masked_mean(context, text_mask), weights
+
+    def _additive(self, query, key, value, valid, heard) -> tuple[jax.Array, jax.Array]:
+        vector = self.param("score", nn.initializers.lecun_normal(), (self.width, 1))[:, 0]
+        hidden = jnp.tanh(query[:, :, None, :] + key[:, None, :, :])  # (b, l, g, d)
+        scores = jnp.einsum("blgd,d->blg", hidden, vector.astype(hidden.dtype))
+        weights = masked_softmax(jnp.where(heard[:, None, :], scores, 0), valid[:, None, :])
+        return weights, jnp.einsum("blg,bgd->bld", weights, value)
+
+
+class EtgAver(nn.Module):
+    """ETG-AVER and, by its settings, every row of the paper's Tables III–VI and Figure 3.
+
+    Attributes:
+      classes: number of classes c.
+      width: model width d; a stream of another width enters through a linear layer.
+      streams: which of text, audio, video enter.
+      guide: reweight audio and video by the text, Eqs. 3–4.
+      fusion: one of `FUSIONS`; "concat" joins the pooled streams.
+      hlo: a head for every stream beside the fusion head, Eqs. 6–7.
+      weighting, temperature: Eq. 4, one of `WEIGHTINGS`.
+      query: Eq. 5 asks with all text "tokens", or with the "summary" alone.
+      summary: the text's "first" token, or the "mean" of its tokens for encoders that were trained on their mean.
+      segment_count: g of Eq. 5.
+      dropout: rate on the features of the projected streams and of the fused vector, training only.
+      dtype: compute dtype; parameters stay float32, as do softmax, cosine and logits.
+    """
+
+    classes: int
+    width: int = 768
+    streams: tuple[str, ...] = ("text", "audio", "video")
+    guide: bool = True
+    fusion: str = "attention"
+    hlo: bool = True
+    weighting: str = "softmax"
+    temperature: float = 0.1
+    query: str = "tokens"
+    summary: str = "first"
+    segment_count: int = 8
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> Output:
+        """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams."""
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        # The same features are dropped at every step: independent drops would average out in the pools.
+        drop_features = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not train)
+        masks = {s: batch[f"{s}_mask"] for s in self.streams}
+        steps = {s: drop_features(self._project(s, batch[s], masks[s])) for s in self.streams}
+        vectors = {s: masked_mean(steps[s], masks[s]) for s in self.streams}
+        attention = {}
+        if "text" in self.streams:
+            vectors["text"] = self._summary(steps["text"], masks["text"])
+        if self.guide:
+            has_text = jnp.any(masks["text"], -1)
+            for s in ("audio", "video"):
+                guide = Guide(self.weighting, self.temperature, self.dtype, name=f"guide_{s}")
+                steps[s], attention[s] = guide(vectors["text"], has_text, steps[s], masks[s])
+                vectors[s] = masked_mean(steps[s], masks[s])
+        fused, weights = self._fuse(steps, masks, vectors)
+        if weights is not None:
+            attention["fusion"] = weights
+        features = {"fusion": drop(fused)} | (vectors if self.hlo else {})
+        logits = {head: self._classify(head, x) for head, x in features.items()}
+        return Output(logits=logits, features=features, attention=attention)
+
+    def _project(self, name: str, x: jax.Array, mask: jax.Array) -> jax.Array:
+        x = jnp.where(mask[..., None], x, 0).astype(self.dtype)
+        if x.shape[-1] == self.width:
+            return x
+        return jnp.where(mask[..., None], nn.Dense(self.width, dtype=self.dtype, name=f"project_{name}")(x), 0)
+
+    def _summary(self, text: jax.Array, mask: jax.Array) -> jax.Array:
+        return text[:, 0] if self.summary == "first" else masked_mean(text, mask)
+
+    def _fuse(self, steps, masks, vectors) -> tuple[jax.Array, jax.Array | None]:
+        if self.fusion == "concat":
+            return jnp.concatenate([vectors[s] for s in self.streams], -1), None
+        text, text_mask = steps["text"], masks["text"]
+        if self.query == "summary":
+            text, text_mask = vectors["text"][:, None], jnp.any(text_mask, -1, keepdims=True)
+        fuse = TextQuery(self.fusion, self.width, self.segment_count, self.dtype, name="fuse")
+        return fuse(text, text_mask, steps["audio"], masks["audio"], steps["video"], masks["video"])
+
+    def _classify(self, head: str, x: jax.Array) -> jax.Array:
+        return nn.Dense(self.classes, name=f"head_{head}")(x.astype(jnp.float32))
+
+
+def hierarchical_loss(
+    output: Output,
+    batch: Mapping[str, jax.Array],
+    prior: jax.Array,
+    *,
+    weights: Mapping[str, float],
+    imbalance: str,
+    smoothing: float,
+) -> dict[str, jax.Array]:
+    """Eqs. 6–7: one weighted cross entropy per head and clip; a modality that a clip lacks costs nothing there.
+
+    Args:
+      output: the model's answer; batch: with `label (b,)` and the masks of the streams.
+      prior: (c,) shares of the training labels, for the imbalance options.
+      weights: head name → factor.
+      imbalance: one of `IMBALANCE`.
+      smoothing: label smoothing.
+    Returns:
+      {head: (b,)}.
+    """
+    factor = losses.balanced_weights(prior) if imbalance == "class_weights" else None
+    terms = {}
+    for head, logits in output.logits.items():
+        if imbalance == "logit_adjustment":
+            logits = losses.adjust_logits(logits, prior)
+        loss = weights[head] * losses.cross_entropy(logits, batch["label"], smoothing=smoothing, class_weight=factor)
+        terms[head] = loss if head == "fusion" else jnp.where(jnp.any(batch[f"{head}_mask"], -1), loss, 0.0)
+    return terms
+
+
+def build(config, classes: int) -> Model:
+    """Makes the model of `config` (the `model` part of a configuration).
+
+    Raises:
+      AvjaxError: a setting is not one of its choices, or text guides a model without text.
+    """
+    streams = tuple(config.streams)
+    for key, choices in (
+        ("fusion", FUSIONS),
+        ("weighting", WEIGHTINGS),
+        ("query", QUERIES),
+        ("imbalance", IMBALANCE),
+        ("summary", ("first", "mean")),
+        ("dtype", ("float32", "bfloat16")),
+    ):
+        if config[key] not in choices:
+            raise AvjaxError(f"model.{key} is {config[key]!r}; choose one of {', '.join(choices)}")
+    if (config.guide or config.fusion != "concat") and set(streams) != {"text", "audio", "video"}:
+        raise AvjaxError(
+            f"model.streams is {streams}; text guidance and attention fusion need text, audio and video: "
+            "set model.guide=False and model.fusion='concat', or give all three"
+        )
+    heads = ("fusion", *(streams if config.hlo else ()))
+    weights = dict(zip(("fusion", "text", "audio", "video"), config.loss_weights, strict=True))
+    settings = {key: config[key] for key in _SETTINGS}
+    module = EtgAver(classes=classes, streams=streams, dtype=jnp.dtype(config.dtype), **settings)
+
+    def loss(output, batch, prior):
+        return hierarchical_loss(
+            output, batch, prior, weights=weights, imbalance=config.imbalance, smoothing=config.smoothing
+        )
+
+    return Model(module=module, loss=loss, heads=heads, streams=streams)

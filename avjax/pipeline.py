@@ -1,0 +1,238 @@
+"""From features to batches: resident arrays, lanes as index arrays, standardisation, shuffling.
+
+A *lane* is one run of a protocol (a fold with a seed). All lanes read the same resident arrays; a lane itself is a
+small pytree of indices and weights, so that `vmap` over lanes runs a whole protocol as one program.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avjax.datasets.base import Fold, hold_out
+from avjax.datasets.store import Features
+from avjax.errors import AvjaxError
+
+STANDARDISED = ("video", "audio")  # text enters as its encoder gives it
+STANDARDISE = ("train", "speaker", "enrol")
+# A dimension that hardly moves is not blown up to unit variance: features are kept at a natural scale of order 1.
+STD_FLOOR = 1e-2
+
+
+@flax.struct.dataclass
+class Lane:
+    """One fold with one seed; `vmap` adds a leading lane axis to every leaf.
+
+    Attributes:
+      train, val, test: (n,) indices of clips, padded to the largest lane; the `*_weight` are 0 for padding, else 1.
+      counted: (clips,) 1 for the clips whose features make the standardisation statistics.
+      prior: (c,) class shares of the training clips.
+      seed: () uint32, from which all random draws of the lane come.
+    """
+
+    train: jax.Array
+    train_weight: jax.Array
+    val: jax.Array
+    val_weight: jax.Array
+    test: jax.Array
+    test_weight: jax.Array
+    counted: jax.Array
+    prior: jax.Array
+    seed: jax.Array
+
+
+@flax.struct.dataclass
+class Resident:
+    """All clips on the device.
+
+    Attributes:
+      streams: batch key → (clips, …): `video`, `video_mask`, …, `label`.
+      group: (clips,) the standardisation group of each clip (its speaker, or 0).
+      groups: number of groups.
+    """
+
+    streams: dict[str, jax.Array]
+    group: jax.Array
+    groups: int = flax.struct.field(pytree_node=False)
+
+
+def resident(features: Features, text_source: str, standardise: str) -> Resident:
+    """Puts all streams on the device, `text` being the sentence of `text_source`. What a model does not read is unused.
+
+    Raises:
+      AvjaxError: the text source is not in the store, or speakers are needed and unknown.
+    """
+    if f"text_{text_source}" not in features.arrays:
+        there = ", ".join(n.removeprefix("text_") for n in features.arrays if n.startswith("text_"))
+        raise AvjaxError(f"model.text_source is {text_source!r}; the feature store has {there}")
+    arrays: dict[str, np.ndarray] = {"label": features.label}
+    for name, values in features.arrays.items():
+        if name == f"text_{text_source}" or not name.startswith("text_"):
+            stream = name.partition("_")[0]
+            arrays[stream], arrays[f"{stream}_mask"] = values, features.masks[name]
+    group, groups = _groups(features, standardise)
+    return Resident({k: jnp.asarray(v) for k, v in arrays.items()}, jnp.asarray(group), groups)
+
+
+def _groups(features: Features, standardise: str) -> tuple[np.ndarray, int]:
+    if standardise not in STANDARDISE:
+        raise AvjaxError(f"protocol.standardise is {standardise!r}; choose one of {', '.join(STANDARDISE)}")
+    if standardise == "train":
+        return np.zeros(len(features.ids), np.int32), 1
+    if not all(features.speakers):
+        raise AvjaxError(f"protocol.standardise={standardise} needs a speaker for every clip; use 'train' without them")
+    names, group = np.unique(np.array(features.speakers), return_inverse=True)
+    return group.astype(np.int32), len(names)
+
+
+@flax.struct.dataclass
+class LanePlan:
+    """The lanes of a protocol, stacked, and what is said about them.
+
+    Attributes:
+      lanes: a `Lane` with a leading axis over fold x seed.
+      names: (fold, seed) of each lane.
+      counts: n_train, n_val, n_test and speaker_overlap of each lane.
+      notes: how validation was made and which clips are not scored, for the protocol's name.
+    """
+
+    lanes: Lane
+    names: list[tuple[str, int]] = flax.struct.field(pytree_node=False)
+    counts: list[dict[str, int | None]] = flax.struct.field(pytree_node=False)
+    notes: list[str] = flax.struct.field(pytree_node=False)
+
+
+def plan(features: Features, folds: Sequence[Fold], seeds: Sequence[int], config) -> LanePlan:
+    """Turns folds and seeds into lanes, as `config` (the `protocol` part of a configuration) says.
+
+    Validation clips come out of the training clips, unless the fold has an official part. With `enrol`, statistics of
+    every speaker come from `enrol_clips` of the speaker's clips, which are then not scored.
+
+    Raises:
+      AvjaxError: a fold has no clip left to train on or to test on.
+    """
+    clips = dict(zip(features.ids, features.clips, strict=True))
+    where = {clip_id: i for i, clip_id in enumerate(features.ids)}
+    enrolled = _enrolled(features, config.enrol_clips) if config.standardise == "enrol" else set()
+    parts, counts, names, notes = [], [], [], []
+    for fold in folds:
+        for seed in seeds:
+            val, train = [i for i in fold.val if i in where], [i for i in fold.train if i in where]
+            how = "official validation part"
+            if not val:
+                train, val, how = hold_out([clips[i] for i in train], config.validation, seed)
+            test = [i for i in fold.test if i in where and i not in enrolled]
+            if not train or not test:
+                raise AvjaxError(f"fold {fold.name}: {len(train)} clips to train on, {len(test)} to test on; need both")
+            parts.append([np.array([where[i] for i in part], np.int32) for part in (train, val, test)])
+            counts.append(_count(features, *parts[-1]))
+            names.append((fold.name, int(seed)))
+            notes.append(how)
+    notes = sorted(set(notes))
+    if enrolled:
+        notes.append(f"{config.enrol_clips} enrolment clips per speaker not scored")
+    lanes = _stack(features, parts, [seed for _, seed in names], config.standardise, enrolled)
+    return LanePlan(lanes, names, counts, notes)
+
+
+def _enrolled(features: Features, count: int) -> set[str]:
+    """The first `count` clips of each speaker in an order that does not depend on label, fold or seed."""
+    order = np.random.default_rng(0).permutation(len(features.ids))
+    taken: dict[str, list[str]] = {}
+    for i in order:
+        taken.setdefault(features.speakers[i], []).append(features.ids[i])
+    return {i for ids in taken.values() for i in ids[:count]}
+
+
+def _count(features: Features, train: np.ndarray, val: np.ndarray, test: np.ndarray) -> dict[str, int | None]:
+    seen = {features.speakers[i] for i in np.concatenate([train, val])}
+    known = all(features.speakers)
+    overlap = len(seen & {features.speakers[i] for i in test}) if known else None
+    return {"n_train": len(train), "n_val": len(val), "n_test": len(test), "speaker_overlap": overlap}
+
+
+def _stack(features: Features, parts, seeds: Sequence[int], standardise: str, enrolled: set[str]) -> Lane:
+    fields: dict[str, np.ndarray] = {"seed": np.array(seeds, np.uint32)}
+    for at, part in enumerate(("train", "val", "test")):
+        fields[part], fields[f"{part}_weight"] = _pad([p[at] for p in parts])
+    classes = len(features.classes)
+    fields["prior"] = np.stack([np.bincount(features.label[p[0]], minlength=classes) / len(p[0]) for p in parts])
+    counted = np.zeros((len(parts), len(features.ids)), np.float32)
+    for row, (train, _, _) in zip(counted, parts, strict=True):
+        if standardise == "train":
+            row[train] = 1
+        else:
+            row[:] = [not enrolled or i in enrolled for i in features.ids]
+    fields["counted"] = counted
+    return Lane(**{k: jnp.asarray(v.astype(np.float32) if v.dtype == np.float64 else v) for k, v in fields.items()})
+
+
+def _pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    size = max(max(len(r) for r in rows), 1)
+    index, weight = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), np.float32)
+    for i, row in enumerate(rows):
+        index[i, : len(row)], weight[i, : len(row)] = row, 1
+    return index, weight
+
+
+def statistics(
+    x: jax.Array, mask: jax.Array, group: jax.Array, counted: jax.Array, groups: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation over the valid steps of the counted clips, by group.
+
+    Args:
+      x: (clips, n, d); mask: (clips, n); group: (clips,) integers; counted: (clips,) weights.
+    Returns:
+      mean and std, (groups, d); a group without a valid step has mean 0 and std 1.
+    """
+    weight = mask.astype(jnp.float32) * counted[:, None]  # (clips, n)
+    add = lambda v: jax.ops.segment_sum(v, group, groups)  # noqa: E731
+    total = add(jnp.sum(weight, -1))[:, None]  # (groups, 1)
+    safe = jnp.maximum(total, 1.0)
+    mean = add(jnp.einsum("cnd,cn->cd", x, weight)) / safe
+    # Two passes: the one-pass formula loses all digits where the mean is large against the spread.
+    spread = jnp.einsum("cnd,cn->cd", jnp.square(x - mean[group][:, None, :]), weight)
+    std = jnp.maximum(jnp.sqrt(add(spread) / safe), STD_FLOOR)
+    return jnp.where(total > 0, mean, 0.0), jnp.where(total > 0, std, 1.0)
+
+
+Statistics = Mapping[str, tuple[jax.Array, jax.Array]]
+
+
+def lane_statistics(data: Resident, counted: jax.Array) -> Statistics:
+    """The standardisation statistics of one lane: stream → (mean, std), each (groups, d)."""
+    streams = data.streams
+    return {
+        s: statistics(streams[s], streams[f"{s}_mask"], data.group, counted, data.groups)
+        for s in STANDARDISED
+        if s in streams
+    }
+
+
+def gather(data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
+    """The batch of the clips `index (b,)`, standardised, with `weight (b,)` 0 on padding rows."""
+    batch = {key: array[index] for key, array in data.streams.items()}
+    for stream, (mean, std) in stats.items():
+        group = data.group[index]
+        scaled = (batch[stream] - mean[group][:, None, :]) / std[group][:, None, :]
+        batch[stream] = jnp.where(batch[f"{stream}_mask"][..., None], scaled, 0)
+    return batch | {"weight": weight}
+
+
+def shuffled(key: jax.Array, index: jax.Array, weight: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """An epoch's order: (steps, batch) indices and weights; padding comes last, so a padded lane sees the same batches.
+
+    Each place draws its own number from `key`, and these do not depend on how many places there are.
+    """
+    draw = jnp.where(weight > 0, jax.random.uniform(key, weight.shape), jnp.inf)
+    order = jnp.argsort(draw)
+    return batches(index[order], weight[order], batch_size)
+
+
+def batches(index: jax.Array, weight: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts (n,) indices and weights into (steps, batch), the last step filled up with weight 0."""
+    steps = -(-index.shape[0] // batch_size)
+    fill = (0, steps * batch_size - index.shape[0])
+    return tuple(jnp.pad(v, fill).reshape(steps, batch_size) for v in (index, weight))

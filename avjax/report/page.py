@@ -1,0 +1,96 @@
+"""A finished run as one HTML page that stands alone: it can be mailed, printed and kept."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from avjax.errors import AvjaxError
+from avjax.report import tables
+
+MOST_SENTENCES = 12
+_FILES = ("metrics.json", "config.json", "environment.json", "confusion.png", "curves.png")
+
+
+def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) -> Path:
+    """Writes `workdir/report.html` from the run's numbers and pictures.
+
+    Args:
+      workdir: a run directory with metrics.json, config.json and environment.json, and the pictures confusion.png and
+        curves.png of `avjax.report.plots`.
+      sentences: examples to show, dicts with `clip_id`, `label`, `predicted` and `sentence`; the first dozen is shown.
+    Returns:
+      The path of the page. The same inputs give the same bytes.
+    Raises:
+      AvjaxError: a file is missing or is not JSON.
+    """
+    if missing := [name for name in _FILES if not (workdir / name).is_file()]:
+        raise AvjaxError(f"{workdir}: no {', '.join(missing)}; a report needs a finished run with its pictures drawn")
+    metrics = _read_json(workdir / "metrics.json")
+    page = _template().render(
+        name=workdir.resolve().name,
+        metrics=metrics,
+        tables=tables,
+        run_rows=tables.run_rows(metrics),
+        summary_rows=tables.summary_rows(metrics),
+        notes=tables.run_notes(metrics),
+        shared_speakers=any(fold["speaker_overlap"] != 0 for fold in metrics["folds"]),
+        references=_references(metrics),
+        fold_count=len({fold["fold"] for fold in metrics["folds"]}),
+        pictures={name: _embedded(workdir / f"{name}.png") for name in ("confusion", "curves")},
+        sentences=sentences[:MOST_SENTENCES],
+        more_sentences=len(sentences) > MOST_SENTENCES,
+        config=list(_flat(_read_json(workdir / "config.json"))),
+        environment=list(_flat(_read_json(workdir / "environment.json"))),
+    )
+    path = workdir / "report.html"
+    partial = workdir / "report.html.partial"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(path)  # a run is finished once its report is there, so it appears whole
+    return path
+
+
+def _references(metrics: tables.Metrics) -> list[tuple[str, str, str, str]]:
+    """(name, WAR, UAR, WAR of the run minus WAR of the reference over their folds)."""
+    return [
+        (
+            name,
+            tables.spread(reference, "war"),
+            tables.spread(reference, "uar"),
+            tables.difference([*tables.fold_differences(metrics["folds"], reference["folds"]).values()]),
+        )
+        for name, reference in metrics["reference"].items()
+    ]
+
+
+def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted path, value as JSON) of every leaf; empty containers are leaves."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AvjaxError(f"{path}: not JSON ({error}); evaluate the run again to write it anew") from error
+
+
+def _embedded(picture: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode('ascii')}"
+
+
+def _template() -> Any:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    # Names and sentences come out of data files and media: they are shown, never obeyed.
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template("page.html.j2")

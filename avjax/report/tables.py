@@ -1,0 +1,238 @@
+"""Runs as tables: one run fold by fold, and several runs side by side without comparing what cannot be compared.
+
+`metrics` is always the content of a run's `metrics.json`: scores between 0 and 1, shown here as percent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from avjax.errors import AvjaxError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Metrics = dict[str, Any]
+
+RUN_COLUMNS = ("fold", "seed", "train", "validation", "test", "best epoch", "WAR", "UAR")
+COMPARE_COLUMNS = ("run", "WAR", "UAR", "WAR − first", "fold by fold")
+# Below so many folds an interval of the mean is wider than any difference worth reporting.
+ENOUGH_FOLDS = 6
+_MARK = "†"
+
+
+def run_table(metrics: Metrics, title: str) -> Table:
+    """One row per fold and seed, then the summary rows; protocol and counts in the caption.
+
+    Returns:
+      A `rich.table.Table` with the columns `RUN_COLUMNS`.
+    """
+    blank = ("",) * (len(RUN_COLUMNS) - 3)
+    summary = [(name, *blank, war, uar) for name, war, uar in summary_rows(metrics)]
+    notes = [f"Protocol: {_setting(metrics)}", *run_notes(metrics)]
+    return _rich_table(RUN_COLUMNS, [run_rows(metrics), summary], title, notes)
+
+
+def compare_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
+    """One row per run: name, WAR and UAR (mean ± std over folds and seeds), WAR difference to the first run in points.
+
+    Differences are paired: seeds are averaged within each fold, then folds are subtracted. A run on another data set,
+    protocol or selection of folds or clips is marked and gets no difference.
+
+    Args:
+      runs: (name, metrics), the one to compare with first.
+    Returns:
+      A `rich.table.Table` with the columns `COMPARE_COLUMNS`.
+    Raises:
+      AvjaxError: there is no run.
+    """
+    rows, notes = _compared(runs)
+    return _rich_table(COMPARE_COLUMNS, [rows], _setting(runs[0][1]), notes)
+
+
+def compare_markdown(runs: Sequence[tuple[str, Metrics]]) -> str:
+    """`compare_table` as Markdown: the setting, the table, and the notes as a list. Ends with a newline."""
+    rows, notes = _compared(runs)
+    lines = [
+        f"**{_plain(_setting(runs[0][1]))}**",
+        "",
+        _markdown_row(COMPARE_COLUMNS),
+        _markdown_row(["---", *["--:"] * (len(COMPARE_COLUMNS) - 1)]),
+        *map(_markdown_row, rows),
+        "",
+        *(f"- {_plain(note)}" for note in notes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def run_rows(metrics: Metrics) -> list[tuple[str, ...]]:
+    """One row of `RUN_COLUMNS` per fold and seed."""
+    return [
+        (
+            *(str(fold[key]) for key in ("fold", "seed", "n_train", "n_val", "n_test", "best_epoch")),
+            percent(fold["war"]),
+            percent(fold["uar"]),
+        )
+        for fold in metrics["folds"]
+    ]
+
+
+def summary_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """(name, WAR, UAR): mean ± std, pooled, and the two scores that need no model."""
+    support = [sum(row) for row in metrics["confusion"]]
+    chance, present = percent(1 / len(support)), sum(count > 0 for count in support)
+    return [
+        ("mean ± std" if len(metrics["folds"]) > 1 else "single run", spread(metrics, "war"), spread(metrics, "uar")),
+        ("pooled", percent(metrics["pooled"]["war"]), percent(metrics["pooled"]["uar"])),
+        ("chance", chance, chance),
+        ("majority class", percent(max(support) / max(sum(support), 1)), percent(1 / max(present, 1))),
+    ]
+
+
+def run_notes(metrics: Metrics) -> list[str]:
+    """What has to be said beside the scores: clips used and left out, and whether speakers are shared."""
+    counts = metrics["counts"]
+    return [
+        f"{counts['used']} clips used, {counts['quarantined']} quarantined; "
+        f"sound masked in {counts['masked_audio']}, picture masked in {counts['masked_video']}.",
+        _speakers(metrics["folds"]),
+    ]
+
+
+def fold_differences(folds: Sequence[Metrics], reference: Sequence[Metrics]) -> dict[str, float]:
+    """WAR of `folds` minus WAR of `reference` in points, fold by fold; seeds are averaged within their fold first.
+
+    Args:
+      folds, reference: dicts with "fold" and "war" (0–1); both must have the same folds.
+    Returns:
+      Fold → difference, in the order of `reference`.
+    """
+    ours, theirs = _by_fold(folds), _by_fold(reference)
+    return {fold: 100 * (ours[fold] - war) for fold, war in theirs.items()}
+
+
+def difference(differences: Sequence[float]) -> str:
+    """Mean difference in points, with its 95 % interval (Student's t over folds) from `ENOUGH_FOLDS` folds on."""
+    count = len(differences)
+    mean = sum(differences) / count
+    if count < ENOUGH_FOLDS:
+        return points(mean)
+    from scipy.stats import t
+
+    std = math.sqrt(sum((d - mean) ** 2 for d in differences) / (count - 1))
+    half = t.ppf(0.975, count - 1) * std / math.sqrt(count)
+    return f"{points(mean)} [{points(mean - half)}, {points(mean + half)}]"
+
+
+def interval_note(folds: int) -> str:
+    """Says what may be read out of `difference` over so many folds."""
+    if folds < ENOUGH_FOLDS:
+        return f"With {folds} fold{'s' * (folds > 1)} an interval of a difference is uninformative: none is given."
+    return f"Brackets: 95 % interval over {folds} folds; folds share training clips, so it is rather too narrow."
+
+
+def percent(score: float) -> str:
+    """A score between 0 and 1 as percent with one decimal."""
+    return f"{100 * score:.1f}"
+
+
+def points(difference: float) -> str:
+    """A difference in percentage points with its sign, a true minus, and no negative zero."""
+    return f"{round(difference, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def spread(scores: Metrics, key: str) -> str:
+    """Mean ± standard deviation of one score; the mean alone where there is one fold and nothing to spread."""
+    mean = percent(scores["mean"][key])
+    return f"{mean} ± {percent(scores['std'][key])}" if len(scores["folds"]) > 1 else mean
+
+
+def _speakers(folds: Iterable[Metrics]) -> str:
+    overlaps = {fold["speaker_overlap"] for fold in folds}
+    if overlaps == {0}:
+        return "No speaker is in both training and test."
+    if None in overlaps:
+        return "The speakers are unknown: training and test may share them."
+    return (
+        f"NOT speaker-independent: up to {max(overlaps)} speakers are in both training and test; "
+        "the scores say little about people outside the training set."
+    )
+
+
+def _compared(runs: Sequence[tuple[str, Metrics]]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Rows of `COMPARE_COLUMNS`, and the notes below them."""
+    if not runs:
+        raise AvjaxError("no runs to compare: expected at least one (name, metrics)")
+    first = runs[0][1]
+    folds = len(_by_fold(first["folds"]))
+    rows, notes = [], [interval_note(folds), "WAR and UAR: mean ± standard deviation over folds and seeds, percent."]
+    for position, (name, metrics) in enumerate(runs):
+        reasons = _mismatch(metrics, first)
+        if reasons:
+            notes.append(f"{_MARK} {name} cannot be compared with {runs[0][0]}: {'; '.join(reasons)}.")
+        differences = [] if reasons or position == 0 else [*fold_differences(metrics["folds"], first["folds"]).values()]
+        rows.append(
+            (
+                f"{name} {_MARK}" if reasons else name,
+                spread(metrics, "war"),
+                spread(metrics, "uar"),
+                difference(differences) if differences else "–",
+                " ".join(map(points, differences)) or "–",
+            )
+        )
+    return rows, notes
+
+
+def _mismatch(metrics: Metrics, first: Metrics) -> list[str]:
+    """Why scores of the two runs are not about the same thing; empty when they are."""
+    named = {"dataset": "data set", "protocol": "protocol", "task": "task"}
+    reasons = [f"{what} {metrics[key]}, not {first[key]}" for key, what in named.items() if metrics[key] != first[key]]
+    if metrics["classes"] != first["classes"]:
+        reasons.append("other classes")
+    tested, expected = ({fold["fold"]: fold["n_test"] for fold in m["folds"]} for m in (metrics, first))
+    if not reasons and tested.keys() != expected.keys():
+        return [f"folds {', '.join(tested)}, not {', '.join(expected)}"]
+    if not reasons and tested != expected:
+        return [f"{sum(tested.values())} test clips, not {sum(expected.values())}, or cut otherwise"]
+    return reasons
+
+
+def _setting(metrics: Metrics) -> str:
+    return f"{metrics['dataset']} · {metrics['protocol']}"
+
+
+def _by_fold(folds: Iterable[Metrics]) -> dict[str, float]:
+    scores = defaultdict(list)
+    for fold in folds:
+        scores[fold["fold"]].append(fold["war"])
+    return {fold: sum(wars) / len(wars) for fold, wars in scores.items()}
+
+
+def _rich_table(
+    columns: Sequence[str], sections: Iterable[Iterable[Iterable[str]]], title: str, notes: Iterable[str]
+) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    # Text, not markup: a name such as "etg[lite]" is to be shown, not obeyed.
+    table = Table(title=Text(title), caption=Text("\n".join(notes)), caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for section in sections:
+        for row in section:
+            table.add_row(*map(Text, row))
+        table.add_section()
+    return table
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_plain, cells))} |"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is: no cell ends early, no emphasis or tag begins."""
+    return re.sub(r"([\\`*_|<\[])", r"\\\1", " ".join(text.split()))

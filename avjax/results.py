@@ -1,0 +1,125 @@
+"""From the test logits of all lanes to `predictions.npz` and `metrics.json`. Equal runs give equal files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from avjax import metrics
+from avjax.datasets.store import Features
+from avjax.pipeline import LanePlan
+from avjax.reference import summary
+
+_STANDARDISED = {
+    "train": "features standardised on the training clips",
+    "speaker": "features standardised per speaker over the speaker's own unlabelled clips (transductive)",
+    "enrol": "features standardised per speaker on unlabelled enrolment clips",
+}
+
+
+def protocol_name(folds: str, notes: Sequence[str], config) -> str:
+    """One line that says how the figures came about; it stands beside every figure."""
+    select = "best validation UAR" if config.select == "val" and "no validation part" not in notes else "last epoch"
+    return "; ".join([folds, *notes, f"epoch: {select}", _STANDARDISED[config.standardise]])
+
+
+def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of `predictions.npz`, one per lane and test clip.
+
+    Args:
+      logits: head → (lanes, n_test, c), rows beyond a lane's own test clips are padding.
+    Returns:
+      clip_id, fold, seed, label and logits_<head>, plain arrays of equal length.
+    """
+    real = np.asarray(plan.lanes.test_weight) > 0
+    index = np.asarray(plan.lanes.test)[real]
+    lane = np.nonzero(real)[0]
+    return {
+        "clip_id": np.array(features.ids)[index],
+        "fold": np.array([name for name, _ in plan.names])[lane],
+        "seed": np.array([seed for _, seed in plan.names], np.int64)[lane],
+        "label": features.label[index].astype(np.int64),
+        **{f"logits_{head}": np.asarray(v)[real] for head, v in logits.items()},
+    }
+
+
+def measure(
+    features: Features,
+    plan: LanePlan,
+    rows: Mapping[str, np.ndarray],
+    best_epoch: Sequence[int],
+    protocol: str,
+    reference: Mapping[str, dict],
+) -> dict[str, object]:
+    """The content of `metrics.json`; scores in 0–1, `mean` and (population) `std` over folds and seeds."""
+    heads = [k.removeprefix("logits_") for k in rows if k.startswith("logits_")]
+    classes = len(features.classes)
+
+    def matrix(head: str, chosen) -> np.ndarray:
+        answer = np.argmax(rows[f"logits_{head}"][chosen], -1)
+        label = rows["label"][chosen]
+        counts = metrics.confusion(jnp.asarray(label), jnp.asarray(answer), jnp.ones(len(label)), classes)
+        return np.asarray(counts, np.float64)
+
+    folds = []
+    for (fold, seed), counts, epoch in zip(plan.names, plan.counts, best_epoch, strict=True):
+        chosen = (rows["fold"] == fold) & (rows["seed"] == seed)
+        scores = _scores(matrix(heads[0], chosen))
+        folds.append({"fold": fold, "seed": seed, **counts, **scores, "best_epoch": int(epoch)})
+    every = np.ones(len(rows["label"]), bool)
+    pooled = matrix(heads[0], every)
+    over = summary(folds)
+    return {
+        "dataset": features.dataset,
+        "protocol": protocol,
+        "task": "single",
+        "classes": list(features.classes),
+        "counts": features.counts,
+        "folds": folds,
+        "mean": over["mean"],
+        "std": over["std"],
+        "pooled": _scores(pooled),
+        "f1": {k: float(v) for k, v in metrics.f1(pooled).items()},
+        "confusion": pooled.astype(int).tolist(),
+        "heads": {h: _scores(matrix(h, every)) for h in heads},
+        "reference": dict(reference),
+    }
+
+
+def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, count: int = 12) -> list[dict[str, str]]:
+    """Test clips with their sentence, label and answer, for the report: `count` of them, evenly spaced in the set."""
+    if source not in features.sentences:
+        return []
+    head = next(k for k in rows if k.startswith("logits_"))
+    first = {clip: at for at, clip in reversed(list(enumerate(rows["clip_id"].tolist())))}
+    tested = [i for i, clip in enumerate(features.ids) if clip in first]
+    out = []
+    for i in tested[:: max(1, len(tested) // count)][:count]:
+        at = first[features.ids[i]]
+        answer = int(np.argmax(rows[head][at]))
+        out.append(
+            {
+                "clip_id": features.ids[i],
+                "label": features.classes[features.label[i]],
+                "predicted": features.classes[answer],
+                "sentence": features.sentences[source][i],
+            }
+        )
+    return out
+
+
+def write_predictions(path: Path, rows: Mapping[str, np.ndarray]) -> None:
+    part = path.with_suffix(".part.npz")
+    np.savez(part, **rows)
+    part.replace(path)
+
+
+def read(workdir: Path) -> dict:
+    """`metrics.json` of a finished run."""
+    return json.loads((workdir / "metrics.json").read_text())
+
+
+def _scores(matrix: np.ndarray) -> dict[str, float]:
+    return {"war": float(metrics.war(matrix)), "uar": float(metrics.uar(matrix))}

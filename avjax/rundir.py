@@ -1,0 +1,149 @@
+"""The run directory: what is in it, whether it belongs to this run, and its files written so that a kill costs nothing.
+
+W/config.json environment.json metrics.jsonl checkpoints/ events.*    while the run goes on
+W/predictions.npz metrics.json confusion.png curves.png report.html   when it is done; report.html last
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from avjax import __version__
+from avjax.datasets.store import write_text
+from avjax.errors import AvjaxError
+
+# Keys that do not change what is computed, so that data may move between two calls of a run.
+_PLACES = ("data.root", "data.features")
+
+
+def default(config) -> Path:
+    """`runs/<config>-<variants>`."""
+    return Path("runs") / "-".join([config.name, *filter(None, config.variants.split(","))])
+
+
+def is_finished(workdir: Path) -> bool:
+    return (workdir / "report.html").is_file()
+
+
+def begin(workdir: Path, config, content: str) -> None:
+    """Claims `workdir` for a run, or checks that it holds this very run.
+
+    Args:
+      config: the run's configuration; content: the hash of its features.
+    Raises:
+      AvjaxError: the directory holds a run of another configuration, or of other features.
+    """
+    new = {k: v for k, v in _flat(config.to_dict()).items() if k not in _PLACES}
+    path = workdir / "config.json"
+    if path.is_file():
+        old = {k: v for k, v in _flat(json.loads(path.read_text())).items() if k not in _PLACES}
+        new_plain = json.loads(json.dumps(new))
+        changed = [
+            f"{k}: {old.get(k)!r} there, {new_plain.get(k)!r} now"
+            for k in sorted({*old, *new_plain})
+            if old.get(k) != new_plain.get(k)
+        ]
+        was = json.loads((workdir / "environment.json").read_text())["features"]
+        if was != content:
+            changed.append("the features have changed since it began")
+        if changed:
+            raise AvjaxError(
+                f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir or remove it"
+            )
+        return
+    write_text(workdir / "environment.json", json.dumps(environment() | {"features": content}, indent=1))
+    write_text(path, json.dumps(config.to_dict(), indent=1))
+
+
+def environment() -> dict[str, object]:
+    """Versions and devices, for the record."""
+    import jax
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn", "transformers")
+    return {
+        "avjax": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "packages": {n: importlib.metadata.version(n) for n in names},
+    }
+
+
+def read_history(workdir: Path, upto: int) -> list[dict]:
+    """The rows of `metrics.jsonl` up to epoch `upto`; later ones belong to work that was lost with a kill."""
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a line that a kill cut short: its epoch is not in a checkpoint
+            break
+    return [r for r in rows if r["epoch"] <= upto]
+
+
+def write_history(workdir: Path, rows: Iterable[Mapping]) -> None:
+    """Writes `metrics.jsonl`, one line per epoch and lane, whole."""
+    write_text(workdir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def mean_over_lanes(rows: Sequence[Mapping]) -> list[dict[str, float]]:
+    """One row per epoch: each score averaged over the lanes that were still training."""
+    by_epoch: dict[int, list[Mapping]] = {}
+    for row in rows:
+        by_epoch.setdefault(row["epoch"], []).append(row)
+    out = []
+    for epoch, group in sorted(by_epoch.items()):
+        names = [k for k in group[0] if k.startswith(("train_", "val_"))]
+        out.append({"epoch": epoch} | {k: float(np.mean([g[k] for g in group if k in g])) for k in names})
+    return out
+
+
+def progress(rows: Sequence[Mapping], epochs: int, lanes: int, seconds: float) -> str:
+    """One line about the newest epoch: scores averaged over the lanes still training."""
+    last = mean_over_lanes(rows)[-1]
+    going = sum(r["epoch"] == last["epoch"] for r in rows)
+    val = f", val UAR {100 * last['val_uar']:.1f}" if "val_uar" in last else ""
+    return (
+        f"epoch {last['epoch']}/{epochs}: train loss {last['train_loss']:.3f}{val}; "
+        f"{going} of {lanes} lanes training; {seconds:.0f} s"
+    )
+
+
+class Events:
+    """TensorBoard event files of a run; those of an earlier, killed call are written anew from `rows`."""
+
+    def __init__(self, workdir: Path, rows: Sequence[Mapping]):
+        from tensorboardX import SummaryWriter
+
+        for old in workdir.glob("events.*"):
+            old.unlink()
+        self._writer = SummaryWriter(str(workdir))
+        self.add(rows)
+
+    def add(self, rows: Sequence[Mapping]) -> None:
+        """Adds the mean over lanes of each score, and each lane's validation UAR."""
+        for row in mean_over_lanes(rows):
+            for name in row.keys() - {"epoch"}:
+                self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+        for row in rows:
+            if "val_uar" in row:
+                self._writer.add_scalar(f"val_uar/fold {row['fold']} seed {row['seed']}", row["val_uar"], row["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    out: dict[str, object] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out

@@ -1,0 +1,27 @@
+"""ETG-AVER on any folder of clips with a `labels.csv` (`file,label[,speaker][,split|fold][,transcript]`).
+
+Command:   python -m avjax.extract --config configs/extract_folder.py --config.data.root=R --out F
+           python -m avjax.train --config configs/etg_folder.py --config.data.features=F --workdir W
+Data:      yours. With speakers: leave one speaker out (groups of speakers when there are many); else stratified folds.
+Result:    README, "Real clips, four speakers".
+Variants:  as in `configs/etg_mafw.py`.
+"""
+
+from ml_collections import ConfigDict
+
+from avjax.config import module, with_variants
+
+MAFW = module("configs/etg_mafw.py")
+
+
+def base() -> ConfigDict:
+    config = MAFW.base()
+    config.name, config.dataset = "etg_folder", "folder"
+    config.model.update(dropout=0.2)  # such sets are small
+    config.train.update(seeds=(42, 43, 44), epochs=60, batch_size=16, learning_rate=1e-3)
+    config.protocol.update(fold_count=10)
+    return config
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    return with_variants(base(), variants, MAFW.TABLE)

@@ -1,0 +1,31 @@
+"""Features and sentences of MAFW's single-label clips.
+
+Command:   python -m avjax.extract --config configs/extract_mafw.py --config.data.root=MAFW --out F
+Data:      MAFW as it was downloaded: data/clips/*.mp4 and Train & Test Set/single/no_caption/set_{1..5}/.
+Variants:  lite (default): blendshapes, action units and head pose; log-mel, MFCC, pitch, energy; MiniLM tokens.
+"""
+
+from ml_collections import ConfigDict
+
+from avjax.config import with_variants
+
+PRESETS = {"lite": {"preset": "lite"}}
+
+
+def base() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "extract_mafw",
+            "variants": "",
+            "dataset": "mafw",
+            "preset": "lite",
+            "data": {"root": ""},  # "" = $AVJAX_DATA/<dataset>
+            "workers": 0,  # 0 = one per core
+            "clip_seconds": 120.0,  # time limit for one clip; a clip over it is quarantined
+            "text_batch": 64,
+        }
+    )
+
+
+def get_config(variants: str = "") -> ConfigDict:
+    return with_variants(base(), variants, PRESETS)

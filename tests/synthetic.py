@@ -1,0 +1,41 @@
+"""Made-up features for tests: a planted signal in each stream, real masks, odd lengths."""
+
+import numpy as np
+
+from avjax.datasets.base import Clip
+from avjax.datasets.store import Features
+
+SIZES = {"video": (6, 9), "audio": (11, 7), "text": (8, 12)}  # most steps, width
+
+
+def make(clips: int = 48, classes: int = 3, speakers: int = 4, seed: int = 0, signal: float = 2.0) -> Features:
+    """`clips` clips of `classes` classes by `speakers` speakers; clip 3 lacks sound, clip 5 lacks a face."""
+    rng = np.random.default_rng(seed)
+    label = rng.permutation(np.arange(clips) % classes).astype(np.int32)
+    names = tuple(f"class{c}" for c in range(classes))
+    arrays, masks = {}, {}
+    for stream, (steps, width) in SIZES.items():
+        x = rng.normal(size=(clips, steps, width)).astype(np.float32)
+        x[:, :, :classes] += signal * np.eye(classes, dtype=np.float32)[label][:, None, :]
+        mask = np.arange(steps)[None] < rng.integers(2, steps + 1, clips)[:, None]
+        if stream != "text":
+            mask[3 if stream == "audio" else 5] = False
+        for name in ("text_both", "text_audio", "text_video", "text_constant") if stream == "text" else (stream,):
+            arrays[name], masks[name] = np.where(mask[..., None], x, 0).astype(np.float32), mask
+    ids = [f"clip{i:03d}" for i in range(clips)]
+    who = [f"s{i % speakers}" if speakers else None for i in range(clips)]
+    made = [Clip(id=i, path=None, label=names[y], speaker=s) for i, y, s in zip(ids, label, who, strict=True)]
+    return Features(
+        dataset="synthetic",
+        classes=names,
+        folds=(),
+        content=f"made-{seed}",
+        ids=ids,
+        clips=made,
+        label=label,
+        speakers=[s or "" for s in who],
+        arrays=arrays,
+        masks=masks,
+        sentences={"both": [f"sentence {i}" for i in ids]},
+        counts={"used": clips, "quarantined": 0, "masked_audio": 1, "masked_video": 1},
+    )

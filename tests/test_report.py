@@ -1,0 +1,346 @@
+"""Reports: numbers in, honest tables, pictures and a page that stands alone out."""
+
+import copy
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from avjax.errors import AvjaxError
+from avjax.report import page, plots, tables
+
+CLASSES = ["anger", "joy", "neutral"]
+CONFUSION = [[6, 2, 2], [1, 8, 1], [0, 5, 15]]  # WAR 29/40, recalls .6 .8 .75
+
+
+def fold(name: str, seed: int, war: float, uar: float, **other) -> dict:
+    sizes = {"n_train": 32, "n_val": 4, "n_test": 8, "speaker_overlap": 0, "best_epoch": 7}
+    return {"fold": name, "seed": seed, "war": war, "uar": uar, **sizes, **other}
+
+
+def summary(folds: list[dict]) -> dict:
+    scores = {key: [f[key] for f in folds] for key in ("war", "uar")}
+    return {
+        "folds": folds,
+        "mean": {key: float(np.mean(values)) for key, values in scores.items()},
+        "std": {key: float(np.std(values)) for key, values in scores.items()},
+    }
+
+
+def run(wars=(0.7, 0.8, 0.6), seeds=(0, 1), gain=0.0, **other) -> dict:
+    """A run over `len(wars)` folds whose seeds lie .02 apart around each fold's WAR."""
+    folds = [
+        fold(str(index + 1), seed, war + gain + 0.02 * (seed - np.mean(seeds)), war + gain - 0.1)
+        for index, war in enumerate(wars)
+        for seed in seeds
+    ]
+    reference = [{"fold": str(index + 1), "war": war - 0.05, "uar": war - 0.1} for index, war in enumerate(wars)]
+    return {
+        "dataset": "demo",
+        "protocol": "leave one speaker out",
+        "task": "single",
+        "classes": CLASSES,
+        "counts": {"used": 40, "quarantined": 2, "masked_audio": 1, "masked_video": 3},
+        **summary(folds),
+        "pooled": {"war": 0.725, "uar": 0.7167},
+        "confusion": CONFUSION,
+        "heads": {"fusion": {"war": 0.725, "uar": 0.7167}, "audio": {"war": 0.5, "uar": 0.45}},
+        "reference": {"audio+video": summary(reference)},
+        **other,
+    }
+
+
+def shown(table) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def lines_with(text: str, *words: str) -> list[str]:
+    return [line for line in text.splitlines() if all(word in line for word in words)]
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_run_table_shows_every_lane_and_the_scores_without_a_model():
+    text = shown(tables.run_table(run(), "my run"))
+    assert "my run" in text
+    assert len(lines_with(text, "│ 1 ")) == 2
+    assert lines_with(text, "│ 1 ", "69.0", "60.0")
+    assert lines_with(text, "mean ± std", "70.0 ± 8.2", "60.0 ± 8.2")
+    assert lines_with(text, "pooled", "72.5", "71.7")
+    assert lines_with(text, "chance", "33.3")
+    assert lines_with(text, "majority class", "50.0", "33.3")
+    assert "demo · leave one speaker out" in text
+    assert "40 clips used, 2 quarantined; sound masked in 1, picture masked in 3." in text
+    assert "No speaker is in both training and test." in text
+
+
+def test_one_lane_has_no_spread():
+    text = shown(tables.run_table(run(wars=(0.7,), seeds=(0,)), "one"))
+    assert "±" not in text
+    assert lines_with(text, "single run", "70.0", "60.0")
+
+
+@pytest.mark.parametrize(
+    ("overlaps", "says"),
+    [((0, 2, 1), "NOT speaker-independent: up to 2 speakers"), ((None, None, None), "The speakers are unknown")],
+)
+def test_shared_or_unknown_speakers_are_said_aloud(overlaps, says, tmp_path):
+    folds = [fold(str(i), 0, 0.5, 0.5, speaker_overlap=overlap) for i, overlap in enumerate(overlaps, 1)]
+    metrics = run() | summary(folds)
+    assert says in shown(tables.run_table(metrics, "r"))
+    assert f'<p class="warning">{says}' in rendered(tmp_path, metrics)
+
+
+def test_a_class_that_never_occurs_does_not_count_for_the_majority_uar():
+    metrics = run(confusion=[[6, 2, 2], [0, 0, 0], [0, 5, 15]])
+    assert tables.summary_rows(metrics)[-1] == ("majority class", "66.7", "50.0")
+
+
+def test_compare_pairs_folds_after_averaging_seeds():
+    base, better = run(), run(wars=(0.75, 0.79, 0.60))
+    for text in (
+        shown(tables.compare_table([("a", base), ("b", better)])),
+        tables.compare_markdown([("a", base), ("b", better)]),
+    ):
+        assert text.count("leave one speaker out") == 1
+        assert lines_with(text, "a", "70.0 ± 8.2", "60.0 ± 8.2", "–")
+        assert lines_with(text, "b", "71.3", "+1.3", "+5.0 −1.0 +0.0")
+        assert "With 3 folds an interval of a difference is uninformative" in text
+        assert tables._MARK not in text
+
+
+def test_seeds_need_not_be_the_same():
+    differences = tables.fold_differences(run(seeds=(0, 1, 2))["folds"], run(seeds=(5,))["folds"])
+    assert list(differences) == ["1", "2", "3"]
+    np.testing.assert_allclose(list(differences.values()), 0, atol=1e-9)
+
+
+def test_interval_from_six_folds_on():
+    """t(.975, 5) = 2.5706; differences 1..6 have mean 3.5 and standard deviation 1.8708."""
+    assert tables.difference([1, 2, 3, 4, 5]) == "+3.0"
+    assert tables.difference([1, 2, 3, 4, 5, 6]) == "+3.5 [+1.5, +5.5]"
+    wars = (0.5,) * 6
+    text = tables.compare_markdown([("a", run(wars)), ("b", run(wars, gain=0.1))])
+    assert "95 % interval over 6 folds" in text
+    assert "uninformative" not in text
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (run(protocol="random"), "protocol random, not leave one speaker out"),
+        (run(dataset="DFEW"), "data set DFEW, not demo"),
+        (run(classes=["a", "b", "c"]), "other classes"),
+        (run(wars=(0.7, 0.8)), "folds 1, 2, not 1, 2, 3"),
+        (run() | summary([fold(str(i), 0, 0.9, 0.9, n_test=9) for i in (1, 2, 3)]), "27 test clips, not 24"),
+    ],
+)
+def test_what_cannot_be_compared_is_marked_and_gets_no_difference(other, reason):
+    text = tables.compare_markdown([("first", run()), ("stranger", other), ("friend", run(gain=0.1))])
+    assert f"- † stranger cannot be compared with first: {reason}" in text
+    (row,) = lines_with(text, "| stranger † |")
+    assert row.endswith("| – | – |")
+    assert lines_with(text, "| friend |", "+10.0")
+
+
+def test_names_are_shown_not_obeyed():
+    odd = "a|b[bold]*c*"
+    assert odd in shown(tables.compare_table([(odd, run())]))
+    assert odd in shown(tables.run_table(run(), odd))
+    (row,) = lines_with(tables.compare_markdown([(odd, run())]), "bold")
+    assert row.startswith(r"| a\|b\[bold]\*c\* |")
+
+
+def test_markdown_is_a_table():
+    lines = tables.compare_markdown([("a", run()), ("b", run())]).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 4
+    assert {line.count("|") for line in rows} == {len(tables.COMPARE_COLUMNS) + 1}
+
+
+def test_nothing_to_compare():
+    with pytest.raises(AvjaxError, match="at least one"):
+        tables.compare_table([])
+
+
+def test_points_have_a_sign_and_no_negative_zero():
+    assert [tables.points(x) for x in (1.25, -0.04, 0.0, -3.0)] == ["+1.2", "+0.0", "+0.0", "−3.0"]
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+HISTORY = [{"epoch": e, "train_loss": 2 / e, "val_loss": 2.2 / e, "val_uar": 0.3 + 0.02 * e} for e in range(1, 6)]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, for a look at what they show."""
+    kept = []
+    save = plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: (kept.append(figure), save(figure, path)))
+    return kept
+
+
+def texts(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_confusion_picture_shows_shares_counts_scores_and_protocol(tmp_path, figures):
+    plots.confusion_picture(CONFUSION, CLASSES, "My run", tmp_path / "c.png", note="leave one speaker out")
+    (axes,) = figures[0].axes
+    said = texts(axes)
+    assert {"60", "80", "75", "6", "8", "15"} <= set(said)  # row percentages and counts of the diagonal
+    assert len(said) == 2 * 8 + 1  # eight cells hold clips; an empty one holds no text
+    assert axes.get_title() == "My run"
+    assert "WAR 72.5 %   ·   UAR 71.7 %" in said
+    assert figures[0].get_supxlabel() == "leave one speaker out"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["anger (10)", "joy (10)", "neutral (20)"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == CLASSES
+
+
+def test_a_class_without_clips_is_an_empty_row(tmp_path, figures):
+    plots.confusion_picture([[3, 1], [0, 0]], ["a", "b"], "t", tmp_path / "c.png")
+    assert set(texts(figures[0].axes[0])[:-1]) >= {"75", "25", "3", "1"}
+    assert "b (0)" in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+
+
+def test_labels_can_be_read_on_every_colour():
+    import matplotlib
+
+    for colour in matplotlib.colormaps[plots._COLOURS](np.linspace(0, 1, 101)):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+        background = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        ink = {"white": 1.0, "black": 0.0}[plots._ink(colour)]
+        light, dark = max(ink, background), min(ink, background)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG 2, level AA
+
+
+def test_curves_show_what_was_measured(tmp_path, figures):
+    plots.curves_picture(HISTORY, tmp_path / "v.png")
+    plots.curves_picture(
+        [{"epoch": row["epoch"], "train_loss": row["train_loss"]} for row in HISTORY], tmp_path / "t.png"
+    )
+    plots.curves_picture([row | {"val_loss": None, "val_uar": None} for row in HISTORY], tmp_path / "n.png")
+    both, *train_only = figures
+    loss, uar = both.axes
+    assert [line.get_label() for line in loss.lines] == ["training", "validation"]
+    np.testing.assert_allclose(uar.lines[0].get_ydata(), [32, 34, 36, 38, 40])
+    for figure in train_only:
+        (axes,) = figure.axes
+        assert [line.get_label() for line in axes.lines] == ["training"]
+
+
+def test_a_single_epoch_is_visible(tmp_path, figures):
+    plots.curves_picture(HISTORY[:1], tmp_path / "v.png")
+    assert figures[0].axes[0].lines[0].get_marker() == "o"
+
+
+def test_pictures_repeat_to_the_byte(tmp_path):
+    for name in ("a", "b"):
+        plots.confusion_picture(CONFUSION, CLASSES, "t", tmp_path / f"{name}.png")
+        plots.curves_picture(HISTORY, tmp_path / f"{name}2.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert (tmp_path / "a2.png").read_bytes() == (tmp_path / "b2.png").read_bytes()
+    assert b"tEXt" not in (tmp_path / "a.png").read_bytes()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_pictures_are_refused(tmp_path):
+    with pytest.raises(AvjaxError, match=r"shape \(3, 3\) for 2 classes"):
+        plots.confusion_picture(CONFUSION, ["a", "b"], "t", tmp_path / "c.png")
+    with pytest.raises(AvjaxError, match="finite counts"):
+        plots.confusion_picture([[1, float("nan")], [0, 1]], ["a", "b"], "t", tmp_path / "c.png")
+    with pytest.raises(AvjaxError, match="no epochs"):
+        plots.curves_picture([], tmp_path / "c.png")
+
+
+# -- page -----------------------------------------------------------------------------------------------------------
+
+
+def workdir(root, metrics: dict):
+    (root / "metrics.json").write_text(json.dumps(metrics))
+    (root / "config.json").write_text(
+        json.dumps({"model": {"name": "etg_aver", "width": 768}, "seeds": [0, 1], "x": {}})
+    )
+    (root / "environment.json").write_text(json.dumps({"jax": "0.10.2"}))
+    (root / "confusion.png").write_bytes(b"\x89PNG confusion")
+    (root / "curves.png").write_bytes(b"\x89PNG curves")
+    return root
+
+
+def rendered(root, metrics: dict, **options) -> str:
+    return page.write_report(workdir(root, metrics), **options).read_text()
+
+
+def test_page_tells_the_whole_run(tmp_path):
+    text = rendered(tmp_path, run())
+    for said in ("leave one speaker out", "40 clips used", "70.0", "± 8.2", "No speaker is in both", "fusion"):
+        assert said in text
+    assert re.search(r"audio\+video</th><td>65\.0 ± 8\.2</td><td>60\.0 ± 8\.2</td><td>\+5\.0<", text)
+    assert re.search(r"model\.width</th><td>768<", text)
+    assert re.search(r"seeds</th><td>\[0, 1\]<", text)
+    assert re.search(r"jax</th><td>0\.10\.2<", text)
+    assert "uninformative" in text
+    assert 'class="warning"' not in text
+
+
+def test_page_stands_alone(tmp_path):
+    text = rendered(tmp_path, run())
+    assert text.count("data:image/png;base64,iVBORyBjb") == 1  # "\x89PNG co" and
+    assert text.count("data:image/png;base64,iVBORyBjd") == 1  # "\x89PNG cu"
+    assert not re.search(r"https?://|<script|<link|@import", text)
+    assert re.findall(r'src="(?!data:)', text) == []
+
+
+def test_page_escapes_what_media_and_files_say(tmp_path):
+    evil = "<script>alert('x')</script>"
+    example = {"clip_id": evil, "label": evil, "predicted": "joy", "sentence": evil}
+    text = rendered(tmp_path, run(dataset=evil, heads={evil: {"war": 0.5, "uar": 0.5}}), sentences=[example])
+    assert "<script" not in text
+    assert text.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") >= 5
+
+
+def test_a_dozen_sentences_at_most_and_mistakes_stand_out(tmp_path):
+    examples = [
+        {"clip_id": f"c{i:02d}", "label": "joy", "predicted": "joy" if i else "anger", "sentence": f"Words {i}."}
+        for i in range(14)
+    ]
+    text = rendered(tmp_path, run(), sentences=examples)
+    assert "c11" in text
+    assert "c12" not in text
+    assert "Sentences, the first 12" in text
+    assert text.count('class="wrong"') == 1
+    assert "<h2>Sentences</h2>" in rendered(tmp_path, run(), sentences=examples[:2])
+    assert "<h2>Sentences" not in rendered(tmp_path, run())
+
+
+def test_page_without_references(tmp_path):
+    text = rendered(tmp_path, run(reference={}))
+    assert "logistic regression" not in text
+    assert "uninformative" not in text
+
+
+def test_page_repeats_to_the_byte_and_does_not_touch_its_sources(tmp_path):
+    metrics = run()
+    before = copy.deepcopy(metrics)
+    assert rendered(tmp_path, metrics) == rendered(tmp_path, metrics)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*page._FILES, "report.html"])
+
+
+def test_page_needs_a_finished_run(tmp_path):
+    workdir(tmp_path, run())
+    (tmp_path / "curves.png").unlink()
+    with pytest.raises(AvjaxError, match=r"no curves\.png"):
+        page.write_report(tmp_path)
+    workdir(tmp_path, run())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(AvjaxError, match=r"config\.json: not JSON"):
+        page.write_report(tmp_path)

