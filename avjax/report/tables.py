@@ -26,15 +26,19 @@ _MARK = "†"
 
 
 def run_table(metrics: Metrics, title: str) -> Table:
-    """One row per fold and seed, then the summary rows; protocol and counts in the caption.
+    """One row per fold and seed, the summary, the same-run references; protocol and counts in the caption.
 
     Returns:
       A `rich.table.Table` with the columns `RUN_COLUMNS`.
     """
     blank = ("",) * (len(RUN_COLUMNS) - 3)
     summary = [(name, *blank, war, uar) for name, war, uar in summary_rows(metrics)]
+    references = [
+        (f"logistic regression, {name}", *blank, spread(scores, "war"), spread(scores, "uar"))
+        for name, scores in metrics["reference"].items()
+    ]
     notes = [f"Protocol: {_setting(metrics)}", *run_notes(metrics)]
-    return _rich_table(RUN_COLUMNS, [run_rows(metrics), summary], title, notes)
+    return _rich_table(RUN_COLUMNS, [run_rows(metrics), summary, references], title, notes)
 
 
 def compare_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
