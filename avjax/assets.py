@@ -7,21 +7,24 @@ from avjax.errors import AvjaxError
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel ships both folders inside the package; in a checkout they stand beside it.
-_ROOTS = (_PACKAGE / "_shipped", _PACKAGE.parent)
+_ROOT = _PACKAGE / "_shipped" if (_PACKAGE / "_shipped").is_dir() else _PACKAGE.parent
 
 
 def path(name: str) -> Path:
-    """Returns the path of a shipped file or folder, such as `configs/etg_mafw.py` or `data/mafw.json`.
+    """Returns the path of a shipped file, such as `configs/etg_mafw.py` or `data/mafw.json`.
 
     Raises:
-      AvjaxError: no such file is shipped; the message lists its neighbours.
+      AvjaxError: no such file is shipped; the message lists those that are.
     """
-    for root in _ROOTS:
-        if (root / name).exists():
-            return root / name
-    folder = Path(name).parts[0] if Path(name).parts else ""
-    neighbours = sorted(p.name for root in _ROOTS for p in (root / folder).glob("*") if p.is_file())
-    raise AvjaxError(f"{name}: no such file; avjax ships these in {folder or '.'}/: {', '.join(neighbours) or 'none'}")
+    if name not in names():
+        raise AvjaxError(f"{name}: no such file; avjax ships {', '.join(names())}")
+    return _ROOT / name
+
+
+def names(*folders: str) -> list[str]:
+    """The names of all shipped files in `folders`, by default both."""
+    found = (p for folder in folders or ("configs", "data") for p in (_ROOT / folder).rglob("*") if p.is_file())
+    return sorted(p.relative_to(_ROOT).as_posix() for p in found if "__pycache__" not in p.parts)
 
 
 def data_root(dataset: str) -> Path:

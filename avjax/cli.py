@@ -13,18 +13,27 @@ from avjax.errors import AvjaxError
 _QUIET = {"GLOG_minloglevel": "2", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs an entry point: a user's mistake is one line on standard error and exit status 2."""
+def run(main: Callable[[list[str]], int | None], *, takes: str = "") -> None:
+    """Runs an entry point: a user's mistake is one line on standard error and exit status 2.
+
+    Args:
+      main: gets the program's name and the arguments that are no flags.
+      takes: what these arguments are, at least one of them; "" where an entry point has flags alone.
+    """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
 
-    def quiet(argv: list[str]) -> int | None:
+    def begin(argv: list[str]) -> int | None:
+        if takes and len(argv) < 2:
+            raise AvjaxError(f"nothing to do; expected {takes}, see --help")
+        if not takes and len(argv) > 1:
+            raise AvjaxError(f"unexpected arguments: {' '.join(argv[1:])}; flags start with --, see --help")
         # TFDS and Orbax log every step they take through absl.
         logging.set_verbosity(logging.ERROR)
         return main(argv)
 
     try:
-        app.run(quiet, flags_parser=config.parse_flags)
+        app.run(begin, flags_parser=config.parse_flags)
     except AvjaxError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,7 @@ directory, else among the files that avjax ships.
 """
 
 import difflib
+import functools
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,10 +38,13 @@ def load(spec: str, **overrides: object) -> ConfigDict:
     """Loads `file.py` or `file.py:variants` without flags; `overrides` are dotted keys with `__` for the dots.
 
     Raises:
-      AvjaxError: no such file, variant or key.
+      AvjaxError: no such file, variant or key, or the file is no configuration.
     """
     file, _, variants = spec.partition(":")
-    config = module(file).get_config(variants)
+    source = module(file)
+    if not hasattr(source, "get_config"):
+        raise AvjaxError(f"{file}: no configuration; expected a function get_config(variants) in it")
+    config = source.get_config(variants)
     for key, value in overrides.items():
         dotted = key.replace("__", ".")
         if dotted not in keys(config):
@@ -58,8 +62,17 @@ def module(file: str) -> ModuleType:
 
 
 def find(file: str) -> Path:
-    """The path of a configuration file: as given, else the shipped one of that name."""
-    return Path(file) if Path(file).exists() else assets.path(file)
+    """The path of a configuration file: as given, else the shipped one of that name.
+
+    Raises:
+      AvjaxError: there is neither; the message names the nearest shipped one.
+    """
+    if Path(file).is_file():
+        return Path(file)
+    shipped = [name for name in assets.names("configs") if name.endswith(".py")]
+    if file not in shipped:
+        raise AvjaxError(f"{file}: no such configuration file{_nearest(file, shipped)}")
+    return assets.path(file)
 
 
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -70,8 +83,9 @@ def keys(config: ConfigDict, prefix: str = "") -> list[str]:
     return out
 
 
+@functools.cache
 def define_flag() -> flags.FlagHolder:
-    """Defines the `--config` flag of an entry point."""
+    """Defines the `--config` flag of an entry point; one flag for all that are imported into a process."""
     holder = config_flags.DEFINE_config_file(
         "config", None, "Configuration, `file.py` or `file.py:variant,variant`; `--config.a.b=value` changes a key."
     )
@@ -83,38 +97,40 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line, for `app.run(flags_parser=...)`.
 
     Raises:
-      AvjaxError: the configuration file, a variant or a key does not exist; the message names the nearest.
+      AvjaxError: the configuration file, a variant, a key or a flag does not exist (the message names the nearest), or
+        a value is not of the kind expected.
     """
     argv = [argv[0], *_with_found_file(argv[1:])]
     try:
         return flags.FLAGS(argv, known_only=False)
     except (AttributeError, KeyError) as error:
         raise AvjaxError(_unknown_key(argv)) from error
+    except flags.Error as error:
+        raise AvjaxError(f"{' '.join(str(error).split())} (see --help)") from error
+    except SystemExit as ended:
+        # absl ends --help as if it were a failure.
+        raise SystemExit(0) from ended
 
 
 def _with_found_file(args: list[str]) -> list[str]:
-    """Puts the path where the configuration file really is into the command line."""
-    args = list(args)
+    """Puts the path where the configuration file really is into the command line, as `--config=path:variants`."""
+    out = list(args)
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
-        if name not in ("--config", "-config"):
-            continue
-        at, spec = (i, value) if equals else (i + 1, args[i + 1] if i + 1 < len(args) else "")
-        if spec:
+        spec = value if equals else "".join(args[i + 1 : i + 2])
+        if name in ("--config", "-config") and spec:
             file, colon, variants = spec.partition(":")
-            args[at] = ("--config=" if equals else "") + str(find(file)) + colon + variants
-    return args
+            out[i : i + 1 + (not equals)] = [f"--config={find(file)}{colon}{variants}"]
+    return out
 
 
 def _unknown_key(argv: list[str]) -> str:
     """Which `--config.key` is not in the configuration, and the nearest that is."""
-    spec = next(
-        (a.partition("=")[2] or argv[i + 1] for i, a in enumerate(argv) if a.partition("=")[0] == "--config"), ""
-    )
+    spec = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "")
     valid = keys(load(spec))
     for arg in argv[1:]:
-        key = arg.partition("=")[0].removeprefix("--config.")
-        if arg.startswith("--config.") and key not in valid:
+        key = arg.partition("=")[0].lstrip("-").removeprefix("config.")
+        if arg.lstrip("-").startswith("config.") and key not in valid:
             return f"no key {key!r} in {spec}{_nearest(key, valid)}"
     return f"a --config.key in {argv[1:]} does not fit {spec}; valid keys: {', '.join(valid)}"
 

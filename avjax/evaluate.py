@@ -6,7 +6,7 @@ python -m avjax.evaluate W1 W2 ... [--markdown]
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from avjax import cli
 from avjax.errors import AvjaxError
@@ -15,8 +15,6 @@ MARKDOWN = flags.DEFINE_bool("markdown", False, "Print Markdown instead of a ter
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) < 2:
-        raise app.UsageError("name at least one run directory")
     from rich.console import Console
 
     from avjax.report import tables
@@ -51,4 +49,4 @@ def references(name: str, metrics: dict) -> Iterator[tuple[str, dict]]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, takes="run directories")

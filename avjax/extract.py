@@ -11,20 +11,20 @@ import importlib.util
 import os
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from avjax import cli
 from avjax import config as configs
 from avjax.errors import AvjaxError
+
+_MEDIA = ("av", "mediapipe", "pebble")  # packages of avjax[media] without which nothing can be measured
 
 CONFIG = configs.define_flag()
 OUT = flags.DEFINE_string("out", None, "Feature store; default $AVJAX_CACHE/features/<dataset>.")
 ONLY = flags.DEFINE_enum("only", None, ["text"], "Only encode the sentences of F/sentences.csv again; opens no media.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     extract(CONFIG.value, OUT.value or "", only_text=ONLY.value == "text")
 
 
@@ -39,11 +39,11 @@ def extract(config, out: str = "", *, only_text: bool = False) -> Path:
     from avjax import datasets, features
     from avjax.datasets import store as stores
 
-    console = Console()
+    console = Console(soft_wrap=True, markup=False)
     cli.use_compile_cache()
     root = stores.place(config.dataset, out)
     settings = features.preset(config.preset)
-    with stores.Store(root).locked() as store:
+    with stores.Store(root).locked(config.dataset) as store:
         # ---- Picture and sound ------------------------------------------------------------------------------------
         if only_text:
             corpus, measured = store.read_measured(config.preset)
@@ -56,11 +56,11 @@ def extract(config, out: str = "", *, only_text: bool = False) -> Path:
         if not measured:
             first = f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "it has no clips"
             raise AvjaxError(f"no clip of {corpus.name} can be used; {first} (all reasons: {root / 'quarantine.csv'})")
-        sentences = _sentences(measured, store)
+        sentences = _sentences(measured, store, console)
         # ---- Text encoder -----------------------------------------------------------------------------------------
-        texts = _encode_all(sentences, settings, store, config.text_batch, console)
+        texts = _encode_all(sentences, settings, store, console)
         # ---- Packed view ------------------------------------------------------------------------------------------
-        _pack(corpus, measured, rejected, sentences, texts, store, config.preset)
+        _pack(corpus, measured, rejected, sentences, texts, store, config.preset, console)
     index = stores.read_index(root)["presets"][config.preset]
     counts = index["counts"]
     console.print(
@@ -85,11 +85,15 @@ def _measure_all(corpus, settings, store, config, console) -> tuple[list, list[t
     rejected = list(corpus.rejected)
     planned = []
     for clip in corpus.clips:
-        source = features.source_key(clip)
+        try:
+            source = features.source_key(clip)
+        except OSError as error:
+            rejected.append((clip.id, f"{error.filename}: {error.strerror}"))
+            continue
         planned.append((clip, f"{keys['video']}-{source}", f"{keys['audio']}-{source}"))
     todo = [p for p in planned if not (store.has(p[0].id, "video", p[1]) and store.has(p[0].id, "audio", p[2]))]
     console.print(f"{len(planned)} clips, {len(planned) - len(todo)} measured already")
-    failed = set()
+    failed = {}
     count = config.workers or os.cpu_count() or 1
     done = workers.each(
         _measure_one,
@@ -101,13 +105,14 @@ def _measure_all(corpus, settings, store, config, console) -> tuple[list, list[t
     )
     for (clip, *_), reason in _with_progress(done, len(todo), "picture and sound", console):
         if reason:
-            failed.add(clip.id)
-            rejected.append((clip.id, reason))
+            failed[clip.id] = reason
+    # In the order of the clips, not in that of the workers, so that the same run gives the same tables.
+    rejected += [(p[0].id, failed[p[0].id]) for p in planned if p[0].id in failed]
     return [p for p in planned if p[0].id not in failed], rejected
 
 
 def _need_media() -> None:
-    missing = [name for name in ("av", "mediapipe", "pebble") if importlib.util.find_spec(name) is None]
+    missing = [name for name in _MEDIA if importlib.util.find_spec(name) is None]
     if missing:
         raise AvjaxError(f"extraction needs {', '.join(missing)}; install with: pip install 'avjax[media]'")
 
@@ -117,6 +122,9 @@ def _set_up(root: Path, settings, model: Path) -> None:
     from avjax.datasets.store import Store
     from avjax.media.faces import FaceTracker
 
+    # What native libraries say of every start and every odd file would drown the progress; faults come back as reasons.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     global _SHARED
     _SHARED = Store(root), settings, FaceTracker(model)
 
@@ -137,35 +145,45 @@ def _measure_one(planned) -> str:
     return ""
 
 
-def _sentences(measured: list, store) -> dict[str, dict[str, str]]:
-    """Makes the sentences and writes sentences.csv; a row that was edited there is kept."""
-    from avjax import features
+def _sentences(measured: list, store, console) -> dict[str, dict[str, str]]:
+    """Makes the sentences and writes sentences.csv; rows that were edited there are kept."""
     from avjax.text import template
 
-    pairs = {c.id: (store.get(c.id, "video", v), store.get(c.id, "audio", a)) for c, v, a in measured}
-    usual = features.speaker_pitch((c.speaker, float(pairs[c.id][1]["prosody"][0])) for c, *_ in measured)
     columns = ("clip_id", *template.SOURCES, "generated")
-    before = {row["clip_id"]: row for row in store.read_table("sentences.csv", columns)}
-    rows = {}
-    for clip, *_ in measured:
-        made = features.describe(*pairs[clip.id], clip.transcript, usual.get(clip.speaker))
-        generated = _hash(made)
-        old = before.get(clip.id)
-        if old and _hash(old) != old["generated"]:
-            made, generated = {s: old[s] for s in template.SOURCES}, old["generated"]
-        rows[clip.id] = made | {"generated": generated}
-    store.write_table("sentences.csv", columns, [(i, *(r[c] for c in columns[1:])) for i, r in rows.items()])
-    return {i: {s: r[s] for s in template.SOURCES} | {"constant": template.CONSTANT} for i, r in rows.items()}
+    before = store.read_table("sentences.csv", columns)
+    edited = {row["clip_id"]: row for row in before if _hash(row) != row["generated"]}
+    made = {i: {"clip_id": i, "generated": _hash(s)} | s for i, s in _generate(measured, store).items()}
+    if edited:
+        others = len(edited.keys() - made.keys())
+        console.print(f"{len(edited)} edited rows of sentences.csv kept, {others} of them for clips not in this run")
+    rows = made | edited
+    store.write_table("sentences.csv", columns, [[row[c] for c in columns] for row in rows.values()])
+    return {i: {s: rows[i][s] for s in template.SOURCES} | {"constant": template.CONSTANT} for i in made}
+
+
+def _generate(measured: list, store) -> dict[str, dict[str, str]]:
+    """The sentences that the measurements make, by clip id."""
+    from avjax import features
+
+    # Only what sentences need: all features of thousands of clips would fill the memory.
+    pictures = {c.id: store.get(c.id, "video", v, "au", "video_mask") for c, v, _ in measured}
+    sounds = {c.id: store.get(c.id, "audio", a, "prosody") for c, _, a in measured}
+    usual = features.speaker_pitch((c.speaker, float(sounds[c.id]["prosody"][0])) for c, *_ in measured)
+    return {
+        c.id: features.describe(pictures[c.id], sounds[c.id], c.transcript, usual.get(c.speaker)) for c, *_ in measured
+    }
 
 
 def _hash(sentences: dict[str, str]) -> str:
     """By which a row of sentences.csv is seen to be as it was generated."""
     from avjax.text import template
 
-    return hashlib.sha256("\n".join(sentences[s] for s in template.SOURCES).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("\n".join(sentences[s] for s in template.SOURCES).encode()).hexdigest()
+    # With a letter before it: a spreadsheet takes 12 digits, or digits about an "e", for a number and rewrites them.
+    return f"v{digest[:12]}"
 
 
-def _encode_all(sentences: dict, settings, store, batch: int, console) -> dict[str, str]:
+def _encode_all(sentences: dict, settings, store, console) -> dict[str, str]:
     """Encodes the sentences that are not staged yet; returns clip id → key of its text feature."""
     from avjax import features
     from avjax.encoders import load
@@ -177,39 +195,29 @@ def _encode_all(sentences: dict, settings, store, batch: int, console) -> dict[s
         for i, s in sentences.items()
     }
     todo = [i for i in sentences if not store.has(i, "text", keys[i])]
-    size = max(1, batch // len(features.TEXTS))
-
-    def encode():
-        for at in range(0, len(todo), size):
-            part = todo[at : at + size]
-            flat = [sentences[i][s] for i in part for s in features.TEXTS]
-            tokens = iter(features.encode_texts(encoder, flat, settings.max_tokens))
-            for clip_id in part:
-                store.put(clip_id, "text", keys[clip_id], {s: next(tokens) for s in features.TEXTS})
-                yield clip_id
-
-    for _ in _with_progress(encode(), len(todo), "sentences", console):
-        pass
+    for clip_id in _with_progress(todo, len(todo), "sentences", console):
+        # One clip at a time: the last bits depend on the batch, which must not depend on where a run was stopped.
+        flat = [sentences[clip_id][s] for s in features.TEXTS]
+        tokens = features.encode_texts(encoder, flat, settings.max_tokens)
+        store.put(clip_id, "text", keys[clip_id], dict(zip(features.TEXTS, tokens, strict=True)))
     return keys
 
 
-def _pack(corpus, measured: list, rejected: list, sentences: dict, texts: dict, store, preset: str) -> None:
+def _pack(corpus, measured: list, rejected: list, sentences: dict, texts: dict, store, preset: str, console) -> None:
     from avjax import features
+    from avjax.datasets import store as stores
 
     clips = [c for c, *_ in measured]
     staged = {c.id: [v, a, texts[c.id]] for c, v, a in measured}
-    recipe = hashlib.sha256(repr([corpus.folds, corpus.task, rejected, clips, staged]).encode()).hexdigest()
+    recipe = stores.recipe(corpus, clips, [len(rejected), staged])
     if store.is_packed(preset, recipe):
         return
-    masks = [
-        (store.get(c.id, "audio", a)["audio_mask"].any(), store.get(c.id, "video", v)["video_mask"].any())
-        for c, v, a in measured
-    ]
+    console.print(f"packing {len(clips)} clips")
     counts = {
         "used": len(clips),
         "quarantined": len(rejected),
-        "masked_audio": sum(not heard for heard, _ in masks),
-        "masked_video": sum(not seen for _, seen in masks),
+        "masked_audio": sum(not store.get(c.id, "audio", a, "audio_mask")["audio_mask"].any() for c, _, a in measured),
+        "masked_video": sum(not store.get(c.id, "video", v, "video_mask")["video_mask"].any() for c, v, _ in measured),
     }
 
     def examples():

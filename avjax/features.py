@@ -72,18 +72,24 @@ def provenance(feature: str, settings: Preset, **weights: str) -> dict[str, obje
 
 
 def source_key(clip: Clip) -> str:
-    """A short hash that changes when another file, or another part of it, becomes the clip."""
-    files = [str(p.stat().st_size) for p in (clip.path, clip.audio) if p]
-    return hashlib.sha256("/".join([*files, f"{clip.start}", f"{clip.end}"]).encode()).hexdigest()[:12]
+    """A short hash that changes when another file, or another part of it, becomes the clip.
+
+    A file is told from another by name, size and time of change, as `make` and `rsync` do.
+
+    Raises:
+      OSError: a file of the clip is not there.
+    """
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (clip.path, clip.audio) if p]
+    return hashlib.sha256(repr([files, clip.start, clip.end]).encode()).hexdigest()[:12]
 
 
 def measure(clip: Clip, settings: Preset, tracker: faces.FaceTracker) -> dict[str, dict[str, np.ndarray]]:
     """Measures picture and sound of a clip. What it lacks has no steps, and its `why` says so.
 
     Returns:
-      video: `video (t, d)`, `video_mask (t,)`, `au (t, a)`, `times (t,)` seconds; audio: `audio (s, d)`,
-      `audio_mask (s,)`, `seconds ()`, `prosody (3,)` = median F0 in Hz, syllables per second, stress in dB, 0 where
-      not measurable; both: `why ()`, "" where nothing is lacking.
+      video: `video (t, d)`, `video_mask (t,)`, `au (t, a)`, `times (t,)` seconds from the clip's start; audio:
+      `audio (s, d)`, `audio_mask (s,)`, `seconds ()`, `prosody (3,)` = median F0 in Hz, syllables per second, stress
+      in dB, 0 where not measurable; both: `why ()`, "" where nothing is lacking.
     Raises:
       UnusableMedia: neither picture nor sound.
     """
@@ -112,7 +118,7 @@ def measure_picture(clip: Clip, settings: Preset, tracker: faces.FaceTracker) ->
         "video": np.concatenate([found.blendshapes, units, found.pose], -1).astype(np.float32),
         "video_mask": found.found,
         "au": units,
-        "times": frames.times,
+        "times": frames.times - (clip.start or 0.0),
         "why": np.array("no face in any frame" if found.fallback else ""),
     }
 

@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from avjax import metrics, optim
 from avjax.errors import AvjaxError
@@ -20,6 +21,7 @@ from avjax.pipeline import Lane, LanePlan, Resident, Statistics, batches, gather
 
 SELECT = ("val", "last")
 _EVAL_BATCH = 64
+_VALIDATION = "the validation loss"
 
 
 @flax.struct.dataclass
@@ -110,8 +112,7 @@ def _epochs(model: Model, tx, config, state: State, lane: Lane, data: Resident, 
 
 
 def _train_epoch(model: Model, tx, config, state: State, lane: Lane, data: Resident, epoch):
-    key = jax.random.fold_in(jax.random.key(lane.seed), epoch)
-    order = shuffled(key, lane.train, lane.train_weight, config.train.batch_size)
+    order = _order(lane, epoch, config.train.batch_size)
     size = jnp.sum(lane.train_weight)
     total = config.train.epochs * jnp.ceil(size / config.train.batch_size)
     live = ~state.stopped
@@ -123,14 +124,26 @@ def _train_epoch(model: Model, tx, config, state: State, lane: Lane, data: Resid
         return _step(model, tx, state, batch, lane.prior, rate, step_key, live)
 
     # Keys are derived one by one: step 3 draws the same whether a lane is padded to 5 steps or to 7.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(order[0].shape[0]))
-    state, sums = jax.lax.scan(one, state, (*order, keys))
-    # Per step and term, so that a value that is not finite can be traced to its clips.
-    return state, {"train_terms": sums, "train_size": size}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(_keys(lane, epoch)[1], jnp.arange(order[0].shape[0]))
+    # Sums are kept per step and term, so that a value that is not finite can be traced to its clips.
+    state, (terms, gradient) = jax.lax.scan(one, state, (*order, keys))
+    return state, {"train_terms": terms, "train_gradient": gradient, "train_size": size}
 
 
-def _step(model: Model, tx, state: State, batch, prior, rate, key, live) -> tuple[State, dict[str, jax.Array]]:
-    """(state, batch) → (state, sums); a batch of padding alone, and a stopped lane, change nothing."""
+def _keys(lane: Lane, epoch) -> jax.Array:
+    """The two keys of an epoch: for its order, and for its steps."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(lane.seed), epoch))
+
+
+def _order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    return shuffled(_keys(lane, epoch)[0], lane.train, lane.train_weight, batch_size)
+
+
+def _step(model: Model, tx, state: State, batch, prior, rate, key, live) -> tuple[State, tuple]:
+    """(state, batch) → (state, (summed loss by term, gradient norm)).
+
+    A batch of padding alone changes nothing, nor does any batch of a stopped lane.
+    """
     size = jnp.sum(batch["weight"])
 
     def mean_loss(params):
@@ -143,7 +156,7 @@ def _step(model: Model, tx, state: State, batch, prior, rate, key, live) -> tupl
     directions, moments = tx.update(grads, state.moments, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
     moved = state.replace(params=params, moments=moments, step=state.step + 1)
-    return _where(live & (size > 0), moved, state), sums
+    return _where(live & (size > 0), moved, state), (sums, optax.global_norm(grads))
 
 
 def _where(condition: jax.Array, new, old):
@@ -183,7 +196,7 @@ def _select(config, state: State, val: dict[str, jax.Array], epoch: jax.Array) -
         best=state.params, best_epoch=jnp.int32(epoch), best_uar=uar, best_loss=loss, bad=jnp.int32(-1)
     )
     state = _where(take, kept, state)
-    bad = state.bad + 1
+    bad = jnp.where(state.stopped, state.bad, state.bad + 1)
     patience = config.train.patience
     stop = state.stopped | (epoch >= config.train.epochs) | ((patience > 0) & by_val & (bad >= max(patience, 1)))
     return state.replace(bad=bad, stopped=stop)
@@ -220,23 +233,37 @@ def epoch_rows(sums: dict, names: list[tuple[str, int]], first: int) -> list[dic
 
 
 def check_finite(sums: dict, plan: LanePlan, ids: list[str], first: int, batch_size: int) -> None:
-    """Stops a run whose loss is not finite.
+    """Stops a run whose losses or gradients are not finite.
 
+    Args:
+      sums: as `Trainer.epochs` gives them; ids: of all resident clips; first: the first epoch of the call.
     Raises:
-      AvjaxError: names the lane, epoch, step, term and clips of the first such value.
+      AvjaxError: names the first such value: fold, seed, epoch, step, term and the clips of the batch.
     """
-    found = []
-    for term, values in jax.device_get(sums["train_terms"]).items():  # (lanes, epochs, steps)
-        found += [(epoch, step, lane, term) for lane, epoch, step in np.argwhere(~np.isfinite(values)).tolist()]
+    found = _not_finite(jax.device_get(sums))
     if not found:
         return
     epoch, step, at, term = min(found)
     lane = jax.tree.map(lambda v: v[at], plan.lanes)
-    key = jax.random.fold_in(jax.random.key(lane.seed), first + epoch)
-    index, weight = (v[step].tolist() for v in shuffled(key, lane.train, lane.train_weight, batch_size))
-    clips = [ids[i] for i, w in zip(index, weight, strict=True) if w]
+    if term == _VALIDATION:
+        where, (index, weight) = "", (lane.val, lane.val_weight)
+    else:
+        where, (index, weight) = f", step {step}", (v[step] for v in _order(lane, first + epoch, batch_size))
+    clips = [ids[i] for i in np.asarray(index)[np.asarray(weight) > 0]]
     fold, seed = plan.names[at]
     raise AvjaxError(
-        f"loss {term!r} is not finite at fold {fold}, seed {seed}, epoch {first + epoch}, step {step}; clips: "
-        f"{', '.join(clips)}. Lower train.learning_rate, or look at these clips' features"
+        f"{term} is not finite at fold {fold}, seed {seed}, epoch {first + epoch}{where}; clips: {', '.join(clips)}. "
+        "Lower train.learning_rate, or look at these clips' features"
     )
+
+
+def _not_finite(sums: dict) -> list[tuple[int, float, int, str]]:
+    """(epoch, step, lane, term) of each value that is not finite; validation comes after the last step."""
+    steps = {f"loss {k!r}": v for k, v in sums["train_terms"].items()} | {"the gradient": sums["train_gradient"]}
+    found = [
+        (epoch, step, lane, term)
+        for term, values in steps.items()  # (lanes, epochs, steps)
+        for lane, epoch, step in np.argwhere(~np.isfinite(values)).tolist()
+    ]
+    val = np.argwhere(~np.isfinite(sums["val_loss"])).tolist()  # (lanes, epochs)
+    return found + [(epoch, np.inf, lane, _VALIDATION) for lane, epoch in val]

@@ -30,7 +30,7 @@ def learning_rate(config, progress: jax.Array) -> jax.Array:
     Args:
       progress: share of the run's steps already done, in [0, 1].
     """
-    rise = jnp.minimum(progress / max(config.warmup, 1e-9), 1.0) if config.warmup else 1.0
+    rise = jnp.minimum(progress / config.warmup, 1.0) if config.warmup else 1.0
     done = jnp.clip((progress - config.warmup) / max(1 - config.warmup, 1e-9), 0.0, 1.0)
     fall = 0.5 * (1 + jnp.cos(jnp.pi * done)) if config.schedule == "cosine" else 1.0
     return config.learning_rate * rise * fall

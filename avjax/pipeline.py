@@ -26,7 +26,8 @@ class Lane:
     """One fold with one seed; `vmap` adds a leading lane axis to every leaf.
 
     Attributes:
-      train, val, test: (n,) indices of clips, padded to the largest lane; the `*_weight` are 0 for padding, else 1.
+      train, val, test: (n,) indices of clips, padded to the largest lane with the lane's first training clip; the
+        `*_weight` are 0 for padding, else 1.
       counted: (clips,) 1 for the clips whose features make the standardisation statistics.
       prior: (c,) class shares of the training clips.
       seed: () uint32, from which all random draws of the lane come.
@@ -156,7 +157,7 @@ def _count(features: Features, train: np.ndarray, val: np.ndarray, test: np.ndar
 def _stack(features: Features, parts, seeds: Sequence[int], standardise: str, enrolled: set[str]) -> Lane:
     fields: dict[str, np.ndarray] = {"seed": np.array(seeds, np.uint32)}
     for at, part in enumerate(("train", "val", "test")):
-        fields[part], fields[f"{part}_weight"] = _pad([p[at] for p in parts])
+        fields[part], fields[f"{part}_weight"] = _pad([p[at] for p in parts], [p[0][0] for p in parts])
     classes = len(features.classes)
     fields["prior"] = np.stack([np.bincount(features.label[p[0]], minlength=classes) / len(p[0]) for p in parts])
     counted = np.zeros((len(parts), len(features.ids)), np.float32)
@@ -169,11 +170,16 @@ def _stack(features: Features, parts, seeds: Sequence[int], standardise: str, en
     return Lane(**{k: jnp.asarray(v.astype(np.float32) if v.dtype == np.float64 else v) for k, v in fields.items()})
 
 
-def _pad(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _pad(rows: Sequence[np.ndarray], fill: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal length as indices and weights, (rows, longest) each.
+
+    A row is filled up with one of its own lane's training clips: weight 0 does not silence another lane's clip whose
+    loss overflows, as 0 · inf is not 0.
+    """
     size = max(max(len(r) for r in rows), 1)
     index, weight = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), np.float32)
     for i, row in enumerate(rows):
-        index[i, : len(row)], weight[i, : len(row)] = row, 1
+        index[i], index[i, : len(row)], weight[i, : len(row)] = fill[i], row, 1
     return index, weight
 
 
@@ -182,12 +188,16 @@ def statistics(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation over the valid steps of the counted clips, by group.
 
+    A step with a value that is not finite is left out, so that it spoils its own clip's loss, which names it, alone.
+
     Args:
-      x: (clips, n, d); mask: (clips, n); group: (clips,) integers; counted: (clips,) weights.
+      x: (clips, n, d); mask: (clips, n); group: (clips,) integers; counted: (clips,), above 0 for clips that count.
     Returns:
       mean and std, (groups, d); a group without a valid step has mean 0 and std 1.
     """
-    weight = mask.astype(jnp.float32) * counted[:, None]  # (clips, n)
+    counts = mask & (counted > 0)[:, None] & jnp.all(jnp.isfinite(x), -1)  # (clips, n)
+    weight = counts.astype(jnp.float32)
+    x = jnp.where(counts[..., None], x, 0)  # a square that overflows is not silenced by a weight of 0
     add = lambda v: jax.ops.segment_sum(v, group, groups)  # noqa: E731
     total = add(jnp.sum(weight, -1))[:, None]  # (groups, 1)
     safe = jnp.maximum(total, 1.0)
@@ -232,7 +242,8 @@ def shuffled(key: jax.Array, index: jax.Array, weight: jax.Array, batch_size: in
 
 
 def batches(index: jax.Array, weight: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """Cuts (n,) indices and weights into (steps, batch), the last step filled up with weight 0."""
+    """Cuts (n,) indices and weights into (steps, batch), the last step filled up with its last clip at weight 0."""
     steps = -(-index.shape[0] // batch_size)
     fill = (0, steps * batch_size - index.shape[0])
-    return tuple(jnp.pad(v, fill).reshape(steps, batch_size) for v in (index, weight))
+    full = jnp.pad(index, fill, mode="edge"), jnp.pad(weight, fill)
+    return tuple(v.reshape(steps, batch_size) for v in full)

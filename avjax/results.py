@@ -9,6 +9,7 @@ import numpy as np
 
 from avjax import metrics
 from avjax.datasets.store import Features
+from avjax.errors import AvjaxError
 from avjax.pipeline import LanePlan
 from avjax.reference import summary
 
@@ -32,10 +33,16 @@ def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndar
       logits: head → (lanes, n_test, c), rows beyond a lane's own test clips are padding.
     Returns:
       clip_id, fold, seed, label and logits_<head>, plain arrays of equal length.
+    Raises:
+      AvjaxError: a logit is not finite; names the clips.
     """
     real = np.asarray(plan.lanes.test_weight) > 0
     index = np.asarray(plan.lanes.test)[real]
     lane = np.nonzero(real)[0]
+    broken = ~np.all([np.isfinite(v[real]).all(-1) for v in logits.values()], 0)
+    if broken.any():
+        clips = ", ".join(sorted({features.ids[i] for i in index[broken]}))
+        raise AvjaxError(f"the answers to {clips} are not finite numbers; look at these clips' features")
     return {
         "clip_id": np.array(features.ids)[index],
         "fold": np.array([name for name, _ in plan.names])[lane],

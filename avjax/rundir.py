@@ -107,13 +107,13 @@ def mean_over_lanes(rows: Sequence[Mapping]) -> list[dict[str, float]]:
 
 
 def progress(rows: Sequence[Mapping], epochs: int, lanes: int, seconds: float) -> str:
-    """One line about the newest epoch: scores averaged over the lanes still training."""
+    """One line about the newest epoch: scores averaged over the lanes still training; `seconds` that the call took."""
     last = mean_over_lanes(rows)[-1]
     going = sum(r["epoch"] == last["epoch"] for r in rows)
     val = f", val UAR {100 * last['val_uar']:.1f}" if "val_uar" in last else ""
     return (
         f"epoch {last['epoch']}/{epochs}: train loss {last['train_loss']:.3f}{val}; "
-        f"{going} of {lanes} lanes training; {seconds:.0f} s"
+        f"{going} of {lanes} lanes training; {seconds:.1f} s"
     )
 
 

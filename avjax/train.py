@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 from avjax import cli
 from avjax import config as configs
@@ -18,9 +18,7 @@ CONFIG = configs.define_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<config>-<variants>.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main(_: list[str]) -> None:
     train(CONFIG.value, Path(WORKDIR.value) if WORKDIR.value else None)
 
 
@@ -34,7 +32,7 @@ def train(config, workdir: Path | None = None) -> Path:
     import jax.numpy as jnp
     from rich.console import Console
 
-    from avjax import loop, models, pipeline, reference, results, rundir
+    from avjax import datasets, loop, models, pipeline, reference, results, rundir
     from avjax.checkpoint import Checkpoints
     from avjax.datasets import store
     from avjax.datasets.base import natural_folds
@@ -46,6 +44,8 @@ def train(config, workdir: Path | None = None) -> Path:
     workdir = workdir or rundir.default(config)
 
     # ---- Features -------------------------------------------------------------------------------------------------
+    if config.data.root:
+        datasets.index(config.dataset, config.data.root)  # a root that is set and wrong is an error
     root = store.place(config.dataset, config.data.features)
     features = store.load(root, config.preset)
     counts = features.counts
@@ -79,8 +79,8 @@ def train(config, workdir: Path | None = None) -> Path:
         if done:
             say(f"going on after epoch {done}")
         events = rundir.Events(workdir, rows)
-        begun = time.perf_counter()
         while done < config.train.epochs and not bool(jnp.all(state.stopped)):
+            begun = time.perf_counter()
             state, sums = trainer.epochs(state, plan.lanes, data, jnp.int32(done + 1))
             loop.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)
             new = loop.epoch_rows(sums, plan.names, done + 1)

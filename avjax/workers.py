@@ -2,10 +2,14 @@
 
 import multiprocessing
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, TimeoutError, wait
+from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+
+from avjax.errors import AvjaxError
 
 
 def each(
@@ -25,8 +29,11 @@ def each(
     Args:
       function: returns a reason, "" for success.
       setup: called once in each process with `arguments`.
+    Raises:
+      AvjaxError: `function` raised one, `setup` raised anything, or the processes die without an item: no item is to
+        blame, and the others would fare no better.
     """
-    from pebble import ProcessExpired, ProcessPool
+    from pebble import ProcessPool
 
     pool = ProcessPool(
         max_workers=max(1, min(count, len(items))),
@@ -34,28 +41,54 @@ def each(
         initializer=_begin,
         initargs=(os.getpid(), setup, arguments),
     )
+    # A queue of what is done: `concurrent.futures.wait` would go through all that is not, every time.
+    done = queue.SimpleQueue()
     with pool:
         try:
-            pending = {pool.schedule(function, args=[item], timeout=seconds): item for item in items}
-            while pending:
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    item = pending.pop(future)
-                    try:
-                        yield item, future.result()
-                    except TimeoutError:
-                        yield item, f"took longer than {seconds:g} s"
-                    except ProcessExpired as error:
-                        yield item, f"its decoder crashed (exit status {error.exitcode})"
-                    except Exception as error:
-                        yield item, f"{type(error).__name__}: {error}"
+            item_of = {}
+            for item in items:
+                future = pool.schedule(_call, args=[function, item], timeout=seconds)
+                item_of[future] = item
+                future.add_done_callback(done.put)
+            for _ in items:
+                future = done.get()
+                yield item_of[future], _reason(future, seconds)
         finally:
             pool.stop()
 
 
+def _reason(future, seconds: float) -> str:
+    from pebble import ProcessExpired
+
+    try:
+        return future.result()
+    except TimeoutError:
+        return f"took longer than {seconds:g} s"
+    except ProcessExpired as error:
+        return f"its decoder crashed (exit status {error.exitcode})"
+    except BrokenProcessPool as error:
+        raise AvjaxError(f"the worker processes end by themselves ({error}); is memory short? try fewer") from error
+    except AvjaxError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def _begin(parent: int, setup: Callable, arguments: Sequence) -> None:
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    setup(*arguments)
+    global _unready
+    _unready = ""
+    try:
+        setup(*arguments)
+    except Exception as error:
+        # Kept for the first item to bring back: the pool itself only learns that the process ended.
+        _unready = f"a worker process cannot start: {type(error).__name__}: {error}"
+
+
+def _call(function: Callable, item) -> str:
+    if _unready:
+        raise AvjaxError(_unready)
+    return function(item)
 
 
 def _watch(parent: int) -> None:

@@ -17,9 +17,10 @@ MAFW = module("configs/etg_mafw.py")
 def base() -> ConfigDict:
     config = MAFW.base()
     config.name, config.dataset = "etg_folder", "folder"
-    config.model.update(dropout=0.2)  # such sets are small
-    config.train.update(seeds=(42, 43, 44), epochs=60, batch_size=16, learning_rate=1e-3)
-    config.protocol.update(fold_count=10)
+    # Such sets are small. Chosen on held-out training speakers of four-speaker clips (README), never on test clips.
+    config.model.update(dropout=0.5)
+    config.train.update(seeds=(42, 43, 44), epochs=30, batch_size=16, learning_rate=1e-3, weight_decay=0.1)
+    config.protocol.update(fold_count=10, validation=0.2)
     return config
 
 

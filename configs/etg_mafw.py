@@ -19,6 +19,8 @@ PROTOCOLS = {
     "speaker_norm": {"protocol.standardise": "speaker"},
     # The same from a few enrolment clips per speaker, which are then not scored.
     "enrol": {"protocol.standardise": "enrol"},
+    # Nothing held out and nothing selected: all training clips, last epoch. For sets too small to give clips away.
+    "all_clips": {"protocol.validation": 0.0, "protocol.select": "last"},
     "lite": {"preset": "lite"},
 }
 TABLE = {name: {f"model.{k}": v for k, v in row.items()} for name, row in VARIANTS.items()} | PROTOCOLS
@@ -59,7 +61,7 @@ def base() -> ConfigDict:
                 "fold_count": 5,  # of `stratified`, and of `speaker` when there are more speakers than that
                 "standardise": "train",  # train | speaker | enrol
                 "enrol_clips": 16,
-                "validation": 0.2,  # share of the training clips (of the training speakers where known); 0 = none
+                "validation": 0.1,  # share of the training clips (of the training speakers where known); 0 = none
                 "select": "val",  # val: best epoch on validation | last
             },
             "train": {

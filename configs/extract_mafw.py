@@ -22,7 +22,6 @@ def base() -> ConfigDict:
             "data": {"root": ""},  # "" = $AVJAX_DATA/<dataset>
             "workers": 0,  # 0 = one per core
             "clip_seconds": 120.0,  # time limit for one clip; a clip over it is quarantined
-            "text_batch": 64,
         }
     )
 

@@ -1,9 +1,13 @@
 """Made-up features for tests: a planted signal in each stream, real masks, odd lengths."""
 
+import pathlib
+
 import numpy as np
 
-from avjax.datasets.base import Clip
+from avjax.datasets import store
+from avjax.datasets.base import Clip, Corpus, Task
 from avjax.datasets.store import Features
+from avjax.features import TEXTS, example
 
 SIZES = {"video": (6, 9), "audio": (11, 7), "text": (8, 12)}  # most steps, width
 
@@ -39,3 +43,21 @@ def make(clips: int = 48, classes: int = 3, speakers: int = 4, seed: int = 0, si
         sentences={"both": [f"sentence {i}" for i in ids]},
         counts={"used": clips, "quarantined": 0, "masked_audio": 1, "masked_video": 1},
     )
+
+
+def write_store(root: pathlib.Path, features: Features) -> None:
+    """Packs made-up features into a feature store at `root`, under the preset `lite`."""
+    corpus = Corpus(features.dataset, Task("single", features.classes), tuple(features.clips), features.folds)
+    examples = [_example(features, i) for i in range(len(features.ids))]
+    store.Store(root).pack(corpus, features.clips, "lite", examples, "made up", {"counts": features.counts})
+
+
+def _example(features: Features, i: int) -> dict[str, object]:
+    steps = {name: (features.arrays[name][i], features.masks[name][i]) for name in features.arrays}
+    frames = len(steps["video"][0])
+    picture = {"video": steps["video"][0], "video_mask": steps["video"][1]}
+    picture |= {"au": np.zeros((frames, 2), np.float32), "times": np.arange(frames, dtype=np.float64)}
+    sound = {"audio": steps["audio"][0], "audio_mask": steps["audio"][1]}
+    sound |= {"prosody": np.zeros(3, np.float32), "seconds": np.array(1.0)}
+    text = {s: x[mask] for s in TEXTS for x, mask in [steps[f"text_{s}"]]}
+    return example(features.clips[i], picture, sound, text, dict.fromkeys(TEXTS, f"sentence {features.ids[i]}"))

@@ -94,8 +94,10 @@ def natural_folds(
     Returns:
       the folds and the protocol's name.
     Raises:
-      AvjaxError: the data do not admit the folds asked for.
+      AvjaxError: the data do not admit the folds asked for, or only some of their clips have a split or fold.
     """
+    if count < 2:
+        raise AvjaxError(f"protocol.fold_count is {count}; expected at least 2")
     makers = {
         "given": lambda: _given(clips, official),
         "speaker": lambda: _by_speaker(clips, count, seed),
@@ -108,23 +110,35 @@ def natural_folds(
         if made is not None:
             return made
     needs = {
-        "given": "a split or fold for every clip, or official folds",
+        "given": "official folds, or a split or fold for every clip",
         "speaker": "a speaker for every clip and at least two speakers",
         "stratified": f"at least {count} clips",
     }
-    raise AvjaxError(f"protocol.folds={kind} needs {needs.get(kind, needs['stratified'])}; these data have it not")
+    raise AvjaxError(f"protocol.folds={kind} needs {needs.get(kind, needs['stratified'])}; these data lack that")
 
 
 def _given(clips: Sequence, official: Sequence[Fold]) -> tuple[list[Fold], str] | None:
     if official:
         return list(official), f"{len(official)} official folds"
-    if all(c.fold for c in clips):
-        names = sorted({c.fold for c in clips})
-        return [_leaving(clips, n, lambda c, n=n: c.fold == n) for n in names], f"{len(names)} given folds"
-    if all(c.split for c in clips) and {"train", "test"} <= {c.split for c in clips}:
+    folds, splits = {c.fold for c in clips}, {c.split for c in clips}
+    if folds == {None} and splits == {None}:
+        return None
+    if None not in folds and len(folds) > 1:
+        return [_leaving(clips, n, lambda c, n=n: c.fold == n) for n in sorted(folds)], f"{len(folds)} given folds"
+    if None not in splits and {"train", "test"} <= splits:
         part = {s: tuple(c.id for c in clips if c.split == s) for s in ("train", "val", "test")}
         return [Fold("split", part["train"], part["test"], part["val"])], "given train/test split"
-    return None
+    # Half a division is a mistake in the data; to make other folds in its place would train on what it sets aside.
+    raise AvjaxError(
+        f"{sum(c.split is None for c in clips)} of {len(clips)} clips have no split and "
+        f"{sum(c.fold is None for c in clips)} no fold (splits: {_names(splits)}; folds: {_names(folds)}); expected "
+        "train and test, or two folds or more, for every clip; complete them, or set protocol.folds to speaker or "
+        "stratified"
+    )
+
+
+def _names(values: set[str | None]) -> str:
+    return ", ".join(sorted(values - {None})) or "none"
 
 
 def _by_speaker(clips: Sequence, count: int, seed: int) -> tuple[list[Fold], str] | None:
@@ -160,23 +174,37 @@ def hold_out(clips: Sequence, share: float, seed: int) -> tuple[list[str], list[
 
     Args:
       clips: the training clips of a fold, with `id, label, speaker`.
-      share: the part to hold out; at least one speaker, never all of them. 0 holds out nothing.
+      share: the part to hold out, 0 <= share < 1; at least one speaker, or one clip of a class that has two, and
+        never all of a class or all speakers. 0 holds out nothing.
+    Raises:
+      AvjaxError: the share is out of range.
     """
+    if not 0 <= share < 1:
+        raise AvjaxError(f"protocol.validation is {share}; expected a share of the training clips, 0 <= share < 1")
     ids = [c.id for c in clips]
-    if share <= 0 or len(clips) < 2:
+    if not share:
         return ids, [], "no validation part"
     rng = np.random.default_rng(seed)
     speakers = sorted({c.speaker for c in clips if c.speaker})
     if len(speakers) > 1 and all(c.speaker for c in clips):
         count = min(max(1, round(share * len(speakers))), len(speakers) - 1)
         held = {speakers[i] for i in rng.permutation(len(speakers))[:count]}
-        val = [c.id for c in clips if c.speaker in held]
+        taken = {c.id for c in clips if c.speaker in held}
         how = "whole training speakers held out"
     else:
-        groups: dict[str, list[str]] = {}
-        for c in clips:
-            groups.setdefault(c.label, []).append(c.id)
-        val = [i for g in sorted(groups) for i in rng.permutation(groups[g])[: round(share * len(groups[g]))].tolist()]
-        how = "stratified part of the training clips held out"
-    taken = set(val)
+        taken = _share_of_classes(clips, share, rng)
+        how = "stratified part of the training clips held out" if taken else "no validation part (too few clips)"
     return [i for i in ids if i not in taken], [i for i in ids if i in taken], how
+
+
+def _share_of_classes(clips: Sequence, share: float, rng: np.random.Generator) -> set[str]:
+    """Ids of a part of every class, never all of it; of the largest class at least one, if it has two."""
+    groups: dict[str, list[str]] = {}
+    for c in clips:
+        groups.setdefault(c.label, []).append(c.id)
+    largest = max(groups, key=lambda g: len(groups[g]), default=None)
+    taken = set()
+    for label in sorted(groups):
+        wanted = max(round(share * len(groups[label])), label == largest)
+        taken.update(rng.permutation(groups[label])[: min(wanted, len(groups[label]) - 1)].tolist())
+    return taken

@@ -4,6 +4,8 @@ Its descriptive captions are annotators' words about the emotion, and never an i
 """
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 from avjax import assets
@@ -11,6 +13,8 @@ from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 
 _LISTS = "Train & Test Set/single/no_caption"
+# A plain file name: a list is not to lead out of the folder of clips.
+_LINE = re.compile(r"([\w-]+)\.mp4\s+(\w+)", re.ASCII)
 
 
 def index(root: Path) -> Corpus:
@@ -20,7 +24,8 @@ def index(root: Path) -> Corpus:
 
     Raises:
       AvjaxError: the layout is not MAFW's (the message names every missing part), a line is not `00025.mp4 anger`,
-        a label is not one of the eleven, or the lists contradict each other.
+        a label is not one of the eleven, or the lists contradict each other: two labels for a clip, a clip twice in
+        one fold, or not tested exactly once over all folds.
     """
     about = json.loads(assets.path("data/mafw.json").read_text())
     lists = {
@@ -36,6 +41,7 @@ def index(root: Path) -> Corpus:
         )
     labels: dict[str, str] = {}
     parts = {key: _read_list(path, labels, about["classes"]) for key, path in lists.items()}
+    _check_folds(root / _LISTS, parts, about["folds"])
     clips = {name: root / "data" / "clips" / f"{name}.mp4" for name in sorted(labels)}
     there = {name for name, path in clips.items() if path.is_file()}
     if not there:
@@ -55,15 +61,41 @@ def index(root: Path) -> Corpus:
 
 def _read_list(path: Path, labels: dict[str, str], classes: list[str]) -> list[str]:
     """The clip names of a fold list; adds their labels to `labels`."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise AvjaxError(f"{path}: not UTF-8 (byte {error.start}); is it a list of no_caption?") from error
     names = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        file, _, label = line.strip().partition(" ")
-        name, label = file.removesuffix(".mp4"), label.strip().lower()
+        match = _LINE.fullmatch(line.strip())
+        if not match:
+            raise AvjaxError(f"{path}, line {number}: {line.strip()!r}; expected a clip and its label: 00025.mp4 anger")
+        name, label = match[1], match[2].lower()
         if label not in classes:
             raise AvjaxError(f"{path}, line {number}: label {label!r}; expected one of {', '.join(classes)}")
         if labels.setdefault(name, label) != label:
             raise AvjaxError(f"{path}, line {number}: {name} is {label!r}, but another list says {labels[name]!r}")
         names.append(name)
     return names
+
+
+def _check_folds(lists: Path, parts: dict[tuple[int, str], list[str]], folds: int) -> None:
+    for fold in range(1, folds + 1):
+        _check_once(
+            f"{lists / f'set_{fold}'}: in train and test of one fold", parts[fold, "train"] + parts[fold, "test"]
+        )
+    tested = [name for fold in range(1, folds + 1) for name in parts[fold, "test"]]
+    _check_once(f"{lists}: tested in two folds", tested)
+    if never := {name for names in parts.values() for name in names} - set(tested):
+        raise AvjaxError(f"{lists}: tested in no fold: {_some(never)}; are these the official lists?")
+
+
+def _check_once(trouble: str, names: list[str]) -> None:
+    if repeated := {name for name, count in Counter(names).items() if count > 1}:
+        raise AvjaxError(f"{trouble}, or listed twice: {_some(repeated)}; are these the official lists?")
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -19,7 +19,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,9 @@ from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 
 VERSION = "1.0.0"  # of the packed view's layout
+_UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
 STREAMS = ("video", "audio")
+_PARTS = ("train", "test", "val")
 _INDEXED = ("id", "label", "speaker", "transcript", "split", "fold")
 
 
@@ -69,25 +70,40 @@ class Store:
         self.root = root
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator["Store"]:
-        """Holds the store for one writer, and clears away what a killed one left.
+    def locked(self, dataset: str) -> Iterator["Store"]:
+        """Holds the store for one writer of `dataset`, and clears away what killed ones left.
 
         Raises:
-          AvjaxError: another process is writing to it.
+          AvjaxError: another process is writing to it, it holds another data set, or it cannot be written.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as file:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / ".lock").open("w")
+        except OSError as error:
+            raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise AvjaxError(
                     f"{self.root}: another extraction is writing here; wait for it, or use another --out"
                 ) from error
-            for part in self.root.glob("**/.*.part"):
-                part.unlink()
-            for unfinished in self.root.glob("tfds/*/*/*incomplete*"):
-                shutil.rmtree(unfinished)
-            yield self
+            index = read_index(self.root)
+            if index and index["dataset"] != dataset:
+                raise AvjaxError(f"{self.root}: holds features of {index['dataset']}, not {dataset}; use another --out")
+            self._sweep()
+            try:
+                yield self
+            finally:
+                # Workers that were killed at their time limit leave parts, too.
+                self._sweep()
+
+    def _sweep(self) -> None:
+        for part in self.root.glob("**/.*.part"):
+            # An orphan of a killed run may still be moving its last one into place.
+            part.unlink(missing_ok=True)
+        for unfinished in self.root.glob(f"tfds/*/*/*{_UNFINISHED}*"):
+            shutil.rmtree(unfinished)
 
     def _staged(self, clip_id: str, feature: str, key: str) -> Path:
         return self.root / "staged" / safe_name(clip_id) / f"{feature}-{key}.npz"
@@ -96,13 +112,21 @@ class Store:
         return self._staged(clip_id, feature, key).is_file()
 
     def put(self, clip_id: str, feature: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Stages one feature of one clip; a reader sees all of it or nothing."""
-        with _replacing(self._staged(clip_id, feature, key), "wb") as file:
-            np.savez(file, **arrays)
+        """Stages one feature of one clip; a reader sees all of it or nothing.
 
-    def get(self, clip_id: str, feature: str, key: str) -> dict[str, np.ndarray]:
+        Raises:
+          AvjaxError: it cannot be written: no room, or no permission.
+        """
+        try:
+            with _replacing(self._staged(clip_id, feature, key), "wb") as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); mend that and start again") from error
+
+    def get(self, clip_id: str, feature: str, key: str, *names: str) -> dict[str, np.ndarray]:
+        """Reads the arrays `names` of a staged feature, by default all."""
         with np.load(self._staged(clip_id, feature, key)) as file:
-            return dict(file)
+            return {name: file[name] for name in names or file.files}
 
     def record(self, provenance: Mapping[str, object]) -> str:
         """Keeps a provenance record and gives its key."""
@@ -129,7 +153,7 @@ class Store:
             return []
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = csv.DictReader(file)
+                rows = csv.DictReader(file, restval="")
                 if missing := set(columns) - set(rows.fieldnames or ()):
                     raise AvjaxError(f"{path}: no column {', '.join(sorted(missing))}; expected {','.join(columns)}")
                 return list(rows)
@@ -148,10 +172,12 @@ class Store:
           AvjaxError: there was none.
         """
         index = read_index(self.root)
-        if not index or preset not in index["presets"]:
-            raise AvjaxError(f"{self.root}: no extraction with preset {preset!r} yet; run once without --only")
+        staged = index["presets"].get(preset, {}).get("staged", {}) if index else {}
+        if not staged or any(c["id"] not in staged for c in index["clips"]):
+            raise AvjaxError(
+                f"{self.root}: not all clips are measured with preset {preset!r}; run without --only first"
+            )
         clips = [Clip(path=Path(), **c) for c in index["clips"]]
-        staged = index["presets"][preset]["staged"]
         task = Task(index["task"], tuple(index["classes"]))
         corpus = Corpus(index["dataset"], task, tuple(clips), _folds(index))
         return corpus, [(c, *staged[c.id][:2]) for c in clips]
@@ -167,29 +193,29 @@ class Store:
     ) -> None:
         """Packs `examples`, one per clip of `clips`, into the TFDS view, and writes the index.
 
+        All presets of a store describe the same clips: those packed from other ones are unfinished from then on.
+
         Args:
           corpus: gives name, classes and official folds.
           examples: see `avjax.features.example`.
           about: further entries of this preset in the index, such as counts and provenance.
         """
-        index = read_index(self.root) or {"presets": {}}
-        if preset in index["presets"]:
-            # Unfinished from here until the last line, but still known to `read_measured`.
-            index["presets"][preset] |= {"recipe": None, "content": None}
+        data = _described(corpus, clips)
+        index = read_index(self.root)
+        if index:
+            for name, entry in index["presets"].items():
+                # Unfinished from here until the last line, but still known to `read_measured`.
+                if name == preset or any(index[k] != v for k, v in data.items()):
+                    entry |= {"recipe": None, "content": None}
             write_text(self.root / "index.json", json.dumps(index))
         digest = hashlib.sha256()
         name = f"avjax_{corpus.name}"
         shutil.rmtree(self.root / "tfds" / name / preset, ignore_errors=True)
         _build(self.root / "tfds", name, preset, corpus.task.classes, _hashed(examples, digest), len(clips))
-        index |= {
-            "dataset": corpus.name,
-            "task": corpus.task.kind,
-            "classes": corpus.task.classes,
-            "folds": [dataclasses.asdict(f) for f in corpus.folds],
-            "clips": [{k: getattr(c, k) for k in _INDEXED} for c in clips],
+        presets = (index["presets"] if index else {}) | {
+            preset: {"recipe": recipe, "content": digest.hexdigest(), **about}
         }
-        index["presets"][preset] = {"recipe": recipe, "content": digest.hexdigest(), **about}
-        write_text(self.root / "index.json", json.dumps(index, indent=1))
+        write_text(self.root / "index.json", json.dumps({"presets": presets, **data}, indent=1))
 
 
 def place(dataset: str, given: str = "") -> Path:
@@ -207,7 +233,7 @@ def load(root: Path, preset: str) -> Features:
     """Reads the packed view of `preset` from the store at `root`.
 
     Raises:
-      AvjaxError: no finished store there, or it lacks the preset; the message says what to run.
+      AvjaxError: no finished store there, or it lacks the preset or its packed view; the message says what to run.
     """
     index = read_index(root)
     finished = [name for name, about in (index["presets"] if index else {}).items() if about["content"]]
@@ -220,7 +246,13 @@ def load(root: Path, preset: str) -> Features:
             f"--config.data.root=YOUR_DATA --out {root}"
         )
     about = index["presets"][preset]
-    examples = {e["clip_id"].decode(): e for e in read_examples(root, f"avjax_{index['dataset']}", preset)}
+    name = f"avjax_{index['dataset']}"
+    if not view(root, name, preset).is_dir():
+        raise AvjaxError(
+            f"{view(root, name, preset)}: the packed view is gone; delete {root / 'index.json'} and run avjax.extract "
+            "again (what is staged is not measured anew)"
+        )
+    examples = {e["clip_id"].decode(): e for e in read_examples(root, name, preset)}
     clips = [Clip(path=Path(), **c) for c in index["clips"]]
     rows = [examples[c.id] for c in clips]
     arrays, masks = {}, {}
@@ -245,11 +277,21 @@ def load(root: Path, preset: str) -> Features:
     )
 
 
+def view(root: Path, name: str, preset: str) -> Path:
+    """The folder of a packed view."""
+    return root / "tfds" / name / preset / VERSION
+
+
+def recipe(corpus: Corpus, clips: Sequence[Clip], ingredients: object) -> str:
+    """A hash of all that goes into a packed view: the data's description and `ingredients`, anything JSON can hold."""
+    return hashlib.sha256(json.dumps([VERSION, _described(corpus, clips), ingredients]).encode()).hexdigest()
+
+
 def read_examples(root: Path, name: str, preset: str) -> Iterator[dict]:
     """The examples of a packed view, as TFDS gives them (strings as bytes), in no particular order."""
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(str(root / "tfds" / name / preset / VERSION))
+    builder = tfds.builder_from_directory(str(view(root, name, preset)))
     source = builder.as_data_source("clips")
     return (source[i] for i in range(len(source)))
 
@@ -311,14 +353,18 @@ def _build(data_dir: Path, name: str, preset: str, classes: Sequence[str], examp
     first = next(examples)
     spec = _feature_spec(tfds, first[1], classes)
 
-    # TFDS's ready-made ad-hoc builder would need TensorFlow.
-    class Packed(tfds.core.GeneratorBasedBuilder):
+    class Info(tfds.core.DatasetInfo):
+        def initialize_from_bucket(self):
+            """Looks for nothing published: TFDS's way of looking leaves a temporary folder behind every time."""
+
+    # TFDS's ready-made ad-hoc builder would need TensorFlow. Registered, this one could pack but once per process.
+    class Packed(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(VERSION)
         BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=preset),)
 
         def _info(self):
             about = f"Features of {count} clips, packed by avjax from its feature store."
-            return tfds.core.DatasetInfo(builder=self, features=spec, description=about)
+            return Info(builder=self, features=spec, description=about)
 
         def _split_generators(self, dl_manager):
             return {"clips": self._generate_examples()}
@@ -330,9 +376,9 @@ def _build(data_dir: Path, name: str, preset: str, classes: Sequence[str], examp
     Packed.name = name
     tfds.disable_progress_bar()
     builder = Packed(data_dir=str(data_dir), config=preset, file_format="array_record")
-    # It announces a download and makes a folder for it, and there is none.
-    with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as nowhere:
-        builder.download_and_prepare(download_dir=nowhere)
+    # It announces a download and makes a folder for it, and there is none: one that `Store.locked` sweeps away.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_dir=str(data_dir / name / preset / f"download.{_UNFINISHED}"))
 
 
 def _feature_spec(tfds, example: Mapping[str, object], classes: Sequence[str]):
@@ -352,8 +398,19 @@ def _feature_spec(tfds, example: Mapping[str, object], classes: Sequence[str]):
     return tfds.features.FeaturesDict(spec("", example))
 
 
+def _described(corpus: Corpus, clips: Sequence[Clip]) -> dict[str, object]:
+    """The index's description of the data: all that training needs, and nothing of where the files are."""
+    return {
+        "dataset": corpus.name,
+        "task": corpus.task.kind,
+        "classes": list(corpus.task.classes),
+        "folds": [{"name": f.name, **{part: list(getattr(f, part)) for part in _PARTS}} for f in corpus.folds],
+        "clips": [{name: getattr(clip, name) for name in _INDEXED} for clip in clips],
+    }
+
+
 def _folds(index: Mapping) -> tuple[Fold, ...]:
-    return tuple(Fold(f["name"], *(tuple(f[part]) for part in ("train", "test", "val"))) for f in index["folds"])
+    return tuple(Fold(f["name"], *(tuple(f[part]) for part in _PARTS)) for f in index["folds"])
 
 
 def _dense(steps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

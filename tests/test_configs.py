@@ -1,0 +1,157 @@
+"""Every configuration builds with all its variants, and a mistake on the command line is one clear line."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+
+from avjax import assets
+from avjax import config as configs
+from avjax.errors import AvjaxError
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+ETG = ["full", "no_hlo", "concat_text", "concat", "no_etg", "no_tmfef", "fusion_concat", "fusion_additive",
+       "weights_equal", "weights_fusion", "text_audio", "text_video", "audio_only", "video_only", "text_only",
+       "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", "lite"]  # fmt: skip
+# Of every file in configs/: its name, data set and variants.
+EXPECTED = {
+    "configs/etg_folder.py": ("etg_folder", "folder", ETG),
+    "configs/etg_mafw.py": ("etg_mafw", "mafw", ETG),
+    "configs/extract_folder.py": ("extract_folder", "folder", ["lite"]),
+    "configs/extract_mafw.py": ("extract_mafw", "mafw", ["lite"]),
+}
+
+
+def test_every_configuration_is_expected_here():
+    assert assets.names("configs") == sorted(EXPECTED)
+
+
+@pytest.mark.parametrize("file", EXPECTED)
+def test_configuration(file):
+    name, dataset, variants = EXPECTED[file]
+    config = configs.load(file)
+    assert (config.name, config.dataset, config.variants) == (name, dataset, "")
+    assert f"--config {file}" in configs.module(file).__doc__
+    with pytest.raises(AvjaxError, match="no variant 'qqqqqqqq'") as caught:
+        configs.load(f"{file}:qqqqqqqq")
+    assert sorted(str(caught.value).partition("valid ones: ")[2].split(", ")) == sorted(variants)
+    for variant in variants:
+        changed = configs.load(f"{file}:{variant}")
+        assert changed.variants == variant
+        assert configs.keys(changed) == configs.keys(config), "a variant must not add keys"
+        _build(changed)
+
+
+def _build(config):
+    """Whatever a configuration names must exist."""
+    from avjax import datasets, features, models, pipeline
+
+    assert config.dataset in datasets.REGISTRY
+    features.preset(config.preset)
+    if "model" in config:
+        models.build(config.model, 7)
+        assert config.protocol.standardise in pipeline.STANDARDISE
+        assert config.model.text_source in features.TEXTS
+
+
+def test_later_variants_win_and_all_are_named():
+    config = configs.load("configs/etg_mafw.py:enrol,speaker_norm")
+    assert (config.protocol.standardise, config.variants) == ("speaker", "enrol,speaker_norm")
+
+
+def test_entry_points_can_be_imported_together():
+    done = call("timeit", "-n1", "import avjax.train, avjax.extract")
+    assert done.returncode == 0, done.stderr
+
+
+def test_overrides_without_flags():
+    assert configs.load("configs/etg_mafw.py", train__epochs=3).train.epochs == 3
+    with pytest.raises(AvjaxError, match=r"no key 'train.epoch' .* did you mean 'train.epochs'"):
+        configs.load("configs/etg_mafw.py", train__epoch=3)
+
+
+def test_own_file_comes_before_a_shipped_one_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    own = tmp_path / "configs/extract_mafw.py"
+    own.write_text(assets.path("configs/extract_mafw.py").read_text().replace('"extract_mafw"', '"own"'))
+    monkeypatch.chdir(tmp_path)
+    assert configs.load("configs/extract_mafw.py").name == "own"
+    assert configs.load("configs/etg_mafw.py").name == "etg_mafw"
+    own.write_text("")
+    with pytest.raises(AvjaxError, match="expected a function get_config"):
+        configs.load("configs/extract_mafw.py")
+
+
+def call(module, *args, cwd=REPOSITORY, path=REPOSITORY):
+    env = os.environ | {"PYTHONPATH": str(path)}
+    return subprocess.run([sys.executable, "-m", module, *args], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("module", "flag"), [("avjax.train", "--workdir"), ("avjax.extract", "--only")])
+def test_help_comes_at_once(module, flag):
+    start = time.monotonic()
+    done = call(module, "--help")
+    assert time.monotonic() - start < 2
+    assert done.returncode == 0
+    assert flag in done.stdout
+    assert "--config" in done.stdout
+    assert not done.stderr
+
+
+FOLDER = "--config=configs/extract_folder.py"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([FOLDER, "--config.data.rot=x"], "no key 'data.rot' in configs/extract_folder.py; did you mean 'data.root'?"),
+        (["--config", FOLDER[9:], "--config.rot", "x"], "no key 'rot' in"),
+        (["-config", FOLDER[9:], "-config.worker=1"], "did you mean 'workers'?"),
+        ([FOLDER + ":light"], "no variant 'light' in this configuration; did you mean 'lite'?"),
+        (
+            ["--config=configs/extract_foldr.py"],
+            "no such configuration file; did you mean 'configs/extract_folder.py'?",
+        ),
+        (["--config=/nowhere/x.py"], "/nowhere/x.py: no such configuration file"),
+        (["--config=configs"], "configs: no such configuration file"),
+        ([], "Flag --config must have a value"),
+        (["--config"], "Missing value for flag --config"),
+        ([FOLDER, "--uot=x"], "Unknown command line flag 'uot'. Did you mean: out ?"),
+        ([FOLDER, "--only=media"], "value should be one of <text>"),
+        ([FOLDER, "--config.workers=many"], "invalid literal for int() with base 10: 'many'"),
+        ([FOLDER, "surplus"], "unexpected arguments: surplus"),
+        ([FOLDER, "--config.data.root=/nowhere"], "/nowhere: no such folder; set --config.data.root"),
+        ([FOLDER, "--out=/dev/null/F"], "/dev/null/F: cannot be written (Not a directory); choose another --out"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(args, message, tmp_path):
+    done = call("avjax.extract", *([] if any(a.startswith("--out") for a in args) else [f"--out={tmp_path}"]), *args)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+def test_installed_wheel_ships_what_it_needs(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
+    subprocess.run([*build, str(REPOSITORY)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    shipped = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
+    assert {"avjax/report/page.html.j2", "avjax/_shipped/data/mafw.json"} <= shipped
+    assert {f"avjax/_shipped/{file}" for file in EXPECTED} <= shipped
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = call("avjax.train", "--config=configs/etg_folder.py", "--config.data.features=F", cwd=elsewhere, path=site)
+    assert done.returncode == 2
+    assert "F: no finished feature store" in done.stderr
+    mafw = call("avjax.extract", "--config=configs/extract_mafw.py", "--config.data.root=.", "--out=F",
+                cwd=elsewhere, path=site)  # fmt: skip
+    assert mafw.returncode == 2
+    assert "no MAFW here" in mafw.stderr

@@ -1,0 +1,386 @@
+"""Data sets: labels.csv as people write it, MAFW's lists, folds, and what is held out for validation."""
+
+import dataclasses
+import json
+from collections import Counter
+
+import pytest
+from conftest import REAL
+
+from avjax import assets, datasets
+from avjax.datasets.base import Clip, Fold, hold_out, natural_folds
+from avjax.errors import AvjaxError
+
+CLASSES = json.loads(assets.path("data/mafw.json").read_text())["classes"]
+
+# ---- folder ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes labels.csv and the files a.mp4 to d.mp4 and indexes the folder."""
+
+    def write(table, encoding="utf-8"):
+        root = tmp_path / "data"
+        (root / "sub").mkdir(parents=True, exist_ok=True)
+        for name in ("a.mp4", "b.mp4", "c.mp4", "sub/d.mp4", "a.wav", "../outside.mp4"):
+            (root / name).write_bytes(b"x")
+        (root / "labels.csv").write_bytes(table if isinstance(table, bytes) else table.encode(encoding))
+        return datasets.index("folder", str(root))
+
+    return write
+
+
+def test_folder_reads_all_columns(folder, tmp_path):
+    corpus = folder(
+        "file,label,id,speaker,split,fold,transcript,audio,start,end\n"
+        "a.mp4,sad,one,ann,Train,f1,Oh no.,a.wav,0.5,2\n"
+        "sub/d.mp4,angry,,,dev,,,,,\n"
+    )
+    root = tmp_path / "data"
+    assert corpus.clips == (
+        Clip("one", root / "a.mp4", "sad", root / "a.wav", "ann", "Oh no.", 0.5, 2.0, "train", "f1"),
+        Clip("sub/d", root / "sub/d.mp4", "angry", split="val"),
+    )
+    assert corpus.task.classes == ("angry", "sad")
+    assert corpus.rejected == ()
+    assert corpus.folds == ()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        'file,label,transcript\na.mp4,sad,"One,\ntwo; ""three"""\nb.mp4,happy,\n',
+        '\ufefffile,label,transcript\r\na.mp4,sad,"One,\r\ntwo; ""three"""\r\nb.mp4,happy\r\n',
+        'File; Label ;Transcript\na.mp4;sad;"One,\ntwo; ""three"""\nb.mp4;happy;\n',
+        ' label\ttranscript\tfile\n sad \t"One,\ntwo; ""three"""\ta.mp4\nhappy\t\t b.mp4\n\n',
+    ],
+    ids=["plain", "bom-crlf-short-row", "semicolons", "tabs-reordered"],
+)
+def test_folder_reads_tables_as_people_write_them(folder, table):
+    first, second = folder(table).clips
+    assert (first.id, first.label, first.transcript) == ("a", "sad", 'One,\ntwo; "three"')
+    assert (second.id, second.label, second.transcript) == ("b", "happy", None)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("b.mp4,", "no label"),
+        (",sad", "no file name"),
+        ("nope.mp4,sad", "no such file"),
+        ("sub,sad", "no such file"),
+        ("../outside.mp4,sad", "file lies outside the data folder"),
+        ("sub/../../outside.mp4,sad", "file lies outside the data folder"),
+        ("/etc/hostname,sad", "file lies outside the data folder"),
+        ("link.mp4,sad", "file lies outside the data folder"),
+        (f"{'long' * 100},sad", "no such file"),
+        ("nul\0.mp4,sad", "no such file"),
+        ("b.mp4,sad,,,,,,../outside.mp4", "file lies outside the data folder"),
+        ("b.mp4,sad,,,,,,gone.wav", "no such file"),
+        ("a.mp4,sad", "duplicate clip id"),
+        ("b.mp4,sad,first", "duplicate clip id"),
+        ("b.mp4,sad,,,testing", "split is 'testing'; expected train, val or test"),
+        ('b.mp4,sad,,,,,,,"1,5"', "start or end is not a number: '1,5'"),
+        ("b.mp4,sad,,,,,,,2,1", "expected 0 <= start < end"),
+        ("b.mp4,sad,,,,,,,-1", "expected 0 <= start < end"),
+        ("b.mp4,sad,,,,,,,nan", "expected 0 <= start < end"),
+        ("b.mp4,sad,,,,,,,,nan", "expected 0 <= start < end"),
+        ("b.mp4,sad,,,,,,,,0", "expected 0 <= start < end"),
+        ("b.mp4,sad,,,,,Well, then,,,", "more cells than columns"),
+    ],
+)
+def test_folder_rejects_a_row_and_keeps_the_rest(folder, tmp_path, row, reason):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link.mp4").symlink_to(tmp_path / "outside.mp4")
+    header = "file,label,id,speaker,split,fold,transcript,audio,start,end\n"
+    corpus = folder(f"{header}a.mp4,sad,,,,,,,,\nc.mp4,happy,first\n{row}\n")
+    assert [c.id for c in corpus.clips] == ["a", "first"]
+    ((_, why),) = corpus.rejected
+    assert reason in why
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("", "no column file or label"),
+        ("path,label\na.mp4,sad\n", "no column file; got 'path,label', expected file,label"),
+        ("file,label\n", "none of its 0 rows can be used"),
+        ("file,label\nno.mp4,sad\n", "none of its 1 rows can be used; the first: no: no such file"),
+        ('file,label,transcript\na.mp4,sad,"never ends\nb.mp4,sad,\n', "labels.csv, line 3: unexpected end of data"),
+        ('file,label,transcript\na.mp4,sad,"Say "what" now"\n', "line 2: .* a cell with a quote in it is written"),
+        ("file,label\na.mp4,fröhlich\n".encode("latin-1"), r"not UTF-8 \(byte 19\); save it as UTF-8"),
+        ("file,label\na.mp4,sad\n".encode("utf-16"), "not UTF-8"),
+    ],
+)
+def test_folder_says_what_is_wrong_with_its_table(folder, table, message):
+    with pytest.raises(AvjaxError, match=message):
+        folder(table)
+
+
+def test_folder_without_table_and_missing_roots(tmp_path, monkeypatch):
+    with pytest.raises(AvjaxError, match=r"labels\.csv: not found; .* columns file,label"):
+        datasets.index("folder", str(tmp_path))
+    with pytest.raises(AvjaxError, match="the registry has folder, mafw"):
+        datasets.index("mawf")
+    monkeypatch.setenv("AVJAX_DATA", str(tmp_path))
+    with pytest.raises(AvjaxError, match=rf"{tmp_path}/mafw: no such folder; set --config.data.root"):
+        datasets.index("mafw")
+
+
+def test_folder_on_real_clips(java_sed):
+    corpus = datasets.index("folder", str(java_sed))
+    assert (len(corpus.clips), len(corpus.task.classes), len({c.speaker for c in corpus.clips})) == (96, 6, 4)
+
+
+# ---- mafw ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mafw(tmp_path):
+    """A miniature of MAFW's layout: 5 folds, 2 clips of each of the 11 classes, each tested once."""
+    names = [f"{i:05d}" for i in range(1, 23)]
+    (tmp_path / "data/clips").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "data/clips" / f"{name}.mp4").write_bytes(b"x")
+    for fold in range(5):
+        for part in ("train", "test"):
+            path = listed(tmp_path, fold + 1, part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [f"{n}.mp4 {CLASSES[i % 11]}" for i, n in enumerate(names) if (i % 5 == fold) == (part == "test")]
+            path.write_bytes("\r\n".join([*lines, ""]).encode())
+    return tmp_path
+
+
+def listed(root, fold, part):
+    return root / "Train & Test Set/single/no_caption" / f"set_{fold}" / f"{part}.txt"
+
+
+def test_mafw_index(mafw):
+    corpus = datasets.index("mafw", str(mafw))
+    assert corpus.task.classes == tuple(CLASSES)
+    assert len(CLASSES) == 11
+    assert [c.id for c in corpus.clips] == [f"{i:05d}" for i in range(1, 23)]
+    assert corpus.clips[12] == Clip("00013", mafw / "data/clips/00013.mp4", "disgust")
+    assert [(f.name, len(f.train), len(f.test)) for f in corpus.folds][:2] == [("1", 17, 5), ("2", 17, 5)]
+    assert sorted(i for f in corpus.folds for i in f.test) == [c.id for c in corpus.clips]
+    folds, name = natural_folds(corpus.clips, corpus.folds)
+    assert tuple(folds) == corpus.folds
+    assert name == "5 official folds"
+
+
+def test_mafw_clip_that_is_not_on_disk_is_stated_and_leaves_its_folds(mafw):
+    (mafw / "data/clips/00003.mp4").unlink()
+    corpus = datasets.index("mafw", str(mafw))
+    assert corpus.rejected == (("00003", "no such file"),)
+    assert len(corpus.clips) == 21
+    assert not any("00003" in f.train + f.test for f in corpus.folds)
+
+
+def test_mafw_missing_parts_are_all_named(mafw):
+    listed(mafw, 4, "test").unlink()
+    (mafw / "data/clips").rename(mafw / "data/klips")
+    with pytest.raises(AvjaxError, match=r"missing: data/clips, .*set_4/test\.txt\. Set --config\.data\.root"):
+        datasets.index("mafw", str(mafw))
+    with pytest.raises(AvjaxError, match=r"no MAFW here; missing: data/clips, .*set_1/train"):
+        datasets.index("mafw", str(mafw / "data"))
+
+
+def test_mafw_lists_without_any_clip(mafw):
+    for clip in (mafw / "data/clips").iterdir():
+        clip.unlink()
+    with pytest.raises(AvjaxError, match="holds none of the 22 clips"):
+        datasets.index("mafw", str(mafw))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"../x.mp4 anger", "line 6: '../x.mp4 anger'; expected a clip and its label"),
+        (b"/etc/passwd anger", "expected a clip and its label"),
+        (b"a/b.mp4 anger", "expected a clip and its label"),
+        (b"..\\x.mp4 anger", "expected a clip and its label"),
+        (b"00003.mp4", "expected a clip and its label"),
+        (b"00003.mp4 anger management", "expected a clip and its label"),
+        (b"00003.mp4 rage", "label 'rage'; expected one of anger, disgust"),
+        (b"00003.mp4 anger", "00003 is 'anger', but another list says 'fear'"),
+        (b"00003.mp4 fear", "set_1: in train and test of one fold, or listed twice: 00003"),
+        (b"00001.mp4 anger", "set_1: in train and test of one fold, or listed twice: 00001"),
+        (b"00099.mp4 \xe4rger", "not UTF-8"),
+    ],
+)
+def test_mafw_refuses_a_line(mafw, line, message):
+    path = listed(mafw, 1, "test")
+    path.write_bytes(path.read_bytes() + line + b"\r\n")
+    with pytest.raises(AvjaxError, match=message.replace("\\", "\\\\")):
+        datasets.index("mafw", str(mafw))
+
+
+def test_mafw_clip_must_be_tested_once(mafw):
+    one, two = listed(mafw, 1, "test"), listed(mafw, 2, "test")
+    was = one.read_text()
+    first, rest = was.split("\n", 1)
+    one.write_text(rest)
+    with pytest.raises(AvjaxError, match="tested in no fold: 00001"):
+        datasets.index("mafw", str(mafw))
+    one.write_text(was)
+    train = listed(mafw, 2, "train")
+    train.write_text(train.read_text().replace(first + "\n", ""))
+    two.write_text(two.read_text() + first)
+    with pytest.raises(AvjaxError, match="tested in two folds, or listed twice: 00001"):
+        datasets.index("mafw", str(mafw))
+
+
+def test_mafw_real_lists(tmp_path):
+    source = REAL / "dfew_mafw_msp_ravdess_folds/S2D/MAFW/anno/single/no_caption"
+    if not source.is_dir():
+        pytest.skip(f"MAFW's fold lists are not at {source}")
+    clips = tmp_path / "data/clips"
+    clips.mkdir(parents=True)
+    (tmp_path / "Train & Test Set/single").mkdir(parents=True)
+    (tmp_path / "Train & Test Set/single/no_caption").symlink_to(source)
+    tested = Counter()
+    for fold in range(1, 6):
+        for line in (source / f"set_{fold}/test.txt").read_text().split("\n"):
+            if line:
+                (clips / line.split()[0]).touch()
+                tested[line.split()[0]] += 1
+    corpus = datasets.index("mafw", str(tmp_path))
+    assert len(corpus.clips) == 9172 == json.loads(assets.path("data/mafw.json").read_text())["clips"]
+    assert set(tested.values()) == {1}
+    assert len(tested) == 9172
+    assert [len(f.test) for f in corpus.folds] == [1839, 1837, 1833, 1832, 1831]
+    assert all(len(f.train) + len(f.test) == 9172 for f in corpus.folds)
+    assert Counter(c.label for c in corpus.clips)["contempt"] == 236
+
+
+# ---- folds -----------------------------------------------------------------------------------------------------------
+
+
+def made(count, classes=3, speakers=0, **columns):
+    """`count` clips; a column is given as a function of the clip's number."""
+    return [
+        Clip(f"c{i:02d}", None, f"class{i % classes}", speaker=f"s{i % speakers}" if speakers else None,
+             **{name: value(i) for name, value in columns.items()})
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def check_partition(folds, clips):
+    ids = [c.id for c in clips]
+    assert sorted(i for f in folds for i in f.test) == ids, "every clip is tested exactly once"
+    for fold in folds:
+        assert sorted(fold.train + fold.test + fold.val) == ids
+
+
+def test_auto_takes_the_first_that_the_data_admit():
+    official = [Fold("x", ("c00",), ("c01",))]
+    rich = made(12, speakers=3, fold=lambda i: f"f{i % 2}", split=lambda i: ("train", "val", "test")[i % 3])
+    assert natural_folds(rich, official) == (official, "1 official folds")
+    folds, name = natural_folds(rich, ())
+    assert ([f.name for f in folds], name) == (["f0", "f1"], "2 given folds")
+    check_partition(folds, rich)
+    split = [dataclasses.replace(c, fold=None) for c in rich]
+    (fold,), name = natural_folds(split, ())
+    assert name == "given train/test split"
+    assert fold == Fold("split", ("c00", "c03", "c06", "c09"), ("c02", "c05", "c08", "c11"),
+                        ("c01", "c04", "c07", "c10"))  # fmt: skip
+    plain = [dataclasses.replace(c, split=None) for c in split]
+    assert natural_folds(plain, ())[1] == "leave one speaker out (3 speakers)"
+    nameless = [dataclasses.replace(c, speaker=None) for c in plain]
+    assert natural_folds(nameless, ())[1].startswith("5 stratified folds")
+    half_named = [dataclasses.replace(plain[0], speaker=None), *plain[1:]]
+    assert natural_folds(half_named, ())[1].startswith("5 stratified folds")
+
+
+@pytest.mark.parametrize(("speakers", "count"), [(3, 3), (5, 5), (9, 5)])
+def test_speaker_folds_are_disjoint_in_speakers(speakers, count):
+    clips = made(36, speakers=speakers)
+    folds, _ = natural_folds(clips, (), "speaker")
+    assert len(folds) == count
+    check_partition(folds, clips)
+    who = {c.id: c.speaker for c in clips}
+    for fold in folds:
+        assert not {who[i] for i in fold.train} & {who[i] for i in fold.test}
+    assert natural_folds(clips, (), "speaker") == natural_folds(clips, (), "speaker")
+
+
+def test_stratified_folds_are_balanced_and_follow_the_seed():
+    clips = made(30, classes=3)
+    folds, _ = natural_folds(clips, (), "stratified", count=5)
+    check_partition(folds, clips)
+    label = {c.id: c.label for c in clips}
+    for fold in folds:
+        assert set(Counter(label[i] for i in fold.test).values()) == {2}
+    assert folds == natural_folds(clips, (), "stratified", count=5)[0]
+    assert folds != natural_folds(clips, (), "stratified", count=5, seed=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("clips", "kind", "count", "message"),
+    [
+        (made(12), "leave", 5, "protocol.folds is 'leave'; choose one of auto, given, speaker, stratified"),
+        (made(12), "given", 5, "needs official folds, or a split or fold for every clip"),
+        (made(12), "speaker", 5, "needs a speaker for every clip"),
+        (made(12, speakers=1), "speaker", 5, "at least two speakers"),
+        (made(3), "auto", 5, "needs at least 5 clips"),
+        (made(12), "stratified", 1, "protocol.fold_count is 1; expected at least 2"),
+        (made(12, split=lambda i: "train" if i else None), "auto", 5, "1 of 12 clips have no split and 12 no fold"),
+        (made(12, split=lambda i: "train"), "auto", 5, "splits: train; folds: none.*set protocol.folds to speaker"),
+        (made(12, fold=lambda i: "f1"), "given", 5, "expected train and test, or two folds or more"),
+        (made(12, fold=lambda i: f"f{i % 2}" if i else None), "auto", 5, "12 of 12 clips have no split and 1 no fold"),
+    ],
+)
+def test_folds_that_the_data_do_not_admit(clips, kind, count, message):
+    with pytest.raises(AvjaxError, match=message):
+        natural_folds(clips, (), kind, count)
+
+
+def test_half_a_split_can_be_set_aside_on_purpose():
+    assert natural_folds(made(12, split=lambda i: "train"), (), "stratified")[1].startswith("5 stratified")
+
+
+# ---- validation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("clips", [made(40, classes=3), made(24, speakers=4), made(2, speakers=2), made(7, classes=6)])
+def test_hold_out_divides_the_training_clips(clips, share):
+    train, val, _ = hold_out(clips, share, seed=1)
+    ids = [c.id for c in clips]
+    assert (train, val) == ([i for i in ids if i in train], [i for i in ids if i in val]), "the order is kept"
+    assert sorted(train + val) == ids
+    assert train
+    assert val
+    assert hold_out(clips, share, seed=1)[:2] == (train, val)
+
+
+def test_hold_out_takes_whole_speakers():
+    clips = made(40, speakers=5)
+    who = {c.id: c.speaker for c in clips}
+    train, val, how = hold_out(clips, 0.4, seed=0)
+    assert how == "whole training speakers held out"
+    assert len({who[i] for i in val}) == 2
+    assert not {who[i] for i in train} & {who[i] for i in val}
+    assert len({tuple(hold_out(clips, 0.4, seed=s)[1]) for s in range(6)}) > 1
+
+
+def test_hold_out_is_balanced_and_leaves_every_class_something_to_learn_from():
+    clips = [*made(40, classes=2), Clip("lone", None, "rare")]
+    label = {c.id: c.label for c in clips}
+    _, val, how = hold_out(clips, 0.25, seed=0)
+    assert how == "stratified part of the training clips held out"
+    assert Counter(label[i] for i in val) == {"class0": 5, "class1": 5}
+    for share in (0.25, 0.9, 0.99):
+        assert {label[i] for i in hold_out(clips, share, seed=0)[0]} == {"class0", "class1", "rare"}
+
+
+def test_hold_out_of_nothing():
+    clips = made(6)
+    assert hold_out(clips, 0, seed=0) == ([c.id for c in clips], [], "no validation part")
+    lone = made(3, classes=3)
+    assert hold_out(lone, 0.5, seed=0) == (["c00", "c01", "c02"], [], "no validation part (too few clips)")
+    assert hold_out([], 0.5, seed=0)[:2] == ([], [])
+    for share in (1, 20, -0.1):
+        with pytest.raises(AvjaxError, match=f"protocol.validation is {share}; expected a share"):
+            hold_out(clips, share, seed=0)

@@ -1,0 +1,59 @@
+"""The optimizer against optax's own AdamW, and its schedule at points worked by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from avjax import optim
+from avjax.errors import AvjaxError
+
+
+def settings(**changes) -> ConfigDict:
+    base = {"learning_rate": 0.1, "weight_decay": 0.02, "warmup": 0.2, "schedule": "cosine", "clip_norm": 1.0}
+    return ConfigDict(base | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    # Shares 0, 0.1, 0.2, 0.6, 1 of the run; warm-up ends at 0.2, and 0.6 is halfway down.
+    [
+        ({}, [0.0, 0.05, 0.1, 0.05, 0.0]),
+        ({"schedule": "constant"}, [0.0, 0.05, 0.1, 0.1, 0.1]),
+        ({"schedule": "constant", "warmup": 0.0}, [0.1] * 5),
+        ({"warmup": 1.0}, [0.0, 0.01, 0.02, 0.06, 0.1]),
+    ],
+)
+def test_learning_rate_by_hand(changes, expected):
+    ours = [float(optim.learning_rate(settings(**changes), jnp.float32(p))) for p in (0, 0.1, 0.2, 0.6, 1)]
+    np.testing.assert_allclose(ours, expected, atol=1e-7)
+
+
+def test_past_the_end_the_rate_stays_zero():
+    assert float(optim.learning_rate(settings(), jnp.float32(1.3))) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("norm", [0.5, 100.0])
+def test_steps_are_those_of_optax_adamw(norm):
+    chosen = settings(clip_norm=norm)
+    ours, theirs = (
+        optim.transform(chosen),
+        optax.chain(optax.clip_by_global_norm(norm), optax.adamw(0.1, weight_decay=0.02)),
+    )
+    params = {"a": jnp.array([1.0, -2.0]), "b": {"c": jnp.array([[0.5]])}}
+    one = other = params
+    state, their_state = ours.init(params), theirs.init(params)
+    for step in range(5):
+        grads = jax.tree.map(lambda p, s=step: jnp.sin(p * (s + 1)) * 3, params)
+        directions, state = ours.update(grads, state, one)
+        one = jax.tree.map(lambda p, d: p - 0.1 * d, one, directions)
+        updates, their_state = theirs.update(grads, their_state, other)
+        other = optax.apply_updates(other, updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), one, other)
+
+
+def test_unknown_schedule_is_named():
+    with pytest.raises(AvjaxError, match=r"train\.schedule is 'step'; choose one of cosine, constant"):
+        optim.transform(settings(schedule="step"))

@@ -1,0 +1,151 @@
+"""`metrics.json` and `predictions.npz`: their shape, and that every score can be made again from the predictions."""
+
+import json
+
+import numpy as np
+import pytest
+import synthetic
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
+
+from avjax import config, pipeline, reference, results
+from avjax.datasets.base import Fold, natural_folds
+from avjax.errors import AvjaxError
+
+PROTOCOL = config.load("configs/etg_folder.py").protocol
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Made-up answers over lanes with unequal test parts: (features, plan, rows, metrics)."""
+    features = synthetic.make(clips=30, speakers=3)
+    ids = features.ids
+    folds = [Fold("a", tuple(ids[10:]), tuple(ids[:10])), Fold("b", tuple(ids[:23]), tuple(ids[23:]))]
+    plan = pipeline.plan(features, folds, (42, 43), PROTOCOL)
+    rng = np.random.default_rng(0)
+    logits = {h: rng.normal(size=(4, plan.lanes.test.shape[1], 3)).astype(np.float32) for h in ("fusion", "audio")}
+    rows = results.predictions(features, plan, logits)
+    return features, plan, rows, results.measure(features, plan, rows, [3, 4, 5, 6], "how", {"audio": {}})
+
+
+def test_metrics_have_their_keys(measured):
+    features, _, _, metrics = measured
+    assert {"dataset", "protocol", "task", "counts", "folds", "mean", "std", "pooled"} <= set(metrics)
+    assert metrics["counts"] == features.counts
+    assert set(metrics["counts"]) == {"used", "quarantined", "masked_audio", "masked_video"}
+    assert (metrics["dataset"], metrics["protocol"], metrics["task"]) == ("synthetic", "how", "single")
+    keys = {"fold", "seed", "n_train", "n_val", "n_test", "speaker_overlap", "war", "uar", "best_epoch"}
+    assert [set(f) for f in metrics["folds"]] == [keys] * 4
+    assert [(f["fold"], f["seed"], f["n_test"], f["best_epoch"]) for f in metrics["folds"]] == [
+        ("a", 42, 10, 3), ("a", 43, 10, 4), ("b", 42, 7, 5), ("b", 43, 7, 6),
+    ]  # fmt: skip
+    assert json.loads(json.dumps(metrics)) == metrics
+
+
+def test_predictions_are_plain_arrays_of_real_clips(measured, tmp_path):
+    features, _, rows, _ = measured
+    results.write_predictions(tmp_path / "predictions.npz", rows)
+    assert [p.name for p in tmp_path.iterdir()] == ["predictions.npz"]
+    with np.load(tmp_path / "predictions.npz", allow_pickle=False) as file:
+        read = dict(file)
+    assert list(read) == ["clip_id", "fold", "seed", "label", "logits_fusion", "logits_audio"]
+    assert {len(v) for v in read.values()} == {2 * 10 + 2 * 7}
+    assert read["clip_id"].tolist() == features.ids[:10] * 2 + features.ids[23:] * 2
+    assert read["fold"].tolist() == ["a"] * 20 + ["b"] * 14
+    assert read["seed"].tolist() == [42] * 10 + [43] * 10 + [42] * 7 + [43] * 7
+    assert read["label"].tolist() == [int(features.label[features.ids.index(i)]) for i in read["clip_id"]]
+
+
+def test_scores_can_be_made_again_from_the_predictions(measured):
+    _, _, rows, metrics = measured
+    answer = rows["logits_fusion"].argmax(-1)
+    for fold in metrics["folds"]:
+        chosen = (rows["fold"] == fold["fold"]) & (rows["seed"] == fold["seed"])
+        assert fold["war"] == pytest.approx(accuracy_score(rows["label"][chosen], answer[chosen]), abs=1e-12)
+        assert fold["uar"] == pytest.approx(balanced_accuracy_score(rows["label"][chosen], answer[chosen]), abs=1e-12)
+    for key in ("war", "uar"):
+        scores = [f[key] for f in metrics["folds"]]
+        assert metrics["mean"][key] == pytest.approx(np.mean(scores))
+        assert metrics["std"][key] == pytest.approx(np.std(scores))
+    assert metrics["pooled"]["war"] == pytest.approx(accuracy_score(rows["label"], answer))
+    assert metrics["pooled"] == metrics["heads"]["fusion"]
+    other = balanced_accuracy_score(rows["label"], rows["logits_audio"].argmax(-1))
+    assert metrics["heads"]["audio"]["uar"] == pytest.approx(other)
+    assert metrics["f1"]["macro"] == pytest.approx(f1_score(rows["label"], answer, average="macro"))
+    assert np.sum(metrics["confusion"]) == len(rows["label"])
+
+
+def test_answers_that_are_not_finite_are_refused_with_their_clips(measured):
+    features, plan, _, _ = measured
+    logits = np.zeros((4, plan.lanes.test.shape[1], 3), np.float32)
+    logits[2, 7:] = np.nan  # padding
+    results.predictions(features, plan, {"fusion": logits})
+    logits[2, 1, 0] = np.inf
+    with pytest.raises(AvjaxError, match="the answers to clip024 are not finite"):
+        results.predictions(features, plan, {"fusion": logits})
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes", "expected"),
+    [
+        ({}, ["held out"], "F; held out; epoch: best validation UAR; features standardised on the training clips"),
+        ({"select": "last"}, [], "F; epoch: last epoch; features standardised on the training clips"),
+        ({}, ["no validation part"], "F; no validation part; epoch: last epoch; features standardised on"),
+        ({"standardise": "speaker"}, [], "F; epoch: best validation UAR; features standardised per speaker over"),
+        ({"standardise": "enrol"}, ["n"], "F; n; epoch: best validation UAR; features standardised per speaker on unl"),
+    ],
+)
+def test_the_protocols_name_says_how_the_figures_came_about(changes, notes, expected):
+    chosen = PROTOCOL.copy_and_resolve_references()
+    chosen.update(changes)
+    assert results.protocol_name("F", notes, chosen).startswith(expected)
+
+
+def test_examples_show_tested_clips_once_with_their_answer(measured):
+    features, _, rows, _ = measured
+    shown = results.examples(features, rows, "both", count=5)
+    assert len({e["clip_id"] for e in shown}) == 5
+    for e in shown:
+        at = rows["clip_id"].tolist().index(e["clip_id"])
+        assert e["label"] == features.classes[rows["label"][at]]
+        assert e["predicted"] == features.classes[rows["logits_fusion"][at].argmax()]
+        assert e["sentence"] == f"sentence {e['clip_id']}"
+    assert results.examples(features, rows, "constant") == []
+
+
+# ---- The conventional yardstick -----------------------------------------------------------------------------------
+
+
+def yardstick(features, **changes):
+    chosen = PROTOCOL.copy_and_resolve_references()
+    chosen.update(changes)
+    folds, _ = natural_folds(features.clips, features.folds, chosen.folds, chosen.fold_count)
+    plan = pipeline.plan(features, folds, (42, 43), chosen)
+    return reference.logistic_regression(pipeline.resident(features, "both", chosen.standardise), plan)
+
+
+def test_the_yardstick_is_scikit_learns_on_the_same_folds():
+    features = synthetic.make(clips=30, speakers=3, signal=0.6)
+    ours = yardstick(features, validation=0.0)
+    assert list(ours) == ["audio", "video", "text", "audio+video", "audio+video+text"]
+    assert [f["fold"] for f in ours["audio"]["folds"]] == ["s0", "s1", "s2"]  # once, whatever the seeds
+    x, mask = features.arrays["audio"], features.masks["audio"]
+    pooled = [np.r_[a[m].mean(0), a[m].std(0)] if m.any() else np.zeros(14) for a, m in zip(x, mask, strict=True)]
+    pooled, who = np.array(pooled), np.array(features.speakers)
+    scores = []
+    for speaker in ("s0", "s1", "s2"):
+        train, test = who != speaker, who == speaker
+        z = (pooled - pooled[train].mean(0)) / pooled[train].std(0)
+        model = LogisticRegression(max_iter=5000, class_weight="balanced").fit(z[train], features.label[train])
+        scores.append(balanced_accuracy_score(features.label[test], model.predict(z[test])))
+    assert ours["audio"]["mean"]["uar"] == pytest.approx(np.mean(scores), abs=1e-9)
+
+
+def test_the_yardstick_answers_the_only_class_it_knows():
+    features = synthetic.make(clips=12, speakers=0, classes=2)
+    one = [i for i, y in zip(features.ids, features.label, strict=True) if y == 1]
+    fold = Fold("x", tuple(one[:4]), tuple(features.ids[:1] + one[4:]))
+    plan = pipeline.plan(features, [fold], (1,), PROTOCOL)
+    out = reference.logistic_regression(pipeline.resident(features, "both", "train"), plan)
+    tested = [features.label[features.ids.index(i)] for i in fold.test]
+    assert out["audio"]["mean"]["war"] == pytest.approx(np.mean(np.array(tested) == 1))
