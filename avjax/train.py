@@ -5,6 +5,7 @@ python -m avjax.train --config configs/etg_folder.py --config.data.features=F --
 The same command on the same --workdir goes on where it was cut off; on a finished one it does nothing.
 """
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -38,8 +39,8 @@ def train(config, workdir: Path | None = None) -> Path:
     from avjax.datasets.base import natural_folds
     from avjax.report import page, plots, tables
 
-    console = Console()
-    say = console.print
+    console = Console(markup=False)
+    say = functools.partial(console.print, soft_wrap=True)  # lines stay whole in a log; tables keep to the terminal
     cli.use_compile_cache()
     workdir = workdir or rundir.default(config)
 
@@ -49,12 +50,12 @@ def train(config, workdir: Path | None = None) -> Path:
     root = store.place(config.dataset, config.data.features)
     features = store.load(root, config.preset)
     counts = features.counts
-    say(f"[bold]{config.name}[/] [dim]{config.variants or 'full'}[/]: {counts['used']} clips, {len(features.classes)} "
+    say(f"{config.name} {config.variants or 'full'}: {counts['used']} clips, {len(features.classes)} "
         f"classes; {counts['quarantined']} quarantined, without sound {counts['masked_audio']}, "
         f"without face {counts['masked_video']}")  # fmt: skip
     rundir.begin(workdir, config, features.content)
     if rundir.is_finished(workdir):
-        say(tables.run_table(results.read(workdir), config.name))
+        console.print(tables.run_table(results.read(workdir), config.name))
         say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
         return workdir
 
@@ -106,7 +107,7 @@ def train(config, workdir: Path | None = None) -> Path:
     plots.confusion_picture(metrics["confusion"], metrics["classes"], title, workdir / "confusion.png", note=protocol)
     plots.curves_picture(rundir.mean_over_lanes(rows), workdir / "curves.png")
     page.write_report(workdir, sentences=results.examples(features, answers, config.model.text_source))
-    say(tables.run_table(metrics, title))
+    console.print(tables.run_table(metrics, title))
     say(f"written to {workdir}: report.html, metrics.json, predictions.npz, confusion.png, checkpoints/")
     return workdir
 

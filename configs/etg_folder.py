@@ -3,7 +3,7 @@
 Command:   python -m avjax.extract --config configs/extract_folder.py --config.data.root=R --out F
            python -m avjax.train --config configs/etg_folder.py --config.data.features=F --workdir W
 Data:      yours. With speakers: leave one speaker out (groups of speakers when there are many); else stratified folds.
-Result:    README, "Real clips, four speakers".
+Result:    README, "A result that can be repeated".
 Variants:  as in `configs/etg_mafw.py`.
 """
 

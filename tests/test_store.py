@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -260,3 +261,11 @@ def test_default_place(tmp_path, monkeypatch):
     assert stores.place("mafw") == tmp_path / "features/mafw"
     assert stores.place("mafw", "~/F").name == "F"
     assert stores.place("mafw", "~/F").is_absolute()
+
+
+def test_folders_do_not_share_a_default_place(monkeypatch):
+    monkeypatch.setenv("AVJAX_CACHE", "/somewhere")
+    assert stores.place("mafw") == pathlib.Path("/somewhere/features/mafw")
+    assert stores.place("folder", "F") == pathlib.Path("F")
+    with pytest.raises(AvjaxError, match="no feature store named"):
+        stores.place("folder")

@@ -219,7 +219,16 @@ class Store:
 
 
 def place(dataset: str, given: str = "") -> Path:
-    """Where a feature store is: as given, by default `$AVJAX_CACHE/features/<dataset>`."""
+    """Where a feature store is: as given, by default `$AVJAX_CACHE/features/<dataset>`.
+
+    Raises:
+      AvjaxError: nothing is given for a folder of clips: there are many such, and they must not share a store.
+    """
+    if dataset == "folder" and not given:
+        raise AvjaxError(
+            "no feature store named; give a folder data set its own, with --out of avjax.extract and "
+            "--config.data.features of avjax.train"
+        )
     return Path(given).expanduser() if given else assets.cache() / "features" / dataset
 
 
