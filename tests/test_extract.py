@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import REAL
 
-from avjax import assets, datasets, extract, features
+from avjax import assets, datasets, extraction, features
 from avjax import config as configs
 from avjax.datasets import store as stores
 from avjax.errors import AvjaxError
@@ -57,7 +57,7 @@ def write_table(root, rows):
 
 def run(root, out, *, only_text=False, **changes):
     config = configs.load("configs/extract_folder.py", data__root=str(root), workers=2, **changes)
-    return extract.extract(config, str(out), only_text=only_text)
+    return extraction.extract(config, str(out), only_text=only_text)
 
 
 def table(path):
@@ -190,7 +190,7 @@ def test_only_text_encodes_edited_sentences_and_opens_no_media(copied, monkeypat
     edit(out, "c1", "She is over the moon.")
     data.rename(tmp_path / "away")
     with monkeypatch.context() as without_media:
-        without_media.setattr(extract, "_MEDIA", ("no_such_package",))
+        without_media.setattr(extraction, "_MEDIA", ("no_such_package",))
         run(data, out, only_text=True)
     after = decoded(out)
     assert {(i, k) for i in before for k in before[i] if before[i][k] != after[i][k]} == {
@@ -265,7 +265,7 @@ def test_no_usable_clip_at_all(tmp_path):
 
 
 def test_missing_media_packages_are_named(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "_MEDIA", ("av", "no_such_package"))
+    monkeypatch.setattr(extraction, "_MEDIA", ("av", "no_such_package"))
     with pytest.raises(
         AvjaxError, match=r"extraction needs no_such_package; install with: pip install 'avjax\[media\]'"
     ):
@@ -292,7 +292,7 @@ def test_mafw_miniature(tmp_path):
         chosen = [i for i in range(11) if (i % 5 == fold) == (part == "test")]
         (place / f"{part}.txt").write_text("".join(f"{names[i]}.mp4 {classes[i]}\r\n" for i in chosen))
     config = configs.load("configs/extract_mafw.py", data__root=str(data), workers=1)
-    out = extract.extract(config, str(tmp_path / "F"))
+    out = extraction.extract(config, str(tmp_path / "F"))
     loaded = stores.load(out, "lite")
     assert loaded.dataset == "mafw"
     assert loaded.classes == tuple(classes)

@@ -1,0 +1,223 @@
+"""A data set's clips measured, described, encoded and packed: what `avjax.extract` runs.
+
+Each stage stages its work clip by clip in the feature store, so a killed extraction goes on where it was.
+"""
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+from rich import progress
+from rich.console import Console
+
+from avjax import datasets, features, workers
+from avjax.datasets import store as stores
+from avjax.errors import AvjaxError, UnusableMedia
+from avjax.media.faces import FaceTracker
+from avjax.text import template
+
+_MEDIA = ("av", "mediapipe", "pebble")  # packages of avjax[media] without which nothing can be measured
+
+
+def extract(config, out: str = "", *, only_text: bool = False) -> Path:
+    """Extracts `config` into the feature store `out` and returns its folder.
+
+    Raises:
+      AvjaxError: the data set is not there, weights cannot be had, or no clip can be used.
+    """
+    console = Console(soft_wrap=True, markup=False)
+    root = stores.place(config.dataset, out)
+    settings = features.preset(config.preset)
+    with stores.Store(root).locked(config.dataset) as store:
+        # ---- Picture and sound ------------------------------------------------------------------------------------
+        if only_text:
+            corpus, measured = store.read_measured(config.preset)
+            rejected = [(r["clip_id"], r["reason"]) for r in store.read_table("quarantine.csv", ("clip_id", "reason"))]
+        else:
+            corpus = datasets.index(config.dataset, config.data.root)
+            measured, rejected = _measure_all(corpus, settings, store, config, console)
+            store.write_table("quarantine.csv", ("clip_id", "reason"), rejected)
+        # ---- Sentences --------------------------------------------------------------------------------------------
+        if not measured:
+            first = f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "it has no clips"
+            raise AvjaxError(f"no clip of {corpus.name} can be used; {first} (all reasons: {root / 'quarantine.csv'})")
+        sentences = _sentences(measured, store, console)
+        # ---- Text encoder -----------------------------------------------------------------------------------------
+        texts = _encode_all(sentences, settings, store, console)
+        # ---- Packed view ------------------------------------------------------------------------------------------
+        _pack(corpus, measured, rejected, sentences, texts, store, config.preset, console)
+    index = stores.read_index(root)["presets"][config.preset]
+    counts = index["counts"]
+    console.print(
+        f"{root}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "
+        f"{counts['masked_audio']} without sound, {counts['masked_video']} without a face; "
+        f"sentences in sentences.csv; content {index['content'][:12]}"
+    )
+    return root
+
+
+def _measure_all(corpus, settings, store, config, console) -> tuple[list, list[tuple[str, str]]]:
+    """Measures what is not staged yet; returns [(clip, video key, audio key)] and [(clip id, reason)]."""
+    from avjax.encoders import weights  # here: it brings JAX, which the workers do not need
+
+    _need_media()
+    model = features.landmarker()
+    keys = {
+        "video": store.record(features.provenance("video", settings, face_landmarker=weights.sha256(model))),
+        "audio": store.record(features.provenance("audio", settings)),
+    }
+    rejected = list(corpus.rejected)
+    planned = []
+    for clip in corpus.clips:
+        try:
+            source = features.source_key(clip)
+        except OSError as error:
+            rejected.append((clip.id, f"{error.filename}: {error.strerror}"))
+            continue
+        planned.append((clip, f"{keys['video']}-{source}", f"{keys['audio']}-{source}"))
+    todo = [p for p in planned if not (store.has(p[0].id, "video", p[1]) and store.has(p[0].id, "audio", p[2]))]
+    console.print(f"{len(planned)} clips, {len(planned) - len(todo)} measured already")
+    failed = {}
+    count = config.workers or os.cpu_count() or 1
+    done = workers.each(
+        _measure_one,
+        todo,
+        count=count,
+        seconds=config.clip_seconds,
+        setup=_set_up,
+        arguments=(store.root, settings, model),
+    )
+    for (clip, *_), reason in _with_progress(done, len(todo), "picture and sound", console):
+        if reason:
+            failed[clip.id] = reason
+    # In the order of the clips, not in that of the workers, so that the same run gives the same tables.
+    rejected += [(p[0].id, failed[p[0].id]) for p in planned if p[0].id in failed]
+    return [p for p in planned if p[0].id not in failed], rejected
+
+
+def _need_media() -> None:
+    missing = [name for name in _MEDIA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise AvjaxError(f"extraction needs {', '.join(missing)}; install with: pip install 'avjax[media]'")
+
+
+def _set_up(root: Path, settings, model: Path) -> None:
+    """In a worker: what all its clips share."""
+    # What native libraries say of every start and every odd file would drown the progress; faults come back as reasons.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    global _SHARED
+    _SHARED = stores.Store(root), settings, FaceTracker(model)
+
+
+def _measure_one(planned) -> str:
+    """In a worker: measures and stages a clip; returns why it cannot be used, or ""."""
+    clip, video_key, audio_key = planned
+    store, settings, tracker = _SHARED
+    try:
+        made = features.measure(clip, settings, tracker)
+    except UnusableMedia as error:
+        return str(error)
+    store.put(clip.id, "video", video_key, made["video"])
+    store.put(clip.id, "audio", audio_key, made["audio"])
+    return ""
+
+
+def _sentences(measured: list, store, console) -> dict[str, dict[str, str]]:
+    """Makes the sentences and writes sentences.csv; rows that were edited there are kept."""
+    columns = ("clip_id", *template.SOURCES, "generated")
+    before = store.read_table("sentences.csv", columns)
+    edited = {row["clip_id"]: row for row in before if _hash(row) != row["generated"]}
+    made = {i: {"clip_id": i, "generated": _hash(s)} | s for i, s in _generate(measured, store).items()}
+    if edited:
+        others = len(edited.keys() - made.keys())
+        console.print(f"{len(edited)} edited rows of sentences.csv kept, {others} of them for clips not in this run")
+    rows = made | edited
+    store.write_table("sentences.csv", columns, [[row[c] for c in columns] for row in rows.values()])
+    return {i: {s: rows[i][s] for s in template.SOURCES} | {"constant": template.CONSTANT} for i in made}
+
+
+def _generate(measured: list, store) -> dict[str, dict[str, str]]:
+    """The sentences that the measurements make, by clip id."""
+    # Only what sentences need: all features of thousands of clips would fill the memory.
+    pictures = {c.id: store.get(c.id, "video", v, "au", "video_mask") for c, v, _ in measured}
+    sounds = {c.id: store.get(c.id, "audio", a, "prosody") for c, _, a in measured}
+    usual = features.speaker_pitch((c.speaker, float(sounds[c.id]["prosody"][0])) for c, *_ in measured)
+    return {
+        c.id: features.describe(pictures[c.id], sounds[c.id], c.transcript, usual.get(c.speaker)) for c, *_ in measured
+    }
+
+
+def _hash(sentences: dict[str, str]) -> str:
+    """By which a row of sentences.csv is seen to be as it was generated."""
+    digest = hashlib.sha256("\n".join(sentences[s] for s in template.SOURCES).encode()).hexdigest()
+    # With a letter before it: a spreadsheet takes 12 digits, or digits about an "e", for a number and rewrites them.
+    return f"v{digest[:12]}"
+
+
+def _encode_all(sentences: dict, settings, store, console) -> dict[str, str]:
+    """Encodes the sentences that are not staged yet; returns clip id → key of its text feature."""
+    from avjax.encoders import load
+
+    encoder = load(settings.text_encoder)
+    made_by = store.record(features.provenance("text", settings, **encoder.provenance))
+    keys = {
+        i: f"{made_by}-{hashlib.sha256(repr(sorted(s.items())).encode()).hexdigest()[:12]}"
+        for i, s in sentences.items()
+    }
+    todo = [i for i in sentences if not store.has(i, "text", keys[i])]
+    for clip_id in _with_progress(todo, len(todo), "sentences", console):
+        # One clip at a time: the last bits depend on the batch, which must not depend on where a run was stopped.
+        flat = [sentences[clip_id][s] for s in features.TEXTS]
+        tokens = features.encode_texts(encoder, flat, settings.max_tokens)
+        store.put(clip_id, "text", keys[clip_id], dict(zip(features.TEXTS, tokens, strict=True)))
+    return keys
+
+
+def _pack(corpus, measured: list, rejected: list, sentences: dict, texts: dict, store, preset: str, console) -> None:
+    clips = [c for c, *_ in measured]
+    staged = {c.id: [v, a, texts[c.id]] for c, v, a in measured}
+    recipe = stores.recipe(corpus, clips, [len(rejected), staged])
+    if store.is_packed(preset, recipe):
+        return
+    console.print(f"packing {len(clips)} clips")
+    counts = {
+        "used": len(clips),
+        "quarantined": len(rejected),
+        "masked_audio": sum(not store.get(c.id, "audio", a, "audio_mask")["audio_mask"].any() for c, _, a in measured),
+        "masked_video": sum(not store.get(c.id, "video", v, "video_mask")["video_mask"].any() for c, v, _ in measured),
+    }
+
+    def examples():
+        for clip in clips:
+            video_key, audio_key, text_key = staged[clip.id]
+            yield features.example(
+                clip,
+                store.get(clip.id, "video", video_key),
+                store.get(clip.id, "audio", audio_key),
+                store.get(clip.id, "text", text_key),
+                sentences[clip.id],
+            )
+
+    store.pack(corpus, clips, preset, examples(), recipe, {"counts": counts, "staged": staged})
+
+
+def _with_progress(items, total: int, what: str, console):
+    """Passes `items` on under a progress bar with clips/s and time left; no bar where there is nothing to do."""
+    if not total:
+        return
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[rate]}"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console) as bar:
+        task = bar.add_task(what, total=total, rate="")
+        for item in items:
+            yield item
+            bar.advance(task)
+            speed = bar.tasks[0].speed
+            bar.update(task, rate=f"{speed:.1f} clips/s" if speed else "")
