@@ -55,7 +55,8 @@ def train(config, workdir: Path | None = None) -> Path:
         f"without face {counts['masked_video']}")  # fmt: skip
     rundir.begin(workdir, config, features.content)
     if rundir.is_finished(workdir):
-        console.print(tables.run_table(results.read(workdir), config.name))
+        before = results.read(workdir)
+        console.print(tables.run_table(before, config.name), tables.reference_table(before))
         say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
         return workdir
 
@@ -107,7 +108,7 @@ def train(config, workdir: Path | None = None) -> Path:
     plots.confusion_picture(metrics["confusion"], metrics["classes"], title, workdir / "confusion.png", note=protocol)
     plots.curves_picture(rundir.mean_over_lanes(rows), workdir / "curves.png")
     page.write_report(workdir, sentences=results.examples(features, answers, config.model.text_source))
-    console.print(tables.run_table(metrics, title))
+    console.print(tables.run_table(metrics, title), tables.reference_table(metrics))
     say(f"written to {workdir}: report.html, metrics.json, predictions.npz, confusion.png, checkpoints/")
     return workdir
 

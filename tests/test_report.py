@@ -80,6 +80,14 @@ def test_run_table_shows_every_lane_and_the_scores_without_a_model():
     assert "No speaker is in both training and test." in text
 
 
+def test_reference_table_pairs_the_references_with_the_run():
+    text = shown(tables.reference_table(run(wars=(0.7, 0.8), seeds=(0, 1))))
+    (row,) = lines_with(text, "audio+video")
+    assert "70.0 ± 5.0" in row  # WAR .65 and .75
+    assert "+5.0" in row
+    assert "uninformative" in text
+
+
 def test_one_lane_has_no_spread():
     text = shown(tables.run_table(run(wars=(0.7,), seeds=(0,)), "one"))
     assert "±" not in text

@@ -319,4 +319,5 @@ def test_words_fit_the_template_end_to_end():
 
 
 def test_the_constant_query_is_a_sentence():
+    assert template.CONSTANT
     well_formed(template.CONSTANT)

@@ -38,7 +38,7 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
         summary_rows=tables.summary_rows(metrics),
         notes=tables.run_notes(metrics),
         shared_speakers=any(fold["speaker_overlap"] != 0 for fold in metrics["folds"]),
-        references=_references(metrics),
+        references=tables.reference_rows(metrics),
         fold_count=len({fold["fold"] for fold in metrics["folds"]}),
         pictures={name: _embedded(workdir / f"{name}.png") for name in ("confusion", "curves")},
         sentences=sentences[:MOST_SENTENCES],
@@ -51,19 +51,6 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)  # a run is finished once its report is there, so it appears whole
     return path
-
-
-def _references(metrics: tables.Metrics) -> list[tuple[str, str, str, str]]:
-    """(name, WAR, UAR, WAR of the run minus WAR of the reference over their folds)."""
-    return [
-        (
-            name,
-            tables.spread(reference, "war"),
-            tables.spread(reference, "uar"),
-            tables.difference([*tables.fold_differences(metrics["folds"], reference["folds"]).values()]),
-        )
-        for name, reference in metrics["reference"].items()
-    ]
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Metrics = dict[str, Any]
 
 RUN_COLUMNS = ("fold", "seed", "train", "validation", "test", "best epoch", "WAR", "UAR")
+REFERENCE_COLUMNS = ("logistic regression on pooled features", "WAR", "UAR", "WAR, run − reference")
 COMPARE_COLUMNS = ("run", "WAR", "UAR", "WAR − first", "fold by fold")
 # Below so many folds an interval of the mean is wider than any difference worth reporting.
 ENOUGH_FOLDS = 6
@@ -26,19 +27,38 @@ _MARK = "†"
 
 
 def run_table(metrics: Metrics, title: str) -> Table:
-    """One row per fold and seed, the summary, the same-run references; protocol and counts in the caption.
+    """One row per fold and seed, then the summary rows; protocol and counts in the caption.
 
     Returns:
       A `rich.table.Table` with the columns `RUN_COLUMNS`.
     """
     blank = ("",) * (len(RUN_COLUMNS) - 3)
     summary = [(name, *blank, war, uar) for name, war, uar in summary_rows(metrics)]
-    references = [
-        (f"logistic regression, {name}", *blank, spread(scores, "war"), spread(scores, "uar"))
-        for name, scores in metrics["reference"].items()
-    ]
     notes = [f"Protocol: {_setting(metrics)}", *run_notes(metrics)]
-    return _rich_table(RUN_COLUMNS, [run_rows(metrics), summary, references], title, notes)
+    return _rich_table(RUN_COLUMNS, [run_rows(metrics), summary], title, notes)
+
+
+def reference_table(metrics: Metrics) -> Table:
+    """The references that the run computed beside itself on the same clips and folds.
+
+    Returns:
+      A `rich.table.Table` with the columns `REFERENCE_COLUMNS`.
+    """
+    note = interval_note(len(_by_fold(metrics["folds"])))
+    return _rich_table(REFERENCE_COLUMNS, [reference_rows(metrics)], "", [note])
+
+
+def reference_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
+    """One row of `REFERENCE_COLUMNS` per reference; the difference is over their folds, seeds averaged."""
+    return [
+        (
+            name,
+            spread(reference, "war"),
+            spread(reference, "uar"),
+            difference([*fold_differences(metrics["folds"], reference["folds"]).values()]),
+        )
+        for name, reference in metrics["reference"].items()
+    ]
 
 
 def compare_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
