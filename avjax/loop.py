@@ -163,6 +163,11 @@ def _where(condition: jax.Array, new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
+def _parts(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Batches to evaluate in: no larger than the set, which without validation clips is a single row of padding."""
+    return batches(index, weight, min(_EVAL_BATCH, index.shape[0]))
+
+
 def _evaluate(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
     """Validation sums of one lane: confusion matrix of the predicting head, summed loss, number of clips."""
 
@@ -182,7 +187,7 @@ def _evaluate(model: Model, state: State, lane: Lane, data: Resident) -> dict[st
 
     classes = lane.prior.shape[0]
     zero = {"val_confusion": jnp.zeros((classes, classes)), "val_loss": jnp.float32(0), "val_size": jnp.float32(0)}
-    return jax.lax.scan(one, zero, batches(lane.val, lane.val_weight, _EVAL_BATCH))[0]
+    return jax.lax.scan(one, zero, _parts(lane.val, lane.val_weight))[0]
 
 
 def _select(config, state: State, val: dict[str, jax.Array], epoch: jax.Array) -> State:
@@ -203,13 +208,11 @@ def _select(config, state: State, val: dict[str, jax.Array], epoch: jax.Array) -
 
 
 def _predict_test(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
-    index, weight = batches(lane.test, lane.test_weight, _EVAL_BATCH)
-
     def one(_, item):
         batch = gather(data, state.stats, *item)
         return None, model.module.apply({"params": state.best}, batch, train=False).logits
 
-    logits = jax.lax.scan(one, None, (index, weight))[1]
+    logits = jax.lax.scan(one, None, _parts(lane.test, lane.test_weight))[1]
     return {h: v.reshape(-1, v.shape[-1])[: lane.test.shape[0]] for h, v in logits.items()}
 
 

@@ -24,6 +24,11 @@ def confusion(label: jax.Array, predicted: jax.Array, weight: jax.Array, classes
     return jnp.zeros(classes * classes, jnp.float32).at[cells].add(weight).reshape(classes, classes)
 
 
+def count(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """`confusion` on the host: (classes, classes) float64 counts of (n,) integers."""
+    return np.bincount(label * classes + predicted, minlength=classes**2).reshape(classes, classes).astype(np.float64)
+
+
 def war(matrix: Matrix) -> Matrix:
     """Weighted average recall = accuracy = trace / n; 0 for an empty matrix. (..., c, c) → (...)."""
     return matrix.trace(axis1=-2, axis2=-1) / matrix.sum((-2, -1)).clip(_TINY)

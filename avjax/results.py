@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
 from avjax import metrics
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
+from avjax.files import replacing
 from avjax.pipeline import LanePlan
 from avjax.reference import summary
 
@@ -20,10 +20,16 @@ _STANDARDISED = {
 }
 
 
-def protocol_name(folds: str, notes: Sequence[str], config) -> str:
-    """One line that says how the figures came about; it stands beside every figure."""
-    select = "best validation UAR" if config.select == "val" and "no validation part" not in notes else "last epoch"
-    return "; ".join([folds, *notes, f"epoch: {select}", _STANDARDISED[config.standardise]])
+def protocol_name(folds: str, plan: LanePlan, config) -> str:
+    """One line that says how the figures came about; it stands beside every figure.
+
+    Args:
+      folds: the name of the division; config: the `protocol` part of a configuration.
+    """
+    held_out = {c["n_val"] > 0 for c in plan.counts} if config.select == "val" else {False}
+    ways = {True: "best validation UAR", False: "last epoch"}
+    select = " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
+    return "; ".join([folds, *plan.notes, f"epoch: {select}", _STANDARDISED[config.standardise]])
 
 
 def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -67,8 +73,7 @@ def measure(
     def matrix(head: str, chosen) -> np.ndarray:
         answer = np.argmax(rows[f"logits_{head}"][chosen], -1)
         label = rows["label"][chosen]
-        counts = metrics.confusion(jnp.asarray(label), jnp.asarray(answer), jnp.ones(len(label)), classes)
-        return np.asarray(counts, np.float64)
+        return metrics.count(label, answer, classes)
 
     folds = []
     for (fold, seed), counts, epoch in zip(plan.names, plan.counts, best_epoch, strict=True):
@@ -118,9 +123,8 @@ def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, co
 
 
 def write_predictions(path: Path, rows: Mapping[str, np.ndarray]) -> None:
-    part = path.with_suffix(".part.npz")
-    np.savez(part, **rows)
-    part.replace(path)
+    with replacing(path, "wb") as file:
+        np.savez(file, **rows)
 
 
 def read(workdir: Path) -> dict:

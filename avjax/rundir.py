@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from avjax import __version__
-from avjax.datasets.store import write_text
 from avjax.errors import AvjaxError
+from avjax.files import write_text
 
 # Keys that do not change what is computed, so that data may move between two calls of a run.
 _PLACES = ("data.root", "data.features")

@@ -37,6 +37,7 @@ def train(config, workdir: Path | None = None) -> Path:
     from avjax.checkpoint import Checkpoints
     from avjax.datasets import store
     from avjax.datasets.base import natural_folds
+    from avjax.files import write_text
     from avjax.report import page, plots, tables
 
     console = Console(markup=False)
@@ -63,7 +64,7 @@ def train(config, workdir: Path | None = None) -> Path:
     # ---- Protocol -------------------------------------------------------------------------------------------------
     folds, folds_name = natural_folds(features.clips, features.folds, config.protocol.folds, config.protocol.fold_count)
     plan = pipeline.plan(features, folds, config.train.seeds, config.protocol)
-    protocol = results.protocol_name(folds_name, plan.notes, config.protocol)
+    protocol = results.protocol_name(folds_name, plan, config.protocol)
     say(f"protocol: {protocol}")
 
     # ---- Model ----------------------------------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def train(config, workdir: Path | None = None) -> Path:
 
     # ---- Report ---------------------------------------------------------------------------------------------------
     results.write_predictions(workdir / "predictions.npz", answers)
-    store.write_text(workdir / "metrics.json", json.dumps(metrics, indent=1))
+    write_text(workdir / "metrics.json", json.dumps(metrics, indent=1))
     title = f"{config.name} {config.variants or 'full'}"
     plots.confusion_picture(metrics["confusion"], metrics["classes"], title, workdir / "confusion.png", note=protocol)
     plots.curves_picture(rundir.mean_over_lanes(rows), workdir / "curves.png")

@@ -23,6 +23,12 @@ def test_confusion_is_scikit_learns_with_rows_of_true_classes():
     np.testing.assert_array_equal(counts(LABEL, ANSWER), sk.confusion_matrix(LABEL, ANSWER, labels=range(CLASSES)))
 
 
+def test_the_host_counts_the_same_in_float64():
+    host = metrics.count(LABEL, ANSWER, CLASSES)
+    assert host.dtype == np.float64
+    np.testing.assert_array_equal(host, counts(LABEL, ANSWER))
+
+
 def test_scores_are_scikit_learns_with_absent_classes():
     matrix = np.asarray(counts(LABEL, ANSWER), np.float64)
     assert metrics.war(matrix) == pytest.approx(sk.accuracy_score(LABEL, ANSWER), abs=1e-12)

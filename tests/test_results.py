@@ -86,19 +86,27 @@ def test_answers_that_are_not_finite_are_refused_with_their_clips(measured):
 
 
 @pytest.mark.parametrize(
-    ("changes", "notes", "expected"),
+    ("changes", "held_out", "notes", "expected"),
     [
-        ({}, ["held out"], "F; held out; epoch: best validation UAR; features standardised on the training clips"),
-        ({"select": "last"}, [], "F; epoch: last epoch; features standardised on the training clips"),
-        ({}, ["no validation part"], "F; no validation part; epoch: last epoch; features standardised on"),
-        ({"standardise": "speaker"}, [], "F; epoch: best validation UAR; features standardised per speaker over"),
-        ({"standardise": "enrol"}, ["n"], "F; n; epoch: best validation UAR; features standardised per speaker on unl"),
+        ({}, [4], ["held out"], "F; held out; epoch: best validation UAR; features standardised on the training clips"),
+        ({"select": "last"}, [4], [], "F; epoch: last epoch; features standardised on the training clips"),
+        ({}, [0], ["no validation part"], "F; no validation part; epoch: last epoch; features standardised on"),
+        ({}, [0], ["no validation part (too few clips)"], "F; no validation part (too few clips); epoch: last epoch; "),
+        ({}, [4, 0], ["n"], "F; n; epoch: best validation UAR or, where nothing is held out, last epoch; features"),
+        ({"standardise": "speaker"}, [4], [], "F; epoch: best validation UAR; features standardised per speaker over"),
+        (
+            {"standardise": "enrol"},
+            [4],
+            ["n"],
+            "F; n; epoch: best validation UAR; features standardised per speaker on",
+        ),
     ],
 )
-def test_the_protocols_name_says_how_the_figures_came_about(changes, notes, expected):
+def test_the_protocols_name_says_how_the_figures_came_about(changes, held_out, notes, expected):
     chosen = PROTOCOL.copy_and_resolve_references()
     chosen.update(changes)
-    assert results.protocol_name("F", notes, chosen).startswith(expected)
+    plan = pipeline.LanePlan(lanes=None, names=[], counts=[{"n_val": n} for n in held_out], notes=notes)
+    assert results.protocol_name("F", plan, chosen).startswith(expected)
 
 
 def test_examples_show_tested_clips_once_with_their_answer(measured):

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import shutil
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 from avjax import assets
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
+from avjax.files import replacing, write_text
 
 VERSION = "1.0.0"  # of the packed view's layout
 _UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
@@ -118,7 +118,7 @@ class Store:
           AvjaxError: it cannot be written: no room, or no permission.
         """
         try:
-            with _replacing(self._staged(clip_id, feature, key), "wb") as file:
+            with replacing(self._staged(clip_id, feature, key), "wb") as file:
                 np.savez(file, **arrays)
         except OSError as error:
             raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); mend that and start again") from error
@@ -139,7 +139,7 @@ class Store:
 
     def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Writes a CSV file of the store, whole."""
-        with _replacing(self.root / name, "w") as file:
+        with replacing(self.root / name, "w") as file:
             csv.writer(file).writerows([columns, *rows])
 
     def read_table(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -309,34 +309,6 @@ def safe_name(clip_id: str) -> str:
     """A file name for any clip id: percent-encoded, and hashed where that would be too long."""
     name = urllib.parse.quote(clip_id, safe=" ").replace(".", "%2E")
     return name if len(name) <= 200 else "long-" + hashlib.sha256(clip_id.encode()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole: a reader sees the old text or the new, never a part."""
-    with _replacing(path, "w") as file:
-        file.write(text)
-
-
-class _replacing:
-    """Opens a file beside `path` and moves it there when all was written."""
-
-    def __init__(self, path: Path, mode: str):
-        self.path, self.mode = path, mode
-        # Named by process, so that what a killed one left is written over by the next of that number, or swept.
-        self.part = path.with_name(f".{path.name}.{os.getpid()}.part")
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = {} if "b" in self.mode else {"encoding": "utf-8", "newline": ""}
-        self.file = self.part.open(self.mode, **text)
-        return self.file
-
-    def __exit__(self, kind, error, trace):
-        self.file.close()
-        if kind is None:
-            os.replace(self.part, self.path)
-        else:
-            self.part.unlink()
 
 
 def _hashed(examples: Iterable[Mapping[str, object]], digest) -> Iterator[tuple[str, Mapping[str, object]]]:

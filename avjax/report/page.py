@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from avjax.errors import AvjaxError
+from avjax.files import write_text
 from avjax.report import tables
 
 MOST_SENTENCES = 12
@@ -47,9 +48,7 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
         environment=list(_flat(_read_json(workdir / "environment.json"))),
     )
     path = workdir / "report.html"
-    partial = workdir / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)  # a run is finished once its report is there, so it appears whole
+    write_text(path, page)  # a run is finished once its report is there, so it appears whole
     return path
 
 
