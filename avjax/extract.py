@@ -20,7 +20,16 @@ def main(_: list[str]) -> None:
     from avjax import extraction
 
     cli.use_compile_cache()
-    extraction.extract(CONFIG.value, OUT.value or "", only_text=ONLY.value == "text")
+    config = CONFIG.value
+    extraction.extract(
+        config.dataset,
+        config.preset,
+        root=config.data.root,
+        out=OUT.value or "",
+        processes=config.workers,
+        clip_seconds=config.clip_seconds,
+        only_text=ONLY.value == "text",
+    )
 
 
 if __name__ == "__main__":

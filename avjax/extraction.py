@@ -17,47 +17,63 @@ from avjax.errors import AvjaxError, UnusableMedia
 from avjax.media.faces import FaceTracker
 from avjax.text import template
 
+CLIP_SECONDS = 120.0
 _MEDIA = ("av", "mediapipe", "pebble")  # packages of avjax[media] without which nothing can be measured
 
 
-def extract(config, out: str = "", *, only_text: bool = False) -> Path:
-    """Extracts `config` into the feature store `out` and returns its folder.
+def extract(
+    dataset: str,
+    preset: str,
+    *,
+    root: str = "",
+    out: str = "",
+    processes: int = 0,
+    clip_seconds: float = CLIP_SECONDS,
+    only_text: bool = False,
+) -> Path:
+    """Extracts a data set into a feature store and returns the store's folder.
 
+    Args:
+      root: where the data are, out: where the store is; "" = the data set's default places.
+      processes: 0 = one per core; clip_seconds: time limit of one clip, which is quarantined beyond it.
+      only_text: encode the sentences of `sentences.csv` again, without opening any media.
     Raises:
       AvjaxError: the data set is not there, weights cannot be had, or no clip can be used.
     """
     console = Console(soft_wrap=True, markup=False)
-    root = stores.place(config.dataset, out)
-    settings = features.preset(config.preset)
-    with stores.Store(root).locked(config.dataset) as store:
+    place = stores.place(dataset, out)
+    settings = features.preset(preset)
+    with stores.Store(place).locked(dataset) as store:
         # ---- Picture and sound ------------------------------------------------------------------------------------
         if only_text:
-            corpus, measured = store.read_measured(config.preset)
+            corpus, measured = store.read_measured(preset)
             rejected = [(r["clip_id"], r["reason"]) for r in store.read_table("quarantine.csv", ("clip_id", "reason"))]
         else:
-            corpus = datasets.index(config.dataset, config.data.root)
-            measured, rejected = _measure_all(corpus, settings, store, config, console)
+            corpus = datasets.index(dataset, root)
+            measured, rejected = _measure_all(corpus, settings, store, console, processes, clip_seconds)
             store.write_table("quarantine.csv", ("clip_id", "reason"), rejected)
         # ---- Sentences --------------------------------------------------------------------------------------------
         if not measured:
             first = f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "it has no clips"
-            raise AvjaxError(f"no clip of {corpus.name} can be used; {first} (all reasons: {root / 'quarantine.csv'})")
+            raise AvjaxError(f"no clip of {corpus.name} can be used; {first} (all reasons: {place / 'quarantine.csv'})")
         sentences = _sentences(measured, store, console)
         # ---- Text encoder -----------------------------------------------------------------------------------------
         texts = _encode_all(sentences, settings, store, console)
         # ---- Packed view ------------------------------------------------------------------------------------------
-        _pack(corpus, measured, rejected, sentences, texts, store, config.preset, console)
-    index = stores.read_index(root)["presets"][config.preset]
+        _pack(corpus, measured, rejected, sentences, texts, store, preset, console)
+    index = stores.read_index(place)["presets"][preset]
     counts = index["counts"]
     console.print(
-        f"{root}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "
+        f"{place}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "
         f"{counts['masked_audio']} without sound, {counts['masked_video']} without a face; "
         f"sentences in sentences.csv; content {index['content'][:12]}"
     )
-    return root
+    return place
 
 
-def _measure_all(corpus, settings, store, config, console) -> tuple[list, list[tuple[str, str]]]:
+def _measure_all(
+    corpus, settings, store, console, processes: int, clip_seconds: float
+) -> tuple[list, list[tuple[str, str]]]:
     """Measures what is not staged yet; returns [(clip, video key, audio key)] and [(clip id, reason)]."""
     from avjax.encoders import weights  # here: it brings JAX, which the workers do not need
 
@@ -79,12 +95,11 @@ def _measure_all(corpus, settings, store, config, console) -> tuple[list, list[t
     todo = [p for p in planned if not (store.has(p[0].id, "video", p[1]) and store.has(p[0].id, "audio", p[2]))]
     console.print(f"{len(planned)} clips, {len(planned) - len(todo)} measured already")
     failed = {}
-    count = config.workers or os.cpu_count() or 1
     done = workers.each(
         _measure_one,
         todo,
-        count=count,
-        seconds=config.clip_seconds,
+        count=processes or os.cpu_count() or 1,
+        seconds=clip_seconds,
         setup=_set_up,
         arguments=(store.root, settings, model),
     )

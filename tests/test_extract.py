@@ -16,7 +16,6 @@ import pytest
 from conftest import REAL
 
 from avjax import assets, datasets, extraction, features
-from avjax import config as configs
 from avjax.datasets import store as stores
 from avjax.errors import AvjaxError
 
@@ -55,9 +54,8 @@ def write_table(root, rows):
         csv.writer(file).writerows([COLUMNS, *rows])
 
 
-def run(root, out, *, only_text=False, **changes):
-    config = configs.load("configs/extract_folder.py", data__root=str(root), workers=2, **changes)
-    return extraction.extract(config, str(out), only_text=only_text)
+def run(root, out, **changes):
+    return extraction.extract("folder", "lite", root=str(root), out=str(out), processes=2, **changes)
 
 
 def table(path):
@@ -291,8 +289,7 @@ def test_mafw_miniature(tmp_path):
         place.mkdir(parents=True, exist_ok=True)
         chosen = [i for i in range(11) if (i % 5 == fold) == (part == "test")]
         (place / f"{part}.txt").write_text("".join(f"{names[i]}.mp4 {classes[i]}\r\n" for i in chosen))
-    config = configs.load("configs/extract_mafw.py", data__root=str(data), workers=1)
-    out = extraction.extract(config, str(tmp_path / "F"))
+    out = extraction.extract("mafw", "lite", root=str(data), out=str(tmp_path / "F"), processes=1)
     loaded = stores.load(out, "lite")
     assert loaded.dataset == "mafw"
     assert loaded.classes == tuple(classes)
