@@ -1,10 +1,14 @@
 """Training state on disk, by Orbax: written whole or not at all, the newest restored."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+
+from avjax.errors import AvjaxError
 
 
 class Checkpoints:
@@ -35,3 +39,33 @@ class Checkpoints:
             return None
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         return epoch, self._manager.restore(epoch, args=ocp.args.StandardRestore(shapes))
+
+
+def read(folder: Path, *parts: str) -> dict[str, Any]:
+    """Reads `parts` of the newest state in `folder` as they were saved, and nothing else (moments are twice as much).
+
+    Returns:
+      part → its tree of NumPy arrays, wherever they were when saved; tuples come back as lists.
+    Raises:
+      AvjaxError: there is no checkpoint, it lacks a part, or it is damaged.
+    """
+    options, handler = ocp.CheckpointManagerOptions(read_only=True), ocp.PyTreeCheckpointHandler()
+    try:
+        with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler) as manager:
+            step = manager.latest_step()
+            about = None if step is None else manager.item_metadata(step)
+            if about is None:
+                raise FileNotFoundError("there is none, or its description is gone")
+            saved = about.tree
+            item = {part: jax.tree.map(_shape, saved[part]) for part in parts}
+            plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            return manager.restore(step, args=ocp.args.PyTreeRestore(item, plain, partial_restore=True))
+    except Exception as error:  # Orbax and what lies below it raise errors of many kinds for a damaged file
+        reason = textwrap.shorten(str(error), 160)
+        raise AvjaxError(
+            f"{folder}: no checkpoint can be read ({type(error).__name__}: {reason}); train again, or restore a copy"
+        ) from error
+
+
+def _shape(saved: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(saved.shape, saved.dtype)

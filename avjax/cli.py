@@ -22,6 +22,8 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "") -> None:
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
+    # What the terminal's encoding lacks, in a name or a class, is shown escaped.
+    sys.stdout.reconfigure(errors="backslashreplace")
 
     def begin(argv: list[str]) -> int | None:
         if takes and len(argv) < 2:

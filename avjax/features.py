@@ -17,7 +17,7 @@ from avjax.media import audio, faces, video
 from avjax.text import action_units, prosody, template
 
 # Raised when a change of code changes what is measured: part of every staged file's key.
-CODE_VERSION = {"video": 1, "audio": 1, "text": 1}
+CODE_VERSION = {"video": 1, "audio": 2, "text": 1}
 # Sources of the `text` feature: the three of the template, and one fixed sentence for the "w/o ETG" ablation.
 TEXTS = (*template.SOURCES, "constant")
 # Below so many of a speaker's clips with voice, the median says nothing about what is usual; fixed bounds then.
@@ -89,7 +89,7 @@ def measure(clip: Clip, settings: Preset, tracker: faces.FaceTracker) -> dict[st
     Returns:
       video: `video (t, d)`, `video_mask (t,)`, `au (t, a)`, `times (t,)` seconds from the clip's start; audio:
       `audio (s, d)`, `audio_mask (s,)`, `seconds ()`, `prosody (3,)` = median F0 in Hz, syllables per second, stress
-      in dB, 0 where not measurable; both: `why ()`, "" where nothing is lacking.
+      in dB, 0 where not measurable, `surface (2,)` as `audio.surface`; both: `why ()`, "" where nothing is lacking.
     Raises:
       UnusableMedia: neither picture nor sound.
     """
@@ -136,6 +136,7 @@ def measure_sound(clip: Clip, settings: Preset) -> dict[str, np.ndarray]:
         "audio": steps.features,
         "audio_mask": steps.mask,
         "prosody": np.array([n or 0.0 for n in numbers], np.float32),
+        "surface": np.array(audio.surface(analysis), np.float32),
         "seconds": np.array(len(samples) / audio.SAMPLE_RATE),
         "why": np.array("" if steps.mask.any() else "digital silence"),
     }
@@ -158,6 +159,7 @@ def _no_sound(why: str) -> dict[str, np.ndarray]:
         "audio": np.zeros((0, width), np.float32),
         "audio_mask": np.zeros(0, bool),
         "prosody": np.zeros(3, np.float32),
+        "surface": np.array((0.0, audio.FLOOR_DB), np.float32),
         "seconds": np.array(0.0),
         "why": np.array(why),
     }
@@ -212,12 +214,16 @@ def example(
     text: Mapping[str, np.ndarray],
     sentences: Mapping[str, str],
 ) -> dict[str, object]:
-    """The record of a clip in the packed view; `prosody` as in `measure`, `duration` in seconds."""
+    """The record of a clip in the packed view; `prosody` as in `measure`, `duration` in seconds.
+
+    `surface (3,)` = duration, lead-in, loudness: what a model could guess from without seeing or hearing anybody.
+    """
+    duration = np.float32(max(picture["times"].max(initial=0.0), sound["seconds"]))
     return {
         "clip_id": clip.id,
         "label": clip.label,
         "speaker": clip.speaker or "",
-        "duration": np.float32(max(picture["times"].max(initial=0.0), sound["seconds"])),
+        "duration": duration,
         "video": picture["video"],
         "video_mask": picture["video_mask"],
         "au": picture["au"],
@@ -225,6 +231,7 @@ def example(
         "audio": sound["audio"],
         "audio_mask": sound["audio_mask"],
         "prosody": sound["prosody"],
+        "surface": np.array([duration, *sound["surface"]], np.float32),
         "sentence": {s: sentences[s] for s in TEXTS},
         "text": {s: text[s] for s in TEXTS},
     }

@@ -208,12 +208,28 @@ def _select(config, state: State, val: dict[str, jax.Array], epoch: jax.Array) -
 
 
 def _predict_test(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
-    def one(_, item):
-        batch = gather(data, state.stats, *item)
-        return None, model.module.apply({"params": state.best}, batch, train=False).logits
+    return _answer(model, state.best, state.stats, data, lane.test, lane.test_weight)
 
-    logits = jax.lax.scan(one, None, _parts(lane.test, lane.test_weight))[1]
-    return {h: v.reshape(-1, v.shape[-1])[: lane.test.shape[0]] for h, v in logits.items()}
+
+def _answer(model: Model, params, stats: Statistics, data: Resident, index, weight) -> dict[str, jax.Array]:
+    """{head: (n, c)} for the clips `index (n,)`."""
+
+    def one(_, item):
+        batch = gather(data, stats, *item)
+        return None, model.module.apply({"params": params}, batch, train=False).logits
+
+    logits = jax.lax.scan(one, None, _parts(index, weight))[1]
+    return {h: v.reshape(-1, v.shape[-1])[: index.shape[0]] for h, v in logits.items()}
+
+
+def answers(model: Model) -> Callable[[dict, Statistics, Resident], dict[str, jax.Array]]:
+    """Compiled (best, stats, data) → {head: (lanes, clips, c)}: all resident clips by each lane's best parameters."""
+
+    def every(best, stats, data):
+        count = data.group.shape[0]
+        return _answer(model, best, stats, data, jnp.arange(count), jnp.ones(count))
+
+    return jax.jit(jax.vmap(every, (0, 0, None)))
 
 
 def epoch_rows(sums: dict, names: list[tuple[str, int]], first: int) -> list[dict[str, object]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avjax import metrics
+from avjax import datasets, metrics
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
 from avjax.files import replacing
@@ -84,7 +84,7 @@ def measure(
     pooled = matrix(heads[0], every)
     over = summary(folds)
     return {
-        "dataset": features.dataset,
+        "dataset": datasets.title(features.dataset),
         "protocol": protocol,
         "task": "single",
         "classes": list(features.classes),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from avjax import __version__
+from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
 from avjax.files import write_text
 
@@ -30,11 +31,11 @@ def is_finished(workdir: Path) -> bool:
     return (workdir / "report.html").is_file()
 
 
-def begin(workdir: Path, config, content: str) -> None:
+def begin(workdir: Path, config, features: Features) -> None:
     """Claims `workdir` for a run, or checks that it holds this very run.
 
     Args:
-      config: the run's configuration; content: the hash of its features.
+      config: the run's configuration; features: what it trains on.
     Raises:
       AvjaxError: the directory holds a run of another configuration, or of other features.
     """
@@ -49,14 +50,15 @@ def begin(workdir: Path, config, content: str) -> None:
             if old.get(k) != new_plain.get(k)
         ]
         was = json.loads((workdir / "environment.json").read_text())["features"]
-        if was != content:
+        if was["content"] != features.content:
             changed.append("the features have changed since it began")
         if changed:
             raise AvjaxError(
                 f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir or remove it"
             )
         return
-    write_text(workdir / "environment.json", json.dumps(environment() | {"features": content}, indent=1))
+    about = {"content": features.content, "made_by": features.made_by}
+    write_text(workdir / "environment.json", json.dumps(environment() | {"features": about}, indent=1))
     write_text(path, json.dumps(config.to_dict(), indent=1))
 
 

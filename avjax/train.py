@@ -33,9 +33,8 @@ def train(config, workdir: Path | None = None) -> Path:
     import jax.numpy as jnp
     from rich.console import Console
 
-    from avjax import datasets, loop, models, pipeline, reference, results, rundir
+    from avjax import data, datasets, loop, models, pipeline, reference, results, rundir
     from avjax.checkpoint import Checkpoints
-    from avjax.datasets import store
     from avjax.datasets.base import natural_folds
     from avjax.files import write_text
     from avjax.report import page, plots, tables
@@ -46,15 +45,12 @@ def train(config, workdir: Path | None = None) -> Path:
     workdir = workdir or rundir.default(config)
 
     # ---- Features -------------------------------------------------------------------------------------------------
-    if config.data.root:
-        datasets.index(config.dataset, config.data.root)  # a root that is set and wrong is an error
-    root = store.place(config.dataset, config.data.features)
-    features = store.load(root, config.preset)
-    counts = features.counts
-    say(f"{config.name} {config.variants or 'full'}: {counts['used']} clips, {len(features.classes)} "
+    features = data.obtain(config, console)
+    counts, dataset = features.counts, datasets.title(features.dataset)
+    say(f"{config.name} {config.variants or 'full'} on {dataset}: {counts['used']} clips, {len(features.classes)} "
         f"classes; {counts['quarantined']} quarantined, without sound {counts['masked_audio']}, "
         f"without face {counts['masked_video']}")  # fmt: skip
-    rundir.begin(workdir, config, features.content)
+    rundir.begin(workdir, config, features)
     if rundir.is_finished(workdir):
         before = results.read(workdir)
         console.print(tables.run_table(before, config.name), tables.reference_table(before))
@@ -69,9 +65,9 @@ def train(config, workdir: Path | None = None) -> Path:
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     model = models.build(config.model, len(features.classes))
-    data = pipeline.resident(features, config.model.text_source, config.protocol.standardise)
+    resident = pipeline.resident(features, config.model.text_source, config.protocol.standardise)
     trainer = loop.make(model, config)
-    state = trainer.init(plan.lanes, data)
+    state = trainer.init(plan.lanes, resident)
     size = sum(v.size for v in jax.tree.leaves(state.params)) // len(plan.names)
     say(f"{len(plan.names)} lanes of {size:,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s)")
 
@@ -84,9 +80,9 @@ def train(config, workdir: Path | None = None) -> Path:
         events = rundir.Events(workdir, rows)
         while done < config.train.epochs and not bool(jnp.all(state.stopped)):
             begun = time.perf_counter()
-            state, sums = trainer.epochs(state, plan.lanes, data, jnp.int32(done + 1))
+            state, sums = trainer.epochs(state, plan.lanes, resident, jnp.int32(done + 1))
             loop.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)
-            new = loop.epoch_rows(sums, plan.names, done + 1)
+            new = [{"dataset": dataset} | row for row in loop.epoch_rows(sums, plan.names, done + 1)]
             rows += new
             done += config.train.epochs_per_call
             rundir.write_history(workdir, rows)
@@ -96,18 +92,19 @@ def train(config, workdir: Path | None = None) -> Path:
         events.close()
 
     # ---- Test -----------------------------------------------------------------------------------------------------
-    logits = jax.device_get(trainer.predict(state, plan.lanes, data))
+    logits = jax.device_get(trainer.predict(state, plan.lanes, resident))
     ordered = {head: logits[head] for head in model.heads}  # jit sorts names; the predicting head stays first
     answers = results.predictions(features, plan, ordered)
-    yardstick = reference.logistic_regression(data, plan)
+    yardstick = reference.logistic_regression(resident, plan)
     metrics = results.measure(features, plan, answers, state.best_epoch.tolist(), protocol, yardstick)
 
     # ---- Report ---------------------------------------------------------------------------------------------------
     results.write_predictions(workdir / "predictions.npz", answers)
     write_text(workdir / "metrics.json", json.dumps(metrics, indent=1))
     title = f"{config.name} {config.variants or 'full'}"
-    plots.confusion_picture(metrics["confusion"], metrics["classes"], title, workdir / "confusion.png", note=protocol)
-    plots.curves_picture(rundir.mean_over_lanes(rows), workdir / "curves.png")
+    note = f"{dataset} · {protocol}"
+    plots.confusion_picture(metrics["confusion"], metrics["classes"], title, workdir / "confusion.png", note=note)
+    plots.curves_picture(rundir.mean_over_lanes(rows), workdir / "curves.png", note=note)
     page.write_report(workdir, sentences=results.examples(features, answers, config.model.text_source))
     console.print(tables.run_table(metrics, title), tables.reference_table(metrics))
     say(f"written to {workdir}: report.html, metrics.json, predictions.npz, confusion.png, checkpoints/")

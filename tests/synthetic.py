@@ -42,6 +42,7 @@ def make(clips: int = 48, classes: int = 3, speakers: int = 4, seed: int = 0, si
         masks=masks,
         sentences={"both": [f"sentence {i}" for i in ids]},
         counts={"used": clips, "quarantined": 0, "masked_audio": 1, "masked_video": 1},
+        made_by={"video": "v", "audio": "a", "text": "t"},
     )
 
 
@@ -49,7 +50,8 @@ def write_store(root: pathlib.Path, features: Features) -> None:
     """Packs made-up features into a feature store at `root`, under the preset `lite`."""
     corpus = Corpus(features.dataset, Task("single", features.classes), tuple(features.clips), features.folds)
     examples = [_example(features, i) for i in range(len(features.ids))]
-    store.Store(root).pack(corpus, features.clips, "lite", examples, "made up", {"counts": features.counts})
+    about = {"counts": features.counts, "made_by": features.made_by}
+    store.Store(root).pack(corpus, features.clips, "lite", examples, "made up", about)
 
 
 def _example(features: Features, i: int) -> dict[str, object]:
@@ -58,6 +60,6 @@ def _example(features: Features, i: int) -> dict[str, object]:
     picture = {"video": steps["video"][0], "video_mask": steps["video"][1]}
     picture |= {"au": np.zeros((frames, 2), np.float32), "times": np.arange(frames, dtype=np.float64)}
     sound = {"audio": steps["audio"][0], "audio_mask": steps["audio"][1]}
-    sound |= {"prosody": np.zeros(3, np.float32), "seconds": np.array(1.0)}
+    sound |= {"prosody": np.zeros(3, np.float32), "seconds": np.array(1.0), "surface": np.zeros(2)}
     text = {s: x[mask] for s in TEXTS for x, mask in [steps[f"text_{s}"]]}
     return example(features.clips[i], picture, sound, text, dict.fromkeys(TEXTS, f"sentence {features.ids[i]}"))

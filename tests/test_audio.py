@@ -141,7 +141,7 @@ def test_no_sound_is_unusable(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnusableMedia):
             audio.read_sound(tmp_path / name)
-    with pytest.raises(UnusableMedia, match="no sound decodes"):
+    with pytest.raises(UnusableMedia, match="no sound can be decoded between 2 s and the end"):
         audio.read_sound(write(tmp_path / "short.wav", sine(100, 0.5), RATE), start=2.0)
 
 
@@ -270,3 +270,15 @@ def test_real_speech(java_sed):
     assert np.median(women) > np.median(men) * 1.3
     assert all(1.5 < r.syllables_per_second < 6 for r in results.values())
     assert all(0 < r.stress_db < 25 for r in results.values())
+
+
+def test_surface_is_lead_in_and_loudness():
+    rng = np.random.default_rng(0)
+    noise, tone = rng.normal(0, 1e-4, 24000), 0.1 * np.sin(2 * np.pi * 200 * np.arange(24000) / 16000)
+    lead_in, loudness = audio.surface(audio.analyse(np.where(np.arange(24000) < 8000, noise, tone).astype(np.float32)))
+    assert lead_in == pytest.approx(0.5, abs=0.03)
+    assert loudness == pytest.approx(10 * np.log10(2 / 3 * 0.1**2 / 2), abs=0.3)
+
+
+def test_surface_of_digital_silence():
+    assert audio.surface(audio.analyse(np.zeros(8000, np.float32))) == (0.5, audio.FLOOR_DB)

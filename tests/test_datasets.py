@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -69,15 +70,16 @@ def test_folder_reads_tables_as_people_write_them(folder, table):
         ("b.mp4,", "no label"),
         (",sad", "no file name"),
         ("nope.mp4,sad", "no such file"),
-        ("sub,sad", "no such file"),
+        ("sub,sad", "a folder, not a file"),
+        ("loop.mp4,sad", "a symbolic link that leads in a circle"),
         ("../outside.mp4,sad", "file lies outside the data folder"),
         ("sub/../../outside.mp4,sad", "file lies outside the data folder"),
         ("/etc/hostname,sad", "file lies outside the data folder"),
         ("link.mp4,sad", "file lies outside the data folder"),
-        (f"{'long' * 100},sad", "no such file"),
-        ("nul\0.mp4,sad", "no such file"),
+        (f"{'long' * 100},sad", "no such file: the name is too long"),
+        ("nul\0.mp4,sad", "no such file: the name has a null byte"),
         ("b.mp4,sad,,,,,,../outside.mp4", "file lies outside the data folder"),
-        ("b.mp4,sad,,,,,,gone.wav", "no such file"),
+        ("b.mp4,sad,,,,,,gone.wav", "its sound file: no such file"),
         ("a.mp4,sad", "duplicate clip id"),
         ("b.mp4,sad,first", "duplicate clip id"),
         ("b.mp4,sad,,,testing", "split is 'testing'; expected train, val or test"),
@@ -93,6 +95,7 @@ def test_folder_reads_tables_as_people_write_them(folder, table):
 def test_folder_rejects_a_row_and_keeps_the_rest(folder, tmp_path, row, reason):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/link.mp4").symlink_to(tmp_path / "outside.mp4")
+    (tmp_path / "data/loop.mp4").symlink_to("loop.mp4")
     header = "file,label,id,speaker,split,fold,transcript,audio,start,end\n"
     corpus = folder(f"{header}a.mp4,sad,,,,,,,,\nc.mp4,happy,first\n{row}\n")
     assert [c.id for c in corpus.clips] == ["a", "first"]
@@ -109,7 +112,7 @@ def test_folder_rejects_a_row_and_keeps_the_rest(folder, tmp_path, row, reason):
         ("file,label\nno.mp4,sad\n", "none of its 1 rows can be used; the first: no: no such file"),
         ('file,label,transcript\na.mp4,sad,"never ends\nb.mp4,sad,\n', "labels.csv, line 3: unexpected end of data"),
         ('file,label,transcript\na.mp4,sad,"Say "what" now"\n', "line 2: .* a cell with a quote in it is written"),
-        ("file,label\na.mp4,fröhlich\n".encode("latin-1"), r"not UTF-8 \(byte 19\); save it as UTF-8"),
+        ("file,label\na.mp4,fröhlich\n".encode("latin-1"), "labels.csv, line 2: not UTF-8; save the table as UTF-8"),
         ("file,label\na.mp4,sad\n".encode("utf-16"), "not UTF-8"),
     ],
 )
@@ -118,10 +121,36 @@ def test_folder_says_what_is_wrong_with_its_table(folder, table, message):
         folder(table)
 
 
+def test_folder_with_a_list_of_classes(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    path = tmp_path / "data/classes.txt"
+    path.write_text("\ufeffsad\n\n happy \nangry", encoding="utf-8")
+    corpus = folder("file,label\na.mp4,happy\nb.mp4,Happy\nc.mp4,zzz\nsub/d.mp4,sad\n")
+    assert corpus.task.classes == ("sad", "happy", "angry"), "in the order of the list, also those without a clip"
+    assert corpus.rejected == (
+        ("b", "label 'Happy'; did you mean 'happy'?"),
+        ("c", "label 'zzz'; expected one of sad, happy, angry"),
+    )
+    for content, message in ((b"sad\nsad", "got sad, sad; expected each class once"), (b"\n", "got no line; expected"),
+                             (b"fr\xf6h", "not UTF-8")):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(AvjaxError, match=message):
+            datasets.index("folder", str(tmp_path / "data"))
+
+
+def test_folder_with_file_names_that_are_not_utf8(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / os.fsdecode(b"fr\xf6h.mp4")).write_bytes(b"x")
+    corpus = folder(b"file,label\nfr\xf6h.mp4,sad\na.mp4,sad\nf\xf6rt.mp4,sad\n")
+    assert [c.id for c in corpus.clips] == ["fr\\xf6h", "a"]
+    assert corpus.clips[0].path.read_bytes()
+    assert corpus.rejected == (("f\\xf6rt", "no such file"),)
+
+
 def test_folder_without_table_and_missing_roots(tmp_path, monkeypatch):
     with pytest.raises(AvjaxError, match=r"labels\.csv: not found; .* columns file,label"):
         datasets.index("folder", str(tmp_path))
-    with pytest.raises(AvjaxError, match="the registry has folder, mafw"):
+    with pytest.raises(AvjaxError, match="the registry has demo, folder, mafw"):
         datasets.index("mawf")
     monkeypatch.setenv("AVJAX_DATA", str(tmp_path))
     with pytest.raises(AvjaxError, match=rf"{tmp_path}/mafw: no such folder; set --config.data.root"):
@@ -166,7 +195,7 @@ def test_mafw_index(mafw):
     assert sorted(i for f in corpus.folds for i in f.test) == [c.id for c in corpus.clips]
     folds, name = natural_folds(corpus.clips, corpus.folds)
     assert tuple(folds) == corpus.folds
-    assert name == "5 official folds"
+    assert name == "5 folds of the data set"
 
 
 def test_mafw_clip_that_is_not_on_disk_is_stated_and_leaves_its_folds(mafw):
@@ -175,6 +204,30 @@ def test_mafw_clip_that_is_not_on_disk_is_stated_and_leaves_its_folds(mafw):
     assert corpus.rejected == (("00003", "no such file"),)
     assert len(corpus.clips) == 21
     assert not any("00003" in f.train + f.test for f in corpus.folds)
+
+
+def relabel(root, change):
+    for path in root.rglob("t*.txt"):
+        path.write_text("\n".join(map(change, path.read_text().splitlines())))
+
+
+def test_mafw_clip_with_an_unknown_label_is_stated_and_leaves_its_folds(mafw):
+    relabel(
+        mafw, lambda line: {"00003.mp4 fear": "00003.mp4 feer", "00004.mp4 happiness": "00004.mp4 quux"}.get(line, line)
+    )
+    corpus = datasets.index("mafw", str(mafw))
+    assert [i for i, _ in corpus.rejected] == ["00003", "00004"]
+    assert corpus.rejected[0][1] == "label 'feer'; did you mean 'fear'?"
+    assert corpus.rejected[1][1].startswith("label 'quux'; expected one of anger, disgust, fear")
+    assert len(corpus.clips) == 20
+    assert not any({"00003", "00004"} & {*f.train, *f.test} for f in corpus.folds)
+    assert corpus.task.classes == tuple(CLASSES)
+
+
+def test_mafw_lists_of_another_set_of_labels(mafw):
+    relabel(mafw, lambda line: line.split()[0] + " 3")
+    with pytest.raises(AvjaxError, match="not one label of these lists is one of anger, disgust"):
+        datasets.index("mafw", str(mafw))
 
 
 def test_mafw_missing_parts_are_all_named(mafw):
@@ -202,7 +255,7 @@ def test_mafw_lists_without_any_clip(mafw):
         (b"..\\x.mp4 anger", "expected a clip and its label"),
         (b"00003.mp4", "expected a clip and its label"),
         (b"00003.mp4 anger management", "expected a clip and its label"),
-        (b"00003.mp4 rage", "label 'rage'; expected one of anger, disgust"),
+        (b"00003.mp4 rage", "00003 is 'rage', but another list says 'fear'"),
         (b"00003.mp4 anger", "00003 is 'anger', but another list says 'fear'"),
         (b"00003.mp4 fear", "set_1: in train and test of one fold, or listed twice: 00003"),
         (b"00001.mp4 anger", "set_1: in train and test of one fold, or listed twice: 00001"),
@@ -243,7 +296,7 @@ def test_mafw_real_lists(tmp_path):
     for fold in range(1, 6):
         for line in (source / f"set_{fold}/test.txt").read_text().split("\n"):
             if line:
-                (clips / line.split()[0]).touch()
+                (clips / line.split()[0]).write_bytes(b"x")
                 tested[line.split()[0]] += 1
     corpus = datasets.index("mafw", str(tmp_path))
     assert len(corpus.clips) == 9172 == json.loads(assets.path("data/mafw.json").read_text())["clips"]
@@ -276,7 +329,7 @@ def check_partition(folds, clips):
 def test_auto_takes_the_first_that_the_data_admit():
     official = [Fold("x", ("c00",), ("c01",))]
     rich = made(12, speakers=3, fold=lambda i: f"f{i % 2}", split=lambda i: ("train", "val", "test")[i % 3])
-    assert natural_folds(rich, official) == (official, "1 official folds")
+    assert natural_folds(rich, official) == (official, "1 folds of the data set")
     folds, name = natural_folds(rich, ())
     assert ([f.name for f in folds], name) == (["f0", "f1"], "2 given folds")
     check_partition(folds, rich)

@@ -92,7 +92,7 @@ def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert [f["fold"] for f in metrics["folds"]] == ["1", "2", "3", "4", "5"]
     assert sum(f["n_test"] for f in metrics["folds"]) == 22
-    assert metrics["protocol"].startswith("5 official folds")
+    assert metrics["protocol"].startswith("5 folds of the data set")
     assert metrics["counts"]["masked_video"] == 22  # a drawn pattern has no face
     assert metrics["dataset"] == "mafw"
 

@@ -68,9 +68,9 @@ def test_what_a_clip_lacks_has_no_steps_of_the_usual_width_and_is_said(tmp_path)
 
 def test_clip_with_neither_is_unusable(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no media")
-    with pytest.raises(UnusableMedia, match=r"a\.mp4"):
+    with pytest.raises(UnusableMedia, match=r"^not a media file[^;]*$"):
         measure(tmp_path / "a.mp4")
-    with pytest.raises(UnusableMedia, match=r"gone\.mp4: No such file"):
+    with pytest.raises(UnusableMedia, match=r"^no such file$"):
         measure(tmp_path / "gone.mp4")
 
 

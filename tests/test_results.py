@@ -132,6 +132,17 @@ def yardstick(features, **changes):
     return reference.logistic_regression(pipeline.resident(features, "both", chosen.standardise), plan)
 
 
+def test_length_lead_in_and_loudness_have_a_row_of_their_own():
+    features = synthetic.make(clips=48, speakers=4)
+    surface = np.random.default_rng(0).normal(size=(48, 1, 3)).astype(np.float32)
+    surface[:, 0, 1] += 5 * (features.label == 1)  # one class has long lead-ins
+    features.arrays["surface"], features.masks["surface"] = surface, np.ones((48, 1), bool)
+    given_away = yardstick(features)["length, lead-in, loudness"]
+    assert 0.5 < given_away["mean"]["uar"] < 0.9
+    features.arrays["surface"] = np.zeros_like(surface)
+    assert yardstick(features)["length, lead-in, loudness"]["mean"]["uar"] == pytest.approx(1 / 3)
+
+
 def test_the_yardstick_is_scikit_learns_on_the_same_folds():
     features = synthetic.make(clips=30, speakers=3, signal=0.6)
     ours = yardstick(features, validation=0.0)

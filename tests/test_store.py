@@ -31,7 +31,8 @@ def example(clip, steps=3):
     picture = {"video": rng.normal(size=(t, 5)).astype(np.float32), "video_mask": np.arange(t) != 1,
                "au": np.ones((t, 2), np.float32), "times": np.arange(t) / 2}  # fmt: skip
     sound = {"audio": rng.normal(size=(7, 4)).astype(np.float32), "audio_mask": np.arange(7) < 6,
-             "prosody": np.array([200, 4, 0], np.float32), "seconds": np.array(2.5)}  # fmt: skip
+             "prosody": np.array([200, 4, 0], np.float32), "seconds": np.array(2.5),
+             "surface": np.array((0.1, -20), np.float32)}  # fmt: skip
     text = {s: rng.normal(size=(t, 6)).astype(np.float32) for s in features.TEXTS}
     return features.example(clip, picture, sound, text, {s: f"{s} of {clip.id}: “é”" for s in features.TEXTS})
 
@@ -41,7 +42,7 @@ def pack(root, data=None, preset="lite", make=example):
     with stores.Store(root).locked(data.name) as store:
         staged = {c.id: ["v", "a", "t"] for c in data.clips}
         recipe = stores.recipe(data, data.clips, staged)
-        about = {"counts": {"used": len(data.clips)}, "staged": staged}
+        about = {"counts": {"used": len(data.clips)}, "staged": staged, "made_by": {}}
         store.pack(data, data.clips, preset, map(make, data.clips), recipe, about)
         assert store.is_packed(preset, recipe)
         assert not store.is_packed(preset, "other")
@@ -84,7 +85,7 @@ def test_packed_record_has_all_that_the_design_names(tmp_path):
     pack(tmp_path)
     record = next(r for r in stores.read_examples(tmp_path, "avjax_folder", "lite") if r["clip_id"] == b"sub/clip 2")
     assert set(record) == {"clip_id", "label", "speaker", "duration", "video", "video_mask", "au", "times", "audio",
-                           "audio_mask", "prosody", "sentence", "text"}  # fmt: skip
+                           "audio_mask", "prosody", "surface", "sentence", "text"}  # fmt: skip
     assert record["duration"] == np.float32(2.5)
     assert record["prosody"].tolist() == [200, 4, 0]
     assert record["sentence"]["constant"].decode() == "constant of sub/clip 2: “é”"
@@ -120,9 +121,9 @@ def test_load_says_what_is_missing(tmp_path):
         stores.load(tmp_path, "other")
     with pytest.raises(AvjaxError, match=r"not all clips are measured with preset 'other'"):
         stores.Store(tmp_path).read_measured("other")
-    view = tmp_path / "tfds/avjax_folder/lite/1.0.0"
+    view = tmp_path / "tfds/avjax_folder/lite" / stores.VERSION
     view.rename(tmp_path / "gone")
-    with pytest.raises(AvjaxError, match=r"lite/1\.0\.0: the packed view is gone; delete .*index\.json and run"):
+    with pytest.raises(AvjaxError, match=r"lite/[\d.]+: the packed view is gone; delete .*index\.json and run"):
         stores.load(tmp_path, "lite")
 
 

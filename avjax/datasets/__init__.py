@@ -1,5 +1,6 @@
 """The registry of data sets: name → a function that indexes its folder."""
 
+import dataclasses
 from pathlib import Path
 
 from avjax import assets
@@ -7,7 +8,19 @@ from avjax.datasets import folder, mafw
 from avjax.datasets.base import Corpus, Index
 from avjax.errors import AvjaxError
 
-REGISTRY: dict[str, Index] = {"folder": folder.index, "mafw": mafw.index}
+
+def _demo(root: Path) -> Corpus:
+    return dataclasses.replace(mafw.index(root), name="demo")
+
+
+REGISTRY: dict[str, Index] = {"demo": _demo, "folder": folder.index, "mafw": mafw.index}
+# What stands on tables and pictures; every other data set stands there by its name.
+_TITLES = {"demo": "demo corpus (synthetic), not MAFW"}
+
+
+def title(name: str) -> str:
+    """How data set `name` is called wherever its figures are shown."""
+    return _TITLES.get(name, name)
 
 
 def index(name: str, root: str = "") -> Corpus:

@@ -119,7 +119,7 @@ def natural_folds(
 
 def _given(clips: Sequence, official: Sequence[Fold]) -> tuple[list[Fold], str] | None:
     if official:
-        return list(official), f"{len(official)} official folds"
+        return list(official), f"{len(official)} folds of the data set"
     folds, splits = {c.fold for c in clips}, {c.split for c in clips}
     if folds == {None} and splits == {None}:
         return None

@@ -1,13 +1,19 @@
-"""Any folder of clips with a `labels.csv`.
+r"""Any folder of clips with a `labels.csv`.
 
 Columns: `file,label[,id][,speaker][,split|fold][,transcript][,audio][,start,end]`, separated by commas, semicolons or
-tabs; files are relative to the folder, `start` and `end` are seconds.
+tabs; files are relative to the folder, `start` and `end` are seconds. The table is UTF-8, but for names of files that
+are not: these stand in it byte for byte as on the disk, and are shown with `\xe9` for such a byte.
+
+Any label is a class, unless a file `classes.txt` stands beside the table: one class per line, in the order wanted. Rows
+with another label are then rejected.
 """
 
 import csv
-from collections.abc import Iterable
+import os
 from pathlib import Path
 
+from avjax import source
+from avjax.datasets import labels
 from avjax.datasets.base import Clip, Corpus, Task
 from avjax.errors import AvjaxError
 
@@ -15,30 +21,49 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 
 
 def index(root: Path) -> Corpus:
-    """Reads `root/labels.csv`. Classes are the label names in alphabetical order.
+    """Reads `root/labels.csv`. Classes are those of `root/classes.txt`, else the label names in alphabetical order.
 
-    A row without a label, with a file that is not there or leaves the folder, or with an id that was used before is
-    rejected with a reason; it does not stop the rest.
+    A row without a label or with one that is no class, with a file that cannot be read or leaves the folder, or with an
+    id that was used before is rejected with a reason; it does not stop the rest.
 
     Raises:
-      AvjaxError: no `labels.csv`, it is not UTF-8 or not CSV, no column `file` or `label`, or no usable row.
+      AvjaxError: no `labels.csv`, it or `classes.txt` is not UTF-8, it is not CSV, no column `file` or `label`,
+        `classes.txt` has no class or one twice, or no usable row.
     """
     table = root / "labels.csv"
     rows = _read(table)
+    classes = _classes(root / "classes.txt")
     clips, rejected, seen = [], [], set()
     for row in rows:
         clip, reason = _clip(root, row)
+        if not reason and classes:
+            reason = labels.trouble(clip.label, classes)
         if clip and clip.id in seen:
             reason = "duplicate clip id: an earlier row has it; tell them apart in a column id"
         if reason:
-            rejected.append((clip.id if clip else (row["file"] or "?"), reason))
+            rejected.append((clip.id if clip else (source.shown(row["file"]) or "?"), reason))
         else:
             seen.add(clip.id)
             clips.append(clip)
     if not clips:
         first = ": ".join(rejected[0]) if rejected else "there is none"
         raise AvjaxError(f"{table}: none of its {len(rows)} rows can be used; the first: {first}")
-    return Corpus("folder", Task("single", tuple(sorted({c.label for c in clips}))), tuple(clips), (), tuple(rejected))
+    classes = classes or tuple(sorted({c.label for c in clips}))
+    return Corpus("folder", Task("single", classes), tuple(clips), (), tuple(rejected))
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    """The lines of `classes.txt`; () where there is no such file."""
+    if not path.is_file():
+        return ()
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise AvjaxError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    classes = tuple(filter(None, lines))
+    if not classes or len(set(classes)) < len(classes):
+        raise AvjaxError(f"{path}: got {', '.join(classes) or 'no line'}; expected each class once, one per line")
+    return classes
 
 
 def _read(table: Path) -> list[dict[str, str]]:
@@ -49,8 +74,10 @@ def _read(table: Path) -> list[dict[str, str]]:
             "[,speaker][,split|fold][,transcript] (set --config.data.root to its folder)"
         )
     try:
-        with table.open(encoding="utf-8-sig") as file:
+        # Foreign bytes are let through, for names of files; `_check_text` refuses them elsewhere.
+        with table.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             header = file.readline()
+            _check_text(table, 1, header)
             file.seek(0)
             # Spreadsheets of many countries separate by semicolons.
             separator = max(",;\t", key=header.count)
@@ -59,13 +86,20 @@ def _read(table: Path) -> list[dict[str, str]]:
             if missing := {"file", "label"} - set(reader.fieldnames):
                 lacking = " or ".join(sorted(missing))
                 raise AvjaxError(f"{table}: no column {lacking}; got {header.strip()!r}, expected file,label[,…]")
-            return [{n: row[n].strip() for n in reader.fieldnames} | {"surplus": row.get(None, "")} for row in reader]
-    except UnicodeDecodeError as error:
-        raise AvjaxError(f"{table}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+            rows = []
+            for row in reader:
+                _check_text(table, reader.line_num, *(row[n] for n in reader.fieldnames if n not in ("file", "audio")))
+                rows.append({n: row[n].strip() for n in reader.fieldnames} | {"surplus": row.get(None, "")})
+            return rows
     except csv.Error as error:
         raise AvjaxError(
             f'{table}, line {reader.reader.line_num}: {error}; a cell with a quote in it is written "say ""this"""'
         ) from error
+
+
+def _check_text(table: Path, line: int, *cells: str) -> None:
+    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+        raise AvjaxError(f"{table}, line {line}: not UTF-8; save the table as UTF-8")
 
 
 def _clip(root: Path, row: dict[str, str]) -> tuple[Clip | None, str]:
@@ -78,11 +112,12 @@ def _clip(root: Path, row: dict[str, str]) -> tuple[Clip | None, str]:
         start, end = (float(row[k]) if row.get(k) else None for k in ("start", "end"))
     except ValueError:
         return None, f"start or end is not a number: {row.get('start')!r}, {row.get('end')!r}"
+    audio = root / row["audio"] if row.get("audio") else None
     clip = Clip(
-        id=row.get("id") or Path(row["file"]).with_suffix("").as_posix(),
+        id=row.get("id") or source.shown(Path(row["file"]).with_suffix("").as_posix()),
         path=root / row["file"],
         label=row["label"],
-        audio=root / row["audio"] if row.get("audio") else None,
+        audio=audio,
         speaker=row.get("speaker") or None,
         transcript=row.get("transcript") or None,
         start=start,
@@ -96,16 +131,16 @@ def _clip(root: Path, row: dict[str, str]) -> tuple[Clip | None, str]:
         return clip, f"split is {row['split']!r}; expected train, val or test"
     if not 0 <= (start or 0) < (float("inf") if end is None else end):
         return clip, f"start is {start}, end is {end}; expected 0 <= start < end, in seconds"
-    return clip, _trouble(root, filter(None, (clip.path, clip.audio)))
+    if reason := _trouble(root, clip.path):
+        return clip, reason
+    if audio and (reason := _trouble(root, audio)):
+        return clip, f"its sound file: {reason}"
+    return clip, ""
 
 
-def _trouble(root: Path, files: Iterable[Path]) -> str:
-    for file in files:
-        try:
-            if not file.resolve().is_relative_to(root.resolve()):
-                return "file lies outside the data folder"
-            if not file.is_file():
-                return "no such file"
-        except (OSError, ValueError) as error:  # a name too long, or with a null byte
-            return f"no such file ({error})"
-    return ""
+def _trouble(root: Path, file: Path) -> str:
+    try:
+        inside = Path(os.path.realpath(file)).is_relative_to(root.resolve())
+    except ValueError:  # a null byte, which has a reason of its own
+        inside = True
+    return source.trouble(file) if inside else "file lies outside the data folder"

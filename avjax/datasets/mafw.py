@@ -8,7 +8,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from avjax import assets
+from avjax import assets, source
+from avjax.datasets import labels as labelling
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 
@@ -20,12 +21,13 @@ _LINE = re.compile(r"([\w-]+)\.mp4\s+(\w+)", re.ASCII)
 def index(root: Path) -> Corpus:
     """Indexes `root/data/clips/*.mp4` by `root/Train & Test Set/single/no_caption/set_{1..5}/{train,test}.txt`.
 
-    A clip that a list names and the disk lacks is rejected with a reason, so that the count is stated.
+    A clip that a list names is rejected with a reason, and is in no fold, where the disk lacks it or its label is not
+    one of the eleven; so the count is stated.
 
     Raises:
       AvjaxError: the layout is not MAFW's (the message names every missing part), a line is not `00025.mp4 anger`,
-        a label is not one of the eleven, or the lists contradict each other: two labels for a clip, a clip twice in
-        one fold, or not tested exactly once over all folds.
+        no label is one of the eleven, no clip is there, or the lists contradict each other: two labels for a clip, a
+        clip twice in one fold, or not tested exactly once over all folds.
     """
     about = json.loads(assets.path("data/mafw.json").read_text())
     lists = {
@@ -40,26 +42,33 @@ def index(root: Path) -> Corpus:
             "'data/clips' and 'Train & Test Set' (or put it at $AVJAX_DATA/mafw)"
         )
     labels: dict[str, str] = {}
-    parts = {key: _read_list(path, labels, about["classes"]) for key, path in lists.items()}
+    parts = {key: _read_list(path, labels) for key, path in lists.items()}
     _check_folds(root / _LISTS, parts, about["folds"])
+    classes = about["classes"]
+    if not any(label in classes for label in labels.values()):
+        raise AvjaxError(f"{root / _LISTS}: not one label of these lists is one of {', '.join(classes)}")
     clips = {name: root / "data" / "clips" / f"{name}.mp4" for name in sorted(labels)}
-    there = {name for name, path in clips.items() if path.is_file()}
+    reasons = {n: labelling.trouble(labels[n], classes) or source.trouble(path) for n, path in clips.items()}
+    there = {name for name, reason in reasons.items() if not reason}
     if not there:
-        raise AvjaxError(f"{root / 'data' / 'clips'}: holds none of the {len(clips)} clips that the fold lists name")
+        raise AvjaxError(
+            f"{root / 'data' / 'clips'}: holds none of the {len(clips)} clips that the fold lists name; "
+            f"the first: {': '.join(next(iter(reasons.items())))}"
+        )
     folds = tuple(
         Fold(str(f), *(tuple(n for n in parts[f, p] if n in there) for p in ("train", "test")))
         for f in range(1, about["folds"] + 1)
     )
     return Corpus(
         "mafw",
-        Task("single", tuple(about["classes"])),
+        Task("single", tuple(classes)),
         tuple(Clip(id=n, path=p, label=labels[n]) for n, p in clips.items() if n in there),
         folds,
-        tuple((n, "no such file") for n in clips if n not in there),
+        tuple((n, reason) for n, reason in reasons.items() if reason),
     )
 
 
-def _read_list(path: Path, labels: dict[str, str], classes: list[str]) -> list[str]:
+def _read_list(path: Path, labels: dict[str, str]) -> list[str]:
     """The clip names of a fold list; adds their labels to `labels`."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -73,8 +82,6 @@ def _read_list(path: Path, labels: dict[str, str], classes: list[str]) -> list[s
         if not match:
             raise AvjaxError(f"{path}, line {number}: {line.strip()!r}; expected a clip and its label: 00025.mp4 anger")
         name, label = match[1], match[2].lower()
-        if label not in classes:
-            raise AvjaxError(f"{path}, line {number}: label {label!r}; expected one of {', '.join(classes)}")
         if labels.setdefault(name, label) != label:
             raise AvjaxError(f"{path}, line {number}: {name} is {label!r}, but another list says {labels[name]!r}")
         names.append(name)

@@ -29,7 +29,7 @@ from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 from avjax.files import replacing, write_text
 
-VERSION = "1.0.0"  # of the packed view's layout
+VERSION = "1.1.0"  # of the packed view's layout
 _UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
 STREAMS = ("video", "audio")
 _PARTS = ("train", "test", "val")
@@ -43,10 +43,11 @@ class Features:
     Attributes:
       dataset, classes, folds: as indexed; content: hash of all packed values.
       ids, clips, label, speakers: one entry per used clip; `label (n,)` int32; a speaker is "" where unknown.
-      arrays: `video`, `audio`, `text_<source>` → (n, steps, d) float32, zeros where masked.
+      arrays: `video`, `audio`, `text_<source>` → (n, steps, d) float32, zeros where masked; `surface` with one step.
       masks: the same names → (n, steps) bool.
       sentences: text source → n strings.
       counts: used, quarantined, masked_audio, masked_video.
+      made_by: feature → key of its provenance record.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class Features:
     masks: dict[str, np.ndarray]
     sentences: dict[str, list[str]]
     counts: dict[str, int]
+    made_by: dict[str, str]
 
 
 class Store:
@@ -238,6 +240,12 @@ def read_index(root: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def is_finished(root: Path, preset: str) -> bool:
+    """Whether the store at `root` holds a whole packed view of `preset`."""
+    index = read_index(root)
+    return bool(index) and bool(index["presets"].get(preset, {}).get("content"))
+
+
 def load(root: Path, preset: str) -> Features:
     """Reads the packed view of `preset` from the store at `root`.
 
@@ -245,9 +253,8 @@ def load(root: Path, preset: str) -> Features:
       AvjaxError: no finished store there, or it lacks the preset or its packed view; the message says what to run.
     """
     index = read_index(root)
-    finished = [name for name, about in (index["presets"] if index else {}).items() if about["content"]]
-    if preset not in finished:
-        there = ", ".join(finished)
+    if not is_finished(root, preset):
+        there = ", ".join(name for name in (index["presets"] if index else {}) if is_finished(root, name))
         raise AvjaxError(
             f"{root}: no finished feature store with preset {preset!r}"
             + (f" (it has: {there})" if there else "")
@@ -264,12 +271,7 @@ def load(root: Path, preset: str) -> Features:
     examples = {e["clip_id"].decode(): e for e in read_examples(root, name, preset)}
     clips = [Clip(path=Path(), **c) for c in index["clips"]]
     rows = [examples[c.id] for c in clips]
-    arrays, masks = {}, {}
-    for stream in STREAMS:
-        arrays[stream], masks[stream] = _dense([r[stream] for r in rows], [r[f"{stream}_mask"] for r in rows])
-    for source in rows[0]["text"]:
-        tokens = [r["text"][source] for r in rows]
-        arrays[f"text_{source}"], masks[f"text_{source}"] = _dense(tokens, [np.ones(len(t), bool) for t in tokens])
+    arrays, masks = stacked(rows)
     return Features(
         dataset=index["dataset"],
         classes=tuple(index["classes"]),
@@ -283,7 +285,20 @@ def load(root: Path, preset: str) -> Features:
         masks=masks,
         sentences={s: [r["sentence"][s].decode() for r in rows] for s in rows[0]["sentence"]},
         counts=about["counts"],
+        made_by=about["made_by"],
     )
+
+
+def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The streams of at least one example (see `avjax.features.example`) as `Features.arrays` and `Features.masks`."""
+    arrays = {"surface": np.stack([e["surface"] for e in examples])[:, None]}
+    masks = {"surface": np.ones((len(examples), 1), bool)}
+    for stream in STREAMS:
+        arrays[stream], masks[stream] = _dense([e[stream] for e in examples], [e[f"{stream}_mask"] for e in examples])
+    for source in examples[0]["text"]:
+        tokens = [e["text"][source] for e in examples]
+        arrays[f"text_{source}"], masks[f"text_{source}"] = _dense(tokens, [np.ones(len(t), bool) for t in tokens])
+    return arrays, masks
 
 
 def view(root: Path, name: str, preset: str) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from avjax.errors import UnusableMedia
-from avjax.media.video import decodable, decoded, opened
+from avjax.media.video import decodable, decoded, opened, within
 
 SAMPLE_RATE = 16000
 HOPS_PER_SECOND = 100
@@ -89,20 +89,20 @@ def read_sound(
     Raises:
       UnusableMedia: no file, no audio stream, or no sample (in the part).
     """
+    part = within(start, end)
     if max_seconds is not None:
         end = min(start + max_seconds, np.inf if end is None else end)
     with opened(path) as container:
         streams = decodable(container.streams.audio)
         if not streams:
-            raise UnusableMedia(f"{path}: no audio stream; expected a file with sound")
+            raise UnusableMedia("no audio stream")
         begin, samples = _resampled(decoded(container, streams[0], start, end))
     first = round((start - begin) * SAMPLE_RATE)
     samples = np.pad(samples, (max(0, -first), 0))[max(0, first) :]
     if end is not None:
         samples = samples[: round((end - start) * SAMPLE_RATE)]
     if not samples.size:
-        until = "the end" if end is None else f"{end:g} s"
-        raise UnusableMedia(f"{path}: no sound decodes from {start:g} s to {until}")
+        raise UnusableMedia(f"no sound can be decoded{part}")
     # Lossy codecs overshoot full scale.
     return np.clip(np.nan_to_num(samples, posinf=1.0, neginf=-1.0), -1.0, 1.0)
 
@@ -182,6 +182,19 @@ def prosody(analysis: Analysis) -> Prosody:
         syllables_per_second=float(len(nuclei) * HOPS_PER_SECOND / speech.sum()),
         stress_db=float(loudest.mean() - np.median(level[speech])),
     )
+
+
+def surface(analysis: Analysis) -> tuple[float, float]:
+    """What a recording shows before anybody speaks: lead-in in seconds and loudness in dB of full scale.
+
+    The lead-in ends at the first hop that is no more than 25 dB under the loud end; loudness is the mean power between
+    the first and the last hop that is not digital silence. Where all is silence: the whole length, and `FLOOR_DB`.
+    """
+    inside = analysis.energy_db[analysis.inside]
+    if not inside.size:
+        return len(analysis.energy_db) / HOPS_PER_SECOND, FLOOR_DB
+    loud = analysis.energy_db > np.percentile(inside, 95) - _BELOW_LOUD_DB
+    return float(np.argmax(loud) / HOPS_PER_SECOND), float(10 * np.log10(np.mean(10 ** (inside / 10))))
 
 
 def _resampled(frames) -> tuple[float, np.ndarray]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from avjax.errors import UnusableMedia
+from avjax.source import trouble
 
 MAX_PIXELS = 4096 * 2304  # per frame; more is a mistake or an attack
 # Containers round timestamps to as little as a millisecond: a frame due that soon counts as shown.
@@ -52,16 +53,23 @@ def opened(path: str | Path):
     """Opens a media file as a PyAV container.
 
     Raises:
-      UnusableMedia: no such file, or no media in it; also instead of any PyAV error inside the block.
+      UnusableMedia: no such file, or no media in it; also instead of any PyAV error inside the block. Reasons name no
+        file, here and in all that reads media: they stand beside the name of the clip.
     """
     import av
 
+    if reason := trouble(path):
+        raise UnusableMedia(reason)
     try:
         # Metadata in a national encoding must not cost the clip.
         with av.open(str(path), metadata_errors="replace") as container:
             yield container
+    except av.InvalidDataError as error:
+        raise UnusableMedia(
+            "not a media file, or one that is damaged or cut off where its table of contents is"
+        ) from error
     except av.FFmpegError as error:
-        raise UnusableMedia(f"{path}: {error.strerror or error}; expected a readable media file") from error
+        raise UnusableMedia(f"cannot be read as a media file ({error.strerror or error})") from error
 
 
 def decoded(container, stream, start: float = 0.0, end: float | None = None) -> Iterator[tuple[float, object]]:
@@ -80,6 +88,11 @@ def decoded(container, stream, start: float = 0.0, end: float | None = None) -> 
         yield time, frame
 
 
+def within(start: float, end: float | None) -> str:
+    """How a reason names the part [`start`, `end`) of a clip; "" for all of it."""
+    return f" between {start:g} s and {'the end' if end is None else f'{end:g} s'}" if start or end else ""
+
+
 def probe(path: str | Path) -> Probe:
     """Describes a media file; see `Probe`.
 
@@ -89,7 +102,7 @@ def probe(path: str | Path) -> Probe:
     with opened(path) as container:
         video, has_audio = _picture(container), bool(decodable(container.streams.audio))
         if video is None and not has_audio:
-            raise UnusableMedia(f"{path}: neither a video nor an audio stream")
+            raise UnusableMedia("neither a video nor an audio stream")
         duration = _duration(container)
         if video is None:
             return Probe(False, has_audio, duration, None, None, 0, 0, 0)
@@ -133,14 +146,13 @@ def read_frames(
     first, last = np.searchsorted(times, [start - _ROUNDING, np.inf if end is None else end])
     times = times[first:last]
     if not times.size:
-        part = f" between {start:g} s and {'the end' if end is None else f'{end:g} s'}" if start or end else ""
-        raise UnusableMedia(f"{path}: not one frame decodes{part}")
+        raise UnusableMedia(f"not one frame can be decoded{within(start, end)}")
     if count is not None:
         chosen = _spread(len(times), count)
     elif fps is not None:
         chosen = _shown(times, fps, start, end)
     else:
-        chosen = _within(path, np.asarray(indices, int), len(times))
+        chosen = _within(np.asarray(indices, int), len(times))
     return Frames(_pick(_around(path, start, end, max_pixels), first + chosen), times[chosen])
 
 
@@ -149,12 +161,11 @@ def _around(path, start: float, end: float | None, max_pixels: int) -> Iterator[
     with opened(path) as container:
         stream = _picture(container)
         if stream is None:
-            raise UnusableMedia(f"{path}: no video stream; expected a file with a picture")
+            raise UnusableMedia("no video stream")
         for time, frame in decoded(container, stream, start, None if end is None else end + _MARGIN):
             if frame.width * frame.height > max_pixels:
                 raise UnusableMedia(
-                    f"{path}: frames of {frame.width}x{frame.height}; at most {max_pixels} pixels are read "
-                    "(raise max_pixels or scale the file down)"
+                    f"frames of {frame.width}x{frame.height} pixels; at most {max_pixels} are read; scale it down"
                 )
             yield time, frame
 
@@ -177,9 +188,9 @@ def _shown(times: np.ndarray, fps: float, start: float, end: float | None) -> np
     return np.maximum(np.searchsorted(times, asked + _ROUNDING, side="right") - 1, 0)
 
 
-def _within(path, indices: np.ndarray, total: int) -> np.ndarray:
+def _within(indices: np.ndarray, total: int) -> np.ndarray:
     if indices.size == 0 or indices.min() < 0 or indices.max() >= total:
-        raise UnusableMedia(f"{path}: has frames 0 to {total - 1}; frames {indices.tolist()} were asked for")
+        raise UnusableMedia(f"it has frames 0 to {total - 1}; frames {indices.tolist()} were asked for")
     return indices
 
 

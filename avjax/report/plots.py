@@ -58,13 +58,14 @@ def confusion_picture(
     _save(figure, path)
 
 
-def curves_picture(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+def curves_picture(history: Sequence[Mapping[str, Any]], path: Path, *, note: str = "") -> None:
     """Draws loss and validation UAR over the epochs as PNG.
 
     Args:
       history: per epoch `epoch`, `train_loss`, and, where the protocol has a validation set, `val_loss` and `val_uar`
         (0–1), each the mean over folds and seeds. Without validation only the training loss is drawn.
       path: of the PNG.
+      note: small print below, such as the data and the protocol.
     Raises:
       AvjaxError: the history is empty.
     """
@@ -77,6 +78,7 @@ def curves_picture(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_lines(axes, history, lines)
         axes.set_title(title, loc="left", fontsize=11)
+    figure.supxlabel(textwrap.fill(note, 60 * len(panels)), fontsize=8, color=_FAINT)
     _save(figure, path)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, Any]
 
-RUN_COLUMNS = ("fold", "seed", "train", "validation", "test", "best epoch", "WAR", "UAR")
+RUN_COLUMNS = ("fold", "seed", "train", "val", "test", "epoch", "WAR", "UAR")
 REFERENCE_COLUMNS = ("logistic regression on pooled features", "WAR", "UAR", "WAR, run − reference")
 COMPARE_COLUMNS = ("run", "WAR", "UAR", "WAR − first", "fold by fold")
 # Below so many folds an interval of the mean is wider than any difference worth reporting.

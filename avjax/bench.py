@@ -1,0 +1,67 @@
+"""Measures avjax on this machine and keeps the figures as CSV.
+
+python -m avjax.bench lanes [--out benchmarks/lanes.csv] [--widths 128,768] [--clips N] [--epochs N] [--repeats 3]
+
+lanes: ETG-AVER (configs/etg_mafw.py, made-up features in the shapes of the preset lite), 5 folds x 3 seeds, trained,
+validated and tested in three ways: as one program (avjax's lanes), as 15 compiled runs one after another, and as 15
+runs of a plain eager PyTorch loop. The same updates, batch size, float32, cores or GPU for each; checked to compute the
+same before they are timed; in turn, so that a busy minute hits all alike; compile time apart. Rows of other machines
+and of other sizes stay in the CSV. About four minutes on 2 cores; other programs disturb the times. Without PyTorch
+(pip install torch) its row stays empty.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from avjax import cli
+from avjax.errors import AvjaxError
+
+OUT = flags.DEFINE_string("out", None, "CSV to write; default benchmarks/<benchmark>.csv.")
+WIDTHS = flags.DEFINE_list("widths", ["128", "768"], "Model widths to measure.")
+CLIPS = flags.DEFINE_integer("clips", 240, "Clips of the made-up corpus.", lower_bound=60)
+EPOCHS = flags.DEFINE_integer("epochs", 2, "Epochs of each run.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 3, "How often each way is timed.", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+    name, *more = argv[1:]
+    if more or name not in BENCHMARKS:
+        raise AvjaxError(f"got {' '.join(argv[1:])!r}; expected one benchmark of {', '.join(BENCHMARKS)}, see --help")
+    BENCHMARKS[name](Path(OUT.value or f"benchmarks/{name}.csv"))
+
+
+def lanes(out: Path) -> None:
+    """Measures lanes at each of `--widths`; each width is added to `out` when it is done."""
+    from rich.console import Console
+
+    from avjax.benches import lanes as benchmark
+    from avjax.benches import record
+
+    console = Console(markup=False)
+    say = functools.partial(console.print, soft_wrap=True, highlight=False)
+    record.forbid_cached_programs()
+    about = record.circumstances()
+    say(f"{about['machine']}, {about['cores']} cores, {about['device']}; jax {about['jax']}, torch {about['torch']}")
+    rows = []
+    for width in _widths():
+        new = benchmark.measure(width, CLIPS.value, EPOCHS.value, REPEATS.value, say)
+        rows += [{"benchmark": "lanes"} | row | about for row in new]
+        record.merge(out, rows, benchmark.KEY)
+    console.print(record.table(rows, benchmark.TABLE, f"5 folds x 3 seeds, {EPOCHS.value} epochs"))
+    say(f"written to {out}")
+
+
+def _widths() -> list[int]:
+    if not WIDTHS.value or not all(w.isdecimal() and int(w) for w in WIDTHS.value):
+        raise AvjaxError(f"--widths={','.join(WIDTHS.value)}; expected whole numbers above 0, such as 128,768")
+    return [int(w) for w in WIDTHS.value]
+
+
+# First argument → what measures it and writes the figures to a file.
+BENCHMARKS: dict[str, Callable[[Path], None]] = {"lanes": lanes}
+
+if __name__ == "__main__":
+    cli.run(main, takes="a benchmark: " + ", ".join(BENCHMARKS))

@@ -1,0 +1,1 @@
+"""What `python -m avjax.bench` measures, one module per benchmark."""

@@ -1,0 +1,55 @@
+"""From a configuration to the features it trains on: extracted where they are not yet, or those of the demo corpus.
+
+The demo corpus stands in for a data set that cannot be shipped, and only where nothing of that data set is named or
+found: a place that is named and wrong is an error.
+"""
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+
+from avjax import assets, datasets, extraction
+from avjax.datasets import store
+from avjax.datasets.store import Features
+from avjax.demo import corpus
+from avjax.errors import AvjaxError
+
+STAND_INS = {"mafw": "demo"}
+
+
+def obtain(config, console: Console) -> Features:
+    """The features of `config.dataset` with `config.preset`; extracts them first where the data are at hand.
+
+    Raises:
+      AvjaxError: the data root or the feature store is set and wrong, or the extraction fails.
+    """
+    dataset, root, place = config.dataset, config.data.root, store.place(config.dataset, config.data.features)
+    if _stand_in(config, place):
+        dataset, root, place = STAND_INS[dataset], str(corpus.place()), corpus.place() / "features"
+        console.print(Panel(_banner(config), title=datasets.title(dataset), border_style="yellow"))
+        corpus.make(corpus.place(), console)
+    elif root:
+        datasets.index(dataset, root)  # also where its features are there already
+    if not store.is_finished(place, config.preset) and (root or assets.data_root(dataset).is_dir()):
+        extraction.extract(dataset, config.preset, root=root, out=str(place))
+    return store.load(place, config.preset)
+
+
+def _stand_in(config, place: Path) -> bool:
+    if config.dataset not in STAND_INS or config.data.root or config.data.features:
+        return False
+    given = os.environ.get("AVJAX_DATA")
+    if given and not Path(given).expanduser().is_dir():
+        raise AvjaxError(f"AVJAX_DATA is {given}, and no such folder exists; mend it, or unset it for the demo corpus")
+    return not assets.data_root(config.dataset).exists() and not place.exists()
+
+
+def _banner(config) -> str:
+    name, there = config.dataset.upper(), assets.data_root(config.dataset)
+    return (
+        f"No data root is set and nothing is at {there}: this run uses synthetic clips in the layout of {name}. They "
+        f"show that everything works; their figures say nothing about {name} or about people.\n"
+        f"With the real data: --config.data.root=FOLDER"
+    )

@@ -1,0 +1,262 @@
+"""The demo corpus: short synthetic clips in MAFW's own layout, so that everything can be tried without MAFW.
+
+One portrait, moved and recoloured into ten "speakers", and a babbling synthetic voice. Every class has an expression
+and a manner of speaking; several classes share nearly the same expression and others the same manner, and all are
+blurred by noise, so that neither modality is enough. Lead-in, length and loudness are drawn without regard to the
+class. Folds are disjoint in speakers. Nothing here says how well a model does on people.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from avjax import assets, extraction, progress, workers
+from avjax.demo import face, voice
+from avjax.demo.voice import Manner
+from avjax.errors import AvjaxError
+from avjax.files import replacing, write_text
+from avjax.media.audio import SAMPLE_RATE
+
+VERSION = 1  # of the recipe; another version is another corpus, kept in another place
+TAKES = 2  # clips per class and speaker
+SPEAKERS = 10
+FPS = 12
+
+# Expressions after the prototypes of the Facial Action Coding System, as far as one portrait can be moved that way;
+# manners after what is commonly reported of vocal expression (high, fast and strong when aroused, and so on). The
+# middle manner is 0 semitones, 4.1 syllables/s, 5 dB.
+_HIGH_FAST_STRONG = Manner(5.0, 5.8, 11.0)
+_HIGH_FAST_WEAK = Manner(5.0, 5.8, 1.0)
+_LOW_SLOW_WEAK = Manner(-5.0, 2.8, 1.0)
+_LOW_SLOW_STRONG = Manner(-5.0, 2.8, 11.0)
+_FAST_WEAK = Manner(0.0, 5.8, 1.0)
+_LOW = Manner(-5.0, 4.1, 5.0)
+_MIDDLE = Manner(0.0, 4.1, 5.0)
+_FROWN = {"brow_lowerer": 1.0, "lid_tightener": 0.4, "lip_pressor": 0.7}
+_DROOP = {"inner_brow_raiser": 0.8, "lip_corner_depressor": 0.9, "blink": 0.2}
+_WIDE = {"inner_brow_raiser": 0.8, "outer_brow_raiser": 0.9, "upper_lid_raiser": 0.9, "jaw_drop": 0.5}
+EMOTIONS: dict[str, tuple[Mapping[str, float], Manner]] = {
+    "anger": (_FROWN, _HIGH_FAST_STRONG),
+    "disgust": (_FROWN | {"upper_lip_raiser": 0.6, "lip_pressor": 0.0}, _LOW_SLOW_STRONG),
+    "fear": (_WIDE | {"lip_stretcher": 0.5, "jaw_drop": 0.2}, _HIGH_FAST_WEAK),
+    "happiness": ({"lip_corner_puller": 1.0, "lid_tightener": 0.5}, _HIGH_FAST_STRONG),
+    "neutral": ({}, _MIDDLE),
+    "sadness": (_DROOP, _LOW_SLOW_WEAK),
+    "surprise": (_WIDE, _HIGH_FAST_STRONG),
+    "contempt": ({"one_lip_corner_puller": 1.0, "lid_tightener": 0.3}, _LOW_SLOW_STRONG),
+    "anxiety": (_WIDE | {"lip_stretcher": 0.5, "jaw_drop": 0.0}, _FAST_WEAK),
+    "helplessness": (_DROOP | {"lip_corner_depressor": 0.7}, _HIGH_FAST_WEAK),
+    "disappointment": (_DROOP | {"lip_pucker": 0.2}, _LOW),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A clip to be made: its `name` (without suffix), `emotion`, `speaker` (0–9) and `fold` (1–5)."""
+
+    name: str
+    emotion: str
+    speaker: int
+    fold: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What makes a speaker out of the portrait: mirrored or not, colour gains (3,) and gamma, units that are always
+    there, and the width of the picture against its height."""
+
+    mirrored: bool
+    gains: np.ndarray
+    gamma: float
+    units: Mapping[str, float]
+    aspect: float
+
+
+def plans() -> list[Plan]:
+    """All clips in the order of their names, which tell nothing about class or speaker."""
+    every = [(e, s) for e in EMOTIONS for s in range(SPEAKERS) for _ in range(TAKES)]
+    order = np.random.default_rng(VERSION).permutation(len(every))
+    return [Plan(f"{n:05d}", *every[i], fold=every[i][1] // 2 + 1) for n, i in enumerate(order, 1)]
+
+
+def place() -> Path:
+    """Where this version of the corpus is kept: `$AVJAX_CACHE/demo/v<version>`."""
+    return assets.cache() / "demo" / f"v{VERSION}"
+
+
+def write_lists(root: Path) -> None:
+    """Writes the fold lists as MAFW has them, five times train.txt and test.txt, and a note on what this is."""
+    every = plans()
+    for fold in range(1, 6):
+        for part in ("train", "test"):
+            lines = [f"{p.name}.mp4 {p.emotion}\n" for p in every if (p.fold == fold) == (part == "test")]
+            write_text(root / f"Train & Test Set/single/no_caption/set_{fold}/{part}.txt", "".join(lines))
+    about = json.loads(assets.path("data/demo/portrait.json").read_text())
+    note = f"Demo corpus {VERSION} of avjax: synthetic, not MAFW.\nPortrait: {about['source']}\n{about['licence']}\n"
+    write_text(root / "README.txt", note)
+
+
+def make(root: Path, console: Console) -> None:
+    """Makes what is not there yet of the corpus at `root`; a killed call is gone on with by the next.
+
+    Raises:
+      AvjaxError: packages are missing, the folder cannot be written, or a clip cannot be made.
+    """
+    extraction.need_media()
+    todo = [plan for plan in plans() if not clip_path(root, plan).is_file()]
+    try:
+        clip_path(root, plans()[0]).parent.mkdir(parents=True, exist_ok=True)
+        write_lists(root)
+    except OSError as error:
+        raise AvjaxError(f"{root}: cannot be written ({error.strerror}); set AVJAX_CACHE to another folder") from error
+    jobs = [(root, plan) for plan in todo]
+    done = workers.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=extraction.CLIP_SECONDS, setup=_alone)
+    for (_, plan), reason in progress.bar(done, len(jobs), "demo clips", console):
+        if reason:
+            raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {reason}")
+
+
+def _alone() -> None:
+    """In a worker: one core each, as there are as many workers as cores."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def _make_one(job: tuple[Path, Plan]) -> str:
+    write_clip(*job)
+    return ""
+
+
+def clip_path(root: Path, plan: Plan) -> Path:
+    return root / "data" / "clips" / f"{plan.name}.mp4"
+
+
+def write_clip(root: Path, plan: Plan) -> None:
+    """Renders one clip; the same plan gives the same picture and sound, whatever else is made."""
+    rng = np.random.default_rng([VERSION, int(plan.name)])
+    sound, openness = _sound(plan, rng)
+    with replacing(clip_path(root, plan), "wb") as file:
+        _encode(file, _pictures(plan, openness, rng), sound)
+
+
+def _sound(plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The clip's samples (n,) at 16 kHz and the mouth's openness (n,)."""
+    manner = EMOTIONS[plan.emotion][1]
+    manner = Manner(
+        manner.semitones + rng.normal(0, 1.2),
+        manner.rate * np.exp(rng.normal(0, 0.1)),
+        manner.stress + rng.normal(0, 1.5),
+    )
+    lead, length, tail = rng.uniform(0.1, 0.5), rng.uniform(1.3, 1.9), rng.uniform(0.1, 0.4)
+    spoken, openness = voice.speak(_voice(plan.speaker), manner, length, rng)
+    silence = [(round(lead * SAMPLE_RATE), round(tail * SAMPLE_RATE))]
+    spoken, openness = np.pad(spoken, silence), np.pad(openness, silence)
+    noise = rng.normal(size=len(spoken)) * 10 ** (-rng.uniform(28, 38) / 20)
+    sound = spoken + noise
+    # Loudness after all else, so that neither stress nor rate shows in it.
+    level = 10 ** (rng.uniform(-28, -20) / 20)
+    return np.clip(sound * level / np.sqrt(np.mean(np.square(sound))), -1, 1), openness
+
+
+def _pictures(plan: Plan, openness: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """(s, s, 3) uint8 RGB frames, as many as the sound is long."""
+    import cv2
+
+    portrait, look = face.portrait(), _look(plan.speaker)
+    size = len(portrait.image)
+    seconds = len(openness) / SAMPLE_RATE
+    times = np.arange(round(seconds * FPS)) / FPS
+    target = _expression(plan.emotion, rng)
+    onset, ramp = rng.uniform(0, 0.3), rng.uniform(0.15, 0.4)
+    course = np.clip((times - onset) / ramp, 0.1, 1) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(0.5, 1) * times))
+    talk = 0.25 * openness[np.minimum((times * SAMPLE_RATE).astype(int), len(openness) - 1)]
+    blink_at = rng.uniform(0, seconds)
+    sway = np.cumsum(rng.normal(0, 1, (len(times), 4)), 0) * (0.35, 0.35, 0.25, 0.002) + rng.normal(0, 1, 4) * (
+        3,
+        3,
+        2,
+        0.03,
+    )
+    colours = _colours(look, rng.uniform(0.85, 1.15))
+    noise = rng.normal(0, 4, (2 * size, 2 * size, 3)).astype(np.float32)
+    for i, time in enumerate(times):
+        units = {n: course[i] * s for n, s in target.items()}
+        for name, s in look.units.items():
+            units[name] = units.get(name, 0) + s
+        units["jaw_drop"] = units.get("jaw_drop", 0) + talk[i]
+        units["blink"] = units.get("blink", 0) + np.exp(-(((time - blink_at) / 0.08) ** 2))
+        dx, dy, degrees, zoom = sway[i]
+        affine = cv2.getRotationMatrix2D((size / 2, size / 2), degrees, 1 + zoom)
+        affine[0, :2] *= look.aspect
+        affine[:, 2] += (dx + (1 - look.aspect) * size / 2, dy)
+        image = portrait.render(units, affine)
+        image = cv2.LUT(image[:, ::-1] if look.mirrored else image, colours)
+        x, y = rng.integers(size, size=2)
+        yield np.clip(np.round(image + noise[y : y + size, x : x + size]), 0, 255).astype(np.uint8)
+
+
+def _colours(look: Look, light: float) -> np.ndarray:
+    """(1, 256, 3) uint8: what becomes of each value of red, green and blue."""
+    values = np.linspace(0, 1, 256)[:, None] ** look.gamma * look.gains * light
+    return np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)[None]
+
+
+def _expression(emotion: str, rng: np.random.Generator) -> dict[str, float]:
+    """The class's units at a random strength, with some of another class mixed in and small random movements."""
+    own, other = EMOTIONS[emotion][0], EMOTIONS[rng.choice(list(EMOTIONS))][0]
+    strength, share = rng.uniform(0.5, 1.0), rng.uniform(0, 0.35)
+    stray = dict(zip(rng.choice(_STRAY, 4, replace=False), rng.normal(0, 0.15, 4), strict=True))
+    names = sorted({*own, *other, *stray})
+    return {n: strength * own.get(n, 0) + share * other.get(n, 0) + stray.get(n, 0) for n in names}
+
+
+_STRAY = tuple(n for n in face.UNITS if n not in ("blink", "lips_together", "jaw_drop"))
+
+
+@functools.cache
+def _look(speaker: int) -> Look:
+    rng = np.random.default_rng([VERSION, 1, speaker])
+    return Look(
+        mirrored=bool(speaker % 2),
+        gains=(0.75 + 0.25 * rng.random() + rng.uniform(-0.08, 0.08, 3)).astype(np.float32),
+        gamma=float(rng.uniform(0.8, 1.3)),
+        units={n: float(rng.normal(0, 0.12)) for n in _STRAY},
+        aspect=float(rng.uniform(0.93, 1.05)),
+    )
+
+
+@functools.cache
+def _voice(speaker: int) -> voice.Speaker:
+    rng = np.random.default_rng([VERSION, 2, speaker])
+    return voice.Speaker(rng.uniform(160, 192), rng.uniform(0.88, 1.12), rng.uniform(-11, -7))
+
+
+def _encode(file, pictures: Iterator[np.ndarray], sound: np.ndarray) -> None:
+    import av
+
+    with av.open(file, "w", format="mp4") as container:
+        video = container.add_stream("mpeg4", rate=FPS)
+        video.width = video.height = len(face.portrait().image)
+        video.pix_fmt, video.bit_rate = "yuv420p", 600_000
+        # More threads would divide the picture differently on other machines.
+        video.codec_context.thread_count = 1
+        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+        audio.bit_rate = 64_000
+        for i, image in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        for at in range(0, len(sound), 1024):
+            frame = av.AudioFrame.from_ndarray(sound[None, at : at + 1024].astype(np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, at, Fraction(1, SAMPLE_RATE)
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))

@@ -1,0 +1,45 @@
+"""Says which emotion a finished run sees in new clips.
+
+python -m avjax.predict --workdir W clip.mp4 [more clips or folders] [--json]
+
+Measured and answered as in extraction and training, by the mean of all lanes. Files that cannot be used get a line on
+standard error; the others go on.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from avjax import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of avjax.train.", required=True)
+FOLD = flags.DEFINE_string("fold", None, "Answer by the lanes of this fold alone.")
+SEED = flags.DEFINE_integer("seed", None, "Answer by the lanes of this seed alone.")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object on standard output, and nothing else there.")
+CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds within which a clip must be measured.", 0.001)
+
+
+def main(argv: list[str]) -> None:
+    from rich.console import Console
+
+    from avjax import prediction
+    from avjax.errors import AvjaxError
+
+    cli.use_compile_cache()
+    run = prediction.read_run(Path(WORKDIR.value), FOLD.value, SEED.value)
+    clips = prediction.find_clips(argv[1:])
+    progress = Console(stderr=True, soft_wrap=True, markup=False)
+    answers, rejected = prediction.predict(run, clips, progress, clip_seconds=CLIP_SECONDS.value)
+    for file, reason in rejected:
+        print(f"{file}: {reason}", file=sys.stderr)
+    if not answers:
+        raise AvjaxError(f"none of the {len(clips)} files can be used")
+    if JSON.value:
+        print(prediction.as_json(run, answers, rejected))
+    else:
+        Console(markup=False).print(prediction.as_table(run, answers))
+
+
+if __name__ == "__main__":
+    cli.run(main, takes="clips or folders of clips")

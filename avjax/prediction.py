@@ -1,0 +1,315 @@
+"""Answers of a finished run for new clips: what `avjax.predict` runs.
+
+A clip is measured by the very stages of extraction (`avjax.extraction`, in a store that lasts as long as the call) and
+answered by the trained lanes (`avjax.loop.answers`), each with its own standardisation statistics; the prediction is
+the mean of the lanes' probabilities.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from avjax import checkpoint, extraction, features, loop, models, pipeline, rundir
+from avjax.datasets import store as stores
+from avjax.datasets.base import Clip
+from avjax.errors import AvjaxError
+from avjax.models.base import Model
+from avjax.source import shown
+
+# What is taken from a folder; a file that is named itself is tried whatever its name.
+_PICTURE = "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
+_SOUND = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
+SUFFIXES = tuple(f".{name}" for name in f"{_PICTURE} {_SOUND}".split())
+_DETAILED = 8  # beyond so many clips a row each
+_BAR = 40  # columns of the terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, or those of its lanes that are to answer.
+
+    Attributes:
+      name: of its directory; dataset, protocol: as every table names them; classes: in the order of the logits.
+      preset: how clips are measured; text_source: which sentence the model reads.
+      model: without parameters; best, stats: of the lanes, with a leading lane axis (`avjax.loop.State`).
+      lanes: (fold, seed) of each.
+      made_by: how the features were made that it was trained on (`extraction.made_by`).
+    """
+
+    name: str
+    dataset: str
+    protocol: str
+    classes: tuple[str, ...]
+    preset: str
+    text_source: str
+    model: Model
+    best: Mapping[str, Any]
+    stats: pipeline.Statistics
+    lanes: tuple[tuple[str, int], ...]
+    made_by: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The answer for one clip.
+
+    Attributes:
+      file: as given; bytes of its name that are not UTF-8 are shown as `\\xe9`.
+      probabilities: class → probability, in the order of the run's classes; they add up to 1.
+      sentence: what the model read.
+      missing: "picture", "sound" or "sentence" → why the model had to do without.
+    """
+
+    file: str
+    probabilities: dict[str, float]
+    sentence: str
+    missing: dict[str, str]
+
+    @property
+    def ranked(self) -> list[tuple[str, float]]:
+        """(class, probability), the likeliest first."""
+        return sorted(self.probabilities.items(), key=lambda item: -item[1])
+
+
+def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) -> Run:
+    """Reads a finished run; of its lanes those of `fold` and `seed` where given.
+
+    Raises:
+      AvjaxError: no finished run there, one of its files is damaged, it has no such fold or seed, or it standardises
+        features per speaker, which takes more than a clip.
+    """
+    config = _config(workdir)
+    if not rundir.is_finished(workdir):
+        raise AvjaxError(f"{workdir}: an unfinished run; start its avjax.train command again, which goes on to the end")
+    metrics = _json(workdir / "metrics.json")
+    try:
+        _check_standardise(workdir, config.protocol.standardise)
+        names = [(lane["fold"], lane["seed"]) for lane in metrics["folds"]]
+        about = {key: metrics[key] for key in ("dataset", "protocol")}
+        classes = tuple(metrics["classes"])
+        about |= {"classes": classes, "preset": config.preset, "text_source": config.model.text_source}
+        about["made_by"] = _json(workdir / "environment.json")["features"]["made_by"]
+        model = models.build(config.model, len(classes))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
+    chosen = _chosen(workdir, names, fold, seed)
+    saved = checkpoint.read(workdir / "checkpoints", "best", "stats")
+    there = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
+    if there != {len(names)}:
+        raise AvjaxError(f"{workdir}: metrics.json has {len(names)} lanes, checkpoints/ {there}; train again")
+    name = shown(workdir.resolve().name)
+    return Run(name, **about, model=model, **_take(saved, chosen), lanes=tuple(names[i] for i in chosen))
+
+
+def find_clips(arguments: Iterable[str]) -> list[Clip]:
+    """The clips that files and folders name, each once; a folder stands for all files in and below it, sorted.
+
+    Of a folder, files with one of `SUFFIXES` are taken. A clip's id is its path as given.
+
+    Raises:
+      AvjaxError: a folder has no such file.
+    """
+    paths = [path for argument in arguments for path in _paths(Path(argument))]
+    return [Clip(id=shown(str(path)), path=path, label="") for path in dict.fromkeys(paths)]
+
+
+def predict(
+    run: Run, clips: Sequence[Clip], console: Console, *, clip_seconds: float = extraction.CLIP_SECONDS
+) -> tuple[list[Prediction], list[tuple[str, str]]]:
+    """Measures clips and answers for all that can be used; progress goes to `console`.
+
+    The answer for a clip does not depend on the others. It is that of extraction and training for the same file, with
+    one exception: where the data had a column of speakers, "high" and "low" in a stored sentence are judged against the
+    speaker's usual pitch, and here, for want of a speaker, against fixed bounds; a transcript is not known here either.
+
+    Returns:
+      the answers, and (file, reason) of each clip that cannot be used, both in the order of the clips.
+    Raises:
+      AvjaxError: what extraction raises, or the run was trained on features of another kind than are made now.
+    """
+    settings = features.preset(run.preset)
+    with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
+        store = stores.Store(Path(folder))
+        measured, rejected = extraction.measure_all(clips, settings, store, console, clip_seconds=clip_seconds)
+        if not measured:
+            return [], rejected
+        sentences = extraction.describe_all(measured, store)
+        texts = extraction.encode_all(sentences, settings, store, console)
+        _check_made_by(run, extraction.made_by(measured[0], texts))
+        examples = list(extraction.examples(measured, sentences, texts, store))
+        missing = [_missing(m, sentences[m[0].id][run.text_source], store) for m in measured]
+    shares = probabilities(run, _features(run, [c for c, *_ in measured], examples))
+    answers = [
+        Prediction(
+            file=clip.id,
+            probabilities=dict(zip(run.classes, map(float, row), strict=True)),
+            sentence=sentences[clip.id][run.text_source],
+            missing=lacking,
+        )
+        for (clip, *_), row, lacking in zip(measured, shares, missing, strict=True)
+    ]
+    return answers, rejected
+
+
+def probabilities(run: Run, clips: stores.Features) -> np.ndarray:
+    """The mean over lanes of the softmax of the predicting head's logits, (clips, classes) float64."""
+    from scipy.special import softmax
+
+    data = pipeline.resident(clips, run.text_source, "train")
+    logits = loop.answers(run.model)(run.best, run.stats, data)[run.model.heads[0]]
+    return softmax(np.asarray(logits, np.float64), -1).mean(0)
+
+
+def as_json(run: Run, answers: Iterable[Prediction], rejected: Iterable[tuple[str, str]]) -> str:
+    """The answers as one JSON object: run, dataset, protocol, lanes, clips, rejected."""
+    clips = [
+        {
+            "file": a.file,
+            "predicted": a.ranked[0][0],
+            "probabilities": a.probabilities,
+            "sentence": a.sentence,
+            "missing": a.missing,
+        }
+        for a in answers
+    ]
+    about = {"run": run.name, "dataset": run.dataset, "protocol": run.protocol, "lanes": len(run.lanes)}
+    refused = [{"file": file, "reason": reason} for file, reason in rejected]
+    return json.dumps(about | {"clips": clips, "rejected": refused}, indent=1)
+
+
+def as_table(run: Run, answers: Sequence[Prediction]) -> RenderableType:
+    """The answers for a terminal: each with its sentence and all classes, or, where there are many, one row each."""
+    parts = [_rows(answers)] if len(answers) > _DETAILED else [_details(a) for a in answers]
+    lanes = "one lane" if len(run.lanes) == 1 else f"mean of {len(run.lanes)} lanes (fold × seed)"
+    return Group(*parts, Text(f"{run.name}: {lanes}. {run.dataset} · {run.protocol}", "dim"))
+
+
+def _details(answer: Prediction) -> RenderableType:
+    (best, share), *_ = answer.ranked
+    bars = Table.grid(padding=(0, 1))
+    bars.add_column(justify="left")
+    bars.add_column(justify="right")
+    for name, p in answer.ranked:
+        bars.add_row(
+            Text(name), _percent(p), ProgressBar(total=1.0, completed=p, width=_BAR, finished_style="bar.complete")
+        )
+    head = Text.assemble((answer.file, "bold"), ": ", (best, "bold"), f" {_percent(share)} %")
+    lines = [Text(f"“{answer.sentence}”", "italic")] if answer.sentence else []
+    lines += [Text(f"without {what}: {why}", "yellow") for what, why in answer.missing.items()]
+    return Group(head, Padding(Group(*lines, bars), (0, 0, 1, 2)))
+
+
+def _rows(answers: Sequence[Prediction]) -> Table:
+    # A folder that all share is named once; relative and absolute names share none.
+    folders = [os.path.dirname(a.file) for a in answers]
+    folder = os.path.commonpath(folders) if len({f.startswith("/") for f in folders}) == 1 else ""
+    table = Table(title=Text(folder), title_justify="left")
+    for column in ("file", "class", "%", "runner-up", "%", "without"):
+        table.add_column(column, justify="right" if column == "%" else "left", overflow="fold")
+    for answer in answers:
+        first, second = answer.ranked[:2]
+        cells = (first[0], _percent(first[1]), second[0], _percent(second[1]), ", ".join(answer.missing))
+        table.add_row(*map(Text, (os.path.relpath(answer.file, folder) if folder else answer.file, *cells)))
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _config(workdir: Path) -> ConfigDict:
+    if not (workdir / "config.json").is_file():
+        raise AvjaxError(f"{workdir}: no run of avjax.train here (no config.json); set --workdir to the one it wrote")
+    return ConfigDict(_json(workdir / "config.json"))
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AvjaxError(f"{path}: cannot be read ({error}); restore a copy, or train again") from error
+    if not isinstance(content, dict):
+        raise AvjaxError(f"{path}: holds a {type(content).__name__}, not an object; restore a copy, or train again")
+    return content
+
+
+def _check_standardise(workdir: Path, way: str) -> None:
+    if way != "train":
+        raise AvjaxError(
+            f"{workdir}: protocol.standardise is {way!r}; such a run needs the feature statistics of the speaker, "
+            "which a new clip does not bring. Train one without speaker_norm or enrol"
+        )
+
+
+def _chosen(workdir: Path, names: Sequence[tuple[str, int]], fold: str | None, seed: int | None) -> list[int]:
+    """The positions of the lanes of `fold` and `seed`."""
+    for what, wanted, there in (("fold", fold, [f for f, _ in names]), ("seed", seed, [s for _, s in names])):
+        if wanted is not None and wanted not in there:
+            known = ", ".join(map(str, dict.fromkeys(there)))
+            raise AvjaxError(f"{workdir}: no {what} {wanted!r}; its {what}s are {known}")
+    return [i for i, (f, s) in enumerate(names) if fold in (None, f) and seed in (None, s)]
+
+
+def _take(tree: Any, rows: int | Sequence[int]) -> Any:
+    return jax.tree.map(lambda leaf: leaf[np.array(rows)], tree)
+
+
+def _paths(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
+    if not found:
+        raise AvjaxError(f"{shown(str(path))}: no media file in this folder; looked for {', '.join(SUFFIXES)}")
+    return found
+
+
+def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> stores.Features:
+    """New clips as a feature store would give them, without labels."""
+    arrays, masks = stores.stacked(examples)
+    return stores.Features(
+        dataset=run.dataset,
+        classes=run.classes,
+        folds=(),
+        content="",
+        ids=[c.id for c in clips],
+        clips=list(clips),
+        label=np.zeros(len(clips), np.int32),
+        speakers=[""] * len(clips),
+        arrays=arrays,
+        masks=masks,
+        sentences={s: [e["sentence"][s] for e in examples] for s in features.TEXTS},
+        counts={},
+        made_by={},
+    )
+
+
+def _missing(measured: extraction.Measured, sentence: str, store: stores.Store) -> dict[str, str]:
+    clip, video, audio = measured
+    why = {
+        "picture": str(store.get(clip.id, "video", video, "why")["why"]),
+        "sound": str(store.get(clip.id, "audio", audio, "why")["why"]),
+        "sentence": "" if sentence else "nothing to say: no face and no voice was measured",
+    }
+    return {what: reason for what, reason in why.items() if reason}
+
+
+def _check_made_by(run: Run, now: Mapping[str, str]) -> None:
+    """Whether the features are made as those were that the run was trained on: settings, weights, code."""
+    if other := [feature for feature, key in now.items() if run.made_by[feature] != key]:
+        raise AvjaxError(
+            f"run {run.name} was trained on features made otherwise than now ({', '.join(other)}: other weights, or "
+            "another version of avjax); extract and train again"
+        )
