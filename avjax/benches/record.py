@@ -96,8 +96,8 @@ def _read(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
         return list(reader)
 
 
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _cell(value: object, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str], title: str) -> Table:
@@ -110,5 +110,5 @@ def table(rows: Sequence[Row], columns: Mapping[str, str], title: str) -> Table:
         words = isinstance(rows[0][name], str)
         out.add_column(heading, justify="left" if words else "right", no_wrap=words)
     for row in rows:
-        out.add_row(*(Text(_cell(row[name]) or "–") for name in columns))
+        out.add_row(*(Text(_cell(row[name], 3) or "–") for name in columns))
     return out
