@@ -6,7 +6,7 @@ lanes: ETG-AVER (configs/etg_mafw.py, made-up features in the shapes of the pres
 validated and tested in three ways: as one program (avjax's lanes), as 15 compiled runs one after another, and as 15
 runs of a plain eager PyTorch loop. The same updates, batch size, float32, cores or GPU for each; checked to compute the
 same before they are timed; in turn, so that a busy minute hits all alike; compile time apart. Rows of other machines
-and of other sizes stay in the CSV. About four minutes on 2 cores; other programs disturb the times. Without PyTorch
+and of other sizes stay in the CSV. About five minutes on 2 cores; other programs disturb the times. Without PyTorch
 (pip install torch) its row stays empty.
 """
 

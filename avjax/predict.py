@@ -25,6 +25,7 @@ def main(argv: list[str]) -> None:
 
     from avjax import prediction
     from avjax.errors import AvjaxError
+    from avjax.report import predictions
 
     cli.use_compile_cache()
     run = prediction.read_run(Path(WORKDIR.value), FOLD.value, SEED.value)
@@ -36,9 +37,9 @@ def main(argv: list[str]) -> None:
     if not answers:
         raise AvjaxError(f"none of the {len(clips)} files can be used")
     if JSON.value:
-        print(prediction.as_json(run, answers, rejected))
+        print(predictions.as_json(run, answers, rejected))
     else:
-        Console(markup=False).print(prediction.as_table(run, answers))
+        Console(markup=False).print(predictions.as_table(run, answers))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from avjax.files import write_text
 _PLACES = ("data.root", "data.features")
 
 
-def default(config) -> Path:
-    """`runs/<config>-<variants>`."""
-    return Path("runs") / "-".join([config.name, *filter(None, config.variants.split(","))])
+def default(config, features: Features) -> Path:
+    """`runs/<config>-<variants>`, and `-<data set>` where another one stands in for the configuration's."""
+    stand_in = "" if features.dataset == config.dataset else features.dataset
+    return Path("runs") / "-".join(filter(None, [config.name, *config.variants.split(","), stand_in]))
 
 
 def is_finished(workdir: Path) -> bool:

@@ -42,7 +42,6 @@ def train(config, workdir: Path | None = None) -> Path:
     console = Console(markup=False)
     say = functools.partial(console.print, soft_wrap=True)  # lines stay whole in a log; tables keep to the terminal
     cli.use_compile_cache()
-    workdir = workdir or rundir.default(config)
 
     # ---- Features -------------------------------------------------------------------------------------------------
     features = data.obtain(config, console)
@@ -50,6 +49,7 @@ def train(config, workdir: Path | None = None) -> Path:
     say(f"{config.name} {config.variants or 'full'} on {dataset}: {counts['used']} clips, {len(features.classes)} "
         f"classes; {counts['quarantined']} quarantined, without sound {counts['masked_audio']}, "
         f"without face {counts['masked_video']}")  # fmt: skip
+    workdir = workdir or rundir.default(config, features)
     rundir.begin(workdir, config, features)
     if rundir.is_finished(workdir):
         before = results.read(workdir)

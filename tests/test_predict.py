@@ -21,6 +21,7 @@ from avjax import prediction
 from avjax.datasets import store as stores
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
+from avjax.report import predictions
 
 pytestmark = pytest.mark.weights
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -191,7 +192,7 @@ def test_order_company_and_names_of_clips_change_nothing(trained, answered, tmp_
     assert [a.file.rpartition("/")[2] for a in answers] == ["caf\\xe9 [bold]\\n.mp4", "0.mp4", "no suffix", "0.mp4"]
     for answer, was in zip(answers, ("take1/1", "take1/0", "take0/3", "take0/0"), strict=True):
         np.testing.assert_allclose(shares(answer), shares(answered[was]), rtol=0, atol=CLOSE)
-    assert json.loads(prediction.as_json(run, answers, rejected))["clips"][0]["file"] == answers[0].file
+    assert json.loads(predictions.as_json(run, answers, rejected))["clips"][0]["file"] == answers[0].file
     assert "caf\\xe9 [bold]\\n.mp4" in printed(run, answers, width=200)
 
 
@@ -243,7 +244,7 @@ def made_up(count: int) -> tuple[prediction.Run, list[prediction.Prediction]]:
 
 def printed(run, answers, width=80) -> str:
     console = Console(width=width, file=open(os.devnull, "w"), record=True, markup=False)  # noqa: SIM115
-    console.print(prediction.as_table(run, answers))
+    console.print(predictions.as_table(run, answers))
     console.file.close()
     return console.export_text()
 

@@ -1,5 +1,6 @@
 """The whole command on a small made-up feature store: killed and begun again, finished, changed, interrupted."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -164,9 +165,13 @@ def test_changed_features_are_refused_and_moved_ones_are_not(features, undisturb
         train.train(settings(tmp_path / "other"), undisturbed)
 
 
-def test_the_run_directory_is_named_after_the_configuration(features):
-    assert rundir.default(settings(features)) == pathlib.Path("runs/etg_folder-audio_only")
-    assert rundir.default(config.load(CONFIG)) == pathlib.Path("runs/etg_folder")
+def test_the_run_directory_is_named_after_the_configuration_and_what_stands_in():
+    own = dataclasses.replace(synthetic.make(), dataset="folder")
+    assert rundir.default(config.load(f"{CONFIG}:audio_only,speaker_norm"), own) == pathlib.Path(
+        "runs/etg_folder-audio_only-speaker_norm"
+    )
+    demo = dataclasses.replace(own, dataset="demo")
+    assert rundir.default(config.load("configs/etg_mafw.py"), demo) == pathlib.Path("runs/etg_mafw-demo")
 
 
 def test_history_beyond_the_checkpoint_and_cut_lines_are_left_out(tmp_path):

@@ -1,0 +1,77 @@
+"""A run's answers for new clips, for a terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from avjax.prediction import Prediction, Run
+
+_DETAILED = 8  # beyond so many clips a row each
+_BAR = 40  # columns of the terminal
+
+
+def as_json(run: Run, answers: Iterable[Prediction], rejected: Iterable[tuple[str, str]]) -> str:
+    """The answers as one JSON object: run, dataset, protocol, lanes, clips, rejected."""
+    clips = [
+        {
+            "file": a.file,
+            "predicted": a.ranked[0][0],
+            "probabilities": a.probabilities,
+            "sentence": a.sentence,
+            "missing": a.missing,
+        }
+        for a in answers
+    ]
+    about = {"run": run.name, "dataset": run.dataset, "protocol": run.protocol, "lanes": len(run.lanes)}
+    refused = [{"file": file, "reason": reason} for file, reason in rejected]
+    return json.dumps(about | {"clips": clips, "rejected": refused}, indent=1)
+
+
+def as_table(run: Run, answers: Sequence[Prediction]) -> RenderableType:
+    """The answers for a terminal: each with its sentence and all classes, or, where there are many, one row each."""
+    parts = [_rows(answers)] if len(answers) > _DETAILED else [_details(a) for a in answers]
+    lanes = "one lane" if len(run.lanes) == 1 else f"mean of {len(run.lanes)} lanes (fold × seed)"
+    return Group(*parts, Text(f"{run.name}: {lanes}. {run.dataset} · {run.protocol}", "dim"))
+
+
+def _details(answer: Prediction) -> RenderableType:
+    (best, share), *_ = answer.ranked
+    bars = Table.grid(padding=(0, 1))
+    bars.add_column(justify="left")
+    bars.add_column(justify="right")
+    for name, p in answer.ranked:
+        bars.add_row(
+            Text(name), _percent(p), ProgressBar(total=1.0, completed=p, width=_BAR, finished_style="bar.complete")
+        )
+    head = Text.assemble((answer.file, "bold"), ": ", (best, "bold"), f" {_percent(share)} %")
+    lines = [Text(f"“{answer.sentence}”", "italic")] if answer.sentence else []
+    lines += [Text(f"without {what}: {why}", "yellow") for what, why in answer.missing.items()]
+    return Group(head, Padding(Group(*lines, bars), (0, 0, 1, 2)))
+
+
+def _rows(answers: Sequence[Prediction]) -> Table:
+    # A folder that all share is named once; relative and absolute names share none.
+    folders = [os.path.dirname(a.file) for a in answers]
+    folder = os.path.commonpath(folders) if len({f.startswith("/") for f in folders}) == 1 else ""
+    table = Table(title=Text(folder), title_justify="left")
+    for column in ("file", "class", "%", "runner-up", "%", "without"):
+        table.add_column(column, justify="right" if column == "%" else "left", overflow="fold")
+    for answer in answers:
+        first, second = answer.ranked[:2]
+        cells = (first[0], _percent(first[1]), second[0], _percent(second[1]), ", ".join(answer.missing))
+        table.add_row(*map(Text, (os.path.relpath(answer.file, folder) if folder else answer.file, *cells)))
+    return table
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
