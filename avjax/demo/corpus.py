@@ -28,6 +28,8 @@ VERSION = 1  # of the recipe; another version is another corpus, kept in another
 TAKES = 2  # clips per class and speaker
 SPEAKERS = 10
 FPS = 12
+# Units of chance movements; the others have a cause in every clip.
+_STRAY = tuple(n for n in face.UNITS if n not in ("blink", "lips_together", "jaw_drop"))
 
 # Expressions after the prototypes of the Facial Action Coding System, as far as one portrait can be moved that way;
 # manners after what is commonly reported of vocal expression (high, fast and strong when aroused, and so on). The
@@ -172,35 +174,46 @@ def _pictures(plan: Plan, openness: np.ndarray, rng: np.random.Generator) -> Ite
 
     portrait, look = face.portrait(), _look(plan.speaker)
     size = len(portrait.image)
-    seconds = len(openness) / SAMPLE_RATE
-    times = np.arange(round(seconds * FPS)) / FPS
-    target = _expression(plan.emotion, rng)
-    onset, ramp = rng.uniform(0, 0.3), rng.uniform(0.15, 0.4)
-    course = np.clip((times - onset) / ramp, 0.1, 1) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(0.5, 1) * times))
-    talk = 0.25 * openness[np.minimum((times * SAMPLE_RATE).astype(int), len(openness) - 1)]
-    blink_at = rng.uniform(0, seconds)
-    sway = np.cumsum(rng.normal(0, 1, (len(times), 4)), 0) * (0.35, 0.35, 0.25, 0.002) + rng.normal(0, 1, 4) * (
-        3,
-        3,
-        2,
-        0.03,
-    )
+    times = np.arange(round(len(openness) / SAMPLE_RATE * FPS)) / FPS
+    expressions = _movement(plan.emotion, look, times, openness, rng)
+    drift = np.cumsum(rng.normal(0, 1, (len(times), 4)), 0) * (0.35, 0.35, 0.25, 0.002)
+    sway = drift + rng.normal(0, 1, 4) * (3, 3, 2, 0.03)
     colours = _colours(look, rng.uniform(0.85, 1.15))
     noise = rng.normal(0, 4, (2 * size, 2 * size, 3)).astype(np.float32)
-    for i, time in enumerate(times):
-        units = {n: course[i] * s for n, s in target.items()}
-        for name, s in look.units.items():
-            units[name] = units.get(name, 0) + s
-        units["jaw_drop"] = units.get("jaw_drop", 0) + talk[i]
-        units["blink"] = units.get("blink", 0) + np.exp(-(((time - blink_at) / 0.08) ** 2))
-        dx, dy, degrees, zoom = sway[i]
-        affine = cv2.getRotationMatrix2D((size / 2, size / 2), degrees, 1 + zoom)
-        affine[0, :2] *= look.aspect
-        affine[:, 2] += (dx + (1 - look.aspect) * size / 2, dy)
-        image = portrait.render(units, affine)
+    for units, head in zip(expressions, sway, strict=True):
+        image = portrait.render(units, _affine(head, look.aspect, size))
         image = cv2.LUT(image[:, ::-1] if look.mirrored else image, colours)
         x, y = rng.integers(size, size=2)
         yield np.clip(np.round(image + noise[y : y + size, x : x + size]), 0, 255).astype(np.uint8)
+
+
+def _movement(
+    emotion: str, look: Look, times: np.ndarray, openness: np.ndarray, rng: np.random.Generator
+) -> list[dict[str, float]]:
+    """The units of every frame: the expression sets in and wavers, the mouth talks, the eyes blink once."""
+    target = _expression(emotion, rng)
+    onset, ramp = rng.uniform(0, 0.3), rng.uniform(0.15, 0.4)
+    course = np.clip((times - onset) / ramp, 0.1, 1) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(0.5, 1) * times))
+    talk = 0.25 * openness[np.minimum((times * SAMPLE_RATE).astype(int), len(openness) - 1)]
+    blink = np.exp(-(((times - rng.uniform(0, len(openness) / SAMPLE_RATE)) / 0.08) ** 2))
+    frames = []
+    for strength, open_by, closed_by in zip(course, talk, blink, strict=True):
+        units = {name: strength * s for name, s in target.items()}
+        for name, s in (*look.units.items(), ("jaw_drop", open_by), ("blink", closed_by)):
+            units[name] = units.get(name, 0) + s
+        frames.append(units)
+    return frames
+
+
+def _affine(head: np.ndarray, aspect: float, size: int) -> np.ndarray:
+    """(2, 3): the head moved by `head` = pixels right and down, degrees, zoom; the width scaled by `aspect`."""
+    import cv2
+
+    dx, dy, degrees, zoom = head
+    out = cv2.getRotationMatrix2D((size / 2, size / 2), degrees, 1 + zoom)
+    out[0, :2] *= aspect
+    out[:, 2] += (dx + (1 - aspect) * size / 2, dy)
+    return out
 
 
 def _colours(look: Look, light: float) -> np.ndarray:
@@ -216,9 +229,6 @@ def _expression(emotion: str, rng: np.random.Generator) -> dict[str, float]:
     stray = dict(zip(rng.choice(_STRAY, 4, replace=False), rng.normal(0, 0.15, 4), strict=True))
     names = sorted({*own, *other, *stray})
     return {n: strength * own.get(n, 0) + share * other.get(n, 0) + stray.get(n, 0) for n in names}
-
-
-_STRAY = tuple(n for n in face.UNITS if n not in ("blink", "lips_together", "jaw_drop"))
 
 
 @functools.cache
