@@ -164,7 +164,7 @@ def test_rows(measured):
     assert list(by_name) == ["lanes", "one after another", "pytorch"]
     for row in by_name.values():
         assert [row[k] for k in ("lanes", "epochs", "clips", "width", "repeats")] == ["15", "1", "60", "8", "2"]
-        assert row["steps"] == str(15 * 2)  # 42 training clips in batches of 32
+        assert row["steps"] == str(15 * 6)  # 42 training clips in batches of 8
         assert row["jax"] == jax.__version__
     lanes_row, alone = by_name["lanes"], by_name["one after another"]
     times = [float(lanes_row[f"seconds_{k}"]) for k in ("min", "median", "max")]
