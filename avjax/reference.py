@@ -11,7 +11,8 @@ from avjax.pipeline import LanePlan, Resident, statistics
 
 # What is joined; a combination whose streams were not given is left out.
 COMBINATIONS = (("surface",), ("audio",), ("video",), ("text",), ("audio", "video"), ("audio", "video", "text"))
-# Length, lead-in and loudness alone: far above chance, the recordings give the classes away and not the people in them.
+# Length, lead-in and loudness alone: what can be guessed without seeing or hearing anybody. Other scores are to be read
+# against it.
 _NAMES = {"surface": "length, lead-in, loudness"}
 _MEANS_ALONE = ("surface", "text")
 # Fixed, not searched: scikit-learn's default strength on standardised features.

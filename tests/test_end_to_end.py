@@ -86,9 +86,10 @@ def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
             chosen = [i for i in range(22) if (i % 5 == fold) == (part == "test")]
             (place / f"{part}.txt").write_text("".join(f"{i + 1:05d}.mp4 {classes[i % 11]}\n" for i in chosen))
     out, workdir = tmp_path / "F", tmp_path / "W"
-    python("avjax.extract", "--config", "configs/extract_mafw.py", f"--config.data.root={root}", "--out", out)
     flags = [f"--config.data.root={root}", f"--config.data.features={out}", "--config.train.epochs=2"]
-    python("avjax.train", "--config", "configs/etg_mafw.py", *flags, "--workdir", workdir)
+    printed = python("avjax.train", "--config", "configs/etg_mafw.py", *flags, "--workdir", workdir)
+    assert "demo" not in printed
+    assert (out / "index.json").is_file()  # training extracted what was not there
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert [f["fold"] for f in metrics["folds"]] == ["1", "2", "3", "4", "5"]
     assert sum(f["n_test"] for f in metrics["folds"]) == 22
