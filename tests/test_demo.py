@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from avjax import features
+from avjax import features, files
 from avjax.datasets import mafw
 from avjax.demo import corpus, face, voice
 from avjax.errors import AvjaxError
@@ -65,9 +65,15 @@ def test_make_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     whole = corpus.clip_path(tmp_path, few[1])
     whole.parent.mkdir(parents=True)
     whole.write_bytes(b"made before")
+    (whole.parent / f".{few[0].name}.mp4.123.part").write_bytes(b"of a killed run")
     corpus.make(tmp_path, QUIET)
     assert whole.read_bytes() == b"made before"
-    assert sorted(p.name for p in whole.parent.iterdir()) == sorted(f"{p.name}.mp4" for p in few)
+    assert sorted(p.name for p in whole.parent.iterdir()) == [".lock", *sorted(f"{p.name}.mp4" for p in few)]
+
+
+def test_two_do_not_make_it_at_once(tmp_path):
+    with files.only_writer(tmp_path / "data/clips"), pytest.raises(AvjaxError, match="another process is making the d"):
+        corpus.make(tmp_path, QUIET)
 
 
 def test_a_place_that_cannot_be_written_is_a_plain_error(tmp_path):

@@ -13,7 +13,6 @@ Every file is written beside its place and moved there in one step, so a killed 
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -27,7 +26,7 @@ import numpy as np
 from avjax import assets
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
-from avjax.files import replacing, write_text
+from avjax.files import only_writer, replacing, write_text
 
 VERSION = "1.1.0"  # of the packed view's layout
 _UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
@@ -78,32 +77,23 @@ class Store:
         Raises:
           AvjaxError: another process is writing to it, it holds another data set, or it cannot be written.
         """
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / ".lock").open("w")
-        except OSError as error:
-            raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from error
-        with lock as file:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.enter_context(only_writer(self.root))
             except BlockingIOError as error:
                 raise AvjaxError(
                     f"{self.root}: another extraction is writing here; wait for it, or use another --out"
                 ) from error
+            except OSError as error:
+                raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from error
             index = read_index(self.root)
             if index and index["dataset"] != dataset:
                 raise AvjaxError(f"{self.root}: holds features of {index['dataset']}, not {dataset}; use another --out")
+            held.callback(self._sweep)
             self._sweep()
-            try:
-                yield self
-            finally:
-                # Workers that were killed at their time limit leave parts, too.
-                self._sweep()
+            yield self
 
     def _sweep(self) -> None:
-        for part in self.root.glob("**/.*.part"):
-            # An orphan of a killed run may still be moving its last one into place.
-            part.unlink(missing_ok=True)
         for unfinished in self.root.glob(f"tfds/*/*/*{_UNFINISHED}*"):
             shutil.rmtree(unfinished)
 

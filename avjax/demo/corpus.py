@@ -6,6 +6,7 @@ blurred by noise, so that neither modality is enough. Lead-in, length and loudne
 class. Folds are disjoint in speakers. Nothing here says how well a model does on people.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,7 +22,7 @@ from avjax import assets, extraction, progress, workers
 from avjax.demo import face, voice
 from avjax.demo.voice import Manner
 from avjax.errors import AvjaxError
-from avjax.files import replacing, write_text
+from avjax.files import only_writer, replacing, write_text
 from avjax.media.audio import SAMPLE_RATE
 
 VERSION = 1  # of the recipe; another version is another corpus, kept in another place
@@ -112,17 +113,22 @@ def make(root: Path, console: Console) -> None:
       AvjaxError: packages are missing, the folder cannot be written, or a clip cannot be made.
     """
     extraction.need_media()
-    todo = [plan for plan in plans() if not clip_path(root, plan).is_file()]
-    try:
-        clip_path(root, plans()[0]).parent.mkdir(parents=True, exist_ok=True)
-        write_lists(root)
-    except OSError as error:
-        raise AvjaxError(f"{root}: cannot be written ({error.strerror}); set AVJAX_CACHE to another folder") from error
-    jobs = [(root, plan) for plan in todo]
-    done = workers.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=extraction.CLIP_SECONDS, setup=_alone)
-    for (_, plan), reason in progress.bar(done, len(jobs), "demo clips", console):
-        if reason:
-            raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {reason}")
+    clips = clip_path(root, plans()[0]).parent
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(only_writer(clips))
+            write_lists(root)
+        except BlockingIOError as error:
+            raise AvjaxError(
+                f"{root}: another process is making the demo corpus; wait for it, then try again"
+            ) from error
+        except OSError as error:
+            raise AvjaxError(f"{root}: cannot be written ({error.strerror}); set AVJAX_CACHE elsewhere") from error
+        jobs = [(root, plan) for plan in plans() if not clip_path(root, plan).is_file()]
+        done = workers.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=extraction.CLIP_SECONDS, setup=_alone)
+        for (_, plan), reason in progress.bar(done, len(jobs), "demo clips", console):
+            if reason:
+                raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {reason}")
 
 
 def _alone() -> None:
