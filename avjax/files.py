@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from avjax.errors import AvjaxError
+
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str) -> Iterator[IO]:
@@ -27,16 +29,24 @@ def replacing(path: Path, mode: str) -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, otherwise: str) -> Iterator[None]:
     """Holds `folder` for one process, and clears away what killed ones left beside the files in and below it.
 
+    Args:
+      otherwise: what a user can do where that fails, for the error.
     Raises:
-      BlockingIOError: another process holds it.
-      OSError: it cannot be written.
+      AvjaxError: another process holds it, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise AvjaxError(f"{folder}: cannot be written ({error.strerror}); {otherwise}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AvjaxError(f"{folder}: another process is writing here; wait for it, or {otherwise}") from error
         _sweep(folder)
         try:
             yield

@@ -72,7 +72,7 @@ def test_make_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
 
 
 def test_two_do_not_make_it_at_once(tmp_path):
-    with files.only_writer(tmp_path / "data/clips"), pytest.raises(AvjaxError, match="another process is making the d"):
+    with files.only_writer(tmp_path / "data/clips", ""), pytest.raises(AvjaxError, match="another process is writing"):
         corpus.make(tmp_path, QUIET)
 
 

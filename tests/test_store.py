@@ -179,7 +179,7 @@ def test_a_store_has_one_writer_and_one_data_set(tmp_path):
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(AvjaxError, match="another extraction is writing here"), stores.Store(tmp_path).locked("x"):
+        with pytest.raises(AvjaxError, match="another process is writing here"), stores.Store(tmp_path).locked("x"):
             pass
     finally:
         other.kill()

@@ -77,21 +77,15 @@ class Store:
         Raises:
           AvjaxError: another process is writing to it, it holds another data set, or it cannot be written.
         """
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(only_writer(self.root))
-            except BlockingIOError as error:
-                raise AvjaxError(
-                    f"{self.root}: another extraction is writing here; wait for it, or use another --out"
-                ) from error
-            except OSError as error:
-                raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); choose another --out") from error
+        with only_writer(self.root, "choose another --out"):
             index = read_index(self.root)
             if index and index["dataset"] != dataset:
                 raise AvjaxError(f"{self.root}: holds features of {index['dataset']}, not {dataset}; use another --out")
-            held.callback(self._sweep)
             self._sweep()
-            yield self
+            try:
+                yield self
+            finally:
+                self._sweep()
 
     def _sweep(self) -> None:
         for unfinished in self.root.glob(f"tfds/*/*/*{_UNFINISHED}*"):

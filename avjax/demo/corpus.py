@@ -6,7 +6,6 @@ blurred by noise, so that neither modality is enough. Lead-in, length and loudne
 class. Folds are disjoint in speakers. Nothing here says how well a model does on people.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -114,21 +113,13 @@ def make(root: Path, console: Console) -> None:
     """
     extraction.need_media()
     clips = clip_path(root, plans()[0]).parent
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(only_writer(clips))
-            write_lists(root)
-        except BlockingIOError as error:
-            raise AvjaxError(
-                f"{root}: another process is making the demo corpus; wait for it, then try again"
-            ) from error
-        except OSError as error:
-            raise AvjaxError(f"{root}: cannot be written ({error.strerror}); set AVJAX_CACHE elsewhere") from error
+    with only_writer(clips, "set AVJAX_CACHE to another folder"):
         jobs = [(root, plan) for plan in plans() if not clip_path(root, plan).is_file()]
         done = workers.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=extraction.CLIP_SECONDS, setup=_alone)
         for (_, plan), reason in progress.bar(done, len(jobs), "demo clips", console):
             if reason:
                 raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {reason}")
+        write_lists(root)
 
 
 def _alone() -> None:
