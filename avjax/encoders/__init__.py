@@ -1,7 +1,13 @@
 """Pretrained encoders: one registry of families, and `load`, which gives a callable that compiles itself.
 
-A family is a module with `build(config, dtype)` → Flax module (with `.config.width` and `.config.positions`) and
-`convert(tensors, config)` → its params; the Flax module maps (inputs (b, l), mask (b, l)) → features (b, l, d).
+A family is a module with
+
+    INPUTS                         how its inputs look (`base.Inputs`)
+    build(config, dtype, layer)    → Flax module; its `.config` has `width`, `longest` and `steps(length)`
+    convert(tensors, config)       → its params
+    prepare(raw, settings)         → inputs and mask, as the original's processor makes them
+
+and the Flax module maps (inputs, mask) → (features (b, s, d), mask (b, s)).
 """
 
 import functools
@@ -14,89 +20,167 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from avjax.encoders import bert, weights
+from avjax.encoders import base, bert, formats, vit, wav2vec2, weights, whisper
 from avjax.errors import AvjaxError
+from avjax.layers import masked_mean
 
-FAMILIES = {"bert": bert, "distilbert": bert}  # model_type of the hub's config.json → family
-_SMALLEST_BUCKET = 8
+# model_type of the hub's config.json → family
+FAMILIES = {
+    "bert": bert,
+    "distilbert": bert,
+    "vit": vit,
+    "dinov2": vit,
+    "wav2vec2": wav2vec2,
+    "data2vec-audio": wav2vec2,
+    "whisper": whisper,
+}
+POOLS = ("first", "mean")
+# Where weights are looked for in a folder, in this order; `formats` reads them.
+_TENSORS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "model.bin")
 
 
 def load(
-    source: str | os.PathLike, *, dtype: jnp.dtype | str | None = None, weights_dir: str | os.PathLike | None = None
+    source: str | os.PathLike,
+    *,
+    layer: int | None = None,
+    pool: str | None = None,
+    dtype: jnp.dtype | str | None = None,
+    weights_dir: str | os.PathLike | None = None,
 ) -> "Encoder":
     """Loads a pretrained encoder.
 
     Args:
       source: a name of `weights.REGISTRY`, such as "minilm", or a folder in the hub's layout: config.json with
-        `model_type`, model.safetensors, and tokenizer.json for text. A folder is trusted; its sha256 is recorded.
-      dtype: of the matrix products, float32 by default; params stay float32.
+        `model_type`, model.safetensors (or pytorch_model.bin, which is read strictly), and tokenizer.json for text. A
+        folder is trusted; its sha256 is recorded.
+      layer: the features after so many blocks, transformers' `hidden_states[layer]`, instead of `last_hidden_state`;
+        blocks above it are not computed.
+      pool: "first", the first step (the class token), or "mean" over the real steps; None = all steps.
+      dtype: of the matrix products; by default bfloat16 on accelerators and float32 on CPU. Params stay float32.
       weights_dir: see `weights.fetch`.
     Raises:
-      AvjaxError: the source is neither, no family computes it, or its tensors do not fit.
+      AvjaxError: the source is neither, no family computes it, it has no such layer, or its tensors do not fit.
     """
-    folder = _folder(source, weights_dir)
-    config = _read_config(folder)
-    family = FAMILIES[config["model_type"]]
-    dtype = jnp.dtype(dtype or jnp.float32)
-    module = family.build(config, dtype)
-    file = folder / "model.safetensors"
-    params = family.convert(weights.read_tensors(file), module.config)
+    if pool not in (None, *POOLS):
+        raise AvjaxError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}, or None for all steps")
+    files = _found(source, weights_dir)
+    family = FAMILIES[files.config["model_type"]]
+    dtype = jnp.dtype(dtype or default_dtype())
+    module = family.build(files.config, dtype, layer)
+    base.known_layer(layer, module.config.layers)
+    params = family.convert(formats.read(files.tensors), module.config)
     provenance = {
-        "source": str(source) if source in weights.REGISTRY else folder.name,
-        "sha256": weights.sha256(file),
-        "model_type": config["model_type"],
+        "source": str(source) if source in weights.REGISTRY else files.tensors.parent.name,
+        "sha256": weights.sha256(files.tensors),
+        "model_type": files.config["model_type"],
+        "layer": "last" if layer is None else str(layer),
+        "pool": pool or "none",
         "dtype": dtype.name,
     }
-    return Encoder(module, params, provenance, folder / "tokenizer.json", config.get("pad_token_id") or 0)
+    return Encoder(family, module, params, provenance, pool=pool, files=files)
+
+
+def default_dtype() -> str:
+    """What matrix products are computed in, unless asked otherwise."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 class Encoder:
-    """A pretrained network with its tokenizer; `load` makes it.
+    """A pretrained network with its preprocessing; `load` makes it.
 
     Attributes:
       width: of the features.
-      positions: the longest input.
-      provenance: source, sha256, model_type and dtype, as strings: what the features depend on.
+      longest: the longest input, None where there is no limit.
+      provenance: source, sha256, model_type, layer, pool and dtype, as strings: what the features depend on.
     """
 
-    def __init__(self, module: Any, params: Mapping, provenance: dict[str, str], tokenizer_file: Path, pad: int):
+    def __init__(
+        self,
+        family: Any,
+        module: Any,
+        params: Mapping,
+        provenance: dict[str, str],
+        *,
+        pool: str | None = None,
+        files: "base.Files | None" = None,
+    ):
         self.width = module.config.width
-        self.positions = module.config.positions
+        self.longest = module.config.longest
         self.provenance = provenance
-        self._params = jax.device_put(params)
-        self._tokenizer_file = tokenizer_file
-        self._pad = pad
+        self._family = family
+        self._steps = module.config.steps
+        self._pool = pool
+        self._files = files or base.Files({}, Path("model.safetensors"))
+        devices = jax.local_devices()
+        mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+        self._devices = len(devices)
+        self._shard = NamedSharding(mesh, PartitionSpec("batch"))
+        self._params = jax.device_put(_needed(module, params), NamedSharding(mesh, PartitionSpec()))
 
         @jax.jit
-        def run(params: Mapping, inputs: jax.Array, mask: jax.Array) -> jax.Array:
-            features = module.apply({"params": params}, inputs, mask)
-            return jnp.where(mask[..., None], features, 0).astype(jnp.float32)
+        def run(params: Mapping, inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+            features, real = module.apply({"params": params}, inputs, mask)
+            features = jnp.where(real[..., None], features, 0).astype(jnp.float32)
+            return _pooled(features, real, pool)
 
         self._run = run
 
-    def __call__(self, inputs: np.ndarray | jax.Array, mask: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, inputs: np.ndarray | jax.Array, mask: np.ndarray | jax.Array | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Encodes a batch. What lies under a False mask, and who else is in the batch, does not change the answer.
 
-        Batch and length are padded to powers of two, so that there are few compilations however sizes vary.
+        Batch and length are padded to powers of two, so that there are few compilations however sizes vary; all local
+        devices share the batch.
 
         Args:
-          inputs: (b, l); for text, int32 ids.
-          mask: (b, l) bool, True = real.
+          inputs: token ids (b, l), waveforms (b, samples) at 16 kHz, images (b, h, w, 3) or log-mel (b, bins, frames),
+            as `prepare` gives them.
+          mask: (b, length) bool, True = real; (b,) for images; default all True.
         Returns:
-          last_hidden_state (b, l, d) float32, zeros under a False mask; and the mask (b, l).
+          features (b, s, d) float32, zeros under a False mask, and their mask (b, s); with `pool`, (b, d) and (b,).
         Raises:
-          AvjaxError: the shapes differ, or l exceeds `positions`.
+          AvjaxError: the shapes are not those of this encoder, or the input is longer than `longest`.
         """
-        inputs, mask = np.asarray(inputs), np.asarray(mask, bool)
-        if inputs.shape != mask.shape or inputs.ndim != 2:
-            raise AvjaxError(f"inputs {inputs.shape} and mask {mask.shape}: expected both to be (batch, length)")
-        batch, length = mask.shape
-        # A bucket longer than the encoder takes is cut to what it takes; a longer input is the encoder's to refuse.
-        room = max(length, min(_bucket(length), self.positions))
-        padding = [(0, _bucket(batch) - batch), (0, room - length)]
-        features = self._run(self._params, np.pad(inputs, padding), np.pad(mask, padding))
-        return np.asarray(features)[:batch, :length], mask
+        inputs = np.asarray(inputs)
+        batch, axis = len(inputs), self._family.INPUTS.length_axis
+        rows = _bucket(-(-batch // self._devices), 1) * self._devices
+        wide = [np.pad(x, [(0, rows - batch)] + [(0, 0)] * (x.ndim - 1)) for x in self.padded(inputs, mask)]
+        features, real = self.on_device(*jax.device_put(wide, self._shard))
+        features, real = np.asarray(features)[:batch], np.asarray(real)[:batch]
+        if self._pool or axis is None:
+            return features, real
+        steps = self._steps(inputs.shape[axis])
+        return features[:, :steps], real[:, :steps]
+
+    def on_device(self, inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a call computes, of inputs that lie on the device, left there; compiled for each new shape."""
+        return self._run(self._params, inputs, mask)
+
+    def padded(self, inputs: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and mask with their length padded to its bucket; arguments and errors as in a call."""
+        mask, axis = self._family.INPUTS.masked(inputs, mask), self._family.INPUTS.length_axis
+        if axis is None:
+            return inputs, mask
+        length = inputs.shape[axis]
+        room = _bucket(length, self._family.INPUTS.least)
+        # A bucket longer than the encoder takes is cut to that; a longer input is the encoder's to refuse.
+        spare = max(length, min(room, self.longest or room)) - length
+        padding = [(0, spare if a == axis else 0) for a in range(inputs.ndim)]
+        return np.pad(inputs, padding), np.pad(mask, [(0, 0), (0, spare)])
+
+    def prepare(self, raw: Any) -> tuple[np.ndarray, np.ndarray]:
+        """What this encoder takes, made as the original's processor makes it: inputs and mask.
+
+        Args:
+          raw: texts; or waveforms at 16 kHz, a sequence of (samples,) float32; or pictures, uint8 (n, h, w, 3) or a
+            sequence of (h, w, 3).
+        """
+        if self._family.INPUTS.text:
+            return self.tokenize(raw)
+        return self._family.prepare(raw, self._files.settings)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -105,53 +189,86 @@ class Encoder:
         Raises:
           AvjaxError: the folder has none.
         """
-        if not self._tokenizer_file.is_file():
-            raise AvjaxError(f"{self._tokenizer_file}: no such file; put the tokenizer of this encoder there")
+        file = self._files.tensors.with_name("tokenizer.json")
+        if not file.is_file():
+            raise AvjaxError(f"{file}: no such file; put the tokenizer of this encoder there")
         import tokenizers
 
-        return tokenizers.Tokenizer.from_file(str(self._tokenizer_file))
+        return tokenizers.Tokenizer.from_file(str(file))
 
     def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Texts → ids (b, l) int32 and mask (b, l) bool, l being the longest text's.
 
         Args:
           texts: b strings.
-          max_length: longer texts are cut to this many ids, special ones included; default `positions`.
+          max_length: longer texts are cut to this many ids, special ones included; default `longest`.
         Raises:
-          AvjaxError: `max_length` leaves no room for text, or exceeds `positions`.
+          AvjaxError: `max_length` leaves no room for text, or exceeds `longest`.
         """
-        limit = self.positions if max_length is None else max_length
+        limit = self.longest if max_length is None else max_length
         special = self.tokenizer.num_special_tokens_to_add(False)
-        if not special < limit <= self.positions:
-            raise AvjaxError(f"max_length is {limit}, expected {special + 1} to {self.positions}")
+        if not special < limit <= self.longest:
+            raise AvjaxError(f"max_length is {limit}, expected {special + 1} to {self.longest}")
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(limit)
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
         lengths = np.array([len(row) for row in rows], int)
         mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
-        ids = np.full(mask.shape, self._pad, np.int32)
+        ids = np.full(mask.shape, self._files.config.get("pad_token_id") or 0, np.int32)
         ids[mask] = np.concatenate([np.empty(0, np.int32), *rows])
         return ids, mask
 
 
-def _bucket(size: int) -> int:
-    return max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length())
+def _pooled(features: jax.Array, mask: jax.Array, pool: str | None) -> tuple[jax.Array, jax.Array]:
+    """Features (b, s, d) and mask (b, s), or one step of them."""
+    if pool == "first":
+        return features[:, 0], mask[:, 0]
+    if pool == "mean":
+        return masked_mean(features, mask), mask.any(1)
+    return features, mask
 
 
-def _folder(source: str | os.PathLike, weights_dir: str | os.PathLike | None) -> Path:
+def _needed(module: Any, params: Mapping) -> Mapping:
+    """Without the blocks above the layer that is asked for."""
+    if module.layer is None:
+        return params
+    return {k: v for k, v in params.items() if not k.startswith("block_") or int(k[6:]) < module.layer}
+
+
+def _bucket(size: int, least: int) -> int:
+    return max(least, 1 << (size - 1).bit_length()) if size else least
+
+
+def _found(source: str | os.PathLike, weights_dir: str | os.PathLike | None) -> base.Files:
+    """Where the files of a source are, and what they say."""
     if source in weights.REGISTRY:
-        return weights.fetch(source, weights_dir)
-    if not Path(source).is_dir():
+        entry, place = weights.REGISTRY[source], weights.fetch(source, weights_dir)
+        folder, written = (place if place.is_dir() else place.parent), entry.written
+    elif Path(source).is_dir():
+        folder, written = Path(source).resolve(), {}
+    else:
         names = ", ".join(sorted(weights.REGISTRY))
         raise AvjaxError(f"{source}: neither a registered name ({names}) nor a folder with config.json and weights")
-    return Path(source).resolve()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
+    config = written.get("config.json") or _json(folder / "config.json")
+    if config is None:
         raise AvjaxError(f"{folder}: no config.json in it; expected an encoder's folder in the hub's layout")
-    config = json.loads(file.read_text())
     if config.get("model_type") not in FAMILIES:
-        raise AvjaxError(f"{file}: model_type is {config.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
-    return config
+        known = ", ".join(FAMILIES)
+        raise AvjaxError(f"{folder}/config.json: model_type is {config.get('model_type')!r}, expected one of {known}")
+    settings = written.get("preprocessor_config.json") or _json(folder / "preprocessor_config.json") or {}
+    return base.Files(config, _tensors(folder), settings)
+
+
+def _tensors(folder: Path) -> Path:
+    """The file of the weights in an encoder's folder."""
+    there = [folder / name for name in _TENSORS if (folder / name).is_file()]
+    if not there:
+        raise AvjaxError(f"{folder}: no weights in it; expected model.safetensors, or one of {', '.join(_TENSORS[1:])}")
+    return there[0]
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError as error:
+        raise AvjaxError(f"{file}: not JSON ({error}); fetch it again") from error

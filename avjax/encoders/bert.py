@@ -15,17 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax.encoders import weights
+from avjax.encoders import base, weights
+from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
 from avjax.layers import PostNormBlock
 
-_ACTIVATIONS = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
+INPUTS = Inputs("token ids (batch, length)", rank=2, length_axis=1, least=8, text=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +45,20 @@ class BertConfig:
         Raises:
           AvjaxError: a value is missing, or asks for a variant that this module does not compute.
         """
-        keys = _KEYS[config["model_type"]]
-        absent = [key for key in keys.values() if key not in config]
-        if absent:
-            raise AvjaxError(f"config.json of a {config['model_type']} lacks {', '.join(absent)}")
-        read = cls(**{"types": 0, "eps": 1e-12} | {field: config[key] for field, key in keys.items()})
-        if read.activation not in _ACTIVATIONS:
-            raise AvjaxError(f"activation {read.activation!r} is not known; known are {', '.join(_ACTIVATIONS)}")
+        read = base.read(config, _KEYS[config["model_type"]])
+        base.activation(read["activation"])
         if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
             raise AvjaxError("only BERT encoders with absolute positions are computed; see config.json")
-        return read
+        return cls(**{"types": 0, "eps": 1e-12} | read)
+
+    @property
+    def longest(self) -> int:
+        """The longest input."""
+        return self.positions
+
+    def steps(self, length: int) -> int:
+        """How many features an input of `length` has."""
+        return length
 
 
 _KEYS = {
@@ -89,14 +88,18 @@ _KEYS = {
 
 
 class Bert(nn.Module):
-    """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products."""
+    """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products.
+
+    `layer` is how many blocks are computed; None = all.
+    """
 
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
+    layer: int | None = None
 
     @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps word pieces ids (b, l) int32 under mask (b, l) bool to the last hidden state (b, l, d) in `dtype`.
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps word pieces ids (b, l) int32 under mask (b, l) bool to hidden states (b, l, d) in `dtype`, and the mask.
 
         Raises:
           AvjaxError: l exceeds the number of positions.
@@ -110,15 +113,15 @@ class Bert(nn.Module):
         if c.types:
             x += nn.Embed(c.types, c.width, name="types")(jnp.zeros((1, 1), jnp.int32))
         x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="embedding_norm")(x)
-        for i in range(c.layers):
-            block = PostNormBlock(c.heads, c.inner, _ACTIVATIONS[c.activation], c.eps, self.dtype, name=f"block_{i}")
-            x = block(x, mask)
-        return x
+        for i in range(base.known_layer(self.layer, c.layers)):
+            activation = base.activation(c.activation)
+            x = PostNormBlock(c.heads, c.inner, activation, c.eps, self.dtype, name=f"block_{i}")(x, mask)
+        return x, mask
 
 
-def build(config: Mapping[str, Any], dtype: jnp.dtype) -> Bert:
+def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Bert:
     """The module for the contents of a hub's config.json."""
-    return Bert(BertConfig.from_hub(config), dtype)
+    return Bert(BertConfig.from_hub(config), dtype, layer)
 
 
 def shapes(config: BertConfig) -> dict[str, Any]:

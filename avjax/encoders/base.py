@@ -1,0 +1,107 @@
+"""What every family of encoders shares: how its inputs look, and which layer is asked for."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from avjax.errors import AvjaxError
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The inputs of a family.
+
+    Attributes:
+      what: as errors name it, such as "waveforms (batch, samples)".
+      rank: number of axes.
+      length_axis: the axis that may be padded; None where all inputs have one size. The mask has the batch axis and
+        this one, where there is one.
+      prefix: whether padding may only follow what is real, as in sound.
+      least: the smallest length bucket.
+      text: whether they are a tokenizer's ids.
+    """
+
+    what: str
+    rank: int
+    length_axis: int | None
+    prefix: bool = False
+    least: int = 1
+    text: bool = False
+
+    def masked(self, inputs: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+        """The mask of `inputs`, bool, all True where none is given.
+
+        Raises:
+          AvjaxError: inputs or mask are not as this family takes them.
+        """
+        if inputs.ndim != self.rank:
+            raise AvjaxError(f"inputs {inputs.shape}: expected {self.what}")
+        axes = (0,) if self.length_axis is None else (0, self.length_axis)
+        shape = tuple(inputs.shape[a] for a in axes)
+        mask = np.ones(shape, bool) if mask is None else np.asarray(mask, bool)
+        if mask.shape != shape:
+            raise AvjaxError(f"inputs {inputs.shape} and mask {mask.shape}: expected a mask {shape} for {self.what}")
+        if self.prefix and (mask[:, 1:] > mask[:, :-1]).any():
+            raise AvjaxError(f"the mask of {self.what} has gaps; padding may only follow what is real")
+        return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """An encoder's folder: `config` and `settings` are what config.json and preprocessor_config.json say, `tensors` is
+    the file of the weights; a tokenizer.json may lie beside it."""
+
+    config: Mapping[str, Any]
+    tensors: Path
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def known_layer(layer: int | None, layers: int) -> int:
+    """How many of an encoder's blocks to compute for `layer`; None = all.
+
+    Raises:
+      AvjaxError: there is no such layer.
+    """
+    if layer is None:
+        return layers
+    if not 0 <= layer <= layers:
+        raise AvjaxError(f"layer is {layer}, expected 0 (before the first block) to {layers}")
+    return layer
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function that the hub's config.json names.
+
+    Raises:
+      AvjaxError: it is not known.
+    """
+    if name not in _ACTIVATIONS:
+        raise AvjaxError(f"activation {name!r} is not known; known are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def read(config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """Of the contents of the hub's config.json: field → value, for `keys` = field → key there.
+
+    Raises:
+      AvjaxError: keys are missing.
+    """
+    absent = [key for key in keys.values() if key not in config]
+    if absent:
+        raise AvjaxError(f"config.json of a {config['model_type']} lacks {', '.join(absent)}")
+    return {field: config[key] for field, key in keys.items()}

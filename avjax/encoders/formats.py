@@ -1,0 +1,455 @@
+"""Tensors out of files: safetensors, ONNX, CTranslate2's model.bin and PyTorch's pytorch_model.bin.
+
+Nothing that a file says is executed, and no memory is taken on its word: sizes are checked against the file first.
+Names are those of the PyTorch module that the file was made from.
+"""
+
+import math
+import os
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from avjax.errors import AvjaxError
+
+Tensors = dict[str, np.ndarray]
+
+
+def read(path: str | os.PathLike) -> Tensors:
+    """Reads the tensors of a file: name → array.
+
+    Args:
+      path: `.safetensors`, `.onnx` (initializers), or `.bin`: a Whisper of CTranslate2, or what PyTorch's `torch.save`
+        makes of a state_dict. Types are kept, but PyTorch's bfloat16 becomes float32. Arrays may be read-only.
+    Raises:
+      AvjaxError: the file is missing, truncated or of another format, or asks for more than tensors.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise AvjaxError(f"{path}: tensors are read from files named {', '.join(f'*{s}' for s in _READERS)}")
+    if not path.is_file():
+        raise AvjaxError(f"{path}: no such file; put it there, or fetch it again")
+    try:
+        return _READERS[path.suffix](path)
+    except AvjaxError as error:
+        raise AvjaxError(f"{path}: {error}") from error
+
+
+def _safetensors(path: Path) -> Tensors:
+    import safetensors
+    import safetensors.numpy
+
+    try:
+        return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise AvjaxError(f"not a readable safetensors file ({error}); fetch it again") from error
+
+
+def _bin(path: Path) -> Tensors:
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == b"PK\x03\x04":
+        return _pytorch(path)
+    if start[:1] == b"\x80":
+        raise AvjaxError(
+            "a pickle in the format of PyTorch before 1.6, which is not read; if you trust it, convert it once: "
+            "torch.save(torch.load(path, weights_only=True), path)"
+        )
+    return _ctranslate2(path)
+
+
+# ONNX: https://onnx.ai/onnx/repo-docs/IR.html
+
+
+def _onnx(path: Path) -> Tensors:
+    try:
+        import onnx
+    except ImportError as error:
+        raise AvjaxError("reading ONNX needs the package onnx: pip install onnx, or avjax[media]") from error
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError as error:
+        raise AvjaxError(f"not a readable ONNX file ({error}); fetch it again") from error
+    if not graph.initializer:
+        raise AvjaxError("an ONNX file without a single initializer, or not an ONNX file")
+    names = [tensor.name for tensor in graph.initializer]
+    names += [name for node in graph.node for name in (node.name, node.op_type, *node.input)]
+    if any(isinstance(name, bytes) for name in names):  # as protobuf gives what is no UTF-8
+        raise AvjaxError("not a readable ONNX file (names are not UTF-8); fetch it again")
+    return _named({tensor.name: _initializer(tensor) for tensor in graph.initializer}, graph.node)
+
+
+def _initializer(tensor: Any) -> np.ndarray:
+    from onnx import external_data_helper, numpy_helper
+
+    if external_data_helper.uses_external_data(tensor):
+        raise AvjaxError(f"{tensor.name} lies in another file; save the model with its data inside")
+    try:
+        return numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError) as error:
+        raise AvjaxError(f"{tensor.name}, of type {tensor.data_type} and shape {list(tensor.dims)}: {error}") from error
+
+
+def _named(tensors: Tensors, nodes: Any) -> Tensors:
+    """Gives anonymous tensors ("onnx::MatMul_12") the name of the module whose node reads them.
+
+    PyTorch's exporter folds constants: it stores the weight of a linear layer transposed, and splits the positions of
+    a ViT that interpolates them into that of the class token and those of the patches. Neither keeps its name.
+    """
+    read_by = {}  # (operation, module, last part of the node's name) → the anonymous tensor that it reads
+    for node in nodes:
+        path, _, leaf = node.name.rpartition("/")
+        for name in node.input:
+            if name.startswith("onnx::") and name in tensors:
+                read_by[node.op_type, path.strip("/").replace("/", "."), leaf] = name
+    weights = {  # A linear layer has one product; further ones in a module would be called MatMul_1, …
+        f"{module}.weight": name
+        for (operation, module, leaf), name in read_by.items()
+        if operation == leaf == "MatMul" and tensors[name].ndim == 2
+    }
+    positions = {
+        f"{module}.position_embeddings": (name, patches)
+        for (operation, module, _), name in read_by.items()
+        for patches in [n for (o, m, _), n in read_by.items() if (o, m) == ("Reshape", module)]
+        if operation == "Concat" and module.endswith("embeddings") and _joinable(tensors[name], tensors[patches])
+    }
+    found = {new: tensors[name].T for new, name in weights.items()}
+    found |= {new: np.concatenate([tensors[n] for n in pair], 1) for new, pair in positions.items()}
+    used = {*weights.values(), *(name for pair in positions.values() for name in pair)}
+    return {name: tensor for name, tensor in tensors.items() if name not in used} | found
+
+
+def _joinable(first: np.ndarray, patches: np.ndarray) -> bool:
+    """Whether these are the positions of a class token, (1, 1, width), and of patches, (1, n, width)."""
+    return first.ndim == patches.ndim == 3 and first.shape == (1, 1, patches.shape[2]) and len(patches) == 1
+
+
+# CTranslate2: python/ctranslate2/specs/model_spec.py, ModelSpec.save; specs/whisper_spec.py
+
+_BINARY_VERSION = 6
+_TYPES = {0: np.dtype("<f4"), 4: np.dtype("<f2")}  # by the format's numbers; the others are integers, and bfloat16
+_LEAVES = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "encodings": "weight"}
+# CTranslate2 stacks projections of the same input along the first axis.
+_MODULES = {
+    "conv1": ("conv1",),
+    "conv2": ("conv2",),
+    "embeddings": ("embed_tokens",),
+    "position_encodings": ("embed_positions",),
+    "layer_norm": ("layer_norm",),
+    "self_attention/linear_0": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention/linear_1": ("self_attn.out_proj",),
+    "self_attention/layer_norm": ("self_attn_layer_norm",),
+    "attention/linear_0": ("encoder_attn.q_proj",),
+    "attention/linear_1": ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    "attention/linear_2": ("encoder_attn.out_proj",),
+    "attention/layer_norm": ("encoder_attn_layer_norm",),
+    "ffn/layer_norm": ("final_layer_norm",),
+    "ffn/linear_0": ("fc1",),
+    "ffn/linear_1": ("fc2",),
+}
+_VARIABLE = re.compile(r"(encoder|decoder)/(?:layer_(\d+)/)?(.+)/(\w+)")
+
+
+class _Bytes:
+    """The contents of a file, taken from the front."""
+
+    def __init__(self, contents: bytes):
+        self._rest = memoryview(contents)
+
+    def take(self, size: int) -> memoryview:
+        if size > len(self._rest):
+            raise AvjaxError(f"truncated: {size} bytes announced, {len(self._rest)} left; fetch it again")
+        taken, self._rest = self._rest[:size], self._rest[size:]
+        return taken
+
+    def numbers(self, layout: str) -> tuple[int, ...]:
+        layout = f"<{layout}"
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def text(self) -> str:
+        return bytes(self.take(*self.numbers("H"))).rstrip(b"\0").decode(errors="replace")
+
+    def __len__(self) -> int:
+        return len(self._rest)
+
+
+def _ctranslate2(path: Path) -> Tensors:
+    file = _Bytes(path.read_bytes())
+    (version,) = file.numbers("I")
+    if version != _BINARY_VERSION:
+        raise AvjaxError(
+            f"neither a file of torch.save nor a model.bin of CTranslate2: starts with {version}, "
+            f"expected its version {_BINARY_VERSION}"
+        )
+    spec = file.text()
+    if spec != "WhisperSpec":
+        raise AvjaxError(f"a model of CTranslate2 called {spec!r}, expected 'WhisperSpec'")
+    _, count = file.numbers("II")  # the spec's revision only adds settings
+    variables = dict(_variable(file) for _ in range(count))
+    (count,) = file.numbers("I")
+    for alias, name in [(file.text(), file.text()) for _ in range(count)]:
+        if name not in variables:
+            raise AvjaxError(f"alias {alias} of {name}, which is not in the file")
+        variables[alias] = variables[name]
+    if len(file):
+        raise AvjaxError(f"{len(file)} bytes too long")
+    return dict(part for name, tensor in variables.items() if tensor is not None for part in _hub_parts(name, tensor))
+
+
+def _variable(file: _Bytes) -> tuple[str, np.ndarray | None]:
+    """The next variable; None for settings, which are the numbers and the alignment heads."""
+    name = file.text()
+    (rank,) = file.numbers("B")
+    shape = file.numbers(f"{rank}I")
+    kind, size = file.numbers("BI")
+    contents = file.take(size)
+    if not rank or name == "decoder/alignment_heads":
+        return name, None
+    if kind not in _TYPES:
+        raise AvjaxError(f"{name} is quantised (type {kind}); convert the model with --quantization float16 or float32")
+    try:
+        return name, np.frombuffer(contents, _TYPES[kind]).reshape(shape)
+    except ValueError as error:
+        raise AvjaxError(f"{name}: {size} bytes for shape {shape} of {_TYPES[kind]} ({error})") from error
+
+
+def _hub_parts(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """What a variable is called in the hub's layout, one pair for each projection stacked in it."""
+    if name == "decoder/projection/weight":
+        yield "proj_out.weight", tensor
+        return
+    match = _VARIABLE.fullmatch(name)
+    if not match or match[3] not in _MODULES or match[4] not in _LEAVES:
+        raise AvjaxError(f"a Whisper of CTranslate2 has no {name}, as far as is known here")
+    side, layer, modules = match[1], match[2], _MODULES[match[3]]
+    if tensor.shape[0] % len(modules):
+        raise AvjaxError(f"{name} of shape {tensor.shape} does not split into {', '.join(modules)}")
+    prefix = f"model.{side}." if layer is None else f"model.{side}.layers.{layer}."
+    for module, part in zip(modules, np.split(tensor, len(modules)), strict=True):
+        if module.endswith("k_proj") and match[4] == "bias":
+            # Whisper's keys have no bias; CTranslate2 fills its place.
+            if part.any():
+                raise AvjaxError(f"{name}: the bias of the keys is not zero, so this is no Whisper")
+        else:
+            yield f"{prefix}{module}.{_LEAVES[match[4]]}", part
+
+
+# PyTorch: torch/serialization.py, _save. data.pkl describes the state_dict, data/<key> are the storages.
+
+_LARGEST_DESCRIPTION = 1 << 24  # bytes; a thousand tensors take 200 kB
+
+
+class _Storage(NamedTuple):
+    dtype: np.dtype
+    key: str
+    size: int
+
+
+class _Tensor(NamedTuple):
+    """The arguments of torch._utils._rebuild_tensor_v2, in elements."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    requires_grad: bool
+    hooks: dict
+    metadata: Any = None
+
+
+# The only names that a description may use, and what stands for them here.
+_ADMITTED: Mapping[str, Any] = {
+    "torch._utils _rebuild_tensor_v2": _Tensor,
+    "collections OrderedDict": dict,
+    "torch FloatStorage": np.dtype("<f4"),
+    "torch HalfStorage": np.dtype("<f2"),
+    "torch BFloat16Storage": np.dtype(jnp.bfloat16),
+    "torch LongStorage": np.dtype("<i8"),
+}
+
+
+def _pytorch(path: Path) -> Tensors:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = _members(archive, path.stat().st_size)
+            tensors = _state_dict(_Description().follow(archive.read(members["data.pkl"])))
+            storages = {t.storage: _storage(archive, members, t.storage) for t in tensors.values()}
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:  # all of them come from zipfile
+        raise AvjaxError(f"not a readable file of torch.save ({error}); fetch it again") from error
+    return {name: _strided(name, tensor, storages[tensor.storage]) for name, tensor in tensors.items()}
+
+
+def _members(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
+    """The members by their names inside the archive's one folder."""
+    members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+    if "data.pkl" not in members:
+        raise AvjaxError("a zip without data.pkl, so not a file of torch.save")
+    stored = all(m.compress_type == zipfile.ZIP_STORED for m in archive.infolist())
+    if not stored or sum(m.file_size for m in archive.infolist()) > file_size:
+        raise AvjaxError("members are compressed or overlap, which torch.save never does; not unpacked")
+    if members["data.pkl"].file_size > _LARGEST_DESCRIPTION:
+        raise AvjaxError(f"data.pkl has {members['data.pkl'].file_size} bytes, expected {_LARGEST_DESCRIPTION} at most")
+    if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
+        raise AvjaxError("saved on a big-endian machine; save it again on a little-endian one")
+    return members
+
+
+class _Description:
+    """Follows the few pickle operations that a state_dict needs.
+
+    This is stricter than an Unpickler with a list of admitted names: no operation here hashes, compares, allocates or
+    calls anything of the file's choosing.
+    """
+
+    def __init__(self):
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def follow(self, program: bytes) -> Any:
+        """What `program` leaves on the stack: numbers, texts, tuples, dicts and what `_ADMITTED` lists."""
+        try:
+            for operation, argument, _ in pickletools.genops(program):
+                self._step(operation.name, argument)
+            return self._stack.pop()
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            raise AvjaxError(f"data.pkl is malformed ({error}); fetch it again") from error
+
+    def _step(self, operation: str, argument: Any) -> None:
+        push, pop = self._stack.append, self._stack.pop
+        match operation:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINUNICODE":
+                push(argument)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[operation])
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = self._stack[-1]
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = self._stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                push(self._memo[argument])
+            case "MARK":
+                self._marks.append(len(self._stack))
+            case "TUPLE":
+                push(tuple(self._since_mark()))
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3").index(operation)
+                push(tuple(reversed([pop() for _ in range(size)])))
+            case "EMPTY_DICT":
+                push({})
+            case "SETITEM":
+                value, key = pop(), pop()
+                self._set([key, value])
+            case "SETITEMS":
+                self._set(self._since_mark())
+            case "GLOBAL":
+                push(_admitted(argument))
+            case "STACK_GLOBAL":
+                name, module = pop(), pop()
+                push(_admitted(_text(module) + " " + _text(name)))
+            case "BINPERSID":
+                push(_referred(pop()))
+            case "REDUCE":
+                arguments, function = pop(), pop()
+                push(_made(function, arguments))
+            case "BUILD":
+                pop()  # attributes: the _metadata of a state_dict, of no use here
+            case _:
+                raise AvjaxError(f"data.pkl uses the operation {operation}, which tensors do not need; refused")
+
+    def _since_mark(self) -> list[Any]:
+        mark = self._marks.pop()
+        taken, self._stack[mark:] = self._stack[mark:], []
+        return taken
+
+    def _set(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if type(target) is not dict:
+            raise TypeError("entries for something that is no dict")
+        target.update((_text(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
+
+
+def _text(value: Any) -> str:
+    # Only the type goes into the message: a hostile value can be too deep to print.
+    if type(value) is not str:
+        raise TypeError(f"{type(value).__name__} where a text was expected")
+    return value
+
+
+def _admitted(name: str) -> Any:
+    if name not in _ADMITTED:
+        raise AvjaxError(f"data.pkl asks for {name.replace(' ', '.')}, which tensors do not need; refused")
+    return _ADMITTED[name]
+
+
+def _referred(reference: Any) -> _Storage:
+    """The storage that a persistent id stands for."""
+    kind, dtype, key, _, size = reference
+    if kind != "storage" or not isinstance(dtype, np.dtype) or not _sizes(size):
+        raise ValueError("a reference to something that is no storage")
+    return _Storage(dtype, _text(key), size)
+
+
+def _made(function: Any, arguments: Any) -> Any:
+    if function is dict and arguments == ():
+        return {}
+    if function is not _Tensor:
+        raise TypeError("a call of what is no function")
+    tensor = _Tensor(*arguments)
+    if not isinstance(tensor.storage, _Storage):
+        raise TypeError("a tensor without a storage")
+    if not _sizes(tensor.offset, *tensor.shape, *tensor.strides) or len(tensor.shape) != len(tensor.strides):
+        raise ValueError("a tensor whose sizes are no sizes")
+    return tensor
+
+
+def _sizes(*numbers: Any) -> bool:
+    """Whether these are sizes that memory could have."""
+    return all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+
+
+def _state_dict(described: Any) -> dict[str, _Tensor]:
+    if type(described) is not dict:
+        raise AvjaxError(f"data.pkl describes a {type(described).__name__}, expected a state_dict")
+    others = [name for name, value in described.items() if not isinstance(value, _Tensor)]
+    if others:
+        raise AvjaxError(f"{', '.join(others[:5])}: not tensors; save the model's state_dict alone")
+    return described
+
+
+def _storage(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], storage: _Storage) -> np.ndarray:
+    """The elements of a storage (size,)."""
+    member = members.get(f"data/{storage.key}")
+    expected = storage.size * storage.dtype.itemsize
+    if member is None or member.file_size != expected:
+        got = "not there" if member is None else f"{member.file_size} bytes"
+        raise AvjaxError(f"data/{storage.key} is {got}, expected {expected} bytes; fetch it again")
+    elements = np.frombuffer(archive.read(member), storage.dtype)
+    return elements.astype(np.float32) if storage.dtype == jnp.bfloat16 else elements
+
+
+def _strided(name: str, tensor: _Tensor, elements: np.ndarray) -> np.ndarray:
+    _, offset, shape, strides, *_ = tensor
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    # The product also refuses strides of 0, by which a small file could describe a tensor of any size.
+    if math.prod(shape) > elements.size or (0 not in shape and last >= elements.size):
+        raise AvjaxError(f"{name}: shape {shape}, strides {strides} from {offset} exceed a storage of {elements.size}")
+    in_bytes = [s * elements.itemsize for s in strides]
+    try:
+        return np.lib.stride_tricks.as_strided(elements[offset:], shape, in_bytes, writeable=False)
+    except ValueError as error:
+        raise AvjaxError(f"{name}: {error}") from error
+
+
+_READERS: Mapping[str, Callable[[Path], Tensors]] = {".safetensors": _safetensors, ".onnx": _onnx, ".bin": _bin}

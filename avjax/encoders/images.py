@@ -1,0 +1,137 @@
+"""Pictures as image encoders want them: resized, cropped, rescaled and normalised as the checkpoint's
+preprocessor_config.json says, equal to the image processors of transformers (their Pillow backend)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from avjax.errors import AvjaxError
+
+_HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_CLIP = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+_BILINEAR, _BICUBIC = 2, 3  # the hub's files number Pillow's filters
+_ALWAYS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+_SQUARE = {"size": 224, "default_to_square": True, "resample": _BILINEAR, "do_center_crop": False}
+_SHORTEST = {
+    "size": 224,
+    "default_to_square": False,
+    "resample": _BICUBIC,
+    "do_center_crop": True,
+    "crop_size": 224,
+}
+# What each step cannot do without.
+_NEEDED = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}
+# What each processor does where its file is silent.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ViTImageProcessor": _ALWAYS | _SQUARE | _HALF,
+    "BitImageProcessor": _ALWAYS | _SHORTEST | _CLIP,
+    "CLIPImageProcessor": _ALWAYS | _SHORTEST | _CLIP,
+}
+
+
+def prepare(
+    images: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any], processor: str = "ViTImageProcessor"
+) -> np.ndarray:
+    """Preprocesses pictures.
+
+    Args:
+      images: RGB pictures, uint8: (n, height, width, 3), or n arrays (height, width, 3) of any sizes.
+      settings: the contents of preprocessor_config.json.
+      processor: the key of DEFAULTS to follow where `settings` do not name their processor.
+    Returns:
+      (n, height, width, 3) float32.
+    Raises:
+      AvjaxError: pictures of another kind, none, or of different sizes in the end; or settings that are not computed.
+    """
+    settings = _filled(settings, processor)
+    for image in images:
+        _check(image)
+    pixels = [_framed(image, settings) for image in images]
+    if len(sizes := {p.shape for p in pixels}) != 1:
+        raise AvjaxError(f"{len(pixels)} pictures, after resizing of sizes {sorted(sizes)}: expected one size for all")
+    return _scaled(np.stack(pixels), settings)
+
+
+def _filled(settings: Mapping[str, Any], processor: str) -> dict[str, Any]:
+    """`settings` over the defaults of their processor; a null in them stays, and turns a step off."""
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or processor
+    kind = named.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
+    if kind not in DEFAULTS:
+        raise AvjaxError(f"image processor {named!r} is not known; known are {', '.join(DEFAULTS)}")
+    if settings.get("do_pad"):
+        raise AvjaxError("preprocessor_config.json asks for do_pad, which is not computed; pictures are cropped only")
+    filled = DEFAULTS[kind] | dict(settings)
+    absent = [key for step, keys in _NEEDED.items() if filled[step] for key in keys if filled.get(key) is None]
+    if absent:
+        raise AvjaxError(f"preprocessor_config.json of a {kind} lacks {', '.join(absent)}")
+    return filled
+
+
+def _check(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
+        raise AvjaxError(
+            f"a picture {image.shape} {image.dtype}: expected RGB (height, width, 3) uint8; repeat the channel of a "
+            "grey picture three times, drop the fourth channel of one with transparency"
+        )
+
+
+def _framed(image: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
+    """The picture resized and cropped, still uint8."""
+    if settings["do_resize"]:
+        image = _resized(image, _target(image.shape[:2], settings), settings["resample"])
+    if settings["do_center_crop"]:
+        image = _cropped(image, _sides(settings["crop_size"]))
+    return image
+
+
+def _target(size: tuple[int, int], settings: Mapping[str, Any]) -> tuple[int, int]:
+    """What (height, width) a picture of `size` is to get."""
+    wanted = settings["size"]
+    if isinstance(wanted, int) and not settings["default_to_square"]:
+        wanted = {"shortest_edge": wanted}
+    if isinstance(wanted, int) or set(wanted) != {"shortest_edge"}:
+        return _sides(wanted)
+    short, (height, width) = wanted["shortest_edge"], size
+    if width <= height:
+        return int(short * height / width), short
+    return short, int(short * width / height)
+
+
+def _sides(size: int | Mapping[str, int]) -> tuple[int, int]:
+    """(height, width) of a size as preprocessor_config.json writes it."""
+    if isinstance(size, int):
+        return size, size
+    if set(size) != {"height", "width"}:
+        raise AvjaxError(f"size {size} in preprocessor_config.json: expected height and width, or shortest_edge alone")
+    return size["height"], size["width"]
+
+
+def _resized(image: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling(resample)))
+
+
+def _cropped(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The middle of the picture; black around it where it is too small."""
+    lacks = [max(want - have, 0) for want, have in zip(size, image.shape[:2], strict=True)]
+    image = np.pad(image, [*((n - n // 2, n // 2) for n in lacks), (0, 0)])
+    top, left = ((have - want) // 2 for want, have in zip(size, image.shape[:2], strict=True))
+    return image[top : top + size[0], left : left + size[1]]
+
+
+def _scaled(pixels: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
+    factor = settings["rescale_factor"] if settings["do_rescale"] else 1
+    levels = (np.arange(256) * factor).astype(np.float32)  # one product for each level, not for each pixel
+    if not settings["do_normalize"]:
+        return levels[pixels]
+    return (levels[pixels] - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])

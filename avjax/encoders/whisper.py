@@ -1,0 +1,229 @@
+"""The encoder of Whisper (Radford et al. 2023): log-mel spectra of speech → one vector for every 20 ms.
+
+The original pads all sound to 30 s; here it keeps its true length, and 30 s of it give exactly what the original gives.
+A shorter sound gives what the original gives when it is built for that length, with the first rows of its positions.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avjax.encoders import base, weights
+from avjax.encoders.base import Inputs
+from avjax.errors import AvjaxError
+from avjax.layers import PreNormBlock, Project
+
+INPUTS = Inputs("log-mel spectra (batch, bins, frames)", rank=3, length_axis=2, prefix=True, least=16)
+
+_SAMPLE_RATE = 16000  # Hz
+_FFT, _HOP = 400, 160  # samples
+_CENTRE = _FFT // 2  # samples of padding at both ends, so that frames are centred on multiples of the hop
+# What `prepare` computes of the preprocessor's choices; other values are refused.
+_FIXED = {"sampling_rate": _SAMPLE_RATE, "n_fft": _FFT, "hop_length": _HOP, "dither": 0.0, "do_normalize": False}
+_EPS = 1e-5  # of layer normalisation; the original has no other
+
+
+@dataclasses.dataclass(frozen=True)
+class WhisperConfig:
+    """Architecture of a checkpoint's encoder; widths in numbers of units."""
+
+    bins: int  # mel bands
+    width: int
+    layers: int
+    heads: int
+    inner: int  # width of the feed-forward layer
+    positions: int  # the most features of one input
+    activation: str  # of the feed-forward layers; the convolutions always have GELU
+
+    @classmethod
+    def from_hub(cls, config: Mapping[str, Any]) -> "WhisperConfig":
+        """Reads the contents of the hub's config.json.
+
+        Raises:
+          AvjaxError: a value is missing or not computed here.
+        """
+        read = base.read({"activation_function": "gelu"} | config, _KEYS)
+        base.activation(read["activation"])
+        return cls(**read)
+
+    @property
+    def longest(self) -> int:
+        """The longest input, in frames of 10 ms."""
+        return 2 * self.positions
+
+    def steps(self, length: int) -> int:
+        """How many features an input of `length` frames has."""
+        return (length + 1) // 2
+
+
+_KEYS = {
+    "bins": "num_mel_bins",
+    "width": "d_model",
+    "layers": "encoder_layers",
+    "heads": "encoder_attention_heads",
+    "inner": "encoder_ffn_dim",
+    "positions": "max_source_positions",
+    "activation": "activation_function",
+}
+
+
+class Whisper(nn.Module):
+    """The encoder without the decoder. Params are float32; `dtype` is that of the matrix products.
+
+    `layer` is how many blocks are computed; None = all.
+    """
+
+    config: WhisperConfig
+    dtype: jnp.dtype = jnp.float32
+    layer: int | None = None
+
+    @nn.compact
+    def __call__(self, spectra: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps log-mel spectra (b, bins, l) under mask (b, l) bool to hidden states (b, s, d) and their mask (b, s).
+
+        s = (l + 1) // 2, and a row of n real frames has (n + 1) // 2 real steps. Padding may only follow what is real.
+        Hidden states are in `dtype`.
+
+        Raises:
+          AvjaxError: l exceeds the longest input, or the number of bins is not the config's.
+        """
+        c = self.config
+        if spectra.shape[1] != c.bins or spectra.shape[2] > c.longest:
+            raise AvjaxError(f"spectra {spectra.shape}: expected (batch, {c.bins}, up to {c.longest} frames); cut them")
+        x = jnp.where(mask[..., None], jnp.swapaxes(spectra, 1, 2), 0)  # b l bins
+        x = self._convolved("conv1", _neighbours(x))
+        # The first convolution writes its bias over the padding; the second must find zeros there.
+        x = self._convolved("conv2", _neighbours_of_even(jnp.where(mask[..., None], x, 0)))  # b s d
+        mask = mask[:, ::2]
+        x += nn.Embed(c.positions, c.width, self.dtype, name="positions")(jnp.arange(x.shape[1]))[None]
+        layers = base.known_layer(self.layer, c.layers)
+        for i in range(layers):
+            activation = base.activation(c.activation)
+            block = PreNormBlock(c.heads, c.inner, activation, _EPS, self.dtype, ("key",), name=f"block_{i}")
+            x = block(x, mask)
+        if layers == c.layers:
+            x = nn.LayerNorm(_EPS, self.dtype, use_fast_variance=False, name="norm")(x)
+        return x, mask
+
+    def _convolved(self, name: str, windows: jax.Array) -> jax.Array:
+        # As one matrix product over the whole window: 1-D convolutions are slow on CPU.
+        product = Project((self.config.width,), inputs=2, dtype=self.dtype, name=name)
+        return nn.gelu(product(windows), approximate=False)
+
+
+def _neighbours(x: jax.Array) -> jax.Array:
+    """Each step of x (b, l, d) between the step before and the step after, zeros beyond the ends: (b, l, 3, d)."""
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
+    return jnp.stack([padded[:, :-2], x, padded[:, 2:]], 2)
+
+
+def _neighbours_of_even(x: jax.Array) -> jax.Array:
+    """The even steps of `_neighbours(x)`: (b, (l + 1) // 2, 3, d)."""
+    batch, length, width = x.shape
+    pairs = jnp.pad(x, ((0, 0), (0, length % 2), (0, 0))).reshape(batch, -1, 2, width)  # even step, odd step
+    before = jnp.pad(pairs[:, :, 1:], ((0, 0), (1, 0), (0, 0), (0, 0)))[:, :-1]
+    return jnp.concatenate([before, pairs], 2)
+
+
+def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Whisper:
+    """The module for the contents of a hub's config.json."""
+    return Whisper(WhisperConfig.from_hub(config), dtype, layer)
+
+
+def shapes(config: WhisperConfig) -> dict[str, Any]:
+    """The params of `Whisper(config)` as shapes, without computing them."""
+    spectra = jax.ShapeDtypeStruct((1, config.bins, 2), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
+    return jax.eval_shape(Whisper(config).init, jax.random.key(0), spectra, mask)["params"]
+
+
+_NAMES = {
+    "positions": "embed_positions",
+    "norm": "layer_norm",
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "attention_norm": "self_attn_layer_norm",
+    "block/norm": "final_layer_norm",
+    "up": "fc1",
+    "down": "fc2",
+}
+# The decoder, and the heads of transcription and of audio classification.
+IGNORED = re.compile(r"^(decoder|proj_out|projector|classifier)\.|^layer_weights$")
+
+
+def convert(tensors: Mapping[str, np.ndarray], config: WhisperConfig) -> dict[str, Any]:
+    """Params of `Whisper(config)` out of the tensors of a PyTorch checkpoint, with or without its model's prefix.
+
+    Raises:
+      AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
+    """
+    plain = {name.removeprefix("model.").removeprefix("encoder."): tensor for name, tensor in tensors.items()}
+    return weights.convert(plain, shapes(config), _torch_name, IGNORED)
+
+
+def _torch_name(path: str) -> str:
+    block, _, rest = path.partition("/")
+    if not rest:
+        return _NAMES.get(path, path)
+    name = _NAMES["block/norm" if rest == "norm" else rest]
+    return f"layers.{block.removeprefix('block_')}.{name}"
+
+
+def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-mel spectra of sound at its true length, as transformers' WhisperFeatureExtractor makes them of one clip.
+
+    Args:
+      raw: mono waveforms, each (samples,), at 16 kHz. Beyond the preprocessor's `chunk_length` (30 s) they are cut.
+        Below 400 samples, the window of one frame, they are filled up with zeros; a waveform of none has no frame.
+      settings: contents of preprocessor_config.json; {} = the defaults of the original.
+    Returns:
+      spectra (batch, bins, frames) float32, a frame every 10 ms, and mask (batch, frames); zeros under the mask.
+    Raises:
+      AvjaxError: a waveform is not mono, or the settings ask for what is not computed here.
+    """
+    for key, value in _FIXED.items():
+        if settings.get(key, value) != value:
+            raise AvjaxError(f"preprocessor_config.json: {key} is {settings[key]}, but only {value} is computed")
+    bins = settings.get("feature_size", 80)
+    longest = settings.get("chunk_length", 30) * _SAMPLE_RATE
+    spectra = [_log_mel(waveform[:longest], bins) for waveform in raw]
+    lengths = np.array([s.shape[1] for s in spectra], int)
+    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    inputs = np.zeros((len(raw), bins, mask.shape[1]), np.float32)
+    for row, spectrum in zip(inputs, spectra, strict=True):
+        row[:, : spectrum.shape[1]] = spectrum
+    return inputs, mask
+
+
+def _log_mel(waveform: np.ndarray, bins: int) -> np.ndarray:
+    """The log-mel spectrum (bins, samples // 160) of a waveform (samples,)."""
+    if waveform.ndim != 1:
+        raise AvjaxError(f"a waveform has shape {waveform.shape}, expected mono sound (samples,) at 16 kHz")
+    if not waveform.size:
+        return np.zeros((bins, 0))
+    filled = np.pad(waveform.astype(np.float32), (0, max(0, _FFT - waveform.size)))
+    centred = np.pad(filled, _CENTRE, mode="reflect")
+    # The original drops the last frame, which is centred on the end of the sound.
+    frames = np.lib.stride_tricks.sliding_window_view(centred, _FFT)[: filled.size // _HOP * _HOP : _HOP]
+    window = np.hanning(_FFT + 1)[:-1]  # periodic; in float64, and so is all that follows
+    power = np.square(np.abs(np.fft.rfft(frames * window)))
+    log_mel = np.log10(np.maximum(_mel_filters(bins) @ power.T, 1e-10))
+    return (np.maximum(log_mel, log_mel.max() - 8) + 4) / 4
+
+
+@functools.cache
+def _mel_filters(bins: int) -> np.ndarray:
+    """The mel filters (bins, 201) of Slaney's Auditory Toolbox, 0 to 8 kHz."""
+    from transformers.audio_utils import mel_filter_bank
+
+    limits = {"min_frequency": 0.0, "max_frequency": _SAMPLE_RATE / 2}
+    return mel_filter_bank(_CENTRE + 1, bins, **limits, sampling_rate=_SAMPLE_RATE, norm="slaney", mel_scale="slaney").T
