@@ -3,25 +3,31 @@
 Each stage stages its work clip by clip in the feature store, so a killed extraction goes on where it was.
 """
 
+import functools
 import hashlib
 import importlib.util
+import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from avjax import datasets, features, progress, workers
 from avjax.datasets import store as stores
 from avjax.datasets.base import Clip
-from avjax.errors import AvjaxError, UnusableMedia
+from avjax.errors import AvjaxError
+from avjax.files import write_text
 from avjax.media.faces import FaceTracker
+from avjax.progress import Stopwatch
 from avjax.source import trouble
 from avjax.text import template
 
 CLIP_SECONDS = 120.0
-# A clip, and the keys under which its video and its audio are staged.
-Measured = tuple[Clip, str, str]
+# A clip, and the keys under which its features are staged: feature → key.
+Measured = tuple[Clip, dict[str, str]]
 _MEDIA = ("av", "mediapipe", "pebble")  # packages of avjax[media] without which nothing can be measured
 
 
@@ -44,7 +50,7 @@ def extract(
     Raises:
       AvjaxError: the data set is not there, weights cannot be had, or no clip can be used.
     """
-    console = Console(soft_wrap=True, markup=False)
+    console, clock, begun = Console(soft_wrap=True, markup=False), Stopwatch(), time.perf_counter()
     place = stores.place(dataset, out)
     settings = features.preset(preset)
     with stores.Store(place).locked(dataset) as store:
@@ -54,7 +60,7 @@ def extract(
             rejected = [(r["clip_id"], r["reason"]) for r in store.read_table("quarantine.csv", ("clip_id", "reason"))]
         else:
             corpus = datasets.index(dataset, root)
-            measured, failed = measure_all(corpus.clips, settings, store, console, processes, clip_seconds)
+            measured, failed = measure_all(corpus.clips, settings, store, console, clock, processes, clip_seconds)
             rejected = [*corpus.rejected, *failed]
             store.write_table("quarantine.csv", ("clip_id", "reason"), rejected)
         # ---- Sentences --------------------------------------------------------------------------------------------
@@ -63,9 +69,11 @@ def extract(
             raise AvjaxError(f"no clip of {corpus.name} can be used; {first} (all reasons: {place / 'quarantine.csv'})")
         sentences = _sentences(measured, store, console)
         # ---- Text encoder -----------------------------------------------------------------------------------------
-        texts = encode_all(sentences, settings, store, console)
+        measured = encode_all(measured, sentences, settings, store, console, clock)
         # ---- Packed view ------------------------------------------------------------------------------------------
-        _pack(corpus, measured, rejected, sentences, texts, store, preset, console)
+        with clock("packing"):
+            _pack(corpus, measured, rejected, sentences, settings, store, preset, console)
+        _report(measured, store, preset, clock, time.perf_counter() - begun, console)
     index = stores.read_index(place)["presets"][preset]
     counts = index["counts"]
     console.print(
@@ -81,20 +89,33 @@ def measure_all(
     settings: features.Preset,
     store: stores.Store,
     console: Console,
+    clock: Stopwatch,
     processes: int = 0,
     clip_seconds: float = CLIP_SECONDS,
 ) -> tuple[list[Measured], list[tuple[str, str]]]:
-    """Measures picture and sound of what is not staged yet; `processes` and `clip_seconds` as in `extract`.
+    """Measures and encodes picture and sound of what is not staged yet; `processes`, `clip_seconds` as in `extract`.
+
+    Worker processes decode and measure while this one encodes. `clock` is told the seconds of all of them, added up.
 
     Returns:
       what was measured, and (clip id, reason) of each clip that cannot be used, both in the order of the clips.
     Raises:
-      AvjaxError: a package or the face landmarker is missing, or the store cannot be written.
+      AvjaxError: a package or weights are missing, or the store cannot be written.
     """
     need_media()
+    from avjax import encoding  # here: it brings JAX, which the workers do not need
+    from avjax.encoders import weights
+
     model = features.landmarker()
-    planned, reasons = _planned(clips, settings, store, model)
-    todo = [p for p in planned if not (store.has(p[0].id, "video", p[1]) and store.has(p[0].id, "audio", p[2]))]
+    landmarker = weights.sha256(model)
+    stages = encoding.stages(settings, store, clock, landmarker)
+    made_by = {
+        "video": store.record(features.provenance("video", settings, face_landmarker=landmarker)),
+        "audio": store.record(features.provenance("audio", settings)),
+    } | {feature: stage.key for feature, stage in stages.items()}
+    planned, reasons = _planned(clips, made_by)
+    lacking = [(clip, keys, [f for f in keys if not store.has(clip.id, f, keys[f])]) for clip, keys in planned]
+    todo = [job for job in lacking if job[2]]
     if len(todo) < len(planned):
         console.print(f"{len(planned)} clips, {len(planned) - len(todo)} measured already")
     done = workers.each(
@@ -105,27 +126,29 @@ def measure_all(
         setup=_set_up,
         arguments=(store.root, settings, model),
     )
-    for (clip, *_), reason in progress.bar(done, len(todo), "picture and sound", console):
-        if reason:
-            reasons[clip.id] = reason
+    for (clip, keys, lacks), answer in progress.bar(done, len(todo), "picture and sound", console):
+        if isinstance(answer, workers.Failure):
+            reasons[clip.id] = answer.reason
+        else:
+            made, seconds = answer
+            clock.update(seconds)
+            _encode_one(clip, keys, lacks, made, settings, stages)
+    for stage in stages.values():
+        stage.close()
     # In the order of the clips, not in that of the workers, so that the same run gives the same tables.
     rejected = [(clip.id, reasons[clip.id]) for clip in clips if clip.id in reasons]
     return [p for p in planned if p[0].id not in reasons], rejected
 
 
-def _planned(clips: Iterable[Clip], settings, store, model: Path) -> tuple[list[Measured], dict[str, str]]:
+def _planned(clips: Iterable[Clip], made_by: Mapping[str, str]) -> tuple[list[Measured], dict[str, str]]:
     """The clips whose files can be read, with the keys of what is to be staged; and clip id → reason of the others."""
-    from avjax.encoders import weights  # here: it brings JAX, which the workers do not need
-
-    video = store.record(features.provenance("video", settings, face_landmarker=weights.sha256(model)))
-    audio = store.record(features.provenance("audio", settings))
     planned, reasons = [], {}
     for clip in clips:
         source, reason = _source(clip)
         if reason:
             reasons[clip.id] = reason
         else:
-            planned.append((clip, f"{video}-{source}", f"{audio}-{source}"))
+            planned.append((clip, {feature: f"{key}-{source}" for feature, key in made_by.items()}))
     return planned, reasons
 
 
@@ -138,6 +161,28 @@ def _source(clip: Clip) -> tuple[str, str]:
         return features.source_key(clip), ""
     except OSError as error:  # it was there a moment ago
         return "", f"cannot be read: {error.strerror}"
+
+
+def _encode_one(clip: Clip, keys: Mapping[str, str], lacks: Sequence[str], made, settings, stages) -> None:
+    """Hands what a worker brought to the encoders; `made`: feature → raw input, and what else its features need."""
+    for feature in (f for f in lacks if f in stages):
+        raw, known = made[feature]
+        finish = functools.partial(_FINISH[feature], settings, known)
+        if raw is None:
+            stages[feature].nothing(clip.id, keys[feature], finish)
+        else:
+            stages[feature].add(clip.id, keys[feature], raw, finish)
+
+
+def _finish_image(settings, found: np.ndarray, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    return features.of_frames(encoded, found)
+
+
+def _finish_sound(settings, seconds: float, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    return features.of_sound(encoded[real], seconds, settings.sound.per_second)
+
+
+_FINISH = {"image": _finish_image, "sound": _finish_sound}
 
 
 def need_media() -> None:
@@ -156,17 +201,27 @@ def _set_up(root: Path, settings, model: Path) -> None:
     _SHARED = stores.Store(root), settings, FaceTracker(model)
 
 
-def _measure_one(planned) -> str:
-    """In a worker: measures and stages a clip; returns why it cannot be used, or ""."""
-    clip, video_key, audio_key = planned
+def _measure_one(job) -> tuple[dict[str, tuple], dict[str, float]]:
+    """In a worker: measures and stages a clip.
+
+    Returns:
+      for each encoder that is still to see the clip, its raw input and what else its features need: the frames with a
+      face, the seconds of sound; and seconds by what they were spent on.
+    Raises:
+      UnusableMedia: the clip cannot be used.
+    """
+    clip, keys, lacks = job
     store, settings, tracker = _SHARED
-    try:
-        made = features.measure(clip, settings, tracker)
-    except UnusableMedia as error:
-        return str(error)
-    store.put(clip.id, "video", video_key, made["video"])
-    store.put(clip.id, "audio", audio_key, made["audio"])
-    return ""
+    clock = Stopwatch()
+    staged = {f: store.get(clip.id, f, keys[f]) for f in ("video", "audio") if f not in lacks}
+    made, raw = features.measure(clip, settings, tracker, clock, staged, lacks)
+    with clock("writing"):
+        for feature in made.keys() & set(lacks):
+            store.put(clip.id, feature, keys[feature], made[feature])
+    found, samples = made["video"]["video_mask"], raw.samples
+    seconds = 0.0 if samples is None else len(samples) / features.audio.SAMPLE_RATE
+    needed = {"image": (raw.crops, found), "sound": (None if samples is None else [samples], seconds)}
+    return needed, dict(clock)
 
 
 def _sentences(measured: Sequence[Measured], store, console) -> dict[str, dict[str, str]]:
@@ -186,13 +241,13 @@ def _sentences(measured: Sequence[Measured], store, console) -> dict[str, dict[s
 def describe_all(measured: Sequence[Measured], store: stores.Store) -> dict[str, dict[str, str]]:
     """The sentences that the measurements make: clip id → text source (`features.TEXTS`) → sentence."""
     # Only what sentences need: all features of thousands of clips would fill the memory.
-    pictures = {c.id: store.get(c.id, "video", v, "au", "video_mask") for c, v, _ in measured}
-    sounds = {c.id: store.get(c.id, "audio", a, "prosody") for c, _, a in measured}
-    usual = features.speaker_pitch((c.speaker, float(sounds[c.id]["prosody"][0])) for c, *_ in measured)
+    pictures = {c.id: store.get(c.id, "video", keys["video"], "au", "video_mask") for c, keys in measured}
+    sounds = {c.id: store.get(c.id, "audio", keys["audio"], "prosody") for c, keys in measured}
+    usual = features.speaker_pitch((c.speaker, float(sounds[c.id]["prosody"][0])) for c, _ in measured)
     return {
         c.id: features.describe(pictures[c.id], sounds[c.id], c.transcript, usual.get(c.speaker))
         | {"constant": template.CONSTANT}
-        for c, *_ in measured
+        for c, _ in measured
     }
 
 
@@ -204,16 +259,22 @@ def _hash(sentences: dict[str, str]) -> str:
 
 
 def encode_all(
-    sentences: Mapping[str, Mapping[str, str]], settings: features.Preset, store: stores.Store, console: Console
-) -> dict[str, str]:
-    """Encodes the sentences that are not staged yet; returns clip id → key of its staged text.
+    measured: Sequence[Measured],
+    sentences: Mapping[str, Mapping[str, str]],
+    settings: features.Preset,
+    store: stores.Store,
+    console: Console,
+    clock: Stopwatch,
+) -> list[Measured]:
+    """Encodes the sentences that are not staged yet; returns `measured` with the keys of the staged texts.
 
     Raises:
       AvjaxError: the text encoder's weights cannot be had, or the store cannot be written.
     """
+    from avjax import encoding
     from avjax.encoders import load
 
-    encoder = load(settings.text_encoder)
+    encoder = load(settings.text.source, layer=settings.text.layer)
     made_by = store.record(features.provenance("text", settings, **encoder.provenance))
     keys = {
         i: f"{made_by}-{hashlib.sha256(repr(sorted(s.items())).encode()).hexdigest()[:12]}"
@@ -223,48 +284,67 @@ def encode_all(
     for clip_id in progress.bar(todo, len(todo), "sentences", console):
         # One clip at a time: the last bits depend on the batch, which must not depend on where a run was stopped.
         flat = [sentences[clip_id][s] for s in features.TEXTS]
-        tokens = features.encode_texts(encoder, flat, settings.max_tokens)
-        store.put(clip_id, "text", keys[clip_id], dict(zip(features.TEXTS, tokens, strict=True)))
-    return keys
+        with clock(settings.text.source):
+            tokens = features.encode_texts(encoder, flat, settings.max_tokens)
+        encoding.note_precision(
+            store, made_by, encoder, np.concatenate(tokens), functools.partial(_exact, flat, settings)
+        )
+        with clock("writing"):
+            staged = {s: x.astype(features.ENCODED) for s, x in zip(features.TEXTS, tokens, strict=True)}
+            store.put(clip_id, "text", keys[clip_id], staged)
+    return [(clip, known | {"text": keys[clip.id]}) for clip, known in measured]
+
+
+def _exact(texts: Sequence[str], settings: features.Preset) -> np.ndarray:
+    """The token features of texts in float32 all the way, (n, d)."""
+    from avjax.encoders import load
+
+    encoder = load(settings.text.source, layer=settings.text.layer, dtype="float32")
+    return np.concatenate(features.encode_texts(encoder, texts, settings.max_tokens))
 
 
 def examples(
     measured: Iterable[Measured],
     sentences: Mapping[str, Mapping[str, str]],
-    texts: Mapping[str, str],
+    settings: features.Preset,
     store: stores.Store,
 ) -> Iterator[dict[str, object]]:
-    """The staged features put together clip by clip (see `features.example`); `texts` as `encode_all` gives them."""
-    for clip, video, audio in measured:
-        yield features.example(
-            clip,
-            store.get(clip.id, "video", video),
-            store.get(clip.id, "audio", audio),
-            store.get(clip.id, "text", texts[clip.id]),
-            sentences[clip.id],
-        )
+    """The staged features put together clip by clip (see `features.example`); `measured` as `encode_all` gives it."""
+    for clip, keys in measured:
+        staged = {feature: store.get(clip.id, feature, key) for feature, key in keys.items()}
+        yield features.example(clip, settings, staged, sentences[clip.id])
 
 
-def _pack(corpus, measured, rejected: list, sentences: dict, texts: dict, store, preset: str, console) -> None:
-    clips = [c for c, *_ in measured]
-    staged = {c.id: [v, a, texts[c.id]] for c, v, a in measured}
-    recipe = stores.recipe(corpus, clips, [len(rejected), staged])
+def _pack(corpus, measured, rejected: list, sentences: dict, settings, store, preset: str, console) -> None:
+    clips, staged = [c for c, _ in measured], {c.id: keys for c, keys in measured}
+    recipe = stores.recipe(corpus, clips, [len(rejected), staged, settings.face])
     if store.is_packed(preset, recipe):
         return
     console.print(f"packing {len(clips)} clips")
-    counts = {
-        "used": len(clips),
-        "quarantined": len(rejected),
-        "masked_audio": sum(not store.get(c.id, "audio", a, "audio_mask")["audio_mask"].any() for c, _, a in measured),
-        "masked_video": sum(not store.get(c.id, "video", v, "video_mask")["video_mask"].any() for c, v, _ in measured),
+    masks = {"audio": "audio_mask", "video": "video_mask"}
+    counts = {"used": len(clips), "quarantined": len(rejected)} | {
+        f"masked_{f}": sum(not store.get(c.id, f, keys[f], mask)[mask].any() for c, keys in measured)
+        for f, mask in masks.items()
     }
-    records = examples(measured, sentences, texts, store)
-    about = {"counts": counts, "staged": staged, "made_by": made_by(measured[0], texts)}
+    records = examples(measured, sentences, settings, store)
+    about = {"counts": counts, "staged": staged, "made_by": made_by(measured[0])}
     store.pack(corpus, clips, preset, records, recipe, about)
 
 
-def made_by(measured: Measured, texts: Mapping[str, str]) -> dict[str, str]:
+def made_by(measured: Measured) -> dict[str, str]:
     """The keys of the provenance records that the features of a clip have, and all of its set: feature → key."""
-    clip, video, audio = measured
-    keys = {"video": video, "audio": audio, "text": texts[clip.id]}
-    return {feature: key.partition("-")[0] for feature, key in keys.items()}
+    return {feature: key.partition("-")[0] for feature, key in measured[1].items()}
+
+
+def _report(measured: Sequence[Measured], store, preset: str, clock: Stopwatch, wall: float, console) -> None:
+    """Prints and keeps what the time was spent on, where anything was measured."""
+    if "decoding" not in clock:
+        return
+    played = sum(float(store.get(c.id, "audio", keys["audio"], "seconds")["seconds"]) for c, keys in measured)
+    about = {"preset": preset, "clips": len(measured), "seconds_of_sound": played, "seconds": wall}
+    write_text(store.root / "timings.json", json.dumps(about | {"spent": dict(clock)}, indent=1))
+    split = ", ".join(f"{what} {seconds:.1f}" for what, seconds in clock.most_common())
+    console.print(
+        f"{wall:.1f} s for {played:.0f} s of sound: {played / wall:.1f} x real time. Seconds spent, "
+        f"worker processes added up: {split}"
+    )

@@ -22,6 +22,7 @@ from avjax.datasets import store as stores
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
 from avjax.models.base import Model
+from avjax.progress import Stopwatch
 from avjax.source import shown
 
 # What is taken from a folder; a file that is named itself is tried whatever its name.
@@ -136,15 +137,16 @@ def predict(
     settings = features.preset(run.preset)
     with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
         store = stores.Store(Path(folder))
-        measured, rejected = extraction.measure_all(clips, settings, store, console, clip_seconds=clip_seconds)
+        clock = Stopwatch()
+        measured, rejected = extraction.measure_all(clips, settings, store, console, clock, clip_seconds=clip_seconds)
         if not measured:
             return [], rejected
         sentences = extraction.describe_all(measured, store)
-        texts = extraction.encode_all(sentences, settings, store, console)
-        _check_made_by(run, extraction.made_by(measured[0], texts))
-        examples = list(extraction.examples(measured, sentences, texts, store))
+        measured = extraction.encode_all(measured, sentences, settings, store, console, clock)
+        _check_made_by(run, extraction.made_by(measured[0]))
+        examples = list(extraction.examples(measured, sentences, settings, store))
         missing = [_missing(m, sentences[m[0].id][run.text_source], store) for m in measured]
-    shares = probabilities(run, _features(run, [c for c, *_ in measured], examples))
+    shares = probabilities(run, _features(run, [c for c, _ in measured], examples))
     answers = [
         Prediction(
             file=clip.id,
@@ -152,7 +154,7 @@ def predict(
             sentence=sentences[clip.id][run.text_source],
             missing=lacking,
         )
-        for (clip, *_), row, lacking in zip(measured, shares, missing, strict=True)
+        for (clip, _), row, lacking in zip(measured, shares, missing, strict=True)
     ]
     return answers, rejected
 
@@ -233,10 +235,10 @@ def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> s
 
 
 def _missing(measured: extraction.Measured, sentence: str, store: stores.Store) -> dict[str, str]:
-    clip, video, audio = measured
+    clip, keys = measured
     why = {
-        "picture": str(store.get(clip.id, "video", video, "why")["why"]),
-        "sound": str(store.get(clip.id, "audio", audio, "why")["why"]),
+        "picture": str(store.get(clip.id, "video", keys["video"], "why")["why"]),
+        "sound": str(store.get(clip.id, "audio", keys["audio"], "why")["why"]),
         "sentence": "" if sentence else "nothing to say: no face and no voice was measured",
     }
     return {what: reason for what, reason in why.items() if reason}
@@ -244,7 +246,7 @@ def _missing(measured: extraction.Measured, sentence: str, store: stores.Store) 
 
 def _check_made_by(run: Run, now: Mapping[str, str]) -> None:
     """Whether the features are made as those were that the run was trained on: settings, weights, code."""
-    if other := [feature for feature, key in now.items() if run.made_by[feature] != key]:
+    if other := [feature for feature, key in now.items() if run.made_by.get(feature) != key]:
         raise AvjaxError(
             f"run {run.name} was trained on features made otherwise than now ({', '.join(other)}: other weights, or "
             "another version of avjax); extract and train again"

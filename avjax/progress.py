@@ -1,5 +1,8 @@
-"""The progress bar of long work."""
+"""Long work: the bar that shows how far it is, and the clock that tells what it spends its time on."""
 
+import collections
+import contextlib
+import time
 from collections.abc import Iterable, Iterator
 
 from rich import progress
@@ -24,3 +27,15 @@ def bar(items: Iterable, total: int, what: str, console: Console) -> Iterator:
             shown.advance(task)
             speed = shown.tasks[0].speed
             shown.update(task, rate=f"{speed:.1f} clips/s" if speed else "")
+
+
+class Stopwatch(collections.Counter):
+    """Seconds by what they were spent on: `with clock("decoding"): …`."""
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self[what] += time.perf_counter() - begun

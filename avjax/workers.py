@@ -1,5 +1,6 @@
 """Work in processes that may crash or hang without taking the run with them."""
 
+import dataclasses
 import multiprocessing
 import os
 import queue
@@ -8,8 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, UnusableMedia
+
+# Items under way for each process: enough that none waits for work.
+_UNDER_WAY = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why an item was given up."""
+
+    reason: str
 
 
 def each(
@@ -20,14 +32,15 @@ def each(
     seconds: float,
     setup: Callable,
     arguments: Sequence = (),
-) -> Iterator[tuple[object, str]]:
-    """Calls `function(item)` for every item in `count` processes; yields (item, reason), "" where it went well.
+) -> Iterator[tuple[object, object]]:
+    """Calls `function(item)` for every item in `count` processes; yields (item, answer), or (item, Failure).
 
     An item that takes longer than `seconds`, or at which the process dies, is given up with a reason; the others go
-    on. A process whose parent is gone ends itself.
+    on. Only so many items are under way at once that answers do not pile up before whoever takes them. A process whose
+    parent is gone ends itself.
 
     Args:
-      function: returns a reason, "" for success.
+      function: what it raises becomes a Failure; an UnusableMedia speaks for itself.
       setup: called once in each process with `arguments`.
     Raises:
       AvjaxError: `function` raised one, `setup` raised anything, or the processes die without an item: no item is to
@@ -45,33 +58,40 @@ def each(
     done = queue.SimpleQueue()
     with pool:
         try:
-            item_of = {}
-            for item in items:
-                future = pool.schedule(_call, args=[function, item], timeout=seconds)
-                item_of[future] = item
-                future.add_done_callback(done.put)
+            waiting, item_of = iter(items), {}
+
+            def schedule(more: int) -> None:
+                for item in islice(waiting, more):
+                    future = pool.schedule(_call, args=[function, item], timeout=seconds)
+                    item_of[future] = item
+                    future.add_done_callback(done.put)
+
+            schedule(_UNDER_WAY * count)
             for _ in items:
                 future = done.get()
-                yield item_of[future], _reason(future, seconds)
+                yield item_of.pop(future), _answer(future, seconds)
+                schedule(1)
         finally:
             pool.stop()
 
 
-def _reason(future, seconds: float) -> str:
+def _answer(future, seconds: float) -> object:
     from pebble import ProcessExpired
 
     try:
         return future.result()
     except TimeoutError:
-        return f"took longer than {seconds:g} s"
+        return Failure(f"took longer than {seconds:g} s")
     except ProcessExpired as error:
-        return f"its decoder crashed (exit status {error.exitcode})"
+        return Failure(f"its decoder crashed (exit status {error.exitcode})")
     except BrokenProcessPool as error:
         raise AvjaxError(f"the worker processes end by themselves ({error}); is memory short? try fewer") from error
+    except UnusableMedia as error:
+        return Failure(str(error))
     except AvjaxError:
         raise
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return Failure(f"{type(error).__name__}: {error}")
 
 
 def _begin(parent: int, setup: Callable, arguments: Sequence) -> None:
@@ -85,7 +105,7 @@ def _begin(parent: int, setup: Callable, arguments: Sequence) -> None:
         _unready = f"a worker process cannot start: {type(error).__name__}: {error}"
 
 
-def _call(function: Callable, item) -> str:
+def _call(function: Callable, item) -> object:
     if _unready:
         raise AvjaxError(_unready)
     return function(item)

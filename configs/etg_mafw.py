@@ -8,7 +8,8 @@ Paper:     WAR 60.78, UAR 44.27 (mean of five folds; end-to-end fine-tuned encod
 Here:      frozen encoders; not measured: the data set was not at hand. Demo corpus: README, "Two commands".
            Learning rate 1e-3 and batch 8: frozen encoders leave little to train, and so the demo corpus is learned in
            25 epochs (1e-4 or batch 32 leaves it half learned). Nothing was chosen on MAFW.
-Variants:  the rows of Tables III–VI and Figure 3 (`avjax.models.etg_aver.VARIANTS`), and the protocols below;
+Variants:  the rows of Tables III–VI and Figure 3 (`avjax.models.etg_aver.VARIANTS`), the protocols and the presets
+           below (the word of the extraction: lite, open, etg);
            several are joined by commas: `configs/etg_mafw.py:no_hlo,speaker_norm`.
 """
 
@@ -24,9 +25,14 @@ PROTOCOLS = {
     "enrol": {"protocol.standardise": "enrol"},
     # Nothing held out and nothing selected: all training clips, last epoch. For sets too small to give clips away.
     "all_clips": {"protocol.validation": 0.0, "protocol.select": "last"},
-    "lite": {"preset": "lite"},
 }
-TABLE = {name: {f"model.{k}": v for k, v in row.items()} for name, row in VARIANTS.items()} | PROTOCOLS
+# The features, by the word under which they were extracted.
+PRESETS = {
+    "lite": {"preset": "lite"},
+    "open": {"preset": "open"},
+    "etg": {"preset": "etg", "model.width": 768, "model.summary": "first"},
+}
+TABLE = {name: {f"model.{k}": v for k, v in row.items()} for name, row in VARIANTS.items()} | PROTOCOLS | PRESETS
 
 
 def base() -> ConfigDict:

@@ -3,13 +3,15 @@
 Command:   python -m avjax.extract --config configs/extract_mafw.py --config.data.root=MAFW --out F
 Data:      MAFW as it was downloaded: data/clips/*.mp4 and Train & Test Set/single/no_caption/set_{1..5}/.
 Variants:  lite (default): blendshapes, action units and head pose; log-mel, MFCC, pitch, energy; MiniLM tokens.
+           open: Whisper-base, ViT-S/14 beside the face measurements, MiniLM: encoders that can be had without the hub.
+           etg: the paper's data2vec-audio, ViT-B/16, DistilBERT, from the hub or `$AVJAX_WEIGHTS`.
 """
 
 from ml_collections import ConfigDict
 
 from avjax.config import with_variants
 
-PRESETS = {"lite": {"preset": "lite"}}
+PRESETS = {name: {"preset": name} for name in ("lite", "open", "etg")}
 
 
 def base() -> ConfigDict:

@@ -7,7 +7,7 @@ import numpy as np
 from avjax.datasets import store
 from avjax.datasets.base import Clip, Corpus, Task
 from avjax.datasets.store import Features
-from avjax.features import TEXTS, example
+from avjax.features import PRESETS, TEXTS, example
 
 SIZES = {"video": (6, 9), "audio": (11, 7), "text": (8, 12)}  # most steps, width
 
@@ -62,4 +62,5 @@ def _example(features: Features, i: int) -> dict[str, object]:
     sound = {"audio": steps["audio"][0], "audio_mask": steps["audio"][1]}
     sound |= {"prosody": np.zeros(3, np.float32), "seconds": np.array(1.0), "surface": np.zeros(2)}
     text = {s: x[mask] for s in TEXTS for x, mask in [steps[f"text_{s}"]]}
-    return example(features.clips[i], picture, sound, text, dict.fromkeys(TEXTS, f"sentence {features.ids[i]}"))
+    staged = {"video": picture, "audio": sound, "text": text}
+    return example(features.clips[i], PRESETS["lite"], staged, dict.fromkeys(TEXTS, f"sentence {features.ids[i]}"))

@@ -14,15 +14,16 @@ from avjax import config as configs
 from avjax.errors import AvjaxError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+PRESETS = ["lite", "open", "etg"]
 ETG = ["full", "no_hlo", "concat_text", "concat", "no_etg", "no_tmfef", "fusion_concat", "fusion_additive",
        "weights_equal", "weights_fusion", "text_audio", "text_video", "audio_only", "video_only", "text_only",
-       "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", "lite"]  # fmt: skip
+       "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", *PRESETS]  # fmt: skip
 # Of every file in configs/: its name, data set and variants.
 EXPECTED = {
     "configs/etg_folder.py": ("etg_folder", "folder", ETG),
     "configs/etg_mafw.py": ("etg_mafw", "mafw", ETG),
-    "configs/extract_folder.py": ("extract_folder", "folder", ["lite"]),
-    "configs/extract_mafw.py": ("extract_mafw", "mafw", ["lite"]),
+    "configs/extract_folder.py": ("extract_folder", "folder", PRESETS),
+    "configs/extract_mafw.py": ("extract_mafw", "mafw", PRESETS),
 }
 
 

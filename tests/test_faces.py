@@ -29,6 +29,10 @@ def made(images, rows, blendshapes=None):
     )
 
 
+def crops(frames, faces, **options):
+    return f.crops(frames, faces.found, faces.boxes, **options)
+
+
 def test_the_largest_face_comes_first():
     assert f.follow(boxes([box(0, 0, 10), box(50, 0, 30)])) == [1]
 
@@ -51,7 +55,7 @@ def test_crops_show_the_box_with_its_margin():
     image = np.zeros((100, 200, 3), np.uint8)
     image[40:60, 90:110] = 255
     frames = Frames(image[None], np.zeros(1))
-    crop = f.crops(frames, made(image[None], [box(90, 40, 20)]), size=60, margin=0.25)[0]
+    crop = crops(frames, made(image[None], [box(90, 40, 20)]), size=60, margin=0.25)[0]
     assert crop.shape == (60, 60, 3)
     assert crop[11:49, 11:49].min() == 255  # a 20-pixel face in a 30-pixel square
     assert crop[:9].max() == crop[:, 51:].max() == 0
@@ -59,14 +63,14 @@ def test_crops_show_the_box_with_its_margin():
 
 def test_shrinking_averages():
     image = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
-    crop = f.crops(Frames(image[None], np.zeros(1)), made(image[None], [box(0, 0, 400)]), size=20, margin=0.0)[0]
+    crop = crops(Frames(image[None], np.zeros(1)), made(image[None], [box(0, 0, 400)]), size=20, margin=0.0)[0]
     assert np.abs(crop.astype(float) - 127.5).max() < 25
 
 
 def test_a_tall_box_is_not_stretched():
     image = np.zeros((100, 100, 3), np.uint8)
     image[30:70, 40:60] = 255
-    crop = f.crops(Frames(image[None], np.zeros(1)), made(image[None], [(40, 30, 60, 70)]), size=40, margin=0.0)[0]
+    crop = crops(Frames(image[None], np.zeros(1)), made(image[None], [(40, 30, 60, 70)]), size=40, margin=0.0)[0]
     lit = crop[..., 0] > 127
     assert lit.all(1).sum() == 0
     assert (lit.any(1).sum(), lit.any(0).sum()) == (40, 20)
@@ -75,20 +79,17 @@ def test_a_tall_box_is_not_stretched():
 def test_beyond_the_picture_its_edge_is_repeated():
     image = np.full((50, 50, 3), 40, np.uint8)
     image[:, :5] = 200
-    crop = f.crops(Frames(image[None], np.zeros(1)), made(image[None], [box(-20, 10, 30)]), size=30, margin=0.0)[0]
+    crop = crops(Frames(image[None], np.zeros(1)), made(image[None], [box(-20, 10, 30)]), size=30, margin=0.0)[0]
     assert np.all(crop[:, :25] == 200)
     assert np.all(crop[:, 25:] == 40)
 
 
-def test_a_frame_without_a_face_is_zero_and_a_clip_without_any_is_its_middle():
+def test_a_frame_without_a_face_is_zero():
     images = np.full((2, 40, 80, 3), 9, np.uint8)
-    images[:, :, 20:60] = 77
-    frames = Frames(images, np.arange(2.0))
-    some, none = made(images, [box(10, 10, 20), None]), made(images, [None, None])
-    assert not some.fallback
-    assert not f.crops(frames, some, size=16)[1].any()
-    assert none.fallback
-    assert np.all(f.crops(frames, none, size=16) == 77)
+    some = made(images, [box(10, 10, 20), None])
+    shown, empty = crops(Frames(images, np.arange(2.0)), some, size=16)
+    assert shown.min() == 9
+    assert not empty.any()
 
 
 def units(values: dict[str, list[float]], steps: int) -> dict[str, np.ndarray]:
@@ -166,7 +167,7 @@ def test_a_real_face(tracker, java_sed):
     assert np.all(faces.pose[:, 5] < -1)  # and sits before it
     centres = (faces.boxes[:, :2] + faces.boxes[:, 2:]) / 2
     assert np.all(np.abs(centres - [180, 135]) < 60)
-    assert f.crops(frames, faces).shape == (6, 224, 224, 3)
+    assert crops(frames, faces).shape == (6, 224, 224, 3)
 
 
 @pytest.mark.weights
@@ -196,7 +197,7 @@ def test_frames_without_a_face_are_zero(tracker, java_sed):
     for rows in (faces.boxes, faces.blendshapes, faces.pose):
         assert not rows[2].any()
     nothing = tracker.track(Frames(np.zeros((2, 64, 64, 3), np.uint8), np.arange(2.0)))
-    assert nothing.fallback
+    assert not nothing.found.any()
 
 
 @pytest.mark.weights

@@ -12,6 +12,7 @@ from avjax import features
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError, UnusableMedia
 from avjax.media.faces import Faces
+from avjax.progress import Stopwatch
 from avjax.text import template
 
 LITE = features.PRESETS["lite"]
@@ -26,8 +27,24 @@ class NoFace:
         return faces._empty(len(frames.times), several=0)
 
 
-def measure(path, **columns):
-    return features.measure(Clip("c", path, "sad", **columns), LITE, NoFace())
+class Everywhere:
+    """A tracker that finds the same face in all frames but the second."""
+
+    def track(self, frames) -> Faces:
+        from avjax.media import faces
+
+        found = faces._empty(len(frames.times), several=0)
+        found.found[:] = True
+        found.boxes[:] = (4, 4, 24, 24)
+        found.found[1:2], found.boxes[1:2] = False, 0
+        return found
+
+
+def measure(path, tracker=None, staged=None, wanted=(), **columns):
+    clip = Clip("c", path, "sad", **columns)
+    made, raw = features.measure(clip, LITE, tracker or NoFace(), Stopwatch(), staged, wanted)
+    assert wanted or raw == features.Raw(None, None)
+    return (made, raw) if wanted else made
 
 
 def test_clip_with_picture_and_sound(tmp_path):
@@ -80,7 +97,7 @@ def test_part_of_a_file_is_on_its_own_clock(tmp_path):
     np.testing.assert_allclose(made["video"]["times"], np.arange(10) / 10, atol=0.01)
     assert made["audio"]["seconds"] == pytest.approx(1, abs=0.01)
     text = {s: np.zeros((1, 4), np.float32) for s in features.TEXTS}
-    record = features.example(Clip("c", path, "sad"), made["video"], made["audio"], text, dict.fromkeys(text, ""))
+    record = features.example(Clip("c", path, "sad"), LITE, made | {"text": text}, dict.fromkeys(text, ""))
     assert record["duration"] == pytest.approx(1, abs=0.01)
     assert record["speaker"] == ""
 
@@ -112,17 +129,82 @@ def test_source_key_changes_with_the_file_and_the_part(tmp_path):
         features.source_key(base)
 
 
+def test_what_encoders_are_given(tmp_path):
+    path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
+    made, raw = measure(path, Everywhere(), wanted=("image", "sound"))
+    found = made["video"]["video_mask"]
+    assert found.sum() == LITE.frames - 1
+    assert raw.crops.shape == (found.sum(), features.CROP, features.CROP, 3)
+    first, last = made["audio"]["inside"]
+    assert len(raw.samples) == last - first > 1.8 * 16000
+    assert measure(path, Everywhere(), wanted=("image",))[1].samples is None
+    assert measure(path, NoFace(), wanted=("image",))[1].crops is None
+    silent = clips.write_mp4(tmp_path / "b.mp4", hz=0)
+    assert measure(silent, wanted=("sound",))[1].samples is None
+
+
+def test_what_is_staged_is_not_measured_again(tmp_path):
+    path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
+    made, raw = measure(path, Everywhere(), wanted=("image", "sound"))
+    again, same = measure(path, tracker="none is needed", staged=made, wanted=("image", "sound"))
+    assert again["video"] is made["video"]
+    assert again["audio"] is made["audio"]
+    np.testing.assert_array_equal(raw.crops, same.crops)
+    np.testing.assert_array_equal(raw.samples, same.samples)
+    path.unlink()
+    assert measure(path, staged=made)["video"] is made["video"], "without need, no file is opened"
+
+
+def test_encoded_frames_and_sound_as_they_are_staged():
+    found = np.array([True, False, True])
+    made = features.of_frames(np.array([[1.0, 2.0], [3.0, 4.0]]), found)["steps"]
+    assert made.dtype == np.float16
+    np.testing.assert_array_equal(made, [[1, 2], [0, 0], [3, 4]])
+    steps = np.arange(12.0)[:, None]
+    np.testing.assert_array_equal(features.of_sound(steps, 0.24, 0)["steps"], steps)
+    # 50 steps a second to 10: means of five, and of the two that are left
+    np.testing.assert_array_equal(features.of_sound(steps, 0.24, 10)["steps"], [[2], [7], [10.5]])
+    assert features.of_sound(np.zeros((0, 4)), 0.0, 10)["steps"].shape == (0, 4)
+
+
+def test_streams_of_a_preset_with_encoders(tmp_path):
+    made = measure(clips.write_mp4(tmp_path / "a.mp4"), Everywhere())
+    frames = len(made["video"]["video"])
+    text = {s: np.zeros((1, 4), np.float16) for s in features.TEXTS}
+    encoded = {
+        "image": {"steps": np.ones((frames, 3), np.float16)},
+        "sound": {"steps": np.ones((5, 2), np.float16)},
+    }
+    clip, words = Clip("c", tmp_path / "a.mp4", "sad"), dict.fromkeys(text, "")
+    both = features.example(clip, LITE, made | encoded | {"text": text}, words)
+    assert both["video"].shape == (frames, 3 + made["video"]["video"].shape[1])
+    assert both["video"].dtype == np.float16
+    assert both["audio"].shape == (5, 2)
+    assert both["audio_mask"].all()
+    np.testing.assert_array_equal(both["video_mask"], made["video"]["video_mask"])
+    alone = features.example(clip, dataclasses.replace(LITE, face=False), made | encoded | {"text": text}, words)
+    assert alone["video"].shape == (frames, 3)
+
+
 def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
-    before = {f: features.provenance(f, LITE) for f in ("video", "audio", "text")}
-    changes = {"frames": "video", "steps_per_second": "audio", "max_seconds": "audio", "text_encoder": "text",
-               "max_tokens": "text"}  # fmt: skip
+    before = {f: features.provenance(f, LITE) for f in features.CODE_VERSION}
+    changes = {
+        "frames": (7, {"video", "image"}),
+        "steps_per_second": (7, {"audio"}),
+        "max_seconds": (7, {"audio", "sound"}),
+        "image": (features.Encoding("a"), {"image"}),
+        "sound": (features.Encoding("a"), {"sound"}),
+        "text": (features.Encoding("a"), {"text"}),
+        "max_tokens": (7, {"text"}),
+        "face": (False, set()),
+    }
     assert changes.keys() == {f.name for f in dataclasses.fields(features.Preset)}
-    for setting, touched in changes.items():
-        other = dataclasses.replace(LITE, **{setting: 7})
+    for setting, (value, touched) in changes.items():
+        other = dataclasses.replace(LITE, **{setting: value})
         changed = {f for f in before if features.provenance(f, other) != before[f]}
-        assert changed == {touched}, setting
+        assert changed == touched, setting
     assert features.provenance("text", LITE, sha256="abc")["weights"] == {"sha256": "abc"}
-    with pytest.raises(AvjaxError, match="preset is 'light'; choose one of lite"):
+    with pytest.raises(AvjaxError, match="preset is 'light'; choose one of lite, open, etg"):
         features.preset("light")
 
 

@@ -257,9 +257,9 @@ def measured(store):
     """Clip id → its packed record, and why it lacks what it lacks."""
     records = {e["clip_id"].decode(): e for e in stores.read_examples(store, "avjax_folder", "lite")}
     staged = stores.read_index(store)["presets"]["lite"]["staged"]
-    for clip_id, (video, audio, _) in staged.items():
-        for feature, key in (("video", video), ("audio", audio)):
-            kept = stores.Store(store).get(clip_id, feature, key)
+    for clip_id, keys in staged.items():
+        for feature in ("video", "audio"):
+            kept = stores.Store(store).get(clip_id, feature, keys[feature])
             records[clip_id] |= {f"{feature}_why": str(kept["why"])} | {k: kept[k] for k in kept if k == "seconds"}
     return records
 

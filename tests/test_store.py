@@ -34,13 +34,16 @@ def example(clip, steps=3):
              "prosody": np.array([200, 4, 0], np.float32), "seconds": np.array(2.5),
              "surface": np.array((0.1, -20), np.float32)}  # fmt: skip
     text = {s: rng.normal(size=(t, 6)).astype(np.float32) for s in features.TEXTS}
-    return features.example(clip, picture, sound, text, {s: f"{s} of {clip.id}: “é”" for s in features.TEXTS})
+    staged = {"video": picture, "audio": sound, "text": text}
+    return features.example(
+        clip, features.PRESETS["lite"], staged, {s: f"{s} of {clip.id}: “é”" for s in features.TEXTS}
+    )
 
 
 def pack(root, data=None, preset="lite", make=example):
     data = data or corpus()
     with stores.Store(root).locked(data.name) as store:
-        staged = {c.id: ["v", "a", "t"] for c in data.clips}
+        staged = {c.id: {"video": "v", "audio": "a", "text": "t"} for c in data.clips}
         recipe = stores.recipe(data, data.clips, staged)
         about = {"counts": {"used": len(data.clips)}, "staged": staged, "made_by": {}}
         store.pack(data, data.clips, preset, map(make, data.clips), recipe, about)

@@ -8,10 +8,11 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 
 from avjax import workers
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, UnusableMedia
 
 _SHARED = []
 
@@ -35,9 +36,14 @@ def act(item: str) -> str:
         os.kill(os.getpid(), signal.SIGSEGV)
     if verb == "raise":
         raise ZeroDivisionError(what)
+    if verb == "touch":
+        pathlib.Path(what).touch()
+        return None
     if verb == "refuse":
         raise AvjaxError(what)
-    return what if verb == "reason" else "" if _SHARED == ["ready"] else f"setup not done: {_SHARED}"
+    if verb == "reason":
+        raise UnusableMedia(what)
+    return np.full(3, int(what)) if _SHARED == ["ready"] else f"setup not done: {_SHARED}"
 
 
 def run(items, **changes):
@@ -47,14 +53,25 @@ def run(items, **changes):
 
 def test_each_item_ends_in_a_reason_and_the_others_go_on():
     items = ["ok 1", "hang", "exit 3", "raise it", "segfault", "reason no face", *(f"ok {i}" for i in range(2, 30))]
-    reasons = run(items, seconds=1.5)
-    assert set(reasons) == set(items)
+    answers = run(items, seconds=1.5)
+    assert set(answers) == set(items)
+    reasons = {item: a.reason for item, a in answers.items() if isinstance(a, workers.Failure)}
     assert reasons.pop("hang") == "took longer than 1.5 s"
     assert reasons.pop("exit 3") == "its decoder crashed (exit status 3)"
     assert reasons.pop("segfault") == f"its decoder crashed (exit status {-signal.SIGSEGV})"
     assert reasons.pop("raise it") == "ZeroDivisionError: it"
     assert reasons.pop("reason no face") == "no face"
-    assert set(reasons.values()) == {""}
+    assert not reasons
+    assert all(np.array_equal(answers[f"ok {i}"], [i] * 3) for i in range(1, 30))
+
+
+def test_work_does_not_run_far_ahead_of_whoever_takes_it(tmp_path):
+    items = [f"touch {tmp_path / str(i)}" for i in range(40)]
+    answers = workers.each(act, items, count=2, seconds=20, setup=note, arguments=("ready",))
+    next(answers)
+    time.sleep(2)
+    assert len(list(tmp_path.iterdir())) <= 2 * workers._UNDER_WAY
+    assert len(list(answers)) == 39
 
 
 def test_nothing_to_do_starts_nothing():

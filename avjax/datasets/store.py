@@ -28,7 +28,7 @@ from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 from avjax.files import only_writer, replacing, write_text
 
-VERSION = "1.1.0"  # of the packed view's layout
+VERSION = "1.2.0"  # of the packed view's layout
 _UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
 STREAMS = ("video", "audio")
 _PARTS = ("train", "test", "val")
@@ -123,6 +123,15 @@ class Store:
             write_text(path, text)
         return key
 
+    def note(self, key: str, about: Mapping[str, object]) -> None:
+        """Adds what was measured of the features to their provenance record."""
+        path = self.root / "provenance" / f"{key}.json"
+        write_text(path, json.dumps(json.loads(path.read_text()) | {"measured": about}, indent=1, sort_keys=True))
+
+    def noted(self, key: str) -> bool:
+        """Whether `note` was called for the provenance record."""
+        return "measured" in json.loads((self.root / "provenance" / f"{key}.json").read_text())
+
     def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Writes a CSV file of the store, whole."""
         with replacing(self.root / name, "w") as file:
@@ -151,8 +160,8 @@ class Store:
         index = read_index(self.root)
         return bool(index) and index["presets"].get(preset, {}).get("recipe") == recipe
 
-    def read_measured(self, preset: str) -> tuple[Corpus, list[tuple[Clip, str, str]]]:
-        """The data set and [(clip, video key, audio key)] as the last whole extraction left them; opens no media.
+    def read_measured(self, preset: str) -> tuple[Corpus, list[tuple[Clip, dict[str, str]]]]:
+        """The data set and [(clip, {feature: key})] as the last whole extraction left them; opens no media.
 
         Raises:
           AvjaxError: there was none.
@@ -166,7 +175,7 @@ class Store:
         clips = [Clip(path=Path(), **c) for c in index["clips"]]
         task = Task(index["task"], tuple(index["classes"]))
         corpus = Corpus(index["dataset"], task, tuple(clips), _folds(index))
-        return corpus, [(c, *staged[c.id][:2]) for c in clips]
+        return corpus, [(c, {f: key for f, key in staged[c.id].items() if f != "text"}) for c in clips]
 
     def pack(
         self,

@@ -116,9 +116,9 @@ def make(root: Path, console: Console) -> None:
     with only_writer(clips, "set AVJAX_CACHE to another folder"):
         jobs = [(root, plan) for plan in plans() if not clip_path(root, plan).is_file()]
         done = workers.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=extraction.CLIP_SECONDS, setup=_alone)
-        for (_, plan), reason in progress.bar(done, len(jobs), "demo clips", console):
-            if reason:
-                raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {reason}")
+        for (_, plan), answer in progress.bar(done, len(jobs), "demo clips", console):
+            if isinstance(answer, workers.Failure):
+                raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {answer.reason}")
         write_lists(root)
 
 
@@ -129,9 +129,8 @@ def _alone() -> None:
     cv2.setNumThreads(1)
 
 
-def _make_one(job: tuple[Path, Plan]) -> str:
+def _make_one(job: tuple[Path, Plan]) -> None:
     write_clip(*job)
-    return ""
 
 
 def clip_path(root: Path, plan: Plan) -> Path:

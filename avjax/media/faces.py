@@ -82,11 +82,6 @@ class Faces:
     pose: np.ndarray
     several: int
 
-    @property
-    def fallback(self) -> bool:
-        """True where no frame has a face, so that `crops` falls back on the middle of the picture."""
-        return not self.found.any()
-
 
 class FaceTracker:
     """Follows one face through the frames of a clip; a context manager that holds MediaPipe's face landmarker.
@@ -168,25 +163,22 @@ def follow(boxes: Sequence[np.ndarray]) -> list[int | None]:
     return chosen
 
 
-def crops(frames: Frames, faces: Faces, size: int = 224, margin: float = 0.25) -> np.ndarray:
+def crops(frames: Frames, found: np.ndarray, boxes: np.ndarray, size: int = 224, margin: float = 0.25) -> np.ndarray:
     """Square pictures of the followed face.
 
     The square is centred on the face's box, its side the box's longer one plus `margin` of that at either end. Where it
-    reaches past the picture, the picture's edge is repeated. A frame without a face gives zeros; if no frame has one,
-    each gives the largest square in its middle.
+    reaches past the picture, the picture's edge is repeated. A frame without a face gives zeros.
 
+    Args:
+      found: (T,) bool, boxes: (T, 4), as in `Faces`.
     Returns:
       (T, size, size, 3) uint8 RGB.
     """
     out = np.zeros((len(frames.images), size, size, 3), np.uint8)
-    height, width = frames.images.shape[1:3]
-    for t in range(len(out)):
-        if faces.fallback:
-            out[t] = _square(frames.images[t], (width / 2, height / 2), min(width, height), size)
-        elif faces.found[t]:
-            x0, y0, x1, y1 = faces.boxes[t]
-            side = max(x1 - x0, y1 - y0) * (1 + 2 * margin)
-            out[t] = _square(frames.images[t], ((x0 + x1) / 2, (y0 + y1) / 2), side, size)
+    for t in np.flatnonzero(found):
+        x0, y0, x1, y1 = boxes[t]
+        side = max(x1 - x0, y1 - y0) * (1 + 2 * margin)
+        out[t] = _square(frames.images[t], ((x0 + x1) / 2, (y0 + y1) / 2), side, size)
     return out
 
 
