@@ -218,7 +218,7 @@ def _measure_one(job) -> tuple[dict[str, tuple], dict[str, float]]:
     with clock("writing"):
         for feature in made.keys() & set(lacks):
             store.put(clip.id, feature, keys[feature], made[feature])
-    found, samples = made["video"]["video_mask"], raw.samples
+    found, samples = made["video"]["video_mask"][:: features.every(settings)], raw.samples
     seconds = 0.0 if samples is None else len(samples) / features.audio.SAMPLE_RATE
     needed = {"image": (raw.crops, found), "sound": (None if samples is None else [samples], seconds)}
     return needed, dict(clock)

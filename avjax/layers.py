@@ -11,6 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+# A score of what may not be attended to: its exponential is 0 beside any other, and 1 where there is none.
+_LOW = -1e30
+
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax over the last axis of `scores` among the True entries of `mask`; all zeros where there is none.
@@ -64,10 +67,16 @@ def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 
 
 def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    some = mask.any(-1)[:, None, None]  # b 1 1
+
     def one(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = head  # b l d
-        scores = jnp.einsum("bqd,bkd->bqk", q, k) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
-        return jnp.einsum("bqk,bkd->bqd", masked_softmax(scores, mask[:, None]), v)
+        scores = jnp.einsum("bqd,bkd->bqk", q / jnp.sqrt(q.shape[-1]).astype(q.dtype), k).astype(jnp.float32)
+        scores = jnp.where(mask[:, None], scores, _LOW)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
+        # Divided by their sum after the product, which is narrower than the weights.
+        summed = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v)
+        return jnp.where(some, summed / jnp.sum(weights, -1, keepdims=True).astype(v.dtype), 0)
 
     heads = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))
     return jnp.moveaxis(jax.lax.map(one, heads), 0, 2)

@@ -143,6 +143,16 @@ def test_what_encoders_are_given(tmp_path):
     assert measure(silent, wanted=("sound",))[1].samples is None
 
 
+def test_each_second_frame_is_encoded_where_the_preset_says_so(tmp_path):
+    path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
+    half = dataclasses.replace(LITE, image=features.Encoding("any", every=2))
+    made, raw = features.measure(Clip("c", path, "sad"), half, Everywhere(), Stopwatch(), None, ("image",))
+    _, whole = measure(path, Everywhere(), wanted=("image",))
+    shown = np.flatnonzero(made["video"]["video_mask"]) % 2 == 0
+    np.testing.assert_array_equal(raw.crops, whole.crops[shown])
+    assert len(raw.crops) == LITE.frames // 2
+
+
 def test_what_is_staged_is_not_measured_again(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
     made, raw = measure(path, Everywhere(), wanted=("image", "sound"))
@@ -175,6 +185,15 @@ def test_streams_of_a_preset_with_encoders(tmp_path):
         "image": {"steps": np.ones((frames, 3), np.float16)},
         "sound": {"steps": np.ones((5, 2), np.float16)},
     }
+    half = dataclasses.replace(LITE, image=features.Encoding("any", every=2))
+    some = features.example(
+        Clip("c", tmp_path / "a.mp4", "sad"),
+        half,
+        made | {"text": text} | {"image": {"steps": np.ones((-(-frames // 2), 3), np.float16)}},
+        dict.fromkeys(text, ""),
+    )
+    assert len(some["video"]) == len(some["video_mask"]) == len(some["times"]) == -(-frames // 2)
+    np.testing.assert_array_equal(some["times"], made["video"]["times"][::2])
     clip, words = Clip("c", tmp_path / "a.mp4", "sad"), dict.fromkeys(text, "")
     both = features.example(clip, LITE, made | encoded | {"text": text}, words)
     assert both["video"].shape == (frames, 3 + made["video"]["video"].shape[1])

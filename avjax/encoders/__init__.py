@@ -132,8 +132,8 @@ class Encoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encodes a batch. What lies under a False mask, and who else is in the batch, does not change the answer.
 
-        Batch and length are padded to powers of two, so that there are few compilations however sizes vary; all local
-        devices share the batch.
+        The batch is padded to a power of two, the length to that or to three quarters of it, so that there are few
+        compilations however sizes vary; all local devices share the batch.
 
         Args:
           inputs: token ids (b, l), waveforms (b, samples) at 16 kHz, images (b, h, w, 3) or log-mel (b, bins, frames),
@@ -146,7 +146,7 @@ class Encoder:
         """
         inputs = np.asarray(inputs)
         batch, axis = len(inputs), self._family.INPUTS.length_axis
-        rows = _bucket(-(-batch // self._devices), 1) * self._devices
+        rows = _power(-(-batch // self._devices)) * self._devices
         wide = [np.pad(x, [(0, rows - batch)] + [(0, 0)] * (x.ndim - 1)) for x in self.padded(inputs, mask)]
         features, real = self.on_device(*jax.device_put(wide, self._shard))
         features, real = np.asarray(features)[:batch], np.asarray(real)[:batch]
@@ -235,8 +235,15 @@ def _needed(module: Any, params: Mapping) -> Mapping:
     return {k: v for k, v in params.items() if not k.startswith("block_") or int(k[6:]) < module.layer}
 
 
+def _power(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
 def _bucket(size: int, least: int) -> int:
-    return max(least, 1 << (size - 1).bit_length()) if size else least
+    """The next power of two, or three quarters of it where that is enough."""
+    power = _power(size)
+    return max(least, power * 3 // 4 if size <= power * 3 // 4 else power)
 
 
 def _found(source: str | os.PathLike, weights_dir: str | os.PathLike | None) -> base.Files:

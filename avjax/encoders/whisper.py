@@ -20,7 +20,7 @@ from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
 from avjax.layers import PreNormBlock, Project
 
-INPUTS = Inputs("log-mel spectra (batch, bins, frames)", rank=3, length_axis=2, prefix=True, least=16)
+INPUTS = Inputs("log-mel spectra (batch, bins, frames)", rank=3, length_axis=2, prefix=True, least=64)
 
 _SAMPLE_RATE = 16000  # Hz
 _FFT, _HOP = 400, 160  # samples
