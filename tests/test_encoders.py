@@ -23,7 +23,7 @@ from avjax import encoders
 from avjax.encoders import formats, weights
 from avjax.errors import AvjaxError
 
-SEEDS = [int(s) for s in os.environ.get("AVJAX_ENCODER_SEEDS", "0,1,2").split(",")]
+SEEDS = [int(s) for s in os.environ.get("AVJAX_ENCODER_SEEDS", "0,1").split(",")]
 KINDS = originals.bert.KINDS | originals.vit.KINDS | originals.wav2vec2.KINDS | originals.whisper.KINDS
 FULL = [(kind, name) for kind, original in KINDS.items() for name in original.full]
 
