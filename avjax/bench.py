@@ -8,11 +8,20 @@ runs of a plain eager PyTorch loop. The same updates, batch size, float32, cores
 same before they are timed; in turn, so that a busy minute hits all alike; compile time apart. Rows of other machines
 and of other sizes stay in the CSV. About five minutes on 2 cores; other programs disturb the times. Without PyTorch
 (pip install torch) its row stays empty.
+
+python -m avjax.bench encoders [--out benchmarks/encoders.csv] [--encoders vit_b16,wav2vec2_base] [--dtype bfloat16]
+    [--repeats 3]
+
+encoders: each pretrained encoder at its true size, with random weights, against its PyTorch original (transformers;
+eager, and on accelerators compiled too), one row for each batch. Checked to compute the same before they are timed; in
+turn; compile time apart. Rows are added to the CSV after each encoder. About ten minutes on 2 cores. Without PyTorch
+its columns stay empty.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from absl import flags
 
@@ -24,6 +33,13 @@ WIDTHS = flags.DEFINE_list("widths", ["128", "768"], "Model widths to measure.")
 CLIPS = flags.DEFINE_integer("clips", 240, "Clips of the made-up corpus.", lower_bound=60)
 EPOCHS = flags.DEFINE_integer("epochs", 2, "Epochs of each run.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 3, "How often each way is timed.", lower_bound=1)
+ENCODERS = flags.DEFINE_list("encoders", None, "Encoders to measure, such as vit_b16,minilm; default all.")
+DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Of the encoders' matrix products; default bfloat16 on accelerators, float32 on CPU.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -35,9 +51,45 @@ def main(argv: list[str]) -> None:
 
 def lanes(out: Path) -> None:
     """Measures lanes at each of `--widths`; each width is added to `out` when it is done."""
+    from avjax.benches import lanes as benchmark
+
+    def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
+        for width in _widths():
+            yield benchmark.measure(width, CLIPS.value, EPOCHS.value, REPEATS.value, say)
+
+    _recorded("lanes", out, benchmark, measured, f"5 folds x 3 seeds, {EPOCHS.value} epochs")
+
+
+def encoders(out: Path) -> None:
+    """Measures each of `--encoders`; each is added to `out` when it is done."""
+    from avjax.benches import encoders as benchmark
+    from avjax.encoders import default_dtype
+
+    names = benchmark.chosen(ENCODERS.value)
+    dtype = DTYPE.value or default_dtype()
+
+    def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
+        peaks = []
+        for name in names:
+            # Again each time: other programs may have been busy before.
+            peaks.append(benchmark.peak(dtype))
+            peak = max(peaks, key=lambda p: p.flops)
+            say(f"{dtype}: peak {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})")
+            yield benchmark.measure(name, dtype, peak, REPEATS.value, say)
+
+    _recorded("encoders", out, benchmark, measured, f"encoders at true size, {dtype}, random weights")
+
+
+def _recorded(
+    name: str,
+    out: Path,
+    benchmark: ModuleType,
+    measured: Callable[[Callable[[str], None]], Iterator[list[dict[str, object]]]],
+    title: str,
+) -> None:
+    """Adds what is measured to `out` as it comes, and shows all of it as the benchmark's TABLE at the end."""
     from rich.console import Console
 
-    from avjax.benches import lanes as benchmark
     from avjax.benches import record
 
     console = Console(markup=False)
@@ -46,11 +98,11 @@ def lanes(out: Path) -> None:
     about = record.circumstances()
     say(f"{about['machine']}, {about['cores']} cores, {about['device']}; jax {about['jax']}, torch {about['torch']}")
     rows = []
-    for width in _widths():
-        new = benchmark.measure(width, CLIPS.value, EPOCHS.value, REPEATS.value, say)
-        rows += [{"benchmark": "lanes"} | row | about for row in new]
+    for new in measured(say):
+        rows += [{"benchmark": name} | row | about for row in new]
         record.merge(out, rows, benchmark.KEY)
-    console.print(record.table(rows, benchmark.TABLE, f"5 folds x 3 seeds, {EPOCHS.value} epochs"))
+    measured_here = {c: heading for c, heading in benchmark.TABLE.items() if any(row[c] != "" for row in rows)}
+    console.print(record.table(rows, measured_here, title))
     say(f"written to {out}")
 
 
@@ -61,7 +113,7 @@ def _widths() -> list[int]:
 
 
 # First argument → what measures it and writes the figures to a file.
-BENCHMARKS: dict[str, Callable[[Path], None]] = {"lanes": lanes}
+BENCHMARKS: dict[str, Callable[[Path], None]] = {"lanes": lanes, "encoders": encoders}
 
 if __name__ == "__main__":
     cli.run(main, takes="a benchmark: " + ", ".join(BENCHMARKS))

@@ -7,7 +7,6 @@ test clips with it; each begins with features on the device and ends with logits
 
 import dataclasses
 import functools
-import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from avjax import config as configs
 from avjax import loop, models, pipeline
 from avjax.benches import record
+from avjax.benches.ways import Way, interleaved, no_pytorch, torch_device
 from avjax.datasets.base import Clip, natural_folds
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
@@ -56,15 +56,6 @@ class Case:
     features: Features
     data: pipeline.Resident
     plan: pipeline.LanePlan
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """One way to train the protocol; `run` trains all of it. `compile_seconds` is None where nothing is compiled."""
-
-    name: str
-    run: Callable[[], list["Ended"]]
-    compile_seconds: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,17 +239,6 @@ def _same(what: str, difference: float) -> None:
 # ---- PyTorch ------------------------------------------------------------------------------------------------------
 
 
-def no_pytorch() -> str:
-    """Why PyTorch cannot be measured on the device that JAX uses; "" where it can."""
-    if importlib.util.find_spec("torch") is None:
-        return "not installed"
-    import torch
-
-    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
-        return f"has no CUDA, while JAX uses {jax.default_backend()}"
-    return ""
-
-
 def pytorch_way(case: Case) -> Way:
     """Plain eager runs, one per lane, on all cores or the GPU; a first one, not timed, sets the library up."""
     import torch
@@ -266,8 +246,8 @@ def pytorch_way(case: Case) -> Way:
     from avjax.benches import torch_etg
 
     torch.set_num_threads(record.cores())
-    streams = torch_etg.streams(case.data, _torch_device())
-    runs = torch_etg.runs(case.plan, _torch_device())
+    streams = torch_etg.streams(case.data, torch_device())
+    runs = torch_etg.runs(case.plan, torch_device())
 
     def one(run: torch_etg.Run) -> torch_etg.Trained:
         model = torch_etg.new_model(streams, _CLASSES, run.seed, case.config.model)
@@ -285,30 +265,14 @@ def check_pytorch(case: Case, together: Ended) -> None:
     """
     from avjax.benches import torch_etg
 
-    streams, run = torch_etg.streams(case.data, _torch_device()), torch_etg.runs(case.plan, _torch_device())[0]
+    streams, run = torch_etg.streams(case.data, torch_device()), torch_etg.runs(case.plan, torch_device())[0]
     model = torch_etg.new_model(streams, _CLASSES, run.seed, case.config.model)
     model.load_state_dict(torch_etg.from_flax(jax.tree.map(lambda v: v[0], together.state.best)))
     logits = torch_etg.answers(model, torch_etg.standardised(streams, run.train), run.test)["fusion"].cpu().numpy()
     _same_answers("the Flax and the PyTorch model", together.logits[0, : len(logits)], logits)
 
 
-def _torch_device() -> str:
-    return "cpu" if jax.default_backend() == "cpu" else "cuda"
-
-
 # ---- Times --------------------------------------------------------------------------------------------------------
-
-
-def interleaved(ways: Sequence[Way], repeats: int, tell: Callable[[str, str, float], None]) -> dict[str, list[float]]:
-    """Seconds of each run of each way, A B C A B C, so that a busy minute hits all alike."""
-    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    for repeat in range(1, repeats + 1):
-        for way in ways:
-            begun = time.perf_counter()
-            way.run()
-            seconds[way.name].append(time.perf_counter() - begun)
-            tell(f"{repeat}/{repeats}", way.name, seconds[way.name][-1])
-    return seconds
 
 
 def timing_rows(ways: Sequence[Way], seconds: Mapping[str, Sequence[float]]) -> list[dict[str, object]]:

@@ -107,7 +107,7 @@ def table(rows: Sequence[Row], columns: Mapping[str, str], title: str) -> Table:
 
     out = Table(title=Text(title))
     for name, heading in columns.items():
-        words = isinstance(rows[0][name], str)
+        words = any(row[name] and isinstance(row[name], str) for row in rows)
         out.add_column(heading, justify="left" if words else "right", no_wrap=words)
     for row in rows:
         out.add_row(*(Text(_cell(row[name], 3) or "–") for name in columns))

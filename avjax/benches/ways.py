@@ -1,0 +1,46 @@
+"""Ways to do the same work: what is timed, in turn, and whether PyTorch can be one of them."""
+
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to do the work; `run` does all of it. `compile_seconds` is None where nothing is compiled."""
+
+    name: str
+    run: Callable[[], Any]
+    compile_seconds: float | None
+
+
+def interleaved(ways: Sequence[Way], repeats: int, tell: Callable[[str, str, float], None]) -> dict[str, list[float]]:
+    """Seconds of each run of each way, A B C A B C, so that a busy minute hits all alike."""
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    for repeat in range(1, repeats + 1):
+        for way in ways:
+            begun = time.perf_counter()
+            way.run()
+            seconds[way.name].append(time.perf_counter() - begun)
+            tell(f"{repeat}/{repeats}", way.name, seconds[way.name][-1])
+    return seconds
+
+
+def no_pytorch() -> str:
+    """Why PyTorch cannot be measured on the device that JAX uses; "" where it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "not installed"
+    import torch
+
+    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
+        return f"has no CUDA, while JAX uses {jax.default_backend()}"
+    return ""
+
+
+def torch_device() -> str:
+    """PyTorch's name of the device that JAX uses."""
+    return "cpu" if jax.default_backend() == "cpu" else "cuda"
