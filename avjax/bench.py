@@ -14,7 +14,7 @@ python -m avjax.bench encoders [--out benchmarks/encoders.csv] [--encoders vit_b
 
 encoders: each pretrained encoder at its true size, with random weights, against its PyTorch original (transformers;
 eager, and on accelerators compiled too), one row for each batch. Checked to compute the same before they are timed; in
-turn; compile time apart. Rows are added to the CSV after each encoder. About ten minutes on 2 cores. Without PyTorch
+turn; compile time apart. Rows are added to the CSV after each encoder. About seven minutes on 2 cores. Without PyTorch
 its columns stay empty.
 """
 
