@@ -1,7 +1,9 @@
 """What every entry point shares: flags in, one-line errors out, a compile cache that is on by default."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 from absl import app, logging
@@ -11,6 +13,8 @@ from avjax.errors import AvjaxError
 
 # Native libraries that chat on standard error by default; an explicit setting of the user wins.
 _QUIET = {"GLOG_minloglevel": "2", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
+
+_interrupted = threading.Event()
 
 
 def run(main: Callable[[list[str]], int | None], *, takes: str = "") -> None:
@@ -24,6 +28,8 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "") -> None:
         os.environ.setdefault(key, value)
     # What the terminal's encoding lacks, in a name or a class, is shown escaped.
     sys.stdout.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
 
     def begin(argv: list[str]) -> int | None:
         if takes and len(argv) < 2:
@@ -42,6 +48,17 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "") -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def _interrupt(*_) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def heed_interrupts() -> None:
+    """Raises the KeyboardInterrupt that was lost: Python drops one that comes within a callback of a library."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def use_compile_cache() -> None:

@@ -79,6 +79,7 @@ def train(config, workdir: Path | None = None) -> Path:
             say(f"going on after epoch {done}")
         events = rundir.Events(workdir, rows)
         while done < config.train.epochs and not bool(jnp.all(state.stopped)):
+            cli.heed_interrupts()
             begun = time.perf_counter()
             state, sums = trainer.epochs(state, plan.lanes, resident, jnp.int32(done + 1))
             loop.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)

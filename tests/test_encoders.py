@@ -98,7 +98,7 @@ def test_parity_with_the_original(tmp_path, kind, seed):
     }
 
 
-@every_seed
+@pytest.mark.parametrize("seed", SEEDS[:1])
 @every_kind
 def test_every_layer_is_the_originals(tmp_path, kind, seed):
     model, config = in_pytorch(kind, seed)
@@ -250,7 +250,7 @@ def test_default_mask_is_all_true_and_layers_above_are_not_kept(kind):
     assert any(name.startswith("block_") for name in enc._params)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if encoders.FAMILIES[k].INPUTS.length_axis is not None])
+@pytest.mark.parametrize("kind", ["distilbert", "whisper"])  # one for each axis that may be padded
 def test_compilations_are_one_for_each_bucket(kind):
     enc, config = of_random_params(kind)
     inputs = np.repeat(asked(kind, config)[0][:1], 4, 0)

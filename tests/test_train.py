@@ -7,13 +7,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
 import synthetic
 
-from avjax import config, rundir, train
+from avjax import cli, config, rundir, train
 from avjax.errors import AvjaxError
 
 CONFIG = "configs/etg_folder.py"
@@ -108,6 +109,18 @@ def test_killed_and_interrupted_runs_end_as_if_undisturbed(features, undisturbed
     assert "going on after epoch" in said
     assert "epoch 3/" not in said
     assert_equal_runs(tmp_path, undisturbed)
+
+
+def test_an_interrupt_that_a_library_drops_still_stops_the_run(features, tmp_path, monkeypatch):
+    interrupted = threading.Event()
+    monkeypatch.setattr(cli, "_interrupted", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(settings(features), tmp_path)
+    interrupted.clear()
+    train.train(settings(features), tmp_path)
+    assert (tmp_path / "metrics.json").is_file()
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_padding_and_neighbours_do_not_change_an_answer(hub):
     assert np.isfinite(together).all()
     assert real.sum(1).tolist() == [module.config.steps(n) for n in lengths]
     assert together.shape[1] == module.config.steps(waves.shape[1])
-    for row, n in enumerate(lengths):
+    for row, n in enumerate(lengths[:3]):
         alone, _ = apply(params, waves[row : row + 1, :n], np.ones((1, n), bool))
         np.testing.assert_allclose(together[row, : alone.shape[1]], alone[0], atol=2e-5, rtol=0)
 
@@ -136,11 +136,12 @@ def test_statistics_over_time_do_not_overflow_or_drown_in_bfloat16():
 def test_a_lower_layer_needs_no_params_above_it(hub):
     module, params = initial(hub, layer=1)
     waves, mask = noise(200)
-    made = module.init(jax.random.key(0), waves, mask)["params"]
+    made = jax.eval_shape(module.init, jax.random.key(0), waves, mask)["params"]
     above = {"block_1", "norm"} if hub is STABLE else {"block_1"}
     assert set(params["params"]) - set(made) == above
     kept = {"params": {name: params["params"][name] for name in made}}
-    np.testing.assert_array_equal(module.apply(kept, waves, mask)[0], module.apply(params, waves, mask)[0])
+    apply = jax.jit(module.apply)
+    np.testing.assert_array_equal(apply(kept, waves, mask)[0], apply(params, waves, mask)[0])
 
 
 # Checkpoints
