@@ -118,7 +118,8 @@ def stages(settings: features.Preset, store: Store, clock: Stopwatch, face_landm
       AvjaxError: weights cannot be had.
     """
     wanted = features.encodings(settings)
-    more = {"image": {"rows": settings.frames, "face_landmarker": face_landmarker}, "sound": {"rows": 1}}
+    pictures = -(-settings.frames // features.every(settings))
+    more = {"image": {"rows": pictures, "face_landmarker": face_landmarker}, "sound": {"rows": 1}}
     return {feature: Stage(feature, settings, store, clock, **more[feature]) for feature in wanted}
 
 
