@@ -33,7 +33,7 @@ def obtain(config, console: Console) -> Features:
     elif root:
         datasets.index(dataset, root)  # also where its features are there already
     if not store.is_finished(place, config.preset) and (root or assets.data_root(dataset).is_dir()):
-        extraction.extract(dataset, config.preset, root=root, out=str(place))
+        extraction.extract(dataset, config.preset, root=root, out=str(place), random=config.weights.random)
     return store.load(place, config.preset)
 
 

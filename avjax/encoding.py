@@ -1,11 +1,13 @@
 """Pretrained encoders over many clips: inputs collected into batches, features staged clip by clip in half precision.
 
-On a CPU a clip is a batch; on accelerators clips share one. The shapes of batches are fixed, so that what a clip gets
-does not depend on which others came with it, and a resumed extraction gives what an uninterrupted one gives.
+On a CPU a clip is a batch; on accelerators short clips share one. The shapes of batches are fixed, so that what a clip
+gets does not depend on which others came with it, and a resumed extraction gives what an uninterrupted one gives. Of a
+long clip memory holds a block of pictures at a time.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +15,16 @@ import numpy as np
 
 from avjax import encoders, features
 from avjax.datasets.store import Store
+from avjax.encoders import perceiver
+from avjax.files import Pile
+from avjax.media import flow
+from avjax.presets import Encoding, Preset, encodings, every
 from avjax.progress import Stopwatch
 
-# Clips in a batch, for each accelerator.
+# Clips in a batch, for each accelerator, where clips have few frames.
 CLIPS = 16
+# Pictures in a batch, where clips have many.
+BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,39 +43,36 @@ class Stage:
     """One encoder of a preset, and the clips that wait for it.
 
     Args:
-      feature: "image" or "sound"; settings: the preset; weights: further provenance.
-      rows: of one clip, at most.
+      feature: "image", "flow" or "sound"; settings: the preset; weights: further provenance.
+      rows: of one clip, at most; 0 = any number, and clips do not share a batch.
     Attributes:
       key: of the provenance record of what it stages.
     """
 
     def __init__(
-        self, feature: str, settings: features.Preset, store: Store, clock: Stopwatch, rows: int, **weights: str
+        self, feature: str, settings: Preset, store: Store, clock: Stopwatch, rows: int, load: "Loader", **weights: str
     ):
-        wanted = features.encodings(settings)[feature]
-        self._load = lambda **options: encoders.load(wanted.source, layer=wanted.layer, pool=wanted.pool, **options)
-        self._encoder = self._load()
+        self._encoding = encodings(settings)[feature]
+        self._load, self._encoder = load, load(self._encoding)
         made_by = self._encoder.provenance | weights
         self.key = store.record(features.provenance(feature, settings, **made_by))
-        self._name, self._feature, self._store, self._clock = wanted.source, feature, store, clock
-        accelerated = jax.default_backend() != "cpu"
-        self._clips = CLIPS * jax.local_device_count() if accelerated else 1
-        self._rows = rows * self._clips if accelerated else 0
+        self._name, self._feature, self._store, self._clock = self._encoding.source, feature, store, clock
+        shared = rows and jax.default_backend() != "cpu"
+        self._clips = CLIPS * jax.local_device_count() if shared else 1
+        self._rows = rows * self._clips if shared else 0
         self._waiting: dict[tuple[int, ...], list[Waiting]] = {}
 
     def add(self, clip_id: str, key: str, raw: Any, finish: Callable) -> None:
-        """Takes a clip's raw inputs; when a batch is full, it is encoded and staged."""
+        """Takes a clip's raw inputs, None where it has none; when a batch is full, it is encoded and staged."""
+        if raw is None:
+            self._put(clip_id, key, finish, np.zeros((0, self._encoder.width)), np.zeros(0, bool))
+            return
         with self._clock(self._name):
             inputs, mask = self._encoder.padded(*self._encoder.prepare(raw))
         group = self._waiting.setdefault(inputs.shape[1:], [])
         group.append(Waiting(clip_id, key, inputs, mask, finish))
         if len(group) == self._clips:
             self._run(group)
-
-    def nothing(self, clip_id: str, key: str, finish: Callable) -> None:
-        """Stages a clip that has nothing to encode."""
-        width = self._encoder.width
-        self._store.put(clip_id, self._feature, key, finish(np.zeros((0, width)), np.zeros(0, bool)))
 
     def close(self) -> None:
         """Encodes what still waits."""
@@ -76,21 +81,107 @@ class Stage:
                 self._run(group)
 
     def _run(self, group: list[Waiting]) -> None:
-        with self._clock(self._name):
-            inputs, mask = _joined(group, self._rows)
-            encoded, real = self._encoder(inputs, mask)
-        note_precision(self._store, self.key, self._encoder, encoded[real], lambda: self._exact(inputs, mask)[real])
-        with self._clock("writing"):
-            first = 0
-            for clip in group:
-                rows = slice(first, first + len(clip.inputs))
-                made = clip.finish(encoded[rows], real[rows])
-                self._store.put(clip.clip_id, self._feature, clip.key, made)
-                first = rows.stop
+        encoded, real = self._encode(*_joined(group, self._rows))
+        first = 0
+        for clip in group:
+            rows = slice(first, first + len(clip.inputs))
+            self._put(clip.clip_id, clip.key, clip.finish, encoded[rows], real[rows])
+            first = rows.stop
         group.clear()
 
-    def _exact(self, inputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return self._load(dtype="float32")(inputs, mask)[0]
+    def _encode(self, inputs: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with self._clock(self._name):
+            encoded, real = self._encoder(inputs, mask)
+
+        def exact() -> np.ndarray:
+            return self._load(self._encoding, "float32")(inputs, mask)[0][real]
+
+        note_precision(self._store, self.key, self._encoder, encoded[real], exact)
+        return encoded, real
+
+    def _put(self, clip_id: str, key: str, finish: Callable, encoded: np.ndarray, real: np.ndarray) -> None:
+        with self._clock("writing"):
+            self._store.put(clip_id, self._feature, key, finish(encoded, real))
+
+
+class Pictures(Stage):
+    """A stage whose raw inputs are a pile of pictures (n, h, w, 3) uint8, which it discards."""
+
+    def add(self, clip_id: str, key: str, raw: Pile | None, finish: Callable) -> None:
+        if raw is None or self._clips > 1:
+            super().add(clip_id, key, raw and np.concatenate(list(raw.blocks(BLOCK))), finish)
+        else:
+            encoded = np.concatenate([self._seen(block) for block in raw.blocks(BLOCK)])
+            self._put(clip_id, key, finish, encoded, np.ones(len(encoded), bool))
+        if raw:
+            raw.discard()
+
+    def _seen(self, pictures: np.ndarray) -> np.ndarray:
+        with self._clock(self._name):
+            inputs, mask = self._encoder.prepare(pictures)
+        return self._encode(inputs, mask)[0]
+
+
+class Flows(Pictures):
+    """A stage whose raw inputs are a pile of flows (n, h, w, 2), or of the pairs of frames (n, 2, h, w, 3) uint8 that
+    they are computed of; it sees them drawn, after a picture of no motion, which is all that a clip without any has.
+
+    Args:
+      room: a folder for piles; mover: computes flows of pairs, None where they come computed.
+    """
+
+    def __init__(self, *arguments: Any, room: Path, mover: encoders.Encoder | None, **weights: Any):
+        super().__init__(*arguments, **weights)
+        self._room, self._mover = room, mover
+        self._still: np.ndarray | None = None
+
+    def add(self, clip_id: str, key: str, raw: Pile | None, finish: Callable) -> None:
+        if self._still is None:
+            side = self._encoding.side
+            self._still = self._seen(flow.draw(np.zeros((1, side, side, 2)), 0.0))
+        parts = [self._still]
+        if raw:
+            moved = self._moved(raw) if self._mover else raw
+            with self._clock("flow"):
+                spread = flow.spread(moved.blocks(BLOCK))
+            parts += [self._seen(pictures) for pictures in self._drawn(moved, spread)]
+            moved.discard()
+        encoded = np.concatenate(parts)
+        self._put(clip_id, key, finish, encoded, np.ones(len(encoded), bool))
+
+    def _moved(self, pairs: Pile) -> Pile:
+        flows = Pile.begun(self._room, (*pairs.shape[1:3], 2), np.dtype(features.ENCODED).name)
+        for block in pairs.blocks(BLOCK):
+            with self._clock("flow"):
+                flows.add(perceiver.optical_flow(self._mover, block[:, 0], block[:, 1]))
+        pairs.discard()
+        return flows
+
+    def _drawn(self, flows: Pile, spread: float) -> Iterator[np.ndarray]:
+        for block in flows.blocks(BLOCK):
+            with self._clock("flow"):
+                pictures = flow.draw(block, spread)
+            yield pictures
+
+
+class Loader:
+    """Loads the encoders of a preset, each once. `random`: see `encoders.load`."""
+
+    def __init__(self, random: bool):
+        self._random = random
+        self._loaded: dict[tuple[Encoding, str | None], encoders.Encoder] = {}
+
+    def __call__(self, wanted: Encoding, dtype: str | None = None) -> encoders.Encoder:
+        if (wanted, dtype) not in self._loaded:
+            self._loaded[wanted, dtype] = encoders.load(
+                wanted.source,
+                tower=wanted.tower,
+                layer=wanted.layer,
+                pool=wanted.pool,
+                dtype=dtype,
+                random=self._random,
+            )
+        return self._loaded[wanted, dtype]
 
 
 def note_precision(
@@ -111,16 +202,27 @@ def note_precision(
     store.note(key, {"stored": np.dtype(features.ENCODED).name, "cosine_to_float32": spread})
 
 
-def stages(settings: features.Preset, store: Store, clock: Stopwatch, face_landmarker: str) -> dict[str, Stage]:
-    """The encoders of picture and sound that a preset has: feature → stage.
+def stages(settings: Preset, store: Store, clock: Stopwatch, face_landmarker: str) -> dict[str, Stage]:
+    """The encoders of picture, flow and sound that a preset has: feature → stage.
 
     Raises:
       AvjaxError: weights cannot be had.
     """
-    wanted = features.encodings(settings)
-    pictures = -(-settings.frames // features.every(settings))
-    more = {"image": {"rows": pictures, "face_landmarker": face_landmarker}, "sound": {"rows": 1}}
-    return {feature: Stage(feature, settings, store, clock, **more[feature]) for feature in wanted}
+    common = (settings, store, clock)
+    load, made = Loader(settings.random), {}
+    faces = {"face_landmarker": face_landmarker}
+    if settings.image:
+        pictures = -(-settings.frames // every(settings))
+        made["image"] = Pictures("image", *common, pictures, load, **faces)
+    if settings.flow:
+        mover = None
+        if settings.flow.source != "dis":
+            mover = load(Encoding(settings.flow.source))
+            faces |= {f"flow_{what}": value for what, value in mover.provenance.items()}
+        made["flow"] = Flows("flow", *common, 0, load, room=store.scratch, mover=mover, **faces)
+    if settings.sound:
+        made["sound"] = Stage("sound", *common, 1, load)
+    return made
 
 
 def _joined(group: list[Waiting], rows: int) -> tuple[np.ndarray, np.ndarray]:

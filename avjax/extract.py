@@ -29,6 +29,7 @@ def main(_: list[str]) -> None:
         processes=config.workers,
         clip_seconds=config.clip_seconds,
         only_text=ONLY.value == "text",
+        random=config.weights.random,
     )
 
 

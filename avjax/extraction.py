@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from avjax import datasets, features, progress, workers
+from avjax import datasets, features, presets, progress, workers
 from avjax.datasets import store as stores
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
 from avjax.files import write_text
 from avjax.media.faces import FaceTracker
+from avjax.presets import Preset
 from avjax.progress import Stopwatch
 from avjax.source import trouble
 from avjax.text import template
@@ -40,6 +41,7 @@ def extract(
     processes: int = 0,
     clip_seconds: float = CLIP_SECONDS,
     only_text: bool = False,
+    random: bool = False,
 ) -> Path:
     """Extracts a data set into a feature store and returns the store's folder.
 
@@ -47,12 +49,13 @@ def extract(
       root: where the data are, out: where the store is; "" = the data set's default places.
       processes: 0 = one per core; clip_seconds: time limit of one clip, which is quarantined beyond it.
       only_text: encode the sentences of `sentences.csv` again, without opening any media.
+      random: give the encoders weights drawn at random; whatever is made of such features says so.
     Raises:
       AvjaxError: the data set is not there, weights cannot be had, or no clip can be used.
     """
     console, clock, begun = Console(soft_wrap=True, markup=False), Stopwatch(), time.perf_counter()
     place = stores.place(dataset, out)
-    settings = features.preset(preset)
+    settings = presets.preset(preset, random=random)
     with stores.Store(place).locked(dataset) as store:
         # ---- Picture and sound ------------------------------------------------------------------------------------
         if only_text:
@@ -80,13 +83,14 @@ def extract(
         f"{place}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "
         f"{counts['masked_audio']} without sound, {counts['masked_video']} without a face; "
         f"sentences in sentences.csv; content {index['content'][:12]}"
+        + ("; RANDOM WEIGHTS in the encoders: to be tried, not to be believed" if random else "")
     )
     return place
 
 
 def measure_all(
     clips: Sequence[Clip],
-    settings: features.Preset,
+    settings: Preset,
     store: stores.Store,
     console: Console,
     clock: Stopwatch,
@@ -132,7 +136,10 @@ def measure_all(
         else:
             made, seconds = answer
             clock.update(seconds)
-            _encode_one(clip, keys, lacks, made, settings, stages)
+            for feature in stages.keys() & set(lacks):
+                raw, known = made[feature]
+                finish = functools.partial(_FINISH[feature], settings, *known)
+                stages[feature].add(clip.id, keys[feature], raw, finish)
     for stage in stages.values():
         stage.close()
     # In the order of the clips, not in that of the workers, so that the same run gives the same tables.
@@ -163,26 +170,19 @@ def _source(clip: Clip) -> tuple[str, str]:
         return "", f"cannot be read: {error.strerror}"
 
 
-def _encode_one(clip: Clip, keys: Mapping[str, str], lacks: Sequence[str], made, settings, stages) -> None:
-    """Hands what a worker brought to the encoders; `made`: feature → raw input, and what else its features need."""
-    for feature in (f for f in lacks if f in stages):
-        raw, known = made[feature]
-        finish = functools.partial(_FINISH[feature], settings, known)
-        if raw is None:
-            stages[feature].nothing(clip.id, keys[feature], finish)
-        else:
-            stages[feature].add(clip.id, keys[feature], raw, finish)
+def _finish_image(settings, shown: np.ndarray, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    return features.of_frames(encoded, shown)
 
 
-def _finish_image(settings, found: np.ndarray, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    return features.of_frames(encoded, found)
+def _finish_flow(settings, found, ends, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    return features.of_flow(encoded, found, ends)
 
 
 def _finish_sound(settings, seconds: float, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
     return features.of_sound(encoded[real], seconds, settings.sound.per_second)
 
 
-_FINISH = {"image": _finish_image, "sound": _finish_sound}
+_FINISH = {"image": _finish_image, "flow": _finish_flow, "sound": _finish_sound}
 
 
 def need_media() -> None:
@@ -205,8 +205,9 @@ def _measure_one(job) -> tuple[dict[str, tuple], dict[str, float]]:
     """In a worker: measures and stages a clip.
 
     Returns:
-      for each encoder that is still to see the clip, its raw input and what else its features need: the frames with a
-      face, the seconds of sound; and seconds by what they were spent on.
+      for each encoder that is still to see the clip, its raw input and what else its features need: the frames that
+      are seen, those with a face and those that flows lead to, the seconds of sound; and seconds by what they were
+      spent on.
     Raises:
       UnusableMedia: the clip cannot be used.
     """
@@ -214,13 +215,17 @@ def _measure_one(job) -> tuple[dict[str, tuple], dict[str, float]]:
     store, settings, tracker = _SHARED
     clock = Stopwatch()
     staged = {f: store.get(clip.id, f, keys[f]) for f in ("video", "audio") if f not in lacks}
-    made, raw = features.measure(clip, settings, tracker, clock, staged, lacks)
+    made, raw = features.measure(clip, settings, tracker, clock, store.scratch, staged, lacks)
     with clock("writing"):
         for feature in made.keys() & set(lacks):
             store.put(clip.id, feature, keys[feature], made[feature])
-    found, samples = made["video"]["video_mask"][:: features.every(settings)], raw.samples
+    found, samples = made["video"]["video_mask"], raw.samples
     seconds = 0.0 if samples is None else len(samples) / features.audio.SAMPLE_RATE
-    needed = {"image": (raw.crops, found), "sound": (None if samples is None else [samples], seconds)}
+    needed = {
+        "image": (raw.pictures, (features.seen(found, settings),)),
+        "flow": (raw.flows, (found, features.flow_ends(found, settings))),
+        "sound": (None if samples is None else [samples], (seconds,)),
+    }
     return needed, dict(clock)
 
 
@@ -261,7 +266,7 @@ def _hash(sentences: dict[str, str]) -> str:
 def encode_all(
     measured: Sequence[Measured],
     sentences: Mapping[str, Mapping[str, str]],
-    settings: features.Preset,
+    settings: Preset,
     store: stores.Store,
     console: Console,
     clock: Stopwatch,
@@ -272,9 +277,9 @@ def encode_all(
       AvjaxError: the text encoder's weights cannot be had, or the store cannot be written.
     """
     from avjax import encoding
-    from avjax.encoders import load
 
-    encoder = load(settings.text.source, layer=settings.text.layer)
+    load = encoding.Loader(settings.random)
+    encoder = load(settings.text)
     made_by = store.record(features.provenance("text", settings, **encoder.provenance))
     keys = {
         i: f"{made_by}-{hashlib.sha256(repr(sorted(s.items())).encode()).hexdigest()[:12]}"
@@ -287,7 +292,11 @@ def encode_all(
         with clock(settings.text.source):
             tokens = features.encode_texts(encoder, flat, settings.max_tokens)
         encoding.note_precision(
-            store, made_by, encoder, np.concatenate(tokens), functools.partial(_exact, flat, settings)
+            store,
+            made_by,
+            encoder,
+            np.concatenate(tokens),
+            functools.partial(_exact, load, flat, settings),
         )
         with clock("writing"):
             staged = {s: x.astype(features.ENCODED) for s, x in zip(features.TEXTS, tokens, strict=True)}
@@ -295,18 +304,15 @@ def encode_all(
     return [(clip, known | {"text": keys[clip.id]}) for clip, known in measured]
 
 
-def _exact(texts: Sequence[str], settings: features.Preset) -> np.ndarray:
+def _exact(load, texts: Sequence[str], settings: Preset) -> np.ndarray:
     """The token features of texts in float32 all the way, (n, d)."""
-    from avjax.encoders import load
-
-    encoder = load(settings.text.source, layer=settings.text.layer, dtype="float32")
-    return np.concatenate(features.encode_texts(encoder, texts, settings.max_tokens))
+    return np.concatenate(features.encode_texts(load(settings.text, "float32"), texts, settings.max_tokens))
 
 
 def examples(
     measured: Iterable[Measured],
     sentences: Mapping[str, Mapping[str, str]],
-    settings: features.Preset,
+    settings: Preset,
     store: stores.Store,
 ) -> Iterator[dict[str, object]]:
     """The staged features put together clip by clip (see `features.example`); `measured` as `encode_all` gives it."""
@@ -327,7 +333,7 @@ def _pack(corpus, measured, rejected: list, sentences: dict, settings, store, pr
         for f, mask in masks.items()
     }
     records = examples(measured, sentences, settings, store)
-    about = {"counts": counts, "staged": staged, "made_by": made_by(measured[0])}
+    about = {"counts": counts, "staged": staged, "made_by": made_by(measured[0]), "random": settings.random}
     store.pack(corpus, clips, preset, records, recipe, about)
 
 

@@ -1,7 +1,8 @@
 """One clip → its features: the only path, shared by everything that turns clips into arrays.
 
-A preset says what is measured. Picture and sound are measured clip by clip (`measure`); the sentence needs, beside its
-clip, the speaker's usual pitch (`speaker_pitch`), so sentences are made when all clips were measured (`describe`).
+A preset (`avjax.presets`) says what is measured. Picture and sound are measured clip by clip (`measure`); the sentence
+needs, beside its clip, the speaker's usual pitch (`speaker_pitch`), so sentences are made when all clips were measured
+(`describe`).
 """
 
 import dataclasses
@@ -12,111 +13,30 @@ from pathlib import Path
 import numpy as np
 
 from avjax.datasets.base import Clip
-from avjax.errors import AvjaxError, UnusableMedia
-from avjax.media import audio, faces, video
+from avjax.errors import UnusableMedia
+from avjax.files import Pile
+from avjax.media import audio, faces, flow, video
+from avjax.presets import Preset, every
 from avjax.progress import Stopwatch
 from avjax.text import action_units, prosody, template
 
 # Raised when a change of code changes what is measured: part of every staged file's key.
-CODE_VERSION = {"video": 2, "audio": 3, "image": 1, "sound": 1, "text": 2}
+CODE_VERSION = {"video": 2, "audio": 3, "image": 2, "flow": 1, "sound": 1, "text": 2}
 # Sources of the `text` feature: the three of the template, and one fixed sentence for the "w/o ETG" ablation.
 TEXTS = (*template.SOURCES, "constant")
 # Below so many of a speaker's clips with voice, the median says nothing about what is usual; fixed bounds then.
 _ENOUGH_CLIPS = 3
-# Pixels of a side of the face crops that image encoders are given; their own preprocessing goes on from there.
-CROP = 256
 # What encoders give is stored in half precision; what is measured stays in single precision.
 ENCODED = np.float16
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoding:
-    """A pretrained encoder and what is kept of it.
-
-    Attributes:
-      source, layer, pool: see `encoders.load`.
-      every: of the frames, each so many-th is encoded.
-      per_second: steps of sound are averaged to so many a second; 0 = as the encoder gives them.
-    """
-
-    source: str
-    layer: int | None = None
-    pool: str | None = None
-    every: int = 1
-    per_second: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """What is extracted.
-
-    Attributes:
-      frames: at most so many evenly spaced video frames.
-      steps_per_second: steps of the acoustic measurements; max_seconds: longer sound is cut there.
-      image: encoder of the face in each frame, the stream `video`; None = the face measurements alone.
-      face: whether face measurements (blendshapes, action units, pose) stand beside the image encoder's features.
-      sound: encoder of the sound, the stream `audio`; None = acoustic measurements.
-      text: encoder of the sentences; max_tokens: longer ones are cut.
-    """
-
-    frames: int = 16
-    steps_per_second: int = 10
-    max_seconds: float = 60.0
-    image: Encoding | None = None
-    face: bool = True
-    sound: Encoding | None = None
-    text: Encoding = Encoding("minilm")
-    max_tokens: int = 128
-
-
-PRESETS = {
-    # Blendshapes, action units and head pose; `audio.acoustic`; MiniLM's tokens.
-    "lite": Preset(),
-    # Encoders that can be had without the hub. Layers chosen on held-out training speakers (README): Whisper's middle
-    # is .13 above its end; for the picture layers 9 to 12 are alike, the tenth spares two, and half the frames do.
-    "open": Preset(
-        image=Encoding("vit_s14", layer=10, pool="first", every=2),
-        sound=Encoding("whisper_base", layer=3, per_second=10),
-    ),
-    # The paper's (specification of the systems, section 1, "Features").
-    "etg": Preset(
-        frames=8,
-        image=Encoding("vit_b16", pool="first"),
-        face=False,
-        sound=Encoding("data2vec_audio"),
-        text=Encoding("distilbert"),
-    ),
-}
-
-
-def preset(name: str) -> Preset:
-    """Looks a preset up.
-
-    Raises:
-      AvjaxError: no preset has that name.
-    """
-    if name not in PRESETS:
-        raise AvjaxError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-def encodings(settings: Preset) -> dict[str, Encoding]:
-    """The encoders of picture and sound that a preset has: feature → encoder."""
-    both = {"image": settings.image, "sound": settings.sound}
-    return {feature: encoding for feature, encoding in both.items() if encoding}
-
-
-def every(settings: Preset) -> int:
-    """Of the measured frames each so many-th is a step of the stream `video`."""
-    return settings.image.every if settings.image else 1
 
 
 def provenance(feature: str, settings: Preset, **weights: str) -> dict[str, object]:
     """What a `feature` (a key of CODE_VERSION) of a clip depends on beside the clip itself."""
     used = {
-        "video": ("frames",),
+        "video": ("frames",) if settings.frames else ("frames", "max_seconds"),
         "audio": ("steps_per_second", "max_seconds"),
-        "image": ("frames", "image"),
+        "image": ("frames", "image") if settings.frames else ("frames", "max_seconds", "image"),
+        "flow": ("frames", "max_seconds", "flow"),
         "sound": ("max_seconds", "sound"),
         "text": ("text", "max_tokens"),
     }[feature]
@@ -143,14 +63,16 @@ def source_key(clip: Clip) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Raw:
-    """What encoders are given of a clip.
+    """What encoders are given of a clip; None where there is nothing.
 
-    `crops` (k, CROP, CROP, 3) uint8: the face in those of the frames to encode that show one; `samples` (n,) float32 at
-    16 kHz: the sound without the digital silence before and after it. None where there is nothing.
+    `pictures` (k, h, w, 3) uint8: the frames that are `seen`, or the faces in them. `flows` (n, side, side, 2) float16,
+    or the pairs of frames (n, 2, side, side, 3) uint8 that flow is to be computed of: those that lead to `flow_ends`.
+    `samples` (n,) float32 at 16 kHz: the sound without the digital silence before and after it.
     """
 
-    crops: np.ndarray | None
-    samples: np.ndarray | None
+    pictures: Pile | None = None
+    flows: Pile | None = None
+    samples: np.ndarray | None = None
 
 
 def measure(
@@ -158,15 +80,17 @@ def measure(
     settings: Preset,
     tracker: faces.FaceTracker,
     clock: Stopwatch,
+    room: Path,
     staged: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     wanted: Container[str] = (),
 ) -> tuple[dict[str, dict[str, np.ndarray]], Raw]:
     """Measures picture and sound of a clip. What it lacks has no steps, and its `why` says so.
 
     Args:
-      clock: is told how long decoding, faces and acoustics take.
+      clock: is told how long decoding, faces, flow and acoustics take.
+      room: a folder for the piles of `Raw`, which whoever takes them is to discard.
       staged: "video", "audio" → what was measured before, which is not measured again.
-      wanted: "image", "sound": what is to be encoded, and so is handed out as `Raw`.
+      wanted: "image", "flow", "sound": what is to be encoded, and so is handed out as `Raw`.
     Returns:
       video: `video (t, d)`, `video_mask (t,)`, `au (t, a)`, `boxes (t, 4)` of the faces in pixels, `times (t,)` seconds
       from the clip's start; audio: `audio (s, d)`, `audio_mask (s,)`, `seconds ()`, `inside (2,)`, where sound begins
@@ -175,12 +99,12 @@ def measure(
     Raises:
       UnusableMedia: neither picture nor sound.
     """
-    staged, lacking = staged or {}, []
+    staged, lacking, raw = staged or {}, [], Raw()
     try:
-        picture, crops = _picture(clip, settings, tracker, clock, staged.get("video"), "image" in wanted)
+        picture, raw = _picture(clip, settings, tracker, clock, room, staged.get("video"), wanted)
     except UnusableMedia as error:
         lacking.append(str(error))
-        picture, crops = _no_picture(str(error)), None
+        picture = _no_picture(str(error))
     try:
         sound, samples = _sound(clip, settings, clock, staged.get("audio"), "sound" in wanted)
     except UnusableMedia as error:
@@ -188,34 +112,124 @@ def measure(
         sound, samples = _no_sound(str(error)), None
     if len(lacking) == 2:
         raise UnusableMedia("; ".join(dict.fromkeys(lacking)))
-    return {"video": picture, "audio": sound}, Raw(crops, samples)
+    return {"video": picture, "audio": sound}, dataclasses.replace(raw, samples=samples)
 
 
-def _picture(
-    clip, settings, tracker, clock, staged, wanted: bool
-) -> tuple[Mapping[str, np.ndarray], np.ndarray | None]:
-    """Face measurements of evenly spaced frames, those without a face masked; and crops of the others, if wanted."""
-    if staged and not (wanted and staged["video_mask"].any()):
-        return staged, None
+def _picture(clip, settings, tracker, clock, room, staged, wanted) -> tuple[Mapping[str, np.ndarray], Raw]:
+    """Face measurements of the frames, those without a face masked; and pictures and flows, if wanted.
+
+    The frames are decoded once, block by block; a block of them is all that memory holds.
+    """
+    show = _Show(settings, clock, room, wanted)
+    if staged and not show.needs(staged["video_mask"]):
+        return staged, Raw()
+    found, times, at = [], [], 0
+    begin = clip.start or 0.0
+    blocks = video.read_blocks(clip.path, count=settings.frames or None, start=begin, end=_end(clip, settings))
+    while (frames := _next(blocks, clock)) is not None:
+        part = slice(at, at + len(frames.times))
+        at = part.stop
+        if staged:
+            mask, boxes = staged["video_mask"][part], staged["boxes"][part]
+        else:
+            with clock("faces"):
+                found.append(tracker.track(frames, found[-1] if found else None))
+            mask, boxes = found[-1].found, found[-1].boxes
+            times.append(frames.times - begin)
+        show.take(frames, mask, boxes)
+    return staged or _face_measurements(faces.joined(found), np.concatenate(times)), show.raw()
+
+
+def _end(clip: Clip, settings: Preset) -> float | None:
+    """Where a clip ends on its clock; long ones are cut where every frame is taken."""
+    if settings.frames:
+        return clip.end
+    return min(filter(None, (clip.end, (clip.start or 0.0) + settings.max_seconds)))
+
+
+def _next(blocks, clock) -> video.Frames | None:
     with clock("decoding"):
-        frames = video.read_frames(clip.path, count=settings.frames, start=clip.start or 0.0, end=clip.end)
-    with clock("faces"):
-        picture = staged or _face_measurements(clip, frames, tracker)
-        shown = picture["video_mask"] & (np.arange(len(frames.times)) % every(settings) == 0)
-        crops = faces.crops(frames, shown, picture["boxes"], CROP)[shown] if wanted and shown.any() else None
-    return picture, crops
+        return next(blocks, None)
 
 
-def _face_measurements(clip: Clip, frames: video.Frames, tracker: faces.FaceTracker) -> dict[str, np.ndarray]:
+class _Show:
+    """Collects, block by block, what the encoders of picture and flow are to see of a clip's frames."""
+
+    def __init__(self, settings: Preset, clock: Stopwatch, room: Path, wanted: Container[str]):
+        self._settings, self._clock, self._room = settings, clock, room
+        self._image = settings.image if "image" in wanted else None
+        self._flow = settings.flow if "flow" in wanted else None
+        self._pictures = self._flows = None
+        self._count, self._before = 0, None
+
+    def needs(self, found: np.ndarray) -> bool:
+        """Whether there is anything to see in frames of which `found` show the face."""
+        return bool((self._image and seen(found, self._settings).any()) or (self._flow and found.any()))
+
+    def take(self, frames: video.Frames, found: np.ndarray, boxes: np.ndarray) -> None:
+        """The next frames, which of them show the face, and where."""
+        if self._image:
+            with self._clock("faces"):
+                self._see(frames, found, boxes)
+        if self._flow:
+            with self._clock("flow"):
+                self._move(frames, found, boxes)
+        self._count += len(found)
+
+    def raw(self) -> Raw:
+        return Raw(self._pictures, self._flows)
+
+    def _see(self, frames: video.Frames, found: np.ndarray, boxes: np.ndarray) -> None:
+        turn = (np.arange(len(found)) + self._count) % self._image.every == 0
+        if self._image.sees == "frame":
+            pictures = video.shrunk(frames.images[turn], self._image.side)
+        else:
+            pictures = faces.crops(frames, turn & found, boxes, self._image.side)[turn & found]
+        self._pictures = self._piled(self._pictures, pictures)
+
+    def _move(self, frames: video.Frames, found: np.ndarray, boxes: np.ndarray) -> None:
+        f = self._flow
+        before = frames.images[:0] if self._before is None else self._before
+        images = np.concatenate([before, frames.images])
+        self._before = images[-f.window :]
+        # Of these frames, those that a flow leads to; earlier ones have had theirs.
+        at = flow.ends(np.concatenate([np.zeros(self._count, bool), found]), f.window, f.stride) - self._count
+        every_one = np.ones(len(at), bool)
+        earlier, later = (
+            faces.crops(video.Frames(images[len(before) + at - back], frames.times[at]), every_one, boxes[at], f.side)
+            for back in (f.window, 0)
+        )
+        made = flow.dis(earlier, later).astype(ENCODED) if f.source == "dis" else np.stack([earlier, later], 1)
+        self._flows = self._piled(self._flows, made)
+
+    def _piled(self, pile: Pile | None, arrays: np.ndarray) -> Pile | None:
+        if pile is None and len(arrays):
+            pile = Pile.begun(self._room, arrays.shape[1:], arrays.dtype.name)
+        if pile is not None:
+            pile.add(arrays)
+        return pile
+
+
+def seen(found: np.ndarray, settings: Preset) -> np.ndarray:
+    """Which steps of the stream `video` show what its encoder is to see; `found (t,)`: which frames show the face."""
+    found = found[:: every(settings)]
+    return np.ones_like(found) if settings.image and settings.image.sees == "frame" else found
+
+
+def flow_ends(found: np.ndarray, settings: Preset) -> np.ndarray:
+    """The frames that flows lead to (`flow.ends`); none where the preset has no flow."""
+    return flow.ends(found, settings.flow.window, settings.flow.stride) if settings.flow else np.zeros(0, int)
+
+
+def _face_measurements(found: faces.Faces, times: np.ndarray) -> dict[str, np.ndarray]:
     """Blendshapes, action units and head pose."""
-    found = tracker.track(frames)
     units = faces.action_units(found.blendshapes, found.found)
     return {
         "video": np.concatenate([found.blendshapes, units, found.pose], -1).astype(np.float32),
         "video_mask": found.found,
         "au": units,
         "boxes": found.boxes,
-        "times": frames.times - (clip.start or 0.0),
+        "times": times,
         "why": np.array("" if found.found.any() else "no face in any frame"),
     }
 
@@ -309,11 +323,22 @@ def describe(
     return {source: template.sentence(parts, source) for source in template.SOURCES}
 
 
-def of_frames(crops: np.ndarray, found: np.ndarray) -> dict[str, np.ndarray]:
-    """What is staged of encoded crops: `steps (t, d)`, zeros where `found (t,)` is False; `crops` are (k, d)."""
-    steps = np.zeros((len(found), crops.shape[-1]), ENCODED)
-    steps[found] = crops
+def of_frames(encoded: np.ndarray, shown: np.ndarray) -> dict[str, np.ndarray]:
+    """What is staged of encoded pictures (k, d): `steps (t, d)`, zeros where `shown (t,)` is False."""
+    steps = np.zeros((len(shown), encoded.shape[-1]), ENCODED)
+    steps[shown] = encoded
     return {"steps": steps}
+
+
+def of_flow(encoded: np.ndarray, found: np.ndarray, ends: np.ndarray) -> dict[str, np.ndarray]:
+    """What is staged of encoded flow: `steps (t, d)`, each frame's last flow, zeros where `found (t,)` is False.
+
+    Args:
+      encoded: (1 + k, d), first that of no motion, which frames before any flow have.
+      ends: (k,), see `flow.ends`.
+    """
+    steps = encoded[1 + flow.held(ends, len(found))]
+    return {"steps": np.where(found[:, None], steps, 0).astype(ENCODED)}
 
 
 def of_sound(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np.ndarray]:
@@ -332,12 +357,16 @@ def of_sound(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np
 
 
 def encode_texts(encoder, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
-    """Token features of each text, (l, d) float32; (0, d) for an empty one. Equal texts are encoded once."""
+    """Token features of each text, (l, d) float32, or (1, d) of an encoder that pools; (0, d) for an empty one.
+
+    Equal texts are encoded once.
+    """
     wanted = sorted({t for t in texts if t}, key=lambda t: (len(t), t))
     known = {"": np.zeros((0, encoder.width), np.float32)}
     if wanted:
-        ids, mask = encoder.tokenize(wanted, max_tokens)
-        tokens, _ = encoder(ids, mask)
+        tokens, mask = encoder(*encoder.tokenize(wanted, max_tokens))
+        if tokens.ndim == 2:  # one vector for each text
+            tokens, mask = tokens[:, None], mask[:, None]
         known |= {t: x[m] for t, x, m in zip(wanted, tokens, mask, strict=True)}
     return [known[t] for t in texts]
 
@@ -351,23 +380,28 @@ def example(
     """The record of a clip in the packed view.
 
     Args:
-      staged: "video", "audio", "text" and, where the preset has encoders for them, "image" and "sound".
+      staged: "video", "audio", "text" and, where the preset has encoders for them, "image", "flow" and "sound".
     Returns:
-      The streams `video` and `audio` with their masks, `text` and `sentence` by source, and what was measured:
-      `prosody` as in `measure`, `duration` in seconds; `surface (3,)` = duration, lead-in, loudness: what a model could
-      guess from without seeing or hearing anybody.
+      The streams `video`, `audio` and, where there is one, `flow` with their masks, `text` and `sentence` by source,
+      and what was measured: `prosody` as in `measure`, `duration` in seconds; `surface (3,)` = duration, lead-in,
+      loudness: what a model could guess from without seeing or hearing anybody.
     """
     picture, sound = staged["video"], staged["audio"]
     duration = np.float32(max(picture["times"].max(initial=0.0), sound["seconds"]))
     steps, mask = _audio_stream(staged)
     shown = slice(None, None, every(settings))
+    streams = {
+        "video": _video_stream(staged, shown, settings.face),
+        "video_mask": seen(picture["video_mask"], settings),
+    }
+    if settings.flow:
+        streams |= {"flow": staged["flow"]["steps"], "flow_mask": picture["video_mask"]}
     return {
         "clip_id": clip.id,
         "label": clip.label,
         "speaker": clip.speaker or "",
         "duration": duration,
-        "video": _video_stream(staged, shown, settings.face),
-        "video_mask": picture["video_mask"][shown],
+        **streams,
         "au": picture["au"][shown],
         "times": picture["times"][shown],
         "audio": steps,

@@ -40,18 +40,26 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(mask, -1), 1).astype(x.dtype)[..., None]
 
 
+def causal(mask: jax.Array) -> jax.Array:
+    """What each step of a sequence may attend to: itself and what precedes it, where `mask` (b, l) is True.
+
+    Returns (b, l, l), the second axis that of the steps that attend.
+    """
+    return mask[:, None] & jnp.tri(mask.shape[1], dtype=bool)[None]
+
+
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention, any number of heads.
 
     Args:
       query: (b, q, h, d).
       key, value: (b, k, h, d).
-      mask: (b, k), True for keys that may be attended to.
+      mask: (b, k), True for keys that may be attended to; or (b, q, k), where that differs between queries.
     Returns:
       context (b, q, h, d), zeros where no key may be attended to, and weights (b, h, q, k).
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    weights = masked_softmax(scores, mask[:, None, None, :])
+    weights = masked_softmax(scores, _for_queries(mask)[:, None])
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value), weights
 
 
@@ -66,13 +74,19 @@ def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     )
 
 
+def _for_queries(mask: jax.Array) -> jax.Array:
+    """A mask of `attend` as (b, 1, k) or (b, q, k)."""
+    return mask if mask.ndim == 3 else mask[:, None]
+
+
 def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    some = mask.any(-1)[:, None, None]  # b 1 1
+    mask = _for_queries(mask)
+    some = mask.any(-1, keepdims=True)
 
     def one(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = head  # b l d
         scores = jnp.einsum("bqd,bkd->bqk", q / jnp.sqrt(q.shape[-1]).astype(q.dtype), k).astype(jnp.float32)
-        scores = jnp.where(mask[:, None], scores, _LOW)
+        scores = jnp.where(mask, scores, _LOW)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
         # Divided by their sum after the product, which is narrower than the weights.
         summed = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v)
@@ -110,7 +124,8 @@ class Project(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) over the steps that the mask admits.
 
-    `unbiased` names those of query, key and value that have no bias.
+    With `causal(mask)` for a mask no step sees those after it, as in a decoder. `unbiased` names those of query, key
+    and value that have no bias.
     """
 
     heads: int
@@ -119,7 +134,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x (b, l, d) under mask (b, l) to (b, l, d); `heads` must divide d."""
+        """Maps x (b, l, d) under mask (b, l) or (b, l, l) to (b, l, d); `heads` must divide d."""
         split = (self.heads, x.shape[-1] // self.heads)
         query, key, value = (
             Project(split, dtype=self.dtype, bias=n not in self.unbiased, name=n)(x) for n in ("query", "key", "value")
@@ -166,7 +181,7 @@ class PreNormBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x (b, l, d) under mask (b, l) to (b, l, d)."""
+        """Maps x (b, l, d) under mask (b, l), or (b, l, l) as `SelfAttention`, to (b, l, d)."""
         norm = functools.partial(nn.LayerNorm, self.eps, self.dtype, use_fast_variance=False)
         project = functools.partial(Project, dtype=self.dtype)
         attention = SelfAttention(self.heads, self.dtype, self.unbiased, name="attention")

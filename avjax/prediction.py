@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from avjax import checkpoint, extraction, features, loop, models, pipeline, rundir
+from avjax import checkpoint, extraction, features, loop, models, pipeline, presets, rundir
 from avjax.datasets import store as stores
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
@@ -41,6 +41,7 @@ class Run:
       model: without parameters; best, stats: of the lanes, with a leading lane axis (`avjax.loop.State`).
       lanes: (fold, seed) of each.
       made_by: how the features were made that it was trained on (`extraction.made_by`).
+      random: whether those came from encoders with weights drawn at random.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Run:
     stats: pipeline.Statistics
     lanes: tuple[tuple[str, int], ...]
     made_by: Mapping[str, str]
+    random: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,8 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) ->
         about = {key: metrics[key] for key in ("dataset", "protocol")}
         classes = tuple(metrics["classes"])
         about |= {"classes": classes, "preset": config.preset, "text_source": config.model.text_source}
-        about["made_by"] = _json(workdir / "environment.json")["features"]["made_by"]
+        made = _json(workdir / "environment.json")["features"]
+        about |= {"made_by": made["made_by"], "random": made["random"]}
         model = models.build(config.model, len(classes))
     except (KeyError, AttributeError, TypeError) as error:
         raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
@@ -134,7 +137,7 @@ def predict(
     Raises:
       AvjaxError: what extraction raises, or the run was trained on features of another kind than are made now.
     """
-    settings = features.preset(run.preset)
+    settings = presets.preset(run.preset, random=run.random)
     with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
         store = stores.Store(Path(folder))
         clock = Stopwatch()

@@ -20,16 +20,18 @@ _STANDARDISED = {
 }
 
 
-def protocol_name(folds: str, plan: LanePlan, config) -> str:
+def protocol_name(folds: str, plan: LanePlan, config, random: bool = False) -> str:
     """One line that says how the figures came about; it stands beside every figure.
 
     Args:
-      folds: the name of the division; config: the `protocol` part of a configuration.
+      folds: the name of the division; config: the `protocol` part of a configuration; random: whether the features
+        come from weights drawn at random.
     """
     held_out = {c["n_val"] > 0 for c in plan.counts} if config.select == "val" else {False}
     ways = {True: "best validation UAR", False: "last epoch"}
     select = " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
-    return "; ".join([folds, *plan.notes, f"epoch: {select}", _STANDARDISED[config.standardise]])
+    warning = ["RANDOM WEIGHTS in the encoders: the figures mean nothing"] if random else []
+    return "; ".join([*warning, folds, *plan.notes, f"epoch: {select}", _STANDARDISED[config.standardise]])
 
 
 def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

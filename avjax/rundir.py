@@ -58,7 +58,7 @@ def begin(workdir: Path, config, features: Features) -> None:
                 f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir or remove it"
             )
         return
-    about = {"content": features.content, "made_by": features.made_by}
+    about = {"content": features.content, "made_by": features.made_by, "random": features.random}
     write_text(workdir / "environment.json", json.dumps(environment() | {"features": about}, indent=1))
     write_text(path, json.dumps(config.to_dict(), indent=1))
 

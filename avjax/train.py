@@ -60,7 +60,7 @@ def train(config, workdir: Path | None = None) -> Path:
     # ---- Protocol -------------------------------------------------------------------------------------------------
     folds, folds_name = natural_folds(features.clips, features.folds, config.protocol.folds, config.protocol.fold_count)
     plan = pipeline.plan(features, folds, config.train.seeds, config.protocol)
-    protocol = results.protocol_name(folds_name, plan, config.protocol)
+    protocol = results.protocol_name(folds_name, plan, config.protocol, features.random)
     say(f"protocol: {protocol}")
 
     # ---- Model ----------------------------------------------------------------------------------------------------

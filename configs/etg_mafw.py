@@ -9,13 +9,13 @@ Here:      frozen encoders; not measured: the data set was not at hand. Demo cor
            Learning rate 1e-3 and batch 8: frozen encoders leave little to train, and so the demo corpus is learned in
            25 epochs (1e-4 or batch 32 leaves it half learned). Nothing was chosen on MAFW.
 Variants:  the rows of Tables III–VI and Figure 3 (`avjax.models.etg_aver.VARIANTS`), the protocols and the presets
-           below (the word of the extraction: lite, open, etg);
+           below (the words of the extraction: `configs/extract_mafw.py`);
            several are joined by commas: `configs/etg_mafw.py:no_hlo,speaker_norm`.
 """
 
 from ml_collections import ConfigDict
 
-from avjax.config import with_variants
+from avjax.config import module, with_variants
 from avjax.models.etg_aver import VARIANTS
 
 PROTOCOLS = {
@@ -26,10 +26,8 @@ PROTOCOLS = {
     # Nothing held out and nothing selected: all training clips, last epoch. For sets too small to give clips away.
     "all_clips": {"protocol.validation": 0.0, "protocol.select": "last"},
 }
-# The features, by the word under which they were extracted.
-PRESETS = {
-    "lite": {"preset": "lite"},
-    "open": {"preset": "open"},
+# The features, by the words under which they were extracted.
+PRESETS = module("configs/extract_mafw.py").PRESETS | {
     "etg": {"preset": "etg", "model.width": 768, "model.summary": "first"},
 }
 TABLE = {name: {f"model.{k}": v for k, v in row.items()} for name, row in VARIANTS.items()} | PROTOCOLS | PRESETS
@@ -42,6 +40,8 @@ def base() -> ConfigDict:
             "variants": "",
             "dataset": "mafw",
             "preset": "lite",
+            # True: encoders get weights drawn at random, for trying what cannot be had; every figure says so.
+            "weights": {"random": False},
             "data": {
                 "root": "",  # the data set as it was downloaded; "" = $AVJAX_DATA/<dataset>
                 "features": "",  # the feature store; "" = $AVJAX_CACHE/features/<dataset>

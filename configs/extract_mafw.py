@@ -4,14 +4,21 @@ Command:   python -m avjax.extract --config configs/extract_mafw.py --config.dat
 Data:      MAFW as it was downloaded: data/clips/*.mp4 and Train & Test Set/single/no_caption/set_{1..5}/.
 Variants:  lite (default): blendshapes, action units and head pose; log-mel, MFCC, pitch, energy; MiniLM tokens.
            open: Whisper-base, ViT-S/14 beside the face measurements, MiniLM: encoders that can be had without the hub.
-           etg: the paper's data2vec-audio, ViT-B/16, DistilBERT, from the hub or `$AVJAX_WEIGHTS`.
+           From the hub or `$AVJAX_WEIGHTS`, what the papers used:
+           etg: data2vec-audio, ViT-B/16, DistilBERT (ETG-AVER).
+           deiii: wav2vec 2.0 large, robust; EfficientNet-B2 of HSEmotion on the face in every frame and on its optical
+           flow (DE-III). The flow is Perceiver IO's (`flow_perceiver`), which wants an accelerator; `flow_dis`: OpenCV's.
+           emoasst: CLIP ViT-B/32 on 24 whole frames and on texts, wav2vec 2.0 base of SEGUE up to layer 9 (EmoAsst).
 """
 
 from ml_collections import ConfigDict
 
 from avjax.config import with_variants
 
-PRESETS = {name: {"preset": name} for name in ("lite", "open", "etg")}
+PRESETS = {name: {"preset": name} for name in ("lite", "open", "etg", "deiii", "emoasst")} | {
+    "flow_perceiver": {"preset": "deiii"},
+    "flow_dis": {"preset": "deiii_dis"},
+}
 
 
 def base() -> ConfigDict:
@@ -21,6 +28,8 @@ def base() -> ConfigDict:
             "variants": "",
             "dataset": "mafw",
             "preset": "lite",
+            # True: encoders get weights drawn at random, for trying what cannot be had; every figure says so.
+            "weights": {"random": False},
             "data": {"root": ""},  # "" = $AVJAX_DATA/<dataset>
             "workers": 0,  # 0 = one per core
             "clip_seconds": 120.0,  # time limit for one clip; a clip over it is quarantined

@@ -7,7 +7,8 @@ import numpy as np
 from avjax.datasets import store
 from avjax.datasets.base import Clip, Corpus, Task
 from avjax.datasets.store import Features
-from avjax.features import PRESETS, TEXTS, example
+from avjax.features import TEXTS, example
+from avjax.presets import PRESETS
 
 SIZES = {"video": (6, 9), "audio": (11, 7), "text": (8, 12)}  # most steps, width
 

@@ -12,7 +12,7 @@ import pytest
 from test_bench import bench
 
 from avjax.benches import encoders as benchmark
-from avjax.benches import record
+from avjax.benches import originals, record
 from avjax.benches.encoders import Load, Peak
 from avjax.errors import AvjaxError
 
@@ -33,6 +33,25 @@ WHISPER = {
     "pad_token_id": 0,
 }
 
+EFFICIENTNET = {
+    "model_type": "efficientnet",
+    "padding": "same",
+    "width_coefficient": 0.1,
+    "depth_coefficient": 0.4,
+    "hidden_dim": 128,
+    "image_size": 64,
+}
+PERCEIVER = {
+    "model_type": "perceiver",
+    "train_size": [10, 12],
+    "num_latents": 6,
+    "d_latents": 8,
+    "d_model": 322,
+    "num_self_attends_per_block": 1,
+    "num_self_attention_heads": 2,
+    "num_cross_attention_heads": 1,
+}
+
 
 def like(load: Load, *batches, **changes) -> Load:
     """A load of other batches."""
@@ -41,7 +60,12 @@ def like(load: Load, *batches, **changes) -> Load:
 
 TINY = {
     "text": ({"model_type": "bert", "vocab_size": 30} | SIZES, like(benchmark.TEXTS, (2, 9))),
-    "picture": ({"model_type": "vit", "image_size": 8, "patch_size": 4} | SIZES, None),
+    "picture": ({"model_type": "vit", "image_size": 8, "patch_size": 4} | SIZES, like(benchmark.PICTURES, (3, 8))),
+    "faces": (EFFICIENTNET, like(benchmark.PICTURES, (2, 64))),
+    "flow": (
+        PERCEIVER,
+        like(benchmark.PAIRS, (1, 12), shape=lambda b, n: (b, 2, 10, n, 3)),
+    ),
     "sound": ({"model_type": "wav2vec2"} | SIZES | CONVS | POSITIONS, like(benchmark.WAVES, (1, 800), (2, 600))),
     "whisper": ({"model_type": "whisper"} | WHISPER, like(benchmark.SPECTRA, (1, 40), (2, 6), only=40)),
 }
@@ -50,11 +74,7 @@ TINY = {
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Small encoders, timed for a moment."""
-    # The layout of pictures goes by the load itself, so that it is changed where it is.
-    pictures = like(benchmark.PICTURES, (3, 8))
-    monkeypatch.setattr(benchmark, "PICTURES", pictures)
-    table = TINY | {"picture": (TINY["picture"][0], pictures)}
-    monkeypatch.setattr(benchmark, "ENCODERS", table)
+    monkeypatch.setattr(benchmark, "ENCODERS", TINY)
     monkeypatch.setattr(benchmark, "_LEAST_SECONDS", 0.01)
 
 
@@ -129,7 +149,7 @@ def test_on_an_accelerator_the_compiled_original_is_a_third_way(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
     monkeypatch.setattr(benchmark, "torch_device", lambda: "cuda")
-    monkeypatch.setattr(benchmark, "on_torch", lambda x, dtype: x)
+    monkeypatch.setattr(originals, "placed", lambda x, dtype: x)
     (row,), said = measured("picture")
     assert any("avjax, pytorch, compiled compute the same" in line for line in said)
     assert row["speed_up_over_compiled"] == row["compiled_seconds_median"] / row["avjax_seconds_median"]
@@ -142,8 +162,8 @@ def test_on_an_accelerator_the_compiled_original_is_a_third_way(monkeypatch):
 @needs_torch
 @pytest.mark.parametrize(("dtype", "of_what"), [("float32", "share of the standard"), ("bfloat16", "cosine of pooled")])
 def test_ways_that_do_not_agree_are_not_timed(monkeypatch, dtype, of_what):
-    right = benchmark.torch_inputs
-    monkeypatch.setattr(benchmark, "torch_inputs", lambda inputs, case: right(inputs[:, ::-1].copy() ** 3, case))
+    right = originals.inputs
+    monkeypatch.setattr(originals, "inputs", lambda inputs, dtype: right(inputs[:, ::-1].copy() ** 3, dtype))
     with pytest.raises(
         AvjaxError, match=rf"picture 3 x 8 pixels: pytorch and avjax: the .* {of_what}.* cannot be comp"
     ):
@@ -198,6 +218,10 @@ PARAMETERS = {
     "distilbert": 66_362_880,
     "vit_s14": 22_056_192,
     "vit_b16": 85_798_656,
+    "clip_b32_text": 63_165_952,
+    "clip_b32_vision": 87_454_464,
+    "efficientnet_b2": 7_667_210,
+    "perceiver_flow": 41_057_134,
     "wav2vec2_base": 94_370_816,
     "wav2vec2_large_robust": 315_437_568,
     "data2vec_audio_base": 93_163_520,

@@ -9,12 +9,12 @@ import zipfile
 
 import pytest
 
-from avjax import assets
+from avjax import assets, presets
 from avjax import config as configs
 from avjax.errors import AvjaxError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-PRESETS = ["lite", "open", "etg"]
+PRESETS = ["lite", "open", "etg", "deiii", "flow_dis", "flow_perceiver", "emoasst"]
 ETG = ["full", "no_hlo", "concat_text", "concat", "no_etg", "no_tmfef", "fusion_concat", "fusion_additive",
        "weights_equal", "weights_fusion", "text_audio", "text_video", "audio_only", "video_only", "text_only",
        "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", *PRESETS]  # fmt: skip
@@ -52,7 +52,7 @@ def _build(config):
     from avjax import datasets, features, models, pipeline
 
     assert config.dataset in datasets.REGISTRY
-    features.preset(config.preset)
+    presets.preset(config.preset)
     if "model" in config:
         models.build(config.model, 7)
         assert config.protocol.standardise in pipeline.STANDARDISE

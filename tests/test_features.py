@@ -8,43 +8,50 @@ import clips
 import numpy as np
 import pytest
 
-from avjax import features
+from avjax import features, presets
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError, UnusableMedia
+from avjax.media import faces, flow, video
 from avjax.media.faces import Faces
 from avjax.progress import Stopwatch
 from avjax.text import template
 
-LITE = features.PRESETS["lite"]
+LITE = presets.PRESETS["lite"]
 
 
 class NoFace:
     """A tracker that never finds a face."""
 
-    def track(self, frames) -> Faces:
-        from avjax.media import faces
-
+    def track(self, frames, before=None) -> Faces:
         return faces._empty(len(frames.times), several=0)
 
 
 class Everywhere:
     """A tracker that finds the same face in all frames but the second."""
 
-    def track(self, frames) -> Faces:
-        from avjax.media import faces
-
+    def track(self, frames, before=None) -> Faces:
         found = faces._empty(len(frames.times), several=0)
         found.found[:] = True
         found.boxes[:] = (4, 4, 24, 24)
-        found.found[1:2], found.boxes[1:2] = False, 0
+        if before is None:
+            found.found[1:2], found.boxes[1:2] = False, 0
         return found
 
 
-def measure(path, tracker=None, staged=None, wanted=(), **columns):
+def measure(path, tracker=None, staged=None, wanted=(), settings=LITE, **columns):
     clip = Clip("c", path, "sad", **columns)
-    made, raw = features.measure(clip, LITE, tracker or NoFace(), Stopwatch(), staged, wanted)
-    assert wanted or raw == features.Raw(None, None)
+    room = path.parent / "room"
+    made, raw = features.measure(clip, settings, tracker or NoFace(), Stopwatch(), room, staged, wanted)
+    assert wanted or raw == features.Raw()
     return (made, raw) if wanted else made
+
+
+def piled(pile):
+    """All that is on a pile."""
+    return np.concatenate(list(pile.blocks(7)))
+
+
+WITH_FACES = dataclasses.replace(LITE, image=presets.Encoding("any"))
 
 
 def test_clip_with_picture_and_sound(tmp_path):
@@ -131,38 +138,98 @@ def test_source_key_changes_with_the_file_and_the_part(tmp_path):
 
 def test_what_encoders_are_given(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
-    made, raw = measure(path, Everywhere(), wanted=("image", "sound"))
+    made, raw = measure(path, Everywhere(), wanted=("image", "sound"), settings=WITH_FACES)
     found = made["video"]["video_mask"]
     assert found.sum() == LITE.frames - 1
-    assert raw.crops.shape == (found.sum(), features.CROP, features.CROP, 3)
+    assert piled(raw.pictures).shape == (found.sum(), 256, 256, 3)
     first, last = made["audio"]["inside"]
     assert len(raw.samples) == last - first > 1.8 * 16000
-    assert measure(path, Everywhere(), wanted=("image",))[1].samples is None
-    assert measure(path, NoFace(), wanted=("image",))[1].crops is None
+    assert measure(path, Everywhere(), wanted=("image",), settings=WITH_FACES)[1].samples is None
+    assert measure(path, NoFace(), wanted=("image",), settings=WITH_FACES)[1].pictures is None
     silent = clips.write_mp4(tmp_path / "b.mp4", hz=0)
     assert measure(silent, wanted=("sound",))[1].samples is None
 
 
 def test_each_second_frame_is_encoded_where_the_preset_says_so(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
-    half = dataclasses.replace(LITE, image=features.Encoding("any", every=2))
-    made, raw = features.measure(Clip("c", path, "sad"), half, Everywhere(), Stopwatch(), None, ("image",))
-    _, whole = measure(path, Everywhere(), wanted=("image",))
+    half = dataclasses.replace(LITE, image=presets.Encoding("any", every=2))
+    made, raw = measure(path, Everywhere(), wanted=("image",), settings=half)
+    _, whole = measure(path, Everywhere(), wanted=("image",), settings=WITH_FACES)
     shown = np.flatnonzero(made["video"]["video_mask"]) % 2 == 0
-    np.testing.assert_array_equal(raw.crops, whole.crops[shown])
-    assert len(raw.crops) == LITE.frames // 2
+    np.testing.assert_array_equal(piled(raw.pictures), piled(whole.pictures)[shown])
+    assert raw.pictures.count == LITE.frames // 2
+
+
+def test_whole_frames_are_given_where_the_preset_says_so(tmp_path):
+    path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
+    whole = dataclasses.replace(LITE, image=presets.Encoding("any", sees="frame", side=24, every=2))
+    _, raw = measure(path, NoFace(), wanted=("image",), settings=whole)
+    frames = video.read_frames(path, count=LITE.frames).images[::2]
+    np.testing.assert_array_equal(piled(raw.pictures), video.shrunk(frames, 24))
+    assert min(raw.pictures.shape[:2]) == 24
+    assert features.seen(np.zeros(LITE.frames, bool), whole).all()
+
+
+EVERY_FRAME = dataclasses.replace(
+    LITE, frames=0, image=presets.Encoding("any"), flow=presets.Flow("dis", presets.Encoding("any"), side=32)
+)
+
+
+def test_every_frame_of_a_clip_comes_block_by_block(tmp_path):
+    path = clips.write_mp4(tmp_path / "a.mp4", seconds=4)
+    made, raw = measure(path, Everywhere(), wanted=("image",), settings=EVERY_FRAME)
+    assert made["video"]["video"].shape[0] == 40  # ten a second, in blocks of 16
+    assert made["video"]["video_mask"].tolist() == [True, False] + 38 * [True]
+    assert raw.pictures.count == 39
+    short = dataclasses.replace(EVERY_FRAME, max_seconds=1.5)
+    assert len(measure(path, Everywhere(), settings=short)["video"]["times"]) == 15
+    assert len(measure(path, Everywhere(), settings=short, start=3.0)["video"]["times"]) == 10
+
+
+@pytest.mark.parametrize(("window", "stride"), [(1, 1), (3, 1), (7, 7), (20, 1)])
+def test_flow_of_a_pair_is_that_of_its_two_frames_alone(tmp_path, window, stride):
+    path = clips.write_mp4(tmp_path / "a.mp4", seconds=4)
+    settings = dataclasses.replace(
+        EVERY_FRAME, flow=dataclasses.replace(EVERY_FRAME.flow, window=window, stride=stride)
+    )
+    made, raw = measure(path, Everywhere(), wanted=("flow",), settings=settings)
+    frames, box = video.read_frames(path, count=40), np.array([[4, 4, 24, 24]], np.float32)
+    ends = features.flow_ends(made["video"]["video_mask"], settings)
+    assert ends.tolist() == [i for i in range(window, 40) if i % stride == 0 and i != 1]
+    flows = piled(raw.flows)
+    assert len(flows) == len(ends)
+    for k in (0, len(ends) // 2, len(ends) - 1):
+        pair = [
+            faces.crops(video.Frames(frames.images[[i]], frames.times[[i]]), np.ones(1, bool), box, 32)
+            for i in (ends[k] - window, ends[k])
+        ]
+        np.testing.assert_array_equal(flows[k], flow.dis(*pair)[0].astype(np.float16))
+    pairs = dataclasses.replace(settings, flow=dataclasses.replace(settings.flow, source="an encoder"))
+    given = piled(measure(path, Everywhere(), wanted=("flow",), settings=pairs)[1].flows)
+    np.testing.assert_array_equal(given[k], np.concatenate(pair))
 
 
 def test_what_is_staged_is_not_measured_again(tmp_path):
-    path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
-    made, raw = measure(path, Everywhere(), wanted=("image", "sound"))
-    again, same = measure(path, tracker="none is needed", staged=made, wanted=("image", "sound"))
+    path = clips.write_mp4(tmp_path / "a.mp4", seconds=4)
+    everything = ("image", "flow", "sound")
+    made, raw = measure(path, Everywhere(), wanted=everything, settings=EVERY_FRAME)
+    again, same = measure(path, "none is needed", made, everything, EVERY_FRAME)
     assert again["video"] is made["video"]
     assert again["audio"] is made["audio"]
-    np.testing.assert_array_equal(raw.crops, same.crops)
+    np.testing.assert_array_equal(piled(raw.pictures), piled(same.pictures))
+    np.testing.assert_array_equal(piled(raw.flows), piled(same.flows))
     np.testing.assert_array_equal(raw.samples, same.samples)
     path.unlink()
     assert measure(path, staged=made)["video"] is made["video"], "without need, no file is opened"
+
+
+def test_each_frame_holds_the_last_flow_that_ended():
+    encoded = np.array([[9.0], [1], [2]])  # of no motion, then two flows
+    found = np.array([True, True, True, False, True])
+    steps = features.of_flow(encoded, found, np.array([1, 3]))["steps"]
+    assert steps.dtype == np.float16
+    assert steps[:, 0].tolist() == [9, 1, 1, 0, 2]
+    assert features.of_flow(encoded[:1], found[:2], np.zeros(0, int))["steps"][:, 0].tolist() == [9, 9]
 
 
 def test_encoded_frames_and_sound_as_they_are_staged():
@@ -185,7 +252,7 @@ def test_streams_of_a_preset_with_encoders(tmp_path):
         "image": {"steps": np.ones((frames, 3), np.float16)},
         "sound": {"steps": np.ones((5, 2), np.float16)},
     }
-    half = dataclasses.replace(LITE, image=features.Encoding("any", every=2))
+    half = dataclasses.replace(LITE, image=presets.Encoding("any", every=2))
     some = features.example(
         Clip("c", tmp_path / "a.mp4", "sad"),
         half,
@@ -203,28 +270,41 @@ def test_streams_of_a_preset_with_encoders(tmp_path):
     np.testing.assert_array_equal(both["video_mask"], made["video"]["video_mask"])
     alone = features.example(clip, dataclasses.replace(LITE, face=False), made | encoded | {"text": text}, words)
     assert alone["video"].shape == (frames, 3)
+    moving = made | encoded | {"text": text, "flow": {"steps": np.ones((frames, 5), np.float16)}}
+    flowing = features.example(clip, EVERY_FRAME, moving, words)
+    assert flowing["flow"].shape == (frames, 5)
+    np.testing.assert_array_equal(flowing["flow_mask"], made["video"]["video_mask"])
 
 
 def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
     before = {f: features.provenance(f, LITE) for f in features.CODE_VERSION}
     changes = {
-        "frames": (7, {"video", "image"}),
+        "frames": (7, {"video", "image", "flow"}),
         "steps_per_second": (7, {"audio"}),
-        "max_seconds": (7, {"audio", "sound"}),
-        "image": (features.Encoding("a"), {"image"}),
-        "sound": (features.Encoding("a"), {"sound"}),
-        "text": (features.Encoding("a"), {"text"}),
+        "max_seconds": (7, {"audio", "flow", "sound"}),
+        "image": (presets.Encoding("a"), {"image"}),
+        "flow": (presets.Flow("a", presets.Encoding("a")), {"flow"}),
+        "sound": (presets.Encoding("a"), {"sound"}),
+        "text": (presets.Encoding("a"), {"text"}),
         "max_tokens": (7, {"text"}),
         "face": (False, set()),
+        "random": (True, set()),  # the weights' provenance says it
     }
-    assert changes.keys() == {f.name for f in dataclasses.fields(features.Preset)}
+    assert changes.keys() == {f.name for f in dataclasses.fields(presets.Preset)}
     for setting, (value, touched) in changes.items():
         other = dataclasses.replace(LITE, **{setting: value})
         changed = {f for f in before if features.provenance(f, other) != before[f]}
         assert changed == touched, setting
+    changed = {
+        f
+        for f in before
+        if features.provenance(f, EVERY_FRAME)
+        != features.provenance(f, dataclasses.replace(EVERY_FRAME, max_seconds=7))
+    }
+    assert changed == {"video", "audio", "image", "flow", "sound"}, "of every frame, those up to there"
     assert features.provenance("text", LITE, sha256="abc")["weights"] == {"sha256": "abc"}
     with pytest.raises(AvjaxError, match="preset is 'light'; choose one of lite, open, etg"):
-        features.preset("light")
+        presets.preset("light")
 
 
 def test_usual_pitch_needs_enough_clips_with_voice():
@@ -263,6 +343,19 @@ def test_equal_texts_are_encoded_once_and_empty_ones_not_at_all():
     assert [t.shape for t in tokens] == [(2, 2), (0, 2), (1, 2), (2, 2)]
     assert [t.sum() for t in tokens] == [8, 0, 2, 8]
     assert [t.shape for t in features.encode_texts(encoder, [""], 3)] == [(0, 2)]
+
+
+def test_an_encoder_that_pools_gives_a_text_one_vector():
+    class Encoder:
+        width = 2
+
+        def tokenize(self, texts, limit):
+            return np.zeros((len(texts), limit), np.int32), np.ones((len(texts), limit), bool)
+
+        def __call__(self, ids, mask):
+            return np.ones((len(ids), 2), np.float32), np.ones(len(ids), bool)
+
+    assert [t.shape for t in features.encode_texts(Encoder(), ["bb", "", "a"], 3)] == [(1, 2), (0, 2), (1, 2)]
 
 
 def test_face_landmarker_comes_from_the_registry(monkeypatch, tmp_path):

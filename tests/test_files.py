@@ -1,8 +1,13 @@
 """Files appear whole or not at all, and nothing is left beside them."""
 
+import pathlib
+import pickle
+
+import numpy as np
 import pytest
 
 from avjax import files
+from avjax.errors import AvjaxError
 
 
 def test_a_file_is_replaced_whole_and_folders_are_made(tmp_path):
@@ -23,3 +28,30 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
         file.writelines([b"new", None])
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pile_gives_back_in_blocks_what_was_put_on_it_in_others(tmp_path):
+    rows = np.arange(60, dtype=np.float16).reshape(10, 3, 2)
+    pile = files.Pile.begun(tmp_path / "new", (3, 2), "float16")
+    assert list(pile.blocks(4)) == []
+    for part in (rows[:1], rows[:0], rows[1:7], rows[7:]):
+        pile.add(part)
+    assert [len(block) for block in pile.blocks(4)] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate(list(pile.blocks(4))), rows)
+    there = pickle.loads(pickle.dumps(pile))
+    np.testing.assert_array_equal(next(there.blocks(99)), rows)
+    pile.discard()
+    pile.discard()
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_pile_that_nobody_discards_is_swept_away(tmp_path):
+    files.Pile.begun(tmp_path / "room", (1,), "uint8").add(np.ones((3, 1)))
+    with files.only_writer(tmp_path, "wait"):
+        assert not list((tmp_path / "room").iterdir())
+
+
+def test_a_pile_without_room_says_so(tmp_path):
+    pile = files.Pile(pathlib.Path("/dev/full"), (1000,), "float64")
+    with pytest.raises(AvjaxError, match="No space left"):
+        pile.add(np.ones((9, 1000)))

@@ -392,6 +392,36 @@ def test_onnx_finds_the_names_of_the_module(tmp_path, onnx):
     same(formats.read(graph(tmp_path, onnx, given, nodes)), want | kept)
 
 
+@pytest.mark.parametrize("prefix", ["onnx::Conv_", ""], ids=["since 2022", "before"])
+def test_onnx_counts_convolutions_that_a_norm_was_folded_into(tmp_path, onnx, prefix):
+    given = {
+        f"{prefix}90": numbers(4, 3, 3, 3),
+        f"{prefix}91": numbers(4),
+        f"{prefix}7": numbers(2, 4, 1, 1),
+        "se.weight": numbers(4, 4, 1, 1),
+        "se.bias": numbers(4),
+        "onnx::Pad_3": np.zeros(8, np.int64),
+    }
+    nodes = [
+        ("Pad", "Pad_0", ["x", "onnx::Pad_3"]),
+        ("Conv", "Conv_1", ["x", f"{prefix}90", f"{prefix}91"]),
+        ("Conv", "/se/Conv", ["x", "se.weight", "se.bias"]),
+        ("Conv", "/top/Conv", ["x", f"{prefix}7"]),
+        ("Conv", "/top/again/Conv", ["x", f"{prefix}7", f"{prefix}91"]),  # exporters store equal weights once
+        ("Conv", "/other/Conv", ["x", "computed"]),
+        ("Conv", "/broken/Conv", []),
+    ]
+    want = {
+        "folded.0.weight": given[f"{prefix}90"],
+        "folded.0.bias": given[f"{prefix}91"],
+        "folded.1.weight": given[f"{prefix}7"],
+        "folded.2.weight": given[f"{prefix}7"],
+        "folded.2.bias": given[f"{prefix}91"],
+    }
+    kept = {name: given[name] for name in ("se.weight", "se.bias", "onnx::Pad_3")}
+    same(formats.read(graph(tmp_path, onnx, given, nodes)), want | kept)
+
+
 def test_lies_of_onnx_files_are_refused(tmp_path, onnx):
     path = graph(tmp_path, onnx, {"w": numbers(30)}, [])
     content = path.read_bytes()

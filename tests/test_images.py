@@ -15,6 +15,14 @@ DINO = {
     "image_std": [0.229, 0.224, 0.225],
     "resample": 3,
 }
+EFFICIENTNET_B2 = {
+    "size": {"height": 260, "width": 260},
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.47853944, 0.4732864, 0.47434163],
+    "resample": 0,
+    "rescale_offset": False,
+    "include_top": True,
+}
 OFF = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
 
 
@@ -27,9 +35,10 @@ def theirs(processor, settings, raw):
     """What transformers gives through Pillow, channels last."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    classes = (ViTImageProcessorPil, BitImageProcessorPil, CLIPImageProcessorPil)
+    classes = (ViTImageProcessorPil, BitImageProcessorPil, CLIPImageProcessorPil, EfficientNetImageProcessorPil)
     made = {c.__name__.removesuffix("Pil"): c for c in classes}[processor](**settings)
     return made(raw, return_tensors="np", input_data_format="channels_last")["pixel_values"].transpose(0, 2, 3, 1)
 
@@ -50,6 +59,10 @@ def theirs(processor, settings, raw):
         ("CLIPImageProcessor", {"size": 336, "crop_size": 336}),
         ("CLIPImageProcessor", {"size": 100, "crop_size": {"height": 111, "width": 90}, "resample": 0}),
         ("CLIPImageProcessor", {"image_mean": 0.5, "image_std": 0.25}),
+        ("EfficientNetImageProcessor", {}),
+        ("EfficientNetImageProcessor", EFFICIENTNET_B2),
+        ("EfficientNetImageProcessor", {"rescale_offset": True, "rescale_factor": 1 / 127.5, "include_top": False}),
+        ("EfficientNetImageProcessor", {"size": 33, "do_normalize": False, "do_center_crop": True}),
     ],
 )
 def test_equal_to_the_processors_of_transformers(processor, settings):
@@ -112,6 +125,7 @@ def test_pictures_that_remain_of_different_sizes_are_refused():
         ({"size": {"longest_edge": 9}}, "'longest_edge': 9.* expected height and width"),
         ({"size": None, "image_std": None}, "of a ViTImageProcessor lacks size, image_std"),
         ({"do_center_crop": True}, "lacks crop_size"),
+        ({"include_top": True, "do_normalize": False, "image_std": None}, "lacks image_std"),
     ],
 )
 def test_settings_that_are_not_computed_are_refused(settings, message):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from avjax import config, encoding, extraction, features, prediction, train
+from avjax import config, encoding, extraction, features, prediction, presets, train
 from avjax.datasets import store as stores
 from avjax.demo import corpus
 from avjax.encoders import weights
@@ -57,11 +57,11 @@ def tiny(tmp_path_factory):
         conv_dim=[8] * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, **common
     )
     write_encoders(root, vit, sound, transformers.BertConfig(vocab_size=8, max_position_embeddings=64, **common))
-    return features.Preset(
+    return presets.Preset(
         frames=6,
-        image=features.Encoding(str(root / "image"), pool="first", every=2),
-        sound=features.Encoding(str(root / "sound"), layer=1, per_second=10),
-        text=features.Encoding(str(root / "text")),
+        image=presets.Encoding(str(root / "image"), pool="first", every=2),
+        sound=presets.Encoding(str(root / "sound"), layer=1, per_second=10),
+        text=presets.Encoding(str(root / "text")),
         max_tokens=32,
     )
 
@@ -86,7 +86,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def preset(tiny, monkeypatch):
-    monkeypatch.setitem(features.PRESETS, "tiny", tiny)
+    monkeypatch.setitem(presets.PRESETS, "tiny", tiny)
     return tiny
 
 
@@ -99,7 +99,7 @@ def extract(data, out, preset="tiny"):
 def packed(data, tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(features.PRESETS, "tiny", tiny)
+        patch.setitem(presets.PRESETS, "tiny", tiny)
         return out, extract(data, out)
 
 
@@ -173,7 +173,7 @@ def test_another_encoder_is_added_without_measuring_again(packed, data, preset, 
     out, _ = packed
     before = {p: p.stat().st_mtime_ns for p in out.glob("staged/*/video-*")}
     other = features.dataclasses.replace(preset, image=features.dataclasses.replace(preset.image, layer=1))
-    monkeypatch.setitem(features.PRESETS, "other", other)
+    monkeypatch.setitem(presets.PRESETS, "other", other)
     monkeypatch.setattr("avjax.media.faces.FaceTracker.track", None)
     made = extract(data, out, "other")
     assert {p: p.stat().st_mtime_ns for p in out.glob("staged/*/video-*")} == before
@@ -209,9 +209,9 @@ def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, pres
 
 KILLED = """
 import pathlib, pickle, sys
-from avjax import extraction, features
+from avjax import extraction, presets
 if __name__ == "__main__":
-    features.PRESETS["tiny"] = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+    presets.PRESETS["tiny"] = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
     extraction.extract("folder", "tiny", root=sys.argv[2], out=sys.argv[3], processes=2)
 """
 

@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from avjax import features
+from avjax import features, presets
 from avjax.datasets import store as stores
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
@@ -36,7 +36,7 @@ def example(clip, steps=3):
     text = {s: rng.normal(size=(t, 6)).astype(np.float32) for s in features.TEXTS}
     staged = {"video": picture, "audio": sound, "text": text}
     return features.example(
-        clip, features.PRESETS["lite"], staged, {s: f"{s} of {clip.id}: “é”" for s in features.TEXTS}
+        clip, presets.PRESETS["lite"], staged, {s: f"{s} of {clip.id}: “é”" for s in features.TEXTS}
     )
 
 

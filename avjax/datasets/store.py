@@ -1,5 +1,6 @@
 """The feature store: one staged file per clip and feature, and the TFDS view that is packed from them.
 
+    F/scratch/                            piles of pictures on their way to the encoders; gone afterwards
     F/staged/<clip>/<feature>-<key>.npz   key = hash of how the feature was made; never rewritten, only replaced whole
     F/provenance/<key>.json               what that hash stands for
     F/sentences.csv                       the sentences, to be read and edited
@@ -30,7 +31,7 @@ from avjax.files import only_writer, replacing, write_text
 
 VERSION = "1.2.0"  # of the packed view's layout
 _UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
-STREAMS = ("video", "audio")
+STREAMS = ("video", "flow", "audio")  # flow where the preset has it
 _PARTS = ("train", "test", "val")
 _INDEXED = ("id", "label", "speaker", "transcript", "split", "fold")
 
@@ -42,11 +43,13 @@ class Features:
     Attributes:
       dataset, classes, folds: as indexed; content: hash of all packed values.
       ids, clips, label, speakers: one entry per used clip; `label (n,)` int32; a speaker is "" where unknown.
-      arrays: `video`, `audio`, `text_<source>` → (n, steps, d) float32, zeros where masked; `surface` with one step.
+      arrays: `video`, `audio`, `flow` where there is one, `text_<source>` → (n, steps, d) float32, zeros where masked;
+        `surface` with one step.
       masks: the same names → (n, steps) bool.
       sentences: text source → n strings.
       counts: used, quarantined, masked_audio, masked_video.
       made_by: feature → key of its provenance record.
+      random: whether encoders had weights drawn at random, so that no figure means anything.
     """
 
     dataset: str
@@ -62,6 +65,7 @@ class Features:
     sentences: dict[str, list[str]]
     counts: dict[str, int]
     made_by: dict[str, str]
+    random: bool = False
 
 
 class Store:
@@ -69,6 +73,7 @@ class Store:
 
     def __init__(self, root: Path):
         self.root = root
+        self.scratch = root / "scratch"  # for what is measured and not yet encoded
 
     @contextlib.contextmanager
     def locked(self, dataset: str) -> Iterator["Store"]:
@@ -88,6 +93,7 @@ class Store:
                 self._sweep()
 
     def _sweep(self) -> None:
+        shutil.rmtree(self.scratch, ignore_errors=True)
         for unfinished in self.root.glob(f"tfds/*/*/*{_UNFINISHED}*"):
             shutil.rmtree(unfinished)
 
@@ -279,6 +285,7 @@ def load(root: Path, preset: str) -> Features:
         sentences={s: [r["sentence"][s].decode() for r in rows] for s in rows[0]["sentence"]},
         counts=about["counts"],
         made_by=about["made_by"],
+        random=about.get("random", False),
     )
 
 
@@ -286,7 +293,7 @@ def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[st
     """The streams of at least one example (see `avjax.features.example`) as `Features.arrays` and `Features.masks`."""
     arrays = {"surface": np.stack([e["surface"] for e in examples])[:, None]}
     masks = {"surface": np.ones((len(examples), 1), bool)}
-    for stream in STREAMS:
+    for stream in (s for s in STREAMS if s in examples[0]):
         arrays[stream], masks[stream] = _dense([e[stream] for e in examples], [e[f"{stream}_mask"] for e in examples])
     for source in examples[0]["text"]:
         tokens = [e["text"][source] for e in examples]

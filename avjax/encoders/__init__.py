@@ -10,6 +10,7 @@ A family is a module with
 and the Flax module maps (inputs, mask) → (features (b, s, d), mask (b, s)).
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -22,7 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from avjax.encoders import base, bert, formats, vit, wav2vec2, weights, whisper
+from avjax.encoders import (
+    base,
+    bert,
+    clip,
+    efficientnet,
+    formats,
+    perceiver,
+    untrained,
+    vit,
+    wav2vec2,
+    weights,
+    whisper,
+)
 from avjax.errors import AvjaxError
 from avjax.layers import masked_mean
 
@@ -35,8 +48,12 @@ FAMILIES = {
     "wav2vec2": wav2vec2,
     "data2vec-audio": wav2vec2,
     "whisper": whisper,
+    "clip_vision_model": clip.VISION,
+    "clip_text_model": clip.TEXT,
+    "efficientnet": efficientnet,
+    "perceiver": perceiver,
 }
-POOLS = ("first", "mean")
+POOLS = ("first", "mean", "projected")
 # Where weights are looked for in a folder, in this order; `formats` reads them.
 _TENSORS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "model.bin")
 
@@ -44,10 +61,12 @@ _TENSORS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "model.bin")
 def load(
     source: str | os.PathLike,
     *,
+    tower: str | None = None,
     layer: int | None = None,
     pool: str | None = None,
     dtype: jnp.dtype | str | None = None,
     weights_dir: str | os.PathLike | None = None,
+    random: bool = False,
 ) -> "Encoder":
     """Loads a pretrained encoder.
 
@@ -55,25 +74,36 @@ def load(
       source: a name of `weights.REGISTRY`, such as "minilm", or a folder in the hub's layout: config.json with
         `model_type`, model.safetensors (or pytorch_model.bin, which is read strictly), and tokenizer.json for text. A
         folder is trusted; its sha256 is recorded.
+      tower: "vision" or "text", of a source that has both.
       layer: the features after so many blocks, transformers' `hidden_states[layer]`, instead of `last_hidden_state`;
         blocks above it are not computed.
-      pool: "first", the first step (the class token), or "mean" over the real steps; None = all steps.
+      pool: "first", the first step (the class token), "mean" over the real steps, or "projected", the embedding in the
+        joint space of a source with two towers; None = all steps.
       dtype: of the matrix products; by default bfloat16 on accelerators and float32 on CPU. Params stay float32.
       weights_dir: see `weights.fetch`.
+      random: weights drawn at random, of the true shape, of a registered name; nothing is fetched (`untrained`).
     Raises:
-      AvjaxError: the source is neither, no family computes it, it has no such layer, or its tensors do not fit.
+      AvjaxError: the source is neither, no family computes it, it has no such tower or layer, or its tensors do not
+        fit.
     """
     if pool not in (None, *POOLS):
         raise AvjaxError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}, or None for all steps")
-    files = _found(source, weights_dir)
+    files = _stated(source) if random else _found(source, weights_dir)
+    files = dataclasses.replace(files, config=_of_tower(files.config, tower))
     family = FAMILIES[files.config["model_type"]]
     dtype = jnp.dtype(dtype or default_dtype())
     module = family.build(files.config, dtype, layer)
     base.known_layer(layer, module.config.layers)
-    params = family.convert(formats.read(files.tensors), module.config)
+    more = {}
+    if pool == "projected":
+        module, more = _projected(module), {"projected": True}
+    if random:
+        params = untrained.params(family.shapes(module.config, **more))
+    else:
+        params = family.convert(formats.read(files.tensors), module.config, **more)
     provenance = {
         "source": str(source) if source in weights.REGISTRY else files.tensors.parent.name,
-        "sha256": weights.sha256(files.tensors),
+        "sha256": untrained.STATED if random else weights.sha256(files.tensors),
         "model_type": files.config["model_type"],
         "layer": "last" if layer is None else str(layer),
         "pool": pool or "none",
@@ -91,8 +121,10 @@ class Encoder:
     """A pretrained network with its preprocessing; `load` makes it.
 
     Attributes:
+      config: the architecture, of the family's own class.
       width: of the features.
       longest: the longest input, None where there is no limit.
+      random: whether its weights were drawn at random.
       provenance: source, sha256, model_type, layer, pool and dtype, as strings: what the features depend on.
     """
 
@@ -106,9 +138,11 @@ class Encoder:
         pool: str | None = None,
         files: "base.Files | None" = None,
     ):
-        self.width = module.config.width
+        self.config = module.config
+        self.width = module.config.joint if pool == "projected" else module.config.width
         self.longest = module.config.longest
         self.provenance = provenance
+        self.random = provenance.get("sha256") == untrained.STATED
         self._family = family
         self._steps = module.config.steps
         self._pool = pool
@@ -132,8 +166,8 @@ class Encoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encodes a batch. What lies under a False mask, and who else is in the batch, does not change the answer.
 
-        The batch is padded to a power of two, the length to that or to three quarters of it, so that there are few
-        compilations however sizes vary; all local devices share the batch.
+        Batch and length are padded to a power of two or to three quarters of it, so that there are few compilations
+        however sizes vary; all local devices share the batch.
 
         Args:
           inputs: token ids (b, l), waveforms (b, samples) at 16 kHz, images (b, h, w, 3) or log-mel (b, bins, frames),
@@ -146,7 +180,7 @@ class Encoder:
         """
         inputs = np.asarray(inputs)
         batch, axis = len(inputs), self._family.INPUTS.length_axis
-        rows = _power(-(-batch // self._devices)) * self._devices
+        rows = _bucket(-(-batch // self._devices)) * self._devices
         wide = [np.pad(x, [(0, rows - batch)] + [(0, 0)] * (x.ndim - 1)) for x in self.padded(inputs, mask)]
         features, real = self.on_device(*jax.device_put(wide, self._shard))
         features, real = np.asarray(features)[:batch], np.asarray(real)[:batch]
@@ -189,6 +223,8 @@ class Encoder:
         Raises:
           AvjaxError: the folder has none.
         """
+        if self.random:
+            return untrained.tokenizer(self.provenance["model_type"])
         file = self._files.tensors.with_name("tokenizer.json")
         if not file.is_file():
             raise AvjaxError(f"{file}: no such file; put the tokenizer of this encoder there")
@@ -221,7 +257,7 @@ class Encoder:
 
 def _pooled(features: jax.Array, mask: jax.Array, pool: str | None) -> tuple[jax.Array, jax.Array]:
     """Features (b, s, d) and mask (b, s), or one step of them."""
-    if pool == "first":
+    if pool in ("first", "projected"):
         return features[:, 0], mask[:, 0]
     if pool == "mean":
         return masked_mean(features, mask), mask.any(1)
@@ -235,15 +271,35 @@ def _needed(module: Any, params: Mapping) -> Mapping:
     return {k: v for k, v in params.items() if not k.startswith("block_") or int(k[6:]) < module.layer}
 
 
-def _power(size: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, size - 1).bit_length()
-
-
-def _bucket(size: int, least: int) -> int:
+def _bucket(size: int, least: int = 1) -> int:
     """The next power of two, or three quarters of it where that is enough."""
-    power = _power(size)
+    power = 1 << max(0, size - 1).bit_length()
     return max(least, power * 3 // 4 if size <= power * 3 // 4 else power)
+
+
+def _projected(module: Any) -> Any:
+    """The module that gives embeddings in its joint space."""
+    if not hasattr(module, "projected"):
+        raise AvjaxError(f"pool is 'projected', but a {type(module).__name__} has no joint space to project into")
+    return module.clone(projected=True)
+
+
+def _of_tower(config: Mapping[str, Any], tower: str | None) -> Mapping[str, Any]:
+    """Of the configuration of a source with two towers that of the one asked for; another as it is."""
+    if config["model_type"] == "clip":
+        return clip.tower_config(config, tower)
+    if tower is not None:
+        raise AvjaxError(f"tower is {tower!r}, but a {config['model_type']} has none to choose from; leave it out")
+    return config
+
+
+def _stated(source: str | os.PathLike) -> base.Files:
+    """What the registry says of a source, without its files."""
+    written = weights.REGISTRY[source].written if source in weights.REGISTRY else {}
+    if "config.json" not in written:
+        known = ", ".join(sorted(name for name, entry in weights.REGISTRY.items() if "config.json" in entry.written))
+        raise AvjaxError(f"{source}: random weights take an encoder whose shape is registered, one of {known}")
+    return base.Files(written["config.json"], Path("model.safetensors"), written.get("preprocessor_config.json", {}))
 
 
 def _found(source: str | os.PathLike, weights_dir: str | os.PathLike | None) -> base.Files:
@@ -259,8 +315,8 @@ def _found(source: str | os.PathLike, weights_dir: str | os.PathLike | None) -> 
     config = written.get("config.json") or _json(folder / "config.json")
     if config is None:
         raise AvjaxError(f"{folder}: no config.json in it; expected an encoder's folder in the hub's layout")
-    if config.get("model_type") not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if config.get("model_type") not in (*FAMILIES, "clip"):
+        known = ", ".join((*FAMILIES, "clip"))
         raise AvjaxError(f"{folder}/config.json: model_type is {config.get('model_type')!r}, expected one of {known}")
     settings = written.get("preprocessor_config.json") or _json(folder / "preprocessor_config.json") or {}
     return base.Files(config, _tensors(folder), settings)

@@ -27,7 +27,8 @@ def read(path: str | os.PathLike) -> Tensors:
 
     Args:
       path: `.safetensors`, `.onnx` (initializers), or `.bin`: a Whisper of CTranslate2, or what PyTorch's `torch.save`
-        makes of a state_dict. Types are kept, but PyTorch's bfloat16 becomes float32. Arrays may be read-only.
+        makes of a state_dict. Types are kept, but PyTorch's bfloat16 becomes float32. Arrays may be read-only. An ONNX
+        convolution with a batch norm folded in, which leaves no name, is called folded.<n>, the n-th to be computed.
     Raises:
       AvjaxError: the file is missing, truncated or of another format, or asks for more than tensors.
     """
@@ -124,8 +125,23 @@ def _named(tensors: Tensors, nodes: Any) -> Tensors:
     }
     found = {new: tensors[name].T for new, name in weights.items()}
     found |= {new: np.concatenate([tensors[n] for n in pair], 1) for new, pair in positions.items()}
-    used = {*weights.values(), *(name for pair in positions.values() for name in pair)}
+    folded = _folded(tensors, nodes)
+    found |= {new: tensors[name] for new, name in folded.items()}
+    used = {*weights.values(), *folded.values(), *(name for pair in positions.values() for name in pair)}
     return {name: tensor for name, tensor in tensors.items() if name not in used} | found
+
+
+def _folded(tensors: Tensors, nodes: Any) -> dict[str, str]:
+    """folded.<n>.weight and .bias → the anonymous tensors that the n-th of such convolutions reads.
+
+    Exporters number these tensors, "onnx::Conv_12" or, before 2022, "12". Nodes stand in the order of computation.
+    """
+    read = [[n for n in node.input[1:] if n in tensors] for node in nodes if node.op_type == "Conv"]
+    anonymous = [names for names in read if names and re.fullmatch(r"(onnx::Conv_)?\d+", names[0])]
+    leaves = "weight", "bias"
+    return {
+        f"folded.{i}.{leaf}": n for i, names in enumerate(anonymous) for leaf, n in zip(leaves, names, strict=False)
+    }
 
 
 def _joinable(first: np.ndarray, patches: np.ndarray) -> bool:

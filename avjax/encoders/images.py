@@ -1,5 +1,5 @@
 """Pictures as image encoders want them: resized, cropped, rescaled and normalised as the checkpoint's
-preprocessor_config.json says, equal to the image processors of transformers (their Pillow backend)."""
+preprocessor_config.json says, equal to the image processors of transformers (their Pillow backend); and patches."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,14 @@ _CLIP = {
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 _BILINEAR, _BICUBIC = 2, 3  # the hub's files number Pillow's filters
-_ALWAYS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255}
+_ALWAYS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "rescale_offset": False,
+    "include_top": False,
+}
 _SQUARE = {"size": 224, "default_to_square": True, "resample": _BILINEAR, "do_center_crop": False}
 _SHORTEST = {
     "size": 224,
@@ -29,12 +36,17 @@ _NEEDED = {
     "do_center_crop": ("crop_size",),
     "do_rescale": ("rescale_factor",),
     "do_normalize": ("image_mean", "image_std"),
+    "include_top": ("image_std",),
 }
 # What each processor does where its file is silent.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _ALWAYS | _SQUARE | _HALF,
     "BitImageProcessor": _ALWAYS | _SHORTEST | _CLIP,
     "CLIPImageProcessor": _ALWAYS | _SHORTEST | _CLIP,
+    "EfficientNetImageProcessor": _ALWAYS
+    | _HALF
+    | {"size": 346, "default_to_square": True, "resample": _BICUBIC, "do_center_crop": False, "crop_size": 289}
+    | {"include_top": True},
 }
 
 
@@ -132,6 +144,22 @@ def _cropped(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _scaled(pixels: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1
     levels = (np.arange(256) * factor).astype(np.float32)  # one product for each level, not for each pixel
-    if not settings["do_normalize"]:
-        return levels[pixels]
-    return (levels[pixels] - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
+    if settings["do_rescale"] and settings["rescale_offset"]:
+        levels -= 1
+    scaled = levels[pixels]
+    if settings["do_normalize"]:
+        scaled = (scaled - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
+    # EfficientNet's processor divides once more where the classifier is meant to follow.
+    return scaled / np.float32(settings["image_std"]) if settings["include_top"] else scaled
+
+
+def unfold(pictures: Any, grid: tuple[int, int]) -> Any:
+    """Cuts pictures into the patches of a grid of (rows, columns), row by row: where a convolution's step is as wide as
+    its window, it is one matrix product of these.
+
+    (b, h, w, 3) → (b, patches, patch height, patch width, 3), NumPy or JAX.
+    """
+    b, height, width, channels = pictures.shape
+    rows, columns = grid
+    tiles = pictures.reshape(b, rows, height // rows, columns, width // columns, channels)
+    return tiles.swapaxes(2, 3).reshape(b, rows * columns, height // rows, width // columns, channels)

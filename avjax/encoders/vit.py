@@ -127,7 +127,8 @@ class ViT(nn.Module):
         c = self.config
         grid = _grid(c, pictures.shape[1:])
         pictures = jnp.where(mask[:, None, None, None], pictures, 0)
-        patches = Project((c.width,), inputs=3, dtype=self.dtype, name="patches")(_unfold(pictures, grid))  # b n d
+        tiles = images.unfold(pictures, grid)
+        patches = Project((c.width,), inputs=3, dtype=self.dtype, name="patches")(tiles)  # b n d
         token = self.param("class_token", nn.initializers.zeros, (1, 1, c.width))
         positions = self.param("positions", nn.initializers.normal(0.02), (1, c.steps(0), c.width))
         token = jnp.broadcast_to(token.astype(self.dtype), (len(patches), 1, c.width))
@@ -157,14 +158,6 @@ def _grid(config: ViTConfig, shape: tuple[int, ...]) -> tuple[int, int]:
     if not fits or shape[2] != 3 or 0 in shape:
         raise AvjaxError(f"pictures {shape}: expected {expected} and 3 channels; `prepare` resizes")
     return shape[0] // tall, shape[1] // wide
-
-
-def _unfold(pictures: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """(b, h, w, 3) → (b, patches, patch height, patch width, 3): the convolution becomes one matrix product."""
-    b, height, width, channels = pictures.shape
-    rows, columns = grid
-    tiles = pictures.reshape(b, rows, height // rows, columns, width // columns, channels)
-    return tiles.swapaxes(2, 3).reshape(b, rows * columns, height // rows, width // columns, channels)
 
 
 def _positions(positions: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:

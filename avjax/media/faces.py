@@ -117,17 +117,21 @@ class FaceTracker:
     def __exit__(self, *exc_info) -> None:
         self._landmarker.close()
 
-    def track(self, frames: Frames) -> Faces:
+    def track(self, frames: Frames, before: Faces | None = None) -> Faces:
         """Finds the face to follow in every frame.
 
         Of several faces the first is the largest; from then on it is the one that overlaps most with the face followed
         in the frame before; when none does, that face is lost and the largest is followed anew.
+
+        Args:
+          before: what was found in the frames right before these, where a clip comes in parts.
         """
         results = [self._detect(image) for image in frames.images]
         size = np.array(frames.images.shape[2:0:-1] * 2, np.float32)
         boxes = [_boxes(result) * size for result in results]
         faces = _empty(len(results), several=sum(len(b) > 1 for b in boxes))
-        for t, k in enumerate(follow(boxes)):
+        last = before.boxes[-1] if before is not None and before.found[-1] else None
+        for t, k in enumerate(follow(boxes, last)):
             if k is not None:
                 faces.found[t] = True
                 faces.boxes[t] = boxes[t][k]
@@ -141,16 +145,23 @@ class FaceTracker:
         return self._landmarker.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image))
 
 
-def follow(boxes: Sequence[np.ndarray]) -> list[int | None]:
+def joined(parts: Sequence[Faces]) -> Faces:
+    """The faces of a clip whose frames came in parts, one after the other."""
+    arrays = (np.concatenate([getattr(p, name) for p in parts]) for name in ("found", "boxes", "blendshapes", "pose"))
+    return Faces(*arrays, several=sum(p.several for p in parts))
+
+
+def follow(boxes: Sequence[np.ndarray], last: np.ndarray | None = None) -> list[int | None]:
     """Which of each frame's faces is the followed one; see `FaceTracker.track`.
 
     Args:
       boxes: per frame (K, 4), x0, y0, x1, y1 of the K faces in it; K may be 0.
+      last: the box (4,) of the face followed in the frame before the first, if any.
 
     Returns:
       Per frame an index below K, or None where K is 0.
     """
-    chosen, last = [], None
+    chosen = []
     for candidates in boxes:
         if len(candidates) == 0:
             chosen.append(None)

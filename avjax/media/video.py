@@ -8,6 +8,7 @@ The clock of a clip starts at 0 where its container starts, and is shared by its
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -141,12 +142,7 @@ def read_frames(
     """
     if sum(way is not None for way in (count, fps, indices)) != 1:
         raise ValueError(f"give exactly one of count, fps, indices; got count={count}, fps={fps}, indices={indices}")
-    # Frames leave the decoder in the order shown, whatever their timestamps: some containers (AVI) jumble them.
-    times = np.sort([time for time, _ in _around(path, start, end, max_pixels)])
-    first, last = np.searchsorted(times, [start - _ROUNDING, np.inf if end is None else end])
-    times = times[first:last]
-    if not times.size:
-        raise UnusableMedia(f"not one frame can be decoded{within(start, end)}")
+    first, times = _times(path, start, end, max_pixels)
     if count is not None:
         chosen = _spread(len(times), count)
     elif fps is not None:
@@ -154,6 +150,49 @@ def read_frames(
     else:
         chosen = _within(np.asarray(indices, int), len(times))
     return Frames(_pick(_around(path, start, end, max_pixels), first + chosen), times[chosen])
+
+
+def read_blocks(
+    path: str | Path,
+    *,
+    count: int | None = None,
+    start: float = 0.0,
+    end: float | None = None,
+    most: int = 16,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Frames]:
+    """Decodes frames of a clip, or of its part, in blocks of at most `most`: memory holds one block.
+
+    `count` as in `read_frames`; None = every frame. What is raised is as there, before the first block.
+    """
+    first, times = _times(path, start, end, max_pixels)
+    chosen = np.arange(len(times)) if count is None else _spread(len(times), count)
+    images = _images(_around(path, start, end, max_pixels), first + chosen)
+    for at in range(0, len(chosen), most):
+        part = list(islice(images, most))
+        yield Frames(np.stack(part), times[chosen[at : at + most]])
+
+
+def shrunk(images: np.ndarray, side: int) -> np.ndarray:
+    """Pictures (n, h, w, 3) uint8 with their shorter side brought to `side` pixels, larger or smaller (bicubic)."""
+    from PIL import Image
+
+    height, width = images.shape[1:3]
+    short = min(height, width)
+    size = side * width // short, side * height // short
+    if not len(images):
+        return np.zeros((0, *size[::-1], 3), np.uint8)
+    return np.stack([Image.fromarray(i).resize(size, Image.Resampling.BICUBIC) for i in images])
+
+
+def _times(path, start: float, end: float | None, max_pixels: int) -> tuple[int, np.ndarray]:
+    """The times of the frames in [`start`, `end`), ascending, and how many frames `_around` gives before them."""
+    # Frames leave the decoder in the order shown, whatever their timestamps: some containers (AVI) jumble them.
+    times = np.sort([time for time, _ in _around(path, start, end, max_pixels)])
+    first, last = np.searchsorted(times, [start - _ROUNDING, np.inf if end is None else end])
+    if first == last:
+        raise UnusableMedia(f"not one frame can be decoded{within(start, end)}")
+    return int(first), times[first:last]
 
 
 def _around(path, start: float, end: float | None, max_pixels: int) -> Iterator[tuple[float, object]]:
@@ -195,20 +234,29 @@ def _within(indices: np.ndarray, total: int) -> np.ndarray:
 
 
 def _pick(frames: Iterator[tuple[float, object]], chosen: np.ndarray) -> np.ndarray:
-    """Converts the chosen ones of a stream of frames to (T, H, W, 3) RGB and stops after the last of them."""
+    """Converts the chosen ones of a stream of frames to (T, H, W, 3) RGB; any order, repeats allowed."""
+    wanted, where = np.unique(chosen, return_inverse=True)
     images = None
-    for index, (_, frame) in enumerate(frames):
-        slots = np.flatnonzero(chosen == index)
-        if slots.size:
-            if images is None:
-                width, height, turns = frame.width, frame.height, frame.rotation // 90
-                shape = (width, height) if turns % 2 else (height, width)
-                images = np.empty((len(chosen), *shape, 3), np.uint8)
-            # A stream may change its size midway; its first chosen frame sets the size of all.
-            images[slots] = np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), turns)
-        if index == chosen.max():
-            break
+    for i, image in enumerate(_images(frames, wanted)):
+        if images is None:
+            images = np.empty((len(chosen), *image.shape), np.uint8)
+        images[where == i] = image
     return images
+
+
+def _images(frames: Iterator[tuple[float, object]], wanted: np.ndarray) -> Iterator[np.ndarray]:
+    """Converts those of a stream's frames whose numbers are `wanted`, ascending, to (H, W, 3) RGB."""
+    wanted, size = iter(wanted.tolist()), None
+    number = next(wanted)
+    for index, (_, frame) in enumerate(frames):
+        if index == number:
+            # A stream may change its size midway; its first chosen frame sets the size of all.
+            size = size or {"width": frame.width, "height": frame.height}
+            turns = frame.rotation // 90
+            yield np.rot90(frame.to_ndarray(format="rgb24", **size), turns)
+            number = next(wanted, None)
+            if number is None:
+                return
 
 
 def decodable(streams) -> list:

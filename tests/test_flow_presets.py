@@ -1,0 +1,140 @@
+"""Presets that see every frame and its optical flow, from clips to packed features; encoders are small and random."""
+
+import csv
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from test_presets import data, extract, tiny  # noqa: F401
+
+from avjax import encoding, features, presets
+from avjax.datasets import store as stores
+from avjax.encoders import perceiver
+
+torch = pytest.importorskip("torch", reason="the encoders' files are made by PyTorch (extra parity)")
+import transformers  # noqa: E402
+
+STREAMS = ("video", "flow", "audio")
+
+
+@pytest.fixture(scope="module")
+def flowing(tiny, tmp_path_factory):  # noqa: F811
+    """Presets of the small encoders: with DIS flow, and with that of a small Perceiver."""
+    mover = tmp_path_factory.mktemp("flow") / "mover"
+    config = transformers.PerceiverConfig(
+        train_size=[24, 36],
+        num_latents=4,
+        d_latents=8,
+        d_model=322,
+        num_self_attends_per_block=1,
+        num_self_attention_heads=2,
+        num_cross_attention_heads=1,
+    )
+    torch.manual_seed(0)
+    transformers.PerceiverForOpticalFlow(config).save_pretrained(mover)
+    image = dataclasses.replace(tiny.image, every=1, side=48)
+    base = dataclasses.replace(tiny, frames=0, image=image, face=False, max_seconds=1.2)
+    return {
+        "dis": dataclasses.replace(base, flow=presets.Flow("dis", image, side=48)),
+        "moved": dataclasses.replace(base, flow=presets.Flow(str(mover), image, side=40, window=2, stride=2)),
+    }
+
+
+@pytest.fixture(autouse=True)
+def registered(flowing, monkeypatch):
+    for name, preset in flowing.items():
+        monkeypatch.setitem(presets.PRESETS, name, preset)
+
+
+@pytest.fixture(scope="module")
+def packed(data, flowing, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, preset in flowing.items():
+            patch.setitem(presets.PRESETS, name, preset)
+        return out, {name: extract(data, out, name) for name in flowing}
+
+
+@pytest.mark.parametrize("name", ["dis", "moved"])
+def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
+    out, made = packed
+    assert len(made[name]) == 7
+    assert not (out / "scratch").exists()
+    for clip in made[name].values():
+        assert clip["flow"].shape == clip["video"].shape == (len(clip["times"]), 12)
+        assert clip["flow"].dtype == np.float16
+        np.testing.assert_array_equal(clip["flow_mask"], clip["video_mask"])
+        assert not clip["flow"][~clip["flow_mask"]].any()
+    assert len(made[name]["voice"]["flow"]) == 0
+    seen = [c for i, c in made[name].items() if "/" in i]
+    assert all(c["flow_mask"].all() and len(c["flow"]) > 10 for c in seen)
+    moves = [np.abs(np.diff(c["flow"].astype(np.float32), axis=0)).max(1) > 0 for c in seen]
+    stride = {"dis": 1, "moved": 2}[name]
+    for changes in moves:
+        assert not changes[[i for i in range(len(changes)) if (i + 1) % stride]].any(), "held until the next"
+        assert changes.mean() > 0.8 / stride
+
+
+def test_the_store_gives_flow_to_those_who_ask(packed):
+    out, made = packed
+    whole = stores.load(out, "dis")
+    assert whole.arrays["flow"].shape[0] == 7
+    row = whole.ids.index(next(i for i in whole.ids if "/" in i))
+    steps = made["dis"][whole.ids[row]]["flow"]
+    np.testing.assert_array_equal(whole.arrays["flow"][row, : len(steps)], steps)
+    assert whole.masks["flow"][row].sum() == len(steps)
+    assert not whole.random
+
+
+@pytest.mark.parametrize("name", ["dis", "moved"])
+def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
+    packed,
+    data,  # noqa: F811
+    name,
+    tmp_path,
+    monkeypatch,
+):
+    _, made = packed
+    monkeypatch.setattr(encoding, "BLOCK", 7)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("avjax.encoders.default_dtype", lambda: "float32")
+    with (data / "labels.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    (tmp_path / "alone").mkdir()
+    for row in rows:
+        (tmp_path / "alone" / row[0]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "alone" / row[0]).hardlink_to(data / row[0])
+    chosen = [rows[1], rows[4]]
+    with (tmp_path / "alone" / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *chosen])
+    alone = extract(tmp_path / "alone", tmp_path / "F", name)
+    assert len(alone) == 2
+    for clip_id, clip in alone.items():
+        for stream in STREAMS:
+            size = max(1e-3, float(np.abs(made[name][clip_id][stream]).max(initial=0)))
+            np.testing.assert_allclose(clip[stream], made[name][clip_id][stream], atol=2e-3 * size)
+
+
+def test_a_mover_is_asked_for_the_flow_of_the_pairs(data, tmp_path, monkeypatch):  # noqa: F811
+    asked = []
+
+    def flow(mover, first, second):
+        asked.append((mover.provenance["source"], first.shape, second.shape))
+        return np.full((*first.shape[:3], 2), np.float32(len(asked)))
+
+    monkeypatch.setattr(perceiver, "optical_flow", flow)
+    made = extract(data, tmp_path / "F", "moved")
+    assert {source for source, _, _ in asked} == {"mover"}
+    assert all(first == second and first[1:] == (40, 40, 3) for _, first, second in asked)
+    seen = [c for i, c in made.items() if "/" in i]
+    assert sum(n for _, (n, *_), _ in asked) == sum(len(features.flow.ends(c["flow_mask"], 2, 2)) for c in seen)
+    record = next(r for r in map(_read, (tmp_path / "F" / "provenance").iterdir()) if r["feature"] == "flow")
+    assert record["weights"]["flow_source"] == "mover"
+    assert record["weights"]["flow_model_type"] == "perceiver"
+
+
+def _read(path):
+    import json
+
+    return json.loads(path.read_text())
