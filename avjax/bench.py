@@ -14,8 +14,13 @@ python -m avjax.bench encoders [--out benchmarks/encoders.csv] [--encoders vit_b
 
 encoders: each pretrained encoder at its true size, with random weights, against its PyTorch original (transformers;
 eager, and on accelerators compiled too), one row for each batch. Checked to compute the same before they are timed; in
-turn; compile time apart. Rows are added to the CSV after each encoder. About seven minutes on 2 cores. Without PyTorch
+turn; compile time apart. Rows are added to the CSV after each encoder. About twelve minutes on 2 cores. Without PyTorch
 its columns stay empty.
+
+python -m avjax.bench flow [--out benchmarks/flow.csv] [--flows dis,perceiver] [--repeats 3]
+
+flow: what the optical flow of DE-III costs: pairs of faces to flow, flow to pictures, pictures to features. One minute
+on 2 cores.
 """
 
 import functools
@@ -34,6 +39,7 @@ CLIPS = flags.DEFINE_integer("clips", 240, "Clips of the made-up corpus.", lower
 EPOCHS = flags.DEFINE_integer("epochs", 2, "Epochs of each run.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 3, "How often each way is timed.", lower_bound=1)
 ENCODERS = flags.DEFINE_list("encoders", None, "Encoders to measure, such as vit_b16,minilm; default all.")
+FLOWS = flags.DEFINE_list("flows", None, "Kinds of flow to measure, dis or perceiver; default both.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
@@ -80,6 +86,19 @@ def encoders(out: Path) -> None:
     _recorded("encoders", out, benchmark, measured, f"encoders at true size, {dtype}, random weights")
 
 
+def flow(out: Path) -> None:
+    """Measures each of `--flows`; each is added to `out` when it is done."""
+    from avjax.benches import flow as benchmark
+
+    names = benchmark.chosen(FLOWS.value)
+
+    def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
+        for name in names:
+            yield [benchmark.measure(name, REPEATS.value, say)]
+
+    _recorded("flow", out, benchmark, measured, "optical flow, random weights")
+
+
 def _recorded(
     name: str,
     out: Path,
@@ -113,7 +132,7 @@ def _widths() -> list[int]:
 
 
 # First argument → what measures it and writes the figures to a file.
-BENCHMARKS: dict[str, Callable[[Path], None]] = {"lanes": lanes, "encoders": encoders}
+BENCHMARKS: dict[str, Callable[[Path], None]] = {"lanes": lanes, "encoders": encoders, "flow": flow}
 
 if __name__ == "__main__":
     cli.run(main, takes="a benchmark: " + ", ".join(BENCHMARKS))

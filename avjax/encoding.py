@@ -24,7 +24,7 @@ from avjax.progress import Stopwatch
 # Clips in a batch, for each accelerator, where clips have few frames.
 CLIPS = 16
 # Pictures in a batch, where clips have many.
-BLOCK = 64
+BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ Variants:  lite (default): blendshapes, action units and head pose; log-mel, MFC
            From the hub or `$AVJAX_WEIGHTS`, what the papers used:
            etg: data2vec-audio, ViT-B/16, DistilBERT (ETG-AVER).
            deiii: wav2vec 2.0 large, robust; EfficientNet-B2 of HSEmotion on the face in every frame and on its optical
-           flow (DE-III). The flow is Perceiver IO's (`flow_perceiver`), which wants an accelerator; `flow_dis`: OpenCV's.
+           flow (DE-III): Perceiver IO's (`flow_perceiver`), which wants an accelerator; `flow_dis`: OpenCV's DIS.
            emoasst: CLIP ViT-B/32 on 24 whole frames and on texts, wav2vec 2.0 base of SEGUE up to layer 9 (EmoAsst).
 """
 

@@ -22,7 +22,7 @@ def new(config: Any) -> tuple[Any, dict[str, np.ndarray]]:
     flow = config.model_type == "perceiver"
     model = transformers.PerceiverForOpticalFlow(config) if flow else transformers.AutoModel.from_config(config)
     model.eval()
-    if config.model_type == "efficientnet":
+    if config.model_type in ("efficientnet", "perceiver"):
         _revive(model)
     # By way of the file: its names are the hub's, those in memory change with transformers.
     with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
@@ -36,11 +36,11 @@ def new(config: Any) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def _revive(model: Any) -> None:
-    """Weights of a convolutional network that let a signal through; transformers' own start makes it vanish."""
+    """Weights that let a signal through to the end; transformers' own start makes it vanish."""
     import torch
 
     for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d):
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             torch.nn.init.kaiming_normal_(module.weight)
         elif isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(module.weight)
