@@ -15,7 +15,7 @@ from avjax.datasets.base import Fold, hold_out
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
 
-STANDARDISED = ("video", "audio")  # text enters as its encoder gives it
+STANDARDISED = ("video", "flow", "audio")  # text enters as its encoder gives it
 STANDARDISE = ("train", "speaker", "enrol")
 # A dimension that hardly moves is not blown up to unit variance: features are kept at a natural scale of order 1.
 STD_FLOOR = 1e-2

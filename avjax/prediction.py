@@ -55,7 +55,7 @@ class Run:
     stats: pipeline.Statistics
     lanes: tuple[tuple[str, int], ...]
     made_by: Mapping[str, str]
-    random: bool
+    random: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ def asked(monkeypatch):
     """What was asked of the demo corpus and of extraction, which writes made-up features."""
     calls = []
 
-    def extract(dataset, preset, *, root, out):
-        calls.append((dataset, root, out))
+    def extract(dataset, preset, *, root, out, random):
+        calls.append((dataset, root, out, *(["random"] if random else [])))
         synthetic.write_store(store.Path(out), synthetic.make(clips=12))
 
     monkeypatch.setattr(corpus, "make", lambda root, console: calls.append("demo"))
@@ -55,6 +55,12 @@ def test_data_at_the_default_place_are_extracted(home, asked):
     said = obtain()
     assert asked == [("mafw", "", str(assets.cache() / "features" / "mafw"))]
     assert "demo" not in said
+
+
+def test_random_weights_are_asked_for_by_their_key(home, asked):
+    (home / "avjax_data" / "mafw").mkdir(parents=True)
+    obtain(weights__random=True)
+    assert asked[0][3:] == ("random",)
 
 
 def test_features_at_the_default_place_are_used(home, asked):

@@ -2,15 +2,17 @@
 
 import csv
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 from test_presets import data, extract, tiny  # noqa: F401
 
-from avjax import encoding, features, presets
+from avjax import config, encoding, extraction, features, prediction, presets, train
 from avjax.datasets import store as stores
-from avjax.encoders import perceiver
+from avjax.encoders import perceiver, weights
+from avjax.report import predictions
 
 torch = pytest.importorskip("torch", reason="the encoders' files are made by PyTorch (extra parity)")
 import transformers  # noqa: E402
@@ -135,6 +137,45 @@ def test_a_mover_is_asked_for_the_flow_of_the_pairs(data, tmp_path, monkeypatch)
 
 
 def _read(path):
-    import json
-
     return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["emoasst", "deiii_dis"])
+def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so(name, data, tmp_path, monkeypatch):  # noqa: F811
+    from rich.console import Console
+
+    fetch = weights.fetch
+    monkeypatch.setattr(
+        weights,
+        "fetch",
+        lambda what, *_: fetch(what) if what == "face_landmarker" else pytest.fail(f"{what} was fetched"),
+    )
+    out, workdir = tmp_path / "F", tmp_path / "W"
+    extraction.extract("folder", name, root=str(data), out=str(out), processes=2, random=True)
+    assert stores.load(out, name).random
+    encoded = [
+        r for r in map(_read, (out / "provenance").iterdir()) if r["feature"] in ("image", "flow", "sound", "text")
+    ]
+    assert len(encoded) == (3 if name == "emoasst" else 4)
+    assert {r["weights"]["sha256"] for r in encoded} == {"random, seed 0"}
+    settings = config.load(
+        "configs/etg_folder.py",
+        data__features=str(out),
+        preset=name,
+        protocol__fold_count=2,
+        model__width=16,
+        train__epochs=1,
+        train__epochs_per_call=1,
+        train__seeds=(1,),
+    )
+    train.train(settings, workdir)
+    assert _read(workdir / "metrics.json")["protocol"].startswith("RANDOM WEIGHTS")
+    assert "RANDOM WEIGHTS" in (workdir / "report.html").read_text()
+    run = prediction.read_run(workdir)
+    clip = prediction.find_clips([str(data / "faceless.mp4")])
+    (answer,), rejected = prediction.predict(run, clip, Console(quiet=True))
+    assert not rejected
+    assert "RANDOM WEIGHTS" in predictions.as_json(run, [answer], [])
+    want = prediction.probabilities(run, stores.load(out, name))[stores.load(out, name).ids.index("faceless")]
+    np.testing.assert_allclose(list(answer.probabilities.values()), want, atol=1e-5)

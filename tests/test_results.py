@@ -107,6 +107,8 @@ def test_the_protocols_name_says_how_the_figures_came_about(changes, held_out, n
     chosen.update(changes)
     plan = pipeline.LanePlan(lanes=None, names=[], counts=[{"n_val": n} for n in held_out], notes=notes)
     assert results.protocol_name("F", plan, chosen).startswith(expected)
+    stamped = results.protocol_name("F", plan, chosen, random=True)
+    assert stamped.startswith(f"RANDOM WEIGHTS in the encoders: the figures mean nothing; {expected}")
 
 
 def test_examples_show_tested_clips_once_with_their_answer(measured):
