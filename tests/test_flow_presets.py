@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 
 import jax
@@ -51,25 +52,33 @@ def registered(flowing, monkeypatch):
 
 @pytest.fixture(scope="module")
 def packed(data, flowing, tmp_path_factory):  # noqa: F811
+    """A function that gives the store and the examples of a preset, extracted once."""
     out = tmp_path_factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, preset in flowing.items():
-            patch.setitem(presets.PRESETS, name, preset)
-        return out, {name: extract(data, out, name) for name in flowing}
+
+    @functools.cache
+    def made(name):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(presets.PRESETS, name, flowing[name])
+            return out, extract(data, out, name)
+
+    return made
 
 
-@pytest.mark.parametrize("name", ["dis", "moved"])
+EITHER = pytest.mark.parametrize("name", ["dis", pytest.param("moved", marks=pytest.mark.slow)])
+
+
+@EITHER
 def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
-    out, made = packed
-    assert len(made[name]) == 7
+    out, made = packed(name)
+    assert len(made) == 7
     assert not (out / "scratch").exists()
-    for clip in made[name].values():
+    for clip in made.values():
         assert clip["flow"].shape == clip["video"].shape == (len(clip["times"]), 12)
         assert clip["flow"].dtype == np.float16
         np.testing.assert_array_equal(clip["flow_mask"], clip["video_mask"])
         assert not clip["flow"][~clip["flow_mask"]].any()
-    assert len(made[name]["voice"]["flow"]) == 0
-    seen = [c for i, c in made[name].items() if "/" in i]
+    assert len(made["voice"]["flow"]) == 0
+    seen = [c for i, c in made.items() if "/" in i]
     assert all(c["flow_mask"].all() and len(c["flow"]) > 10 for c in seen)
     moves = [np.abs(np.diff(c["flow"].astype(np.float32), axis=0)).max(1) > 0 for c in seen]
     stride = {"dis": 1, "moved": 2}[name]
@@ -79,17 +88,17 @@ def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
 
 
 def test_the_store_gives_flow_to_those_who_ask(packed):
-    out, made = packed
+    out, made = packed("dis")
     whole = stores.load(out, "dis")
     assert whole.arrays["flow"].shape[0] == 7
     row = whole.ids.index(next(i for i in whole.ids if "/" in i))
-    steps = made["dis"][whole.ids[row]]["flow"]
+    steps = made[whole.ids[row]]["flow"]
     np.testing.assert_array_equal(whole.arrays["flow"][row, : len(steps)], steps)
     assert whole.masks["flow"][row].sum() == len(steps)
     assert not whole.random
 
 
-@pytest.mark.parametrize("name", ["dis", "moved"])
+@EITHER
 def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
     packed,
     data,  # noqa: F811
@@ -97,7 +106,7 @@ def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
     tmp_path,
     monkeypatch,
 ):
-    _, made = packed
+    _, made = packed(name)
     monkeypatch.setattr(encoding, "BLOCK", 7)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr("avjax.encoders.default_dtype", lambda: "float32")
@@ -114,10 +123,11 @@ def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
     assert len(alone) == 2
     for clip_id, clip in alone.items():
         for stream in STREAMS:
-            size = max(1e-3, float(np.abs(made[name][clip_id][stream]).max(initial=0)))
-            np.testing.assert_allclose(clip[stream], made[name][clip_id][stream], atol=2e-3 * size)
+            size = max(1e-3, float(np.abs(made[clip_id][stream]).max(initial=0)))
+            np.testing.assert_allclose(clip[stream], made[clip_id][stream], atol=2e-3 * size)
 
 
+@pytest.mark.slow
 def test_a_mover_is_asked_for_the_flow_of_the_pairs(data, tmp_path, monkeypatch):  # noqa: F811
     asked = []
 

@@ -111,6 +111,7 @@ def test_killed_and_interrupted_runs_end_as_if_undisturbed(features, undisturbed
     assert_equal_runs(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_a_library_drops_still_stops_the_run(features, tmp_path, monkeypatch):
     interrupted = threading.Event()
     monkeypatch.setattr(cli, "_interrupted", interrupted)

@@ -253,7 +253,8 @@ def _images(frames: Iterator[tuple[float, object]], wanted: np.ndarray) -> Itera
             # A stream may change its size midway; its first chosen frame sets the size of all.
             size = size or {"width": frame.width, "height": frame.height}
             turns = frame.rotation // 90
-            yield np.rot90(frame.to_ndarray(format="rgb24", **size), turns)
+            # Contiguous: the landmarker reads the memory of a picture, whatever its strides say.
+            yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", **size), turns))
             number = next(wanted, None)
             if number is None:
                 return
