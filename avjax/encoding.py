@@ -25,6 +25,8 @@ from avjax.progress import Stopwatch
 CLIPS = 16
 # Pictures in a batch, where clips have many.
 BLOCK = 32
+# Pairs in a batch for each accelerator that computes flow; a CPU gains nothing from more than one.
+PAIRS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +152,11 @@ class Flows(Pictures):
         self._put(clip_id, key, finish, encoded, np.ones(len(encoded), bool))
 
     def _moved(self, pairs: Pile) -> Pile:
+        batch = 1 if jax.default_backend() == "cpu" else PAIRS * jax.local_device_count()
         flows = Pile.begun(self._room, (*pairs.shape[1:3], 2), np.dtype(features.ENCODED).name)
         for block in pairs.blocks(BLOCK):
             with self._clock("flow"):
-                flows.add(perceiver.optical_flow(self._mover, block[:, 0], block[:, 1]))
+                flows.add(perceiver.optical_flow(self._mover, block[:, 0], block[:, 1], batch=batch))
         pairs.discard()
         return flows
 

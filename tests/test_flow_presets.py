@@ -131,7 +131,8 @@ def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
 def test_a_mover_is_asked_for_the_flow_of_the_pairs(data, tmp_path, monkeypatch):  # noqa: F811
     asked = []
 
-    def flow(mover, first, second):
+    def flow(mover, first, second, *, batch):
+        assert batch == 1, "on a CPU"
         asked.append((mover.provenance["source"], first.shape, second.shape))
         return np.full((*first.shape[:3], 2), np.float32(len(asked)))
 
