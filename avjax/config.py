@@ -89,8 +89,22 @@ def define_flag() -> flags.FlagHolder:
     holder = config_flags.DEFINE_config_file(
         "config", None, "Configuration, `file.py` or `file.py:variant,variant`; `--config.a.b=value` changes a key."
     )
+    return holder
+
+
+def require_flag() -> flags.FlagHolder:
+    """`define_flag` for entry points that do nothing without a configuration."""
+    holder = define_flag()
     flags.mark_flag_as_required("config")
     return holder
+
+
+def with_variant(holder: flags.FlagHolder, name: str) -> ConfigDict:
+    """The configuration of the command line with one more variant, and every `--config.key=value` after it."""
+    spec = config_flags.get_config_filename(flags.FLAGS[holder.name])
+    config = load(f"{spec}{',' if ':' in spec else ':'}{name}")
+    config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS[holder.name]))
+    return config
 
 
 def parse_flags(argv: list[str]) -> list[str]:

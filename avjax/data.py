@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from avjax import assets, datasets, extraction
-from avjax.datasets import store
+from avjax.datasets import store, tables
 from avjax.datasets.store import Features
 from avjax.demo import corpus
 from avjax.errors import AvjaxError
@@ -20,11 +20,14 @@ STAND_INS = {"mafw": "demo"}
 
 
 def obtain(config, console: Console) -> Features:
-    """The features of `config.dataset` with `config.preset`; extracts them first where the data are at hand.
+    """The features of `config.dataset` with `config.preset`; extracts them first where the data are at hand, or makes
+    them of the tables that `config.tables` describes.
 
     Raises:
       AvjaxError: the data root or the feature store is set and wrong, or the extraction fails.
     """
+    if "tables" in config:
+        return tables.obtain(config)
     dataset, root, place = config.dataset, config.data.root, store.place(config.dataset, config.data.features)
     if _stand_in(config, place):
         dataset, root, place = STAND_INS[dataset], str(corpus.place()), corpus.place() / "features"

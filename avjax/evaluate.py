@@ -1,6 +1,14 @@
-"""Lays finished runs side by side: WAR, UAR, differences fold by fold to the first run, and the references of that run.
+"""Lays runs side by side.
 
 python -m avjax.evaluate W1 W2 ... [--markdown]
+
+Finished runs: WAR, UAR, differences fold by fold to the first run, and the references of that run.
+
+python -m avjax.evaluate compare --config configs/ravdess_features.py:av [--rows concat,lmf,mult] [--runs W]
+
+Trains each of `--rows`, variants of the configuration (default: every fusion that can read its streams), under the same
+protocol into W/<row>, and shows all with bootstrap intervals over speakers and a paired test against the first row. Run
+again it goes on where it stopped; a row that cannot be trained is named with its reason and the others go on.
 """
 
 from collections.abc import Iterator
@@ -9,22 +17,20 @@ from pathlib import Path
 from absl import flags
 
 from avjax import cli
+from avjax import config as configs
 from avjax.errors import AvjaxError
 
+CONFIG = configs.define_flag()
 MARKDOWN = flags.DEFINE_bool("markdown", False, "Print Markdown instead of a terminal table.")
+ROWS = flags.DEFINE_list("rows", None, "Variants to compare, the first is compared with; default every fusion.")
+RUNS = flags.DEFINE_string("runs", None, "Folder of the compared runs; default runs/compare-<config>-<variants>.")
 
 
 def main(argv: list[str]) -> None:
-    from rich.console import Console
-
-    from avjax.report import tables
-
+    if argv[1] == "compare":
+        return _compare(argv[2:])
     runs = [read(Path(w)) for w in argv[1:]]
-    runs += references(*runs[0])
-    if MARKDOWN.value:
-        print(tables.compare_markdown(runs), end="")
-    else:
-        Console().print(tables.compare_table(runs))
+    return _show([*runs, *references(*runs[0])], None, [])
 
 
 def read(workdir: Path) -> tuple[str, dict]:
@@ -45,8 +51,67 @@ def references(name: str, metrics: dict) -> Iterator[tuple[str, dict]]:
     tested = {f["fold"]: f for f in metrics["folds"]}
     for streams, scores in metrics["reference"].items():
         folds = [tested[f["fold"]] | f for f in scores["folds"]]
-        yield f"logistic regression, {streams} (of {name})", metrics | scores | {"folds": folds}
+        yield f"logistic regression, {streams} (of {name})", metrics | scores | {"folds": folds, "together": None}
+
+
+def _compare(surplus: list[str]) -> None:
+    from avjax import comparison
+
+    if surplus or not CONFIG.value:
+        raise AvjaxError(f"got {' '.join(surplus)!r}; expected compare --config FILE, see --help")
+    names = ROWS.value or fitting(CONFIG.value)
+    folder = Path(RUNS.value or "runs") / ("" if RUNS.value else _name(CONFIG.value))
+    trained, failed = train_all(names, folder)
+    if not trained:
+        raise AvjaxError(f"no row could be trained: {'; '.join(failed)}")
+    units = {name: comparison.read(workdir) for name, workdir in trained.items()}
+    first = next(iter(units.values()))
+    evidence = {name: comparison.evidence(u, None if u is first else first) for name, u in units.items()}
+    runs = [read(workdir) for workdir in trained.values()]
+    _show([*runs, *references(*runs[0])], evidence, failed)
+
+
+def fitting(config) -> list[str]:
+    """Every fusion as a variant of a configuration with these streams: the small one where there is one.
+
+    A fusion that reads fewer streams takes its own, if they are there.
+    """
+    from avjax.models.fusions import FUSIONS, variants
+
+    possible = variants(tuple(config.model.streams))
+    return [f"{name}_small" if FUSIONS[name].small else name for name in FUSIONS if name in possible]
+
+
+def train_all(names: list[str], folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Trains the rows one after another; the run directories, and "row: reason" of those that cannot be trained."""
+    from avjax.train import train
+
+    trained, failed = {}, []
+    for name in names:
+        config = configs.with_variant(CONFIG, name)
+        try:
+            trained[name] = train(config, folder / name)
+        except AvjaxError as error:
+            failed.append(f"{name}: {error}")
+    return trained, failed
+
+
+def _name(config) -> str:
+    return "-".join(["compare", config.name, *filter(None, config.variants.split(","))])
+
+
+def _show(runs: list[tuple[str, dict]], evidence, failed: list[str]) -> None:
+    from rich.console import Console
+
+    from avjax.report import tables
+
+    if MARKDOWN.value:
+        print(tables.compare_markdown(runs, evidence), end="")
+    else:
+        Console().print(tables.compare_table(runs, evidence))
+    for line in failed:
+        print(f"not compared: {line}")
 
 
 if __name__ == "__main__":
-    cli.run(main, takes="run directories")
+    cli.run(main, takes="run directories, or compare --config FILE")

@@ -11,7 +11,7 @@ from absl import flags
 from avjax import cli
 from avjax import config as configs
 
-CONFIG = configs.define_flag()
+CONFIG = configs.require_flag()
 OUT = flags.DEFINE_string("out", None, "Feature store; default $AVJAX_CACHE/features/<dataset>.")
 ONLY = flags.DEFINE_enum("only", None, ["text"], "Only encode the sentences of F/sentences.csv again; opens no media.")
 

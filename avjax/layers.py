@@ -5,7 +5,7 @@ mask never reaches the result, so that padding and batch neighbours cannot chang
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -48,18 +48,82 @@ def causal(mask: jax.Array) -> jax.Array:
     return mask[:, None] & jnp.tri(mask.shape[1], dtype=bool)[None]
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def enter(
+    batch: Mapping[str, jax.Array], streams: Sequence[str], dtype: jnp.dtype, padded: bool = False
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The streams of a batch, zeros where nothing is real, and their masks: stream → (b, n, d) and (b, n).
+
+    `padded` calls every step real, as systems do that know of no masks and read padding as zeros.
+    """
+    masks = {s: batch[f"{s}_mask"] for s in streams}
+    steps = {s: jnp.where(masks[s][..., None], batch[s], 0).astype(dtype) for s in streams}
+    return steps, {s: jnp.ones_like(m) for s, m in masks.items()} if padded else masks
+
+
+def positions(mask: jax.Array) -> jax.Array:
+    """Where each step of `mask` (b, n) stands, counted from the first real one, which is 1; 0 where it is False."""
+    index = jnp.arange(mask.shape[1])[None]
+    return jnp.where(mask, index - jnp.argmax(mask, -1, keepdims=True) + 1, 0)
+
+
+def sinusoids(position: jax.Array, width: int) -> jax.Array:
+    """Sinusoidal embedding of positions (b, n): (b, n, width) float32, zeros where the position is 0.
+
+    The layout of tensor2tensor: sines in the first half, cosines in the second, an odd last channel of zeros.
+    """
+    half = width // 2
+    frequency = jnp.exp(-jnp.log(10000.0) / max(half - 1, 1) * jnp.arange(half))
+    angle = position[..., None].astype(jnp.float32) * frequency[None, None]
+    waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)
+    return jnp.pad(jnp.where(position[..., None] > 0, waves, 0), ((0, 0), (0, 0), (0, width % 2)))
+
+
+def last_step(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """The last real step of `x` (b, n, d) under `mask` (b, n): (b, d), zeros where there is none."""
+    index = jnp.argmax(positions(mask), -1)[:, None, None]
+    return jnp.where(jnp.any(mask, -1, keepdims=True), jnp.take_along_axis(x, index, 1)[:, 0], 0)
+
+
+def align(x: jax.Array, mask: jax.Array, onto: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Averages a stream over the spans of time that the real steps of another take up, both filling the same clip.
+
+    Step p of the other's m covers the steps from floor(p·n/m) up to ceil((p+1)·n/m) of the stream's n, counted from
+    the first real one of each, so that padding moves nothing, no span is empty, and equal lengths map one to one.
+
+    Args:
+      x: (b, n, d); mask: (b, n).
+      onto: (b, m), the other stream's mask.
+    Returns:
+      averages (b, m, d) and their mask (b, m): False where `onto` is, and where the whole span is masked.
+    """
+    source, target = positions(mask)[:, None, :], positions(onto)[:, :, None]
+    length, count = jnp.max(source, -1, keepdims=True), jnp.maximum(jnp.max(target, 1, keepdims=True), 1)
+    first, end = (target - 1) * length // count, -(-target * length // count)
+    member = (source > first) & (source <= end) & onto[:, :, None] & mask[:, None, :]  # (b, m, n)
+    total = jnp.einsum("bmn,bnd->bmd", member.astype(x.dtype), jnp.where(mask[..., None], x, 0))
+    size = jnp.sum(member, -1)
+    return total / jnp.maximum(size, 1).astype(x.dtype)[..., None], size > 0
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> tuple[jax.Array, jax.Array]:
     """Scaled dot-product attention, any number of heads.
 
     Args:
       query: (b, q, h, d).
       key, value: (b, k, h, d).
       mask: (b, k), True for keys that may be attended to; or (b, q, k), where that differs between queries.
+      drop: dropout of the weights before they are used.
     Returns:
       context (b, q, h, d), zeros where no key may be attended to, and weights (b, h, q, k).
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    weights = masked_softmax(scores, _for_queries(mask)[:, None])
+    weights = drop(masked_softmax(scores, _for_queries(mask)[:, None]))
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value), weights
 
 
@@ -121,26 +185,41 @@ class Project(nn.Module):
         return y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(y.ndim - bias.ndim)))
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2) over the steps that the mask admits.
+class CrossAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of one sequence to the admitted steps of another.
 
-    With `causal(mask)` for a mask no step sees those after it, as in a decoder. `unbiased` names those of query, key
-    and value that have no bias.
+    `unbiased` names those of query, key and value that have no bias; `dropout` is the rate on the weights.
     """
 
     heads: int
     dtype: jnp.dtype = jnp.float32
     unbiased: tuple[str, ...] = ()
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x (b, l, d) under mask (b, l) or (b, l, l) to (b, l, d); `heads` must divide d."""
+    def __call__(self, x: jax.Array, source: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
+        """Maps x (b, q, d) and source (b, k, s) under mask (b, k) or (b, q, k) to (b, q, d); `heads` must divide d."""
         split = (self.heads, x.shape[-1] // self.heads)
         query, key, value = (
-            Project(split, dtype=self.dtype, bias=n not in self.unbiased, name=n)(x) for n in ("query", "key", "value")
+            Project(split, dtype=self.dtype, bias=n not in self.unbiased, name=n)(sequence)
+            for n, sequence in (("query", x), ("key", source), ("value", source))
         )
-        context = attended(query, key, value, mask)  # b l h d
+        if train and self.dropout:
+            context, _ = attend(query, key, value, mask, nn.Dropout(self.dropout, deterministic=False))
+        else:
+            context = attended(query, key, value, mask)  # b q h d
         return Project(x.shape[-1:], inputs=2, dtype=self.dtype, name="out")(context)
+
+
+class SelfAttention(CrossAttention):
+    """Multi-head attention of a sequence to its own admitted steps.
+
+    With `causal(mask)` for a mask no step sees those after it, as in a decoder.
+    """
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Maps x (b, l, d) under mask (b, l) or (b, l, l) to (b, l, d); `heads` must divide d."""
+        return super().__call__(x, x, mask)
 
 
 class PostNormBlock(nn.Module):
@@ -193,3 +272,81 @@ class PreNormBlock(nn.Module):
         if not self.scaled:
             return branch
         return branch * self.param(name, nn.initializers.ones, branch.shape[-1:]).astype(branch.dtype)[None, None]
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm transformer layer that asks one sequence and is answered by another (Tsai et al. 2019, Eqs. 3–4).
+
+    Both are normalised by the same parameters, so with the sequence itself for a source this is a plain layer.
+    `mixed` learns a number that weighs each sum against its residual branch (Goncalves and Busso 2022).
+    """
+
+    heads: int
+    inner: int
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
+    eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    mixed: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, source: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
+        """Maps x (b, q, d) and source (b, k, d) under mask (b, k) or (b, q, k) to (b, q, d)."""
+        project = functools.partial(Project, dtype=self.dtype)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        norm = nn.LayerNorm(self.eps, self.dtype, use_fast_variance=False, name="attention_norm")
+        attention = CrossAttention(self.heads, self.dtype, dropout=self.attention_dropout, name="attention")
+        keep = self.param("mix", nn.initializers.uniform(1.0), (1,))[None, None] if self.mixed else None
+        x = _residual(x, drop(attention(norm(x), norm(source), mask, train)), keep)
+        hidden = nn.LayerNorm(self.eps, self.dtype, use_fast_variance=False, name="norm")(x)
+        hidden = drop(self.activation(project((self.inner,), name="up")(hidden)))
+        return _residual(x, drop(project(x.shape[-1:], name="down")(hidden)), keep)
+
+
+def _residual(x: jax.Array, branch: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """The sum of both, or their mixture with the share `keep` of `x`."""
+    if keep is None:
+        return x + branch
+    keep = keep.astype(x.dtype)
+    return x * keep + branch * (1 - keep)
+
+
+class Recurrence(nn.Module):
+    """LSTM (Hochreiter and Schmidhuber 1997) over the real steps of a sequence; the state is held on the others.
+
+    So a backward one (`reverse`) starts at the last real step, and neither knows of any padding. The gates stand in
+    PyTorch's order: input, forget, candidate, output; its two biases are one here. The state is float32.
+    """
+
+    width: int
+    reverse: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps x (b, n, d) under mask (b, n) to the hidden and the cell state after each step, (b, n, width) each.
+
+        The last state is that at index -1, or at 0 if `reverse`: zeros for a clip without a real step.
+        """
+        x = jnp.where(mask[..., None], x, 0)
+        inputs = Project((4, self.width), dtype=self.dtype, name="input")(x)  # b n 4 d
+        # PyTorch's, uniform within 1 / sqrt(width). An orthogonal start would need a QR decomposition, and on two cores
+        # those of several lanes wait for each other for ever (jaxlib 0.10's batched LAPACK calls share one pool).
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", init, (self.width, 4 * self.width)).reshape(self.width, 4, self.width)
+
+        def step(state, now):
+            hidden, cell = state
+            gates, real = now
+            gates += jnp.einsum("bd,dgh->bgh", hidden.astype(self.dtype), kernel.astype(self.dtype))
+            admit, keep, candidate, emit = jnp.moveaxis(gates.astype(jnp.float32), 1, 0)
+            new = jax.nn.sigmoid(keep) * cell + jax.nn.sigmoid(admit) * jnp.tanh(candidate)
+            new = jnp.where(real[:, None], new, cell)
+            state = jnp.where(real[:, None], jax.nn.sigmoid(emit) * jnp.tanh(new), hidden), new
+            return state, state
+
+        zeros = jnp.zeros((x.shape[0], self.width), jnp.float32)
+        steps = (jnp.moveaxis(inputs, 1, 0), mask.T)
+        _, (hidden, cell) = jax.lax.scan(step, (zeros, zeros), steps, reverse=self.reverse)
+        return jnp.moveaxis(hidden, 0, 1), jnp.moveaxis(cell, 0, 1)

@@ -17,7 +17,7 @@ import optax
 from avjax import metrics, optim
 from avjax.errors import AvjaxError
 from avjax.models.base import Model
-from avjax.pipeline import Lane, LanePlan, Resident, Statistics, batches, gather, lane_statistics, shuffled
+from avjax.pipeline import Lane, LanePlan, Resident, Statistics, alive, batches, gather, lane_statistics, shuffled
 
 SELECT = ("val", "last")
 _EVAL_BATCH = 64
@@ -31,7 +31,8 @@ class State:
     Attributes:
       params, moments, step: parameters, optimizer state, number of updates made.
       stats: the lane's standardisation statistics, fixed from the start; an answer needs them beside the parameters.
-      best: the parameters that the lane will answer with; best_epoch: the epoch they are from, counted from 1.
+      running: what else the model keeps, such as running statistics of norms: moved by training, not by gradients.
+      best: the variables that the lane will answer with; best_epoch: the epoch they are from, counted from 1.
       best_uar, best_loss: their validation score; ties in UAR are broken by the loss.
       bad: epochs since the best; stopped: whether the lane has stopped early.
     """
@@ -40,6 +41,7 @@ class State:
     moments: tuple
     step: jax.Array
     stats: Statistics
+    running: dict
     best: dict
     best_epoch: jax.Array
     best_uar: jax.Array
@@ -56,7 +58,8 @@ class Trainer:
       init: (lanes, data) → state.
       epochs: (state, lanes, data, first) → (state, sums), `epochs_per_call` epochs beginning with epoch `first`; the
         state is donated.
-      predict: (state, lanes, data) → {head: (lanes, n_test, c)}, each lane's test clips by its best parameters.
+      predict: (state, lanes, data) → {head: (lanes, n_test, c)}, each lane's test clips by its best parameters; of
+        conversations (lanes, n_test, u, c).
     """
 
     init: Callable = flax.struct.field(pytree_node=False)
@@ -84,15 +87,17 @@ def make(model: Model, config) -> Trainer:
 def _init(model: Model, tx, lane: Lane, data: Resident) -> State:
     stats = lane_statistics(data, lane.counted)
     batch = gather(data, stats, lane.train[:1], lane.train_weight[:1])
-    params = model.module.init(jax.random.key(lane.seed), batch)["params"]
-    zero = jnp.int32(0)
-    # The best parameters start as a copy: donated buffers must not alias.
+    variables = model.module.init(jax.random.key(lane.seed), batch)
+    running = {k: v for k, v in variables.items() if k != "params"}
+    params, zero = variables["params"], jnp.int32(0)
+    # The best variables start as a copy: donated buffers must not alias.
     return State(
         params=params,
         moments=tx.init(params),
         step=zero,
         stats=stats,
-        best=jax.tree.map(jnp.copy, params),
+        running=running,
+        best=jax.tree.map(jnp.copy, variables),
         best_epoch=zero,
         best_uar=jnp.float32(-1),
         best_loss=jnp.float32(jnp.inf),
@@ -114,7 +119,7 @@ def _epochs(model: Model, tx, config, state: State, lane: Lane, data: Resident, 
 def _train_epoch(model: Model, tx, config, state: State, lane: Lane, data: Resident, epoch):
     order = _order(lane, epoch, config.train.batch_size)
     size = jnp.sum(lane.train_weight)
-    total = config.train.epochs * jnp.ceil(size / config.train.batch_size)
+    total = config.train.epochs * jnp.ceil(jnp.sum(alive(lane.train_weight)) / config.train.batch_size)
     live = ~state.stopped
 
     def one(state, item):
@@ -147,16 +152,21 @@ def _step(model: Model, tx, state: State, batch, prior, rate, key, live) -> tupl
     size = jnp.sum(batch["weight"])
 
     def mean_loss(params):
-        output = model.module.apply({"params": params}, batch, train=True, rngs={"dropout": key})
+        variables, mutable = {"params": params, **state.running}, list(state.running)
+        output, running = model.module.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=mutable)
         terms = model.loss(output, batch, prior)
         sums = {name: jnp.sum(term * batch["weight"]) for name, term in terms.items()}
-        return sum(sums.values()) / jnp.maximum(size, 1.0), sums
+        return sum(sums.values()) / jnp.maximum(size, 1.0), (sums, running)
 
-    grads, sums = jax.grad(mean_loss, has_aux=True)(state.params)
+    grads, (sums, running) = jax.grad(mean_loss, has_aux=True)(state.params)
     directions, moments = tx.update(grads, state.moments, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
-    moved = state.replace(params=params, moments=moments, step=state.step + 1)
+    moved = state.replace(params=params, moments=moments, running=running, step=state.step + 1)
     return _where(live & (size > 0), moved, state), (sums, optax.global_norm(grads))
+
+
+def _variables(state: State) -> dict:
+    return {"params": state.params, **state.running}
 
 
 def _where(condition: jax.Array, new, old):
@@ -173,7 +183,7 @@ def _evaluate(model: Model, state: State, lane: Lane, data: Resident) -> dict[st
 
     def one(sums, item):
         batch = gather(data, state.stats, *item)
-        output = model.module.apply({"params": state.params}, batch, train=False)
+        output = model.module.apply(_variables(state), batch, train=False)
         loss = sum(model.loss(output, batch, lane.prior).values())
         logits = output.logits[model.heads[0]]
         add = {
@@ -198,7 +208,7 @@ def _select(config, state: State, val: dict[str, jax.Array], epoch: jax.Array) -
     by_val = (config.protocol.select == "val") & (val["val_size"] > 0)
     take = ~state.stopped & (better | ~by_val)
     kept = state.replace(
-        best=state.params, best_epoch=jnp.int32(epoch), best_uar=uar, best_loss=loss, bad=jnp.int32(-1)
+        best=_variables(state), best_epoch=jnp.int32(epoch), best_uar=uar, best_loss=loss, bad=jnp.int32(-1)
     )
     state = _where(take, kept, state)
     bad = jnp.where(state.stopped, state.bad, state.bad + 1)
@@ -211,23 +221,29 @@ def _predict_test(model: Model, state: State, lane: Lane, data: Resident) -> dic
     return _answer(model, state.best, state.stats, data, lane.test, lane.test_weight)
 
 
-def _answer(model: Model, params, stats: Statistics, data: Resident, index, weight) -> dict[str, jax.Array]:
-    """{head: (n, c)} for the clips `index (n,)`."""
+def _answer(model: Model, variables, stats: Statistics, data: Resident, index, weight) -> dict[str, jax.Array]:
+    """{head: (n, c)} for the clips `index (n,)`, or {head: (n, u, c)} for the conversations `index (n, u)`."""
 
     def one(_, item):
         batch = gather(data, stats, *item)
-        return None, model.module.apply({"params": params}, batch, train=False).logits
+        return None, model.module.apply(variables, batch, train=False).logits
 
     logits = jax.lax.scan(one, None, _parts(index, weight))[1]
-    return {h: v.reshape(-1, v.shape[-1])[: index.shape[0]] for h, v in logits.items()}
+    return {h: v.reshape(-1, *v.shape[2:])[: index.shape[0]] for h, v in logits.items()}
 
 
 def answers(model: Model) -> Callable[[dict, Statistics, Resident], dict[str, jax.Array]]:
-    """Compiled (best, stats, data) → {head: (lanes, clips, c)}: all resident clips by each lane's best parameters."""
+    """Compiled (best, stats, data) → {head: (lanes, clips, c)}: all resident clips by each lane's best parameters.
+
+    To a model of conversations each clip is one of its own.
+    """
 
     def every(best, stats, data):
         count = data.group.shape[0]
-        return _answer(model, best, stats, data, jnp.arange(count), jnp.ones(count))
+        if not model.turns:
+            return _answer(model, best, stats, data, jnp.arange(count), jnp.ones(count))
+        alone = _answer(model, best, stats, data, jnp.arange(count)[:, None], jnp.ones((count, 1)))
+        return {head: logits[:, 0] for head, logits in alone.items()}
 
     return jax.jit(jax.vmap(every, (0, 0, None)))
 

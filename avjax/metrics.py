@@ -15,8 +15,8 @@ def confusion(label: jax.Array, predicted: jax.Array, weight: jax.Array, classes
     """Weighted counts, rows = true class, columns = predicted class. Add matrices to merge sets.
 
     Args:
-      label, predicted: (n,) integers.
-      weight: (n,), 0 for padding rows.
+      label, predicted: (…) integers.
+      weight: (…), 0 for padding rows.
     Returns:
       (classes, classes) float32.
     """

@@ -1,4 +1,4 @@
-"""AdamW with a schedule over the share of a run that is done: lanes of unequal length keep their own schedule."""
+"""Optimizers with a schedule over the share of a run that is done: lanes of unequal length keep their own schedule."""
 
 import jax
 import jax.numpy as jnp
@@ -7,21 +7,28 @@ import optax
 from avjax.errors import AvjaxError
 
 SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "adam", "sgd")
 
 
 def transform(config) -> optax.GradientTransformation:
-    """Clipped AdamW directions without the learning rate; `config` is the `train` part of a configuration.
+    """Clipped directions without the learning rate; `config` is the `train` part of a configuration.
+
+    Weight decay acts on the weights alone in "adamw"; in "adam" and "sgd" (momentum 0.9) it is added to the gradient
+    first, as PyTorch's optimizers of these names do.
 
     Raises:
-      AvjaxError: the schedule's name is unknown.
+      AvjaxError: the name of the schedule or of the optimizer is unknown.
     """
-    if config.schedule not in SCHEDULES:
-        raise AvjaxError(f"train.schedule is {config.schedule!r}; choose one of {', '.join(SCHEDULES)}")
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(config.weight_decay),
-    )
+    for key, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
+        if config[key] not in choices:
+            raise AvjaxError(f"train.{key} is {config[key]!r}; choose one of {', '.join(choices)}")
+    decay = optax.add_decayed_weights(config.weight_decay)
+    order = {
+        "adamw": (optax.scale_by_adam(), decay),
+        "adam": (decay, optax.scale_by_adam()),
+        "sgd": (decay, optax.trace(0.9)),
+    }
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), *order[config.optimizer])
 
 
 def learning_rate(config, progress: jax.Array) -> jax.Array:

@@ -27,7 +27,9 @@ class Lane:
 
     Attributes:
       train, val, test: (n,) indices of clips, padded to the largest lane with the lane's first training clip; the
-        `*_weight` are 0 for padding, else 1.
+        `*_weight` are 0 for padding, else 1. Or (n, u) for models that read conversations: the clips of one in the
+        order of their turns, then the number of clips, which stands for no turn; the weights are 0 for what the part
+        does not hold, too.
       counted: (clips,) 1 for the clips whose features make the standardisation statistics.
       prior: (c,) class shares of the training clips.
       seed: () uint32, from which all random draws of the lane come.
@@ -60,12 +62,12 @@ class Resident:
 
 
 def resident(features: Features, text_source: str, standardise: str) -> Resident:
-    """Puts all streams on the device, `text` being the sentence of `text_source`. What a model does not read is unused.
+    """Puts all streams on the device, `text` being that of `text_source` ("" = none). What no model reads is unused.
 
     Raises:
       AvjaxError: the text source is not in the store, or speakers are needed and unknown.
     """
-    if f"text_{text_source}" not in features.arrays:
+    if text_source and f"text_{text_source}" not in features.arrays:
         there = ", ".join(n.removeprefix("text_") for n in features.arrays if n.startswith("text_"))
         raise AvjaxError(f"model.text_source is {text_source!r}; the feature store has {there}")
     arrays: dict[str, np.ndarray] = {"label": features.label}
@@ -105,11 +107,12 @@ class LanePlan:
     notes: list[str] = flax.struct.field(pytree_node=False)
 
 
-def plan(features: Features, folds: Sequence[Fold], seeds: Sequence[int], config) -> LanePlan:
+def plan(features: Features, folds: Sequence[Fold], seeds: Sequence[int], config, turns: bool = False) -> LanePlan:
     """Turns folds and seeds into lanes, as `config` (the `protocol` part of a configuration) says.
 
     Validation clips come out of the training clips, unless the fold has an official part. With `enrol`, statistics of
-    every speaker come from `enrol_clips` of the speaker's clips, which are then not scored.
+    every speaker come from `enrol_clips` of the speaker's clips, which are then not scored. With `turns` the rows are
+    conversations, whose turns outside the part are seen and neither trained on nor scored.
 
     Raises:
       AvjaxError: a fold has no clip left to train on or to test on.
@@ -134,7 +137,10 @@ def plan(features: Features, folds: Sequence[Fold], seeds: Sequence[int], config
     notes = sorted(set(notes))
     if enrolled:
         notes.append(f"{config.enrol_clips} enrolment clips per speaker not scored")
-    lanes = _stack(features, parts, [seed for _, seed in names], config.standardise, enrolled)
+    if turns:
+        notes.append("each clip with the other turns of its conversation before it, without their labels")
+    talks = conversations(features) if turns else None
+    lanes = _stack(features, parts, [seed for _, seed in names], config.standardise, enrolled, talks)
     return LanePlan(lanes, names, counts, notes)
 
 
@@ -154,10 +160,28 @@ def _count(features: Features, train: np.ndarray, val: np.ndarray, test: np.ndar
     return {"n_train": len(train), "n_val": len(val), "n_test": len(test), "speaker_overlap": overlap}
 
 
-def _stack(features: Features, parts, seeds: Sequence[int], standardise: str, enrolled: set[str]) -> Lane:
+def conversations(features: Features) -> np.ndarray:
+    """The clips of each conversation by their turns, (conversations, u); the number of clips where there is none.
+
+    A clip of no conversation is one of its own.
+    """
+    talks: dict[tuple[str | None, str], list[int]] = {}
+    for i, clip in enumerate(features.clips):
+        talks.setdefault((clip.dialogue, "" if clip.dialogue else clip.id), []).append(i)
+    rows = [sorted(talk, key=lambda i: features.clips[i].turn or 0) for talk in talks.values()]
+    out = np.full((len(rows), max(map(len, rows))), len(features.ids), np.int32)
+    for row, talk in zip(out, rows, strict=True):
+        row[: len(talk)] = talk
+    return out
+
+
+def _stack(
+    features: Features, parts, seeds: Sequence[int], standardise: str, enrolled: set[str], talks: np.ndarray | None
+) -> Lane:
     fields: dict[str, np.ndarray] = {"seed": np.array(seeds, np.uint32)}
+    fill = [_rows(p[0], talks)[0][0] for p in parts]
     for at, part in enumerate(("train", "val", "test")):
-        fields[part], fields[f"{part}_weight"] = _pad([p[at] for p in parts], [p[0][0] for p in parts])
+        fields[part], fields[f"{part}_weight"] = _pad([_rows(p[at], talks) for p in parts], fill)
     classes = len(features.classes)
     fields["prior"] = np.stack([np.bincount(features.label[p[0]], minlength=classes) / len(p[0]) for p in parts])
     counted = np.zeros((len(parts), len(features.ids)), np.float32)
@@ -170,17 +194,26 @@ def _stack(features: Features, parts, seeds: Sequence[int], standardise: str, en
     return Lane(**{k: jnp.asarray(v.astype(np.float32) if v.dtype == np.float64 else v) for k, v in fields.items()})
 
 
-def _pad(rows: Sequence[np.ndarray], fill: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of unequal length as indices and weights, (rows, longest) each.
+def _rows(part: np.ndarray, talks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """A part's clips, or the conversations that have some of them, and the weights: 1 for the clips of the part."""
+    if talks is None:
+        return part, np.ones(len(part), np.float32)
+    held = np.isin(talks, part)
+    some = held.any(-1)
+    return talks[some], held[some].astype(np.float32)
 
-    A row is filled up with one of its own lane's training clips: weight 0 does not silence another lane's clip whose
+
+def _pad(lanes: Sequence[tuple[np.ndarray, np.ndarray]], fill: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and weights of parts of unequal length, (lanes, longest, …) each.
+
+    A part is filled up with one of its own lane's training rows: weight 0 does not silence another lane's clip whose
     loss overflows, as 0 · inf is not 0.
     """
-    size = max(max(len(r) for r in rows), 1)
-    index, weight = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size), np.float32)
-    for i, row in enumerate(rows):
-        index[i], index[i, : len(row)], weight[i, : len(row)] = fill[i], row, 1
-    return index, weight
+    shape = len(lanes), max(max(len(index) for index, _ in lanes), 1), *np.shape(fill[0])
+    out, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for i, (index, counts) in enumerate(lanes):
+        out[i], out[i, : len(index)], weight[i, : len(index)] = fill[i], index, counts
+    return out, weight
 
 
 def statistics(
@@ -222,13 +255,26 @@ def lane_statistics(data: Resident, counted: jax.Array) -> Statistics:
 
 
 def gather(data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-    """The batch of the clips `index (b,)`, standardised, with `weight (b,)` 0 on padding rows."""
+    """The batch of the clips `index (b,)`, standardised, with `weight (b,)` 0 on padding rows, where nothing is real.
+
+    Of conversations, `index (b, u)`, every turn is there and `turn_mask (b, u)` says which exist, whatever they weigh.
+    """
+    count = data.group.shape[0]
+    there = index < count if index.ndim > 1 else weight > 0
+    index = jnp.minimum(index, count - 1)
     batch = {key: array[index] for key, array in data.streams.items()}
+    for key in [k for k in batch if k.endswith("_mask")]:
+        batch[key] &= there[..., None]
     for stream, (mean, std) in stats.items():
         group = data.group[index]
-        scaled = (batch[stream] - mean[group][:, None, :]) / std[group][:, None, :]
+        scaled = (batch[stream] - mean[group][..., None, :]) / std[group][..., None, :]
         batch[stream] = jnp.where(batch[f"{stream}_mask"][..., None], scaled, 0)
-    return batch | {"weight": weight}
+    return batch | {"weight": weight} | ({"turn_mask": there} if index.ndim > 1 else {})
+
+
+def alive(weight: jax.Array) -> jax.Array:
+    """Which rows (n,) of weights (n,) or (n, u) count at all."""
+    return jnp.any((weight > 0).reshape(weight.shape[0], -1), -1)
 
 
 def shuffled(key: jax.Array, index: jax.Array, weight: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
@@ -236,14 +282,14 @@ def shuffled(key: jax.Array, index: jax.Array, weight: jax.Array, batch_size: in
 
     Each place draws its own number from `key`, and these do not depend on how many places there are.
     """
-    draw = jnp.where(weight > 0, jax.random.uniform(key, weight.shape), jnp.inf)
+    draw = jnp.where(alive(weight), jax.random.uniform(key, weight.shape[:1]), jnp.inf)
     order = jnp.argsort(draw)
     return batches(index[order], weight[order], batch_size)
 
 
 def batches(index: jax.Array, weight: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """Cuts (n,) indices and weights into (steps, batch), the last step filled up with its last clip at weight 0."""
+    """Cuts (n, …) indices and weights into (steps, batch, …), the last step filled with its last row at weight 0."""
     steps = -(-index.shape[0] // batch_size)
-    fill = (0, steps * batch_size - index.shape[0])
+    fill = ((0, steps * batch_size - index.shape[0]), *[(0, 0)] * (index.ndim - 1))
     full = jnp.pad(index, fill, mode="edge"), jnp.pad(weight, fill)
-    return tuple(v.reshape(steps, batch_size) for v in full)
+    return tuple(v.reshape(steps, batch_size, *v.shape[1:]) for v in full)

@@ -88,6 +88,8 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) ->
         features per speaker, which takes more than a clip.
     """
     config = _config(workdir)
+    if "tables" in config:
+        raise AvjaxError(f"{workdir}: trained on features from tables, which avjax cannot measure in a clip")
     if not rundir.is_finished(workdir):
         raise AvjaxError(f"{workdir}: an unfinished run; start its avjax.train command again, which goes on to the end")
     metrics = _json(workdir / "metrics.json")
@@ -104,6 +106,8 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) ->
         raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
     chosen = _chosen(workdir, names, fold, seed)
     saved = checkpoint.read(workdir / "checkpoints", "best", "stats")
+    if "params" not in saved["best"]:
+        raise AvjaxError(f"{workdir}: its checkpoints are not of this version of avjax; train again")
     there = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
     if there != {len(names)}:
         raise AvjaxError(f"{workdir}: metrics.json has {len(names)} lanes, checkpoints/ {there}; train again")

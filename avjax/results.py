@@ -40,7 +40,7 @@ def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndar
     Args:
       logits: head → (lanes, n_test, c), rows beyond a lane's own test clips are padding.
     Returns:
-      clip_id, fold, seed, label and logits_<head>, plain arrays of equal length.
+      clip_id, speaker ("" where unknown), fold, seed, label and logits_<head>, plain arrays of equal length.
     Raises:
       AvjaxError: a logit is not finite; names the clips.
     """
@@ -53,6 +53,7 @@ def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndar
         raise AvjaxError(f"the answers to {clips} are not finite numbers; look at these clips' features")
     return {
         "clip_id": np.array(features.ids)[index],
+        "speaker": np.array(features.speakers, np.str_)[index],
         "fold": np.array([name for name, _ in plan.names])[lane],
         "seed": np.array([seed for _, seed in plan.names], np.int64)[lane],
         "label": features.label[index].astype(np.int64),
@@ -85,6 +86,7 @@ def measure(
     every = np.ones(len(rows["label"]), bool)
     pooled = matrix(heads[0], every)
     over = summary(folds)
+    together = _together(plan, rows, heads[0], classes)
     return {
         "dataset": datasets.title(features.dataset),
         "protocol": protocol,
@@ -95,11 +97,30 @@ def measure(
         "mean": over["mean"],
         "std": over["std"],
         "pooled": _scores(pooled),
+        **({"together": together} if together else {}),
         "f1": {k: float(v) for k, v in metrics.f1(pooled).items()},
         "confusion": pooled.astype(int).tolist(),
         "heads": {h: _scores(matrix(h, every)) for h in heads},
         "reference": dict(reference),
     }
+
+
+def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, classes: int) -> dict | None:
+    """Scores of the mean of all seeds' probabilities, fold by fold; None where there is one seed.
+
+    Seeds of a fold test the same clips in the same order.
+    """
+    if len({seed for _, seed in plan.names}) < 2:
+        return None
+    from scipy.special import softmax
+
+    folds = []
+    for fold in dict.fromkeys(name for name, _ in plan.names):
+        seeds = [(rows["fold"] == fold) & (rows["seed"] == seed) for name, seed in plan.names if name == fold]
+        share = np.mean([softmax(rows[f"logits_{head}"][chosen].astype(np.float64), -1) for chosen in seeds], 0)
+        matrix = metrics.count(rows["label"][seeds[0]], share.argmax(-1), classes)
+        folds.append({"fold": fold, **_scores(matrix)})
+    return summary(folds)
 
 
 def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, count: int = 12) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from absl import flags
 from avjax import cli
 from avjax import config as configs
 
-CONFIG = configs.define_flag()
+CONFIG = configs.require_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<config>-<variants>.")
 
 
@@ -59,12 +59,12 @@ def train(config, workdir: Path | None = None) -> Path:
 
     # ---- Protocol -------------------------------------------------------------------------------------------------
     folds, folds_name = natural_folds(features.clips, features.folds, config.protocol.folds, config.protocol.fold_count)
-    plan = pipeline.plan(features, folds, config.train.seeds, config.protocol)
+    model = models.build(config.model, len(features.classes))
+    plan = pipeline.plan(features, folds, config.train.seeds, config.protocol, model.turns)
     protocol = results.protocol_name(folds_name, plan, config.protocol, features.random)
     say(f"protocol: {protocol}")
 
     # ---- Model ----------------------------------------------------------------------------------------------------
-    model = models.build(config.model, len(features.classes))
     resident = pipeline.resident(features, config.model.text_source, config.protocol.standardise)
     trainer = loop.make(model, config)
     state = trainer.init(plan.lanes, resident)

@@ -76,6 +76,7 @@ def base() -> ConfigDict:
             "train": {
                 "seeds": (42,),
                 "epochs": 25,
+                "optimizer": "adamw",  # adamw | adam | sgd
                 "batch_size": 8,
                 "learning_rate": 1e-3,
                 "weight_decay": 1e-2,

@@ -204,13 +204,6 @@ def test_batches_go_by_the_device(monkeypatch):
     assert load.batches() == ((3, 4),)
 
 
-def test_unknown_encoders_are_named():
-    assert benchmark.chosen(None) == list(TINY)
-    assert benchmark.chosen(["sound"]) == ["sound"]
-    with pytest.raises(AvjaxError, match="--encoders: smell is not among text, picture"):
-        benchmark.chosen(["sound", "smell"])
-
-
 # ---- Sizes and counts ---------------------------------------------------------------------------------------------
 
 PARAMETERS = {

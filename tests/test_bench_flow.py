@@ -10,7 +10,6 @@ import pytest
 from avjax import presets
 from avjax.benches import flow as benchmark
 from avjax.benches import record
-from avjax.errors import AvjaxError
 
 
 @pytest.fixture
@@ -44,12 +43,6 @@ def test_made_up_faces_move():
     first, second = benchmark.faces(2, 64)
     made = benchmark.flow.dis(first, second)
     assert np.median(made[..., 0]) == pytest.approx(2, abs=0.2)
-
-
-def test_unknown_flows_are_named():
-    assert benchmark.chosen(None) == ["dis", "perceiver"]
-    with pytest.raises(AvjaxError, match="--flows: raft is not among dis, perceiver"):
-        benchmark.chosen(["raft"])
 
 
 def test_committed_results_can_be_added_to(small):

@@ -12,18 +12,37 @@ import pytest
 from avjax import assets, presets
 from avjax import config as configs
 from avjax.errors import AvjaxError
+from avjax.models import fusions
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 PRESETS = ["lite", "open", "etg", "deiii", "flow_dis", "flow_perceiver", "emoasst"]
 ETG = ["full", "no_hlo", "concat_text", "concat", "no_etg", "no_tmfef", "fusion_concat", "fusion_additive",
        "weights_equal", "weights_fusion", "text_audio", "text_video", "audio_only", "video_only", "text_only",
        "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", *PRESETS]  # fmt: skip
+FUSIONS = [*fusions.variants()]
+WITHOUT_TEXT = [name for name in FUSIONS if name not in ("mag", "mag_recipe")]
+STREAMS = ["audio", "video", "text", "ta", "tv", "av", "tav"]
+STANDARDISED = ["speaker_norm", "enrol", "all_clips"]
+FUSION = [*FUSIONS, *STREAMS, *STANDARDISED, *PRESETS]
 # Of every file in configs/: its name, data set and variants.
 EXPECTED = {
     "configs/etg_folder.py": ("etg_folder", "folder", ETG),
     "configs/etg_mafw.py": ("etg_mafw", "mafw", ETG),
     "configs/extract_folder.py": ("extract_folder", "folder", PRESETS),
     "configs/extract_mafw.py": ("extract_mafw", "mafw", PRESETS),
+    "configs/fusion_folder.py": ("fusion_folder", "folder", FUSION),
+    "configs/fusion_mafw.py": ("fusion_mafw", "mafw", FUSION),
+    "configs/mmmo.py": ("mmmo", "mmmo", ["audio", "video", "av", "all_clips", *WITHOUT_TEXT]),
+    "configs/mosi_utterance.py": (
+        "mosi_utterance",
+        "mosi_utterance",
+        ["audio", "video", "text", "av", "tav", *STANDARDISED, *FUSIONS],
+    ),
+    "configs/ravdess_features.py": (
+        "ravdess_features",
+        "ravdess_features",
+        ["audio", "video", "av", "both_aus", *STANDARDISED, *WITHOUT_TEXT],
+    ),
 }
 
 
@@ -43,20 +62,32 @@ def test_configuration(file):
     for variant in variants:
         changed = configs.load(f"{file}:{variant}")
         assert changed.variants == variant
-        assert configs.keys(changed) == configs.keys(config), "a variant must not add keys"
+        assert _plain_keys(changed) == _plain_keys(config), "a variant must not add keys"
         _build(changed)
+
+
+def _plain_keys(config):
+    """All keys but the settings of a fusion, which are its own."""
+    return [key for key in configs.keys(config) if not key.startswith("model.settings.")]
 
 
 def _build(config):
     """Whatever a configuration names must exist."""
     from avjax import datasets, features, models, pipeline
+    from avjax.datasets import tables
 
-    assert config.dataset in datasets.REGISTRY
-    presets.preset(config.preset)
+    texts = features.TEXTS
+    if "tables" in config:
+        described = tables.Description.of(config.tables)
+        assert set(config.model.streams) <= set(described.streams)
+        texts = (tables.TEXT_SOURCE,) if "text" in described.streams else ("",)
+    else:
+        assert config.dataset in datasets.REGISTRY
+        presets.preset(config.preset)
     if "model" in config:
         models.build(config.model, 7)
         assert config.protocol.standardise in pipeline.STANDARDISE
-        assert config.model.text_source in features.TEXTS
+        assert config.model.text_source in texts
 
 
 def test_later_variants_win_and_all_are_named():

@@ -1,9 +1,14 @@
 """The table of several runs: read from run directories, references included, mistakes named."""
 
+import functools
 import json
+import sys
 
 import pytest
+import synthetic
+from absl import flags
 
+from avjax import config as configs
 from avjax import evaluate
 from avjax.errors import AvjaxError
 from avjax.report import tables
@@ -42,3 +47,54 @@ def test_runs_and_references_stand_in_one_table(tmp_path):
 def test_an_unfinished_run_is_named(tmp_path):
     with pytest.raises(AvjaxError, match=r"nothing: no metrics.json"):
         evaluate.read(tmp_path / "nothing")
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """The command, in this process, on features in the folder F."""
+    return functools.partial(_compare, tmp_path, monkeypatch)
+
+
+def _compare(tmp_path, monkeypatch, *args: str) -> None:
+    flags.FLAGS.unparse_flags()
+    for override in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, override)  # of an earlier call
+    spec = "--config=configs/fusion_folder.py:audio"
+    short = ["--config.train.epochs=5", "--config.train.seeds=(1,2)", f"--config.data.features={tmp_path / 'F'}"]
+    argv = ["evaluate", "compare", spec, *short, "--nomarkdown", "--rows=", f"--runs={tmp_path / 'runs'}", *args]
+    monkeypatch.setattr(sys, "argv", argv)  # where overrides of a configuration are looked for
+    evaluate.main(configs.parse_flags(argv))
+
+
+def test_rows_are_trained_and_compared(compare, tmp_path, capsys):
+    synthetic.write_store(tmp_path / "F", synthetic.make())
+    compare("--markdown", "--rows=concat,weighted_sum,lmf")
+    shown = capsys.readouterr().out
+    rows = [line.removeprefix("| ").split(" | ") for line in shown.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["run", "WAR", "UAR", "seeds together", "95 % of WAR", "WAR − first", "p |"]
+    assert [r[0] for r in rows[2:5]] == ["concat", "lmf", "logistic regression, length, lead-in, loudness (of concat)"]
+    assert "–" in rows[2][4]
+    assert "[" in rows[3][5]
+    assert 0 <= float(rows[3][6].removesuffix(" |")) <= 1
+    assert "not compared: weighted_sum: model.streams is ('audio',); weighted_sum reads 2 to 3 streams" in shown
+    saved = json.loads((tmp_path / "runs/lmf/config.json").read_text())
+    assert (saved["model"]["name"], saved["variants"], saved["train"]["epochs"]) == ("lmf", "audio,lmf", 5)
+    compare("--rows=concat,lmf")
+    assert "nothing to do" in capsys.readouterr().out, "finished rows are not trained again"
+
+
+def test_mistakes_of_a_comparison_are_named(compare, tmp_path):
+    with pytest.raises(AvjaxError, match="no variant 'nosuch'"):
+        compare("--rows=nosuch")
+    with pytest.raises(AvjaxError, match=r"got 'W'; expected compare --config FILE"):
+        compare("W")
+    synthetic.write_store(tmp_path / "F", synthetic.make())
+    with pytest.raises(AvjaxError, match="no row could be trained: weighted_sum"):
+        compare("--rows=weighted_sum")
+
+
+def test_every_fusion_that_can_read_the_streams_is_compared():
+    names = evaluate.fitting(configs.load("configs/ravdess_features.py:av"))
+    assert {"concat", "mult_small", "bc_lstm"} <= set(names)
+    assert "mag" not in names
+    assert "mag" in evaluate.fitting(configs.load("configs/fusion_folder.py"))

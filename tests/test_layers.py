@@ -84,3 +84,142 @@ def test_layer_scale_and_missing_biases_are_params():
     assert params["attention"]["query"].keys() == {"kernel", "bias"}
     off = params | {"attention_scale": jnp.zeros(4), "feed_forward_scale": jnp.zeros(4)}
     np.testing.assert_array_equal(block.apply({"params": off}, x, jnp.ones((1, 3), bool)), x)
+
+
+# ---- Steps in time ------------------------------------------------------------------------------------------------
+
+
+STEPS = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
+
+
+def test_positions_count_from_the_first_real_step():
+    np.testing.assert_array_equal(layers.positions(STEPS), [[1, 2, 3, 4, 5], [0, 1, 2, 0, 0], [0] * 5])
+
+
+@pytest.mark.parametrize("width", [6, 7])
+def test_sinusoids_are_sines_then_cosines_and_nothing_where_nothing_is(width):
+    got = layers.sinusoids(np.array([[0, 1, 9]]), width)
+    assert got.shape == (1, 3, width)
+    assert not got[0, 0].any()
+    for n, place in ((1, 1), (2, 9)):
+        angles = [place / 10000 ** (i / 2) for i in range(3)]
+        want = [*np.sin(angles), *np.cos(angles), *[0] * (width - 6)]
+        np.testing.assert_allclose(got[0, n], want, atol=1e-6)
+
+
+def test_the_last_step_is_the_last_real_one():
+    x = np.arange(15, dtype=np.float32).reshape(3, 5, 1) + 1
+    np.testing.assert_array_equal(layers.last_step(x, STEPS), [[5], [8], [0]])
+
+
+def test_streams_enter_without_what_is_masked():
+    x = np.where(STEPS[..., None], np.ones((3, 5, 2), np.float32), np.nan)
+    batch = {"audio": x, "audio_mask": STEPS}
+    steps, masks = layers.enter(batch, ("audio",), jnp.float32)
+    np.testing.assert_array_equal(steps["audio"][..., 0], STEPS)
+    np.testing.assert_array_equal(masks["audio"], STEPS)
+    steps, masks = layers.enter(batch, ("audio",), jnp.float32, padded=True)
+    np.testing.assert_array_equal(steps["audio"][..., 1], STEPS)
+    assert masks["audio"].all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (5, 2), (2, 5), (7, 3), (1, 4)])
+def test_aligned_streams_average_what_a_step_takes_up(n, m):
+    """Padding before and after either stream moves nothing."""
+    x = np.random.default_rng(n).normal(size=(n, 2)).astype(np.float32)
+    want = [x[p * n // m : -(-(p + 1) * n // m)].mean(0) for p in range(m)]
+    before, after = np.full((2, 2), np.nan, np.float32), np.full((3, 2), np.nan, np.float32)
+    mask, onto = np.zeros((1, n + 5), bool), np.zeros((1, m + 3), bool)
+    mask[0, 2 : n + 2], onto[0, 1 : m + 1] = True, True
+    got, valid = layers.align(np.concatenate([before, x, after])[None], mask, onto)
+    np.testing.assert_allclose(got[0, 1 : m + 1], want, atol=1e-6)
+    np.testing.assert_array_equal(valid, onto)
+    assert not got[0, ~onto[0]].any()
+
+
+def test_nothing_aligns_with_a_missing_stream():
+    x, none, some = np.ones((1, 4, 2), np.float32), np.zeros((1, 4), bool), np.ones((1, 4), bool)
+    for masks in ((none, some), (some, none)):
+        got, valid = layers.align(x, *masks)
+        assert not got.any()
+        assert not valid.any()
+
+
+# ---- Attention between streams ------------------------------------------------------------------------------------
+
+
+def test_a_block_that_asks_itself_is_a_plain_layer():
+    plain, cross = layers.PreNormBlock(2, 6, jax.nn.relu, 1e-5), layers.CrossBlock(2, 6)
+    x, mask = jax.random.normal(jax.random.key(0), (3, 5, 4)), jnp.asarray(STEPS)
+    variables = jax.jit(plain.init)(jax.random.key(1), x, mask)
+    want = jax.jit(plain.apply)(variables, x, mask)
+    np.testing.assert_allclose(jax.jit(cross.apply)(variables, x, x, mask), want, atol=1e-6)
+
+
+def test_a_block_with_a_share_of_one_keeps_what_it_had():
+    block = layers.CrossBlock(2, 6, mixed=True)
+    x, source = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
+    params = jax.jit(block.init)(jax.random.key(1), x, source, jnp.asarray(STEPS))["params"]
+    apply = jax.jit(lambda mix: block.apply({"params": params | {"mix": mix}}, x, source, jnp.asarray(STEPS)))
+    np.testing.assert_allclose(apply(jnp.ones(1)), x, atol=1e-6)
+    assert np.abs(apply(jnp.zeros(1)) - x).max() > 1e-3
+
+
+def test_dropped_weights_are_dropped_in_training_alone():
+    attention = layers.CrossAttention(2, dropout=0.5)
+    x, mask = jax.random.normal(jax.random.key(0), (3, 5, 4)), jnp.asarray(STEPS)
+    variables = jax.jit(attention.init)(jax.random.key(1), x, x, mask)
+    apply = jax.jit(
+        lambda key, train: attention.apply(variables, x, x, mask, train, rngs={"dropout": key}), static_argnums=1
+    )
+    keys = jax.random.split(jax.random.key(2), 2)
+    np.testing.assert_array_equal(apply(keys[0], False), apply(keys[1], False))
+    assert np.abs(apply(keys[0], True) - apply(keys[1], True))[0].max() > 1e-3
+
+
+# ---- Recurrence ---------------------------------------------------------------------------------------------------
+
+
+def lstm_by_loops(params, x, order):
+    """The states (hidden, cell) after each of the steps in `order`, gate by gate."""
+    sigmoid = lambda v: 1 / (1 + np.exp(-v))  # noqa: E731
+    width = params["kernel"].shape[0]
+    hidden, cell, out = np.zeros(width), np.zeros(width), {}
+    for t in order:
+        inputs = np.tensordot(x[t], params["input"]["kernel"], 1) + params["input"]["bias"]
+        admit, keep, candidate, emit = inputs + (hidden @ params["kernel"]).reshape(4, width)
+        cell = sigmoid(keep) * cell + sigmoid(admit) * np.tanh(candidate)
+        hidden = sigmoid(emit) * np.tanh(cell)
+        out[t] = hidden, cell
+    return out
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_recurrences_know_of_no_padding(reverse):
+    module = layers.Recurrence(3, reverse)
+    x = jax.random.normal(jax.random.key(0), (3, 5, 2))
+    mask = jnp.asarray(STEPS)
+    rubbish = jnp.where(mask[..., None], x, jnp.nan)
+    variables = jax.jit(module.init)(jax.random.key(1), x, mask)
+    variables["params"]["input"]["bias"] = jax.random.normal(jax.random.key(2), (4, 3))
+    hidden, cell = jax.jit(module.apply)(variables, rubbish, mask)
+    params = jax.tree.map(np.float64, variables["params"])
+    for clip in (0, 1):
+        order = np.flatnonzero(STEPS[clip])[:: -1 if reverse else 1]
+        want = lstm_by_loops(params, np.float64(x[clip]), order)
+        for t, states in want.items():
+            np.testing.assert_allclose((hidden[clip, t], cell[clip, t]), states, atol=1e-5)
+        end = 0 if reverse else -1
+        np.testing.assert_allclose(hidden[clip, end], want[order[-1]][0], atol=1e-5)
+    assert not hidden[2].any()
+    assert not cell[2].any()
+
+
+def test_recurrences_are_differentiable_past_padding():
+    module = layers.Recurrence(3)
+    mask = jnp.asarray(STEPS)
+    x = jnp.where(mask[..., None], jnp.ones((3, 5, 2)), jnp.nan)
+    variables = jax.jit(module.init)(jax.random.key(1), x, mask)
+    grads = jax.jit(jax.grad(lambda v, x: module.apply(v, x, mask)[0][:, -1].sum(), (0, 1)))(variables, x)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    np.testing.assert_array_equal((grads[1] != 0).any(-1), STEPS)

@@ -3,6 +3,7 @@
 A small model with dropout stands in for a real one where only the loop is looked at.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -14,7 +15,7 @@ import pytest
 import synthetic
 from ml_collections import ConfigDict
 
-from avjax import config, loop, losses, models, pipeline
+from avjax import config, loop, losses, models, pipeline, results
 from avjax.checkpoint import Checkpoints
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
@@ -66,7 +67,7 @@ class Run:
 
     def __init__(self, features=FEATURES, folds=FOLDS, seeds=(1, 2), model=SMALL, **more):
         self.config, self.features = settings(**more), features
-        self.plan = pipeline.plan(features, folds, seeds, self.config.protocol)
+        self.plan = pipeline.plan(features, folds, seeds, self.config.protocol, model.turns)
         self.data = pipeline.resident(features, "both", self.config.protocol.standardise)
         self.trainer = trainer_of(model, self.config.to_json())
         self.state = self.trainer.init(self.plan.lanes, self.data)
@@ -166,7 +167,7 @@ def test_predictions_are_by_the_best_parameters(whole):
     lane = int(jnp.argmin(whole.state.best_epoch))  # not the last epoch
     state = jax.tree.map(lambda v: v[lane], whole.state)
     batch = pipeline.gather(whole.data, state.stats, jnp.arange(36, 48), jnp.ones(12))
-    expected = SMALL.module.apply({"params": state.best}, batch).logits["fusion"]
+    expected = SMALL.module.apply(state.best, batch).logits["fusion"]
     np.testing.assert_allclose(whole.answers()[lane], expected, atol=1e-5)
 
 
@@ -175,7 +176,7 @@ def test_the_last_epoch_is_taken_where_asked_for():
     assert set(run.state.best_epoch.tolist()) == {6}  # though a call goes on to epoch 8
     assert max(r["epoch"] for r in run.rows) == 6
     assert bool(run.state.stopped.all())
-    equal(run.state.best, run.state.params)
+    equal(run.state.best, {"params": run.state.params})
 
 
 @pytest.mark.parametrize("value", [1e30, np.nan])
@@ -329,3 +330,69 @@ def test_options_against_imbalance_raise_the_recall_of_a_rare_class():
         helped = recalls(option, [fold], features)
         assert helped[1] > plain[1] + 0.1, option
         assert helped.mean() > plain.mean(), option
+
+
+# ---- Conversations, and variables that are no parameters ----------------------------------------------------------
+
+
+class Talk(nn.Module):
+    """Reads a turn's sound and the mean of its conversation's."""
+
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, batch, train: bool = False) -> Output:
+        turns = masked_mean(batch["audio"], batch["audio_mask"])
+        all_turns = masked_mean(turns, batch["turn_mask"])[:, None]
+        joined = jnp.concatenate([turns, jnp.broadcast_to(all_turns, turns.shape)], -1)
+        return Output({"fusion": nn.Dense(self.classes)(joined)}, {}, {})
+
+
+TALK = Model(module=Talk(), loss=small_loss, heads=("fusion",), streams=("audio",), turns=True)
+
+
+def told(dialogue):
+    clips = [dataclasses.replace(c, dialogue=dialogue(i), turn=i) for i, c in enumerate(FEATURES.clips)]
+    return dataclasses.replace(FEATURES, clips=clips)
+
+
+def run_talk(features) -> tuple[Run, dict[str, np.ndarray]]:
+    run = Run(features, model=TALK).call(2)
+    run.check()
+    rows = results.predictions(features, run.plan, {"fusion": run.answers()})
+    return run, rows
+
+
+def test_conversations_are_trained_and_every_test_clip_is_answered_once():
+    run, rows = run_talk(told(lambda i: f"d{i // 5}"))
+    assert run.rows[-1]["train_loss"] < run.rows[0]["train_loss"]
+    assert sorted(rows["clip_id"]) == sorted(IDS[TEST] * 4)
+    apart = run_talk(told(lambda i: None))[1]
+    order, other = (np.lexsort((r["seed"], r["fold"], r["clip_id"])) for r in (rows, apart))
+    assert np.abs(rows["logits_fusion"][order] - apart["logits_fusion"][other]).max() > 1e-3, "context is read"
+
+
+def test_a_model_of_conversations_answers_a_clip_alone():
+    run, rows = run_talk(told(lambda i: None))
+    logits = np.asarray(loop.answers(TALK)(run.state.best, run.state.stats, run.data)["fusion"])
+    first = (rows["fold"] == "long") & (rows["seed"] == 1)
+    np.testing.assert_allclose(logits[0][TEST], rows["logits_fusion"][first], atol=1e-5)
+
+
+class Normed(Small):
+    """With a batch norm, whose statistics training moves."""
+
+    @nn.compact
+    def __call__(self, batch, train: bool = False) -> Output:
+        x = masked_mean(batch["audio"], batch["audio_mask"])
+        x = nn.BatchNorm(momentum=0.5)(x, use_running_average=not self.is_mutable_collection("batch_stats"))
+        return Output({"fusion": nn.Dense(self.classes)(x)}, {}, {})
+
+
+def test_running_statistics_move_in_training_and_answer_afterwards():
+    run = Run(model=Model(module=Normed(), loss=small_loss, heads=("fusion",), streams=("audio",)))
+    before = jax.tree.map(np.asarray, run.state.running)
+    run.call(2)
+    after = run.state.best["batch_stats"]["BatchNorm_0"]["mean"]
+    assert np.abs(after - before["batch_stats"]["BatchNorm_0"]["mean"]).max() > 0.01
+    assert run.rows[-1]["train_loss"] < run.rows[0]["train_loss"]

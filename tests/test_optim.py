@@ -1,4 +1,4 @@
-"""The optimizer against optax's own AdamW, and its schedule at points worked by hand."""
+"""The optimizers against optax's and PyTorch's own, and their schedule at points worked by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from avjax.errors import AvjaxError
 
 def settings(**changes) -> ConfigDict:
     base = {"learning_rate": 0.1, "weight_decay": 0.02, "warmup": 0.2, "schedule": "cosine", "clip_norm": 1.0}
-    return ConfigDict(base | changes)
+    return ConfigDict(base | {"optimizer": "adamw"} | changes)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,31 @@ def test_steps_are_those_of_optax_adamw(norm):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), one, other)
 
 
-def test_unknown_schedule_is_named():
-    with pytest.raises(AvjaxError, match=r"train\.schedule is 'step'; choose one of cosine, constant"):
-        optim.transform(settings(schedule="step"))
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_steps_are_those_of_pytorch(name):
+    torch = pytest.importorskip("torch")
+    start, steps = np.array([1.0, -2.0, 0.5], np.float32), 4
+    weights = torch.tensor(start, requires_grad=True)
+    more = {"momentum": 0.9} if name == "sgd" else {}
+    theirs = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]([weights], 0.1, weight_decay=0.2, **more)
+    ours = optim.transform(settings(optimizer=name, weight_decay=0.2, clip_norm=1e9))
+    params, state = jnp.asarray(start), ours.init(jnp.asarray(start))
+    for _ in range(steps):
+        theirs.zero_grad()
+        (weights**2).sum().sin().backward()
+        theirs.step()
+        directions, state = ours.update(jax.grad(lambda p: jnp.sin(jnp.sum(p**2)))(params), state, params)
+        params -= 0.1 * directions
+    np.testing.assert_allclose(params, weights.detach().numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "step"}, r"train\.schedule is 'step'; choose one of cosine, constant"),
+        ({"optimizer": "lion"}, r"train\.optimizer is 'lion'; choose one of adamw, adam, sgd"),
+    ],
+)
+def test_unknown_names_are_named(changes, message):
+    with pytest.raises(AvjaxError, match=message):
+        optim.transform(settings(**changes))

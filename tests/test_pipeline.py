@@ -222,3 +222,43 @@ def test_batches_keep_the_order_and_fill_up_with_weight_zero():
     index, weight = pipeline.batches(jnp.array([4, 2, 9]), jnp.ones(3), 2)
     np.testing.assert_array_equal(index, [[4, 2], [9, 9]])
     np.testing.assert_array_equal(weight, [[1, 1], [1, 0]])
+
+
+# ---- Conversations ------------------------------------------------------------------------------------------------
+
+
+def talking(features):
+    """Ten clips as two conversations, of which the first is told backwards, and two clips alone."""
+    turns = [("d0", 3 - i) if i < 4 else ("d1", i) if i < 8 else (None, None) for i in range(10)]
+    clips = [dataclasses.replace(c, dialogue=d, turn=t) for c, (d, t) in zip(features.clips, turns, strict=True)]
+    return dataclasses.replace(features, clips=clips)
+
+
+def test_conversations_are_rows_in_the_order_of_their_turns():
+    features = talking(synthetic.make(10))
+    rows = pipeline.conversations(features)
+    assert rows.tolist() == [[3, 2, 1, 0], [4, 5, 6, 7], [8, 10, 10, 10], [9, 10, 10, 10]]
+
+
+def test_turns_of_other_parts_are_seen_and_do_not_count():
+    features = talking(synthetic.make(10))
+    ids = features.ids
+    fold = Fold("f", tuple(ids[:3] + ids[8:9]), tuple(ids[4:8] + ids[9:]), (ids[3],))
+    plan = pipeline.plan(features, [fold], (1,), protocol(), turns=True)
+    assert plan.lanes.train.tolist() == [[[3, 2, 1, 0], [8, 10, 10, 10]]]
+    assert plan.lanes.train_weight.tolist() == [[[0, 1, 1, 1], [1, 0, 0, 0]]]
+    assert plan.lanes.val_weight.tolist() == [[[1, 0, 0, 0]]]
+    assert plan.lanes.test.tolist() == [[[4, 5, 6, 7], [9, 10, 10, 10]]]
+    assert "without their labels" in plan.notes[-1]
+    data = pipeline.resident(features, "both", "train")
+    batch = pipeline.gather(data, {}, plan.lanes.train[0], plan.lanes.train_weight[0])
+    assert batch["turn_mask"].tolist() == [[True] * 4, [True, False, False, False]]
+    assert not batch["audio_mask"][1, 1:].any()
+    np.testing.assert_array_equal(batch["audio"][0, 1], features.arrays["audio"][2])
+    np.testing.assert_array_equal(batch["label"][0], features.label[[3, 2, 1, 0]])
+
+
+def test_padding_rows_have_nothing_real():
+    data = pipeline.resident(synthetic.make(6), "both", "train")
+    batch = pipeline.gather(data, {}, jnp.array([1, 2]), jnp.array([1.0, 0.0]))
+    assert batch["audio_mask"].any(-1).tolist() == [True, False]

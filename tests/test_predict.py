@@ -152,7 +152,7 @@ def test_the_answer_is_the_mean_of_the_lanes(trained, answered):
                 mask = features.masks[name][i]
                 batch |= {name: np.where(mask[:, None], (features.arrays[name][i] - mean) / std, 0)}
                 batch |= {f"{name}_mask": mask}
-            params = {k: _lane(v, lane) for k, v in run.best.items()}
+            params = {k: _lane(v, lane) for k, v in run.best["params"].items()}
             one = {k: jnp.asarray(v)[None] for k, v in batch.items()}
             rows.append(softmax(np.asarray(apply(params, one)[0], np.float64)))
         assert np.ptp(rows, 0).max() > 0.01, "lanes that say the same test nothing"

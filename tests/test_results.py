@@ -48,9 +48,10 @@ def test_predictions_are_plain_arrays_of_real_clips(measured, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["predictions.npz"]
     with np.load(tmp_path / "predictions.npz", allow_pickle=False) as file:
         read = dict(file)
-    assert list(read) == ["clip_id", "fold", "seed", "label", "logits_fusion", "logits_audio"]
+    assert list(read) == ["clip_id", "speaker", "fold", "seed", "label", "logits_fusion", "logits_audio"]
     assert {len(v) for v in read.values()} == {2 * 10 + 2 * 7}
     assert read["clip_id"].tolist() == features.ids[:10] * 2 + features.ids[23:] * 2
+    assert read["speaker"].tolist() == [features.speakers[features.ids.index(i)] for i in read["clip_id"]]
     assert read["fold"].tolist() == ["a"] * 20 + ["b"] * 14
     assert read["seed"].tolist() == [42] * 10 + [43] * 10 + [42] * 7 + [43] * 7
     assert read["label"].tolist() == [int(features.label[features.ids.index(i)]) for i in read["clip_id"]]
@@ -170,3 +171,14 @@ def test_the_yardstick_answers_the_only_class_it_knows():
     out = reference.logistic_regression(pipeline.resident(features, "both", "train"), plan)
     tested = [features.label[features.ids.index(i)] for i in fold.test]
     assert out["audio"]["mean"]["war"] == pytest.approx(np.mean(np.array(tested) == 1))
+
+
+def test_seeds_together_are_the_mean_of_their_probabilities(measured):
+    _, _, rows, metrics = measured
+    for fold in metrics["together"]["folds"]:
+        chosen = rows["fold"] == fold["fold"]
+        seeds = [chosen & (rows["seed"] == s) for s in (42, 43)]
+        shares = [np.exp(v := rows["logits_fusion"][c]) / np.exp(v).sum(-1, keepdims=True) for c in seeds]
+        right = np.mean(shares, 0).argmax(-1) == rows["label"][seeds[0]]
+        assert fold["war"] == pytest.approx(right.mean())
+    assert [f["fold"] for f in metrics["together"]["folds"]] == ["a", "b"]

@@ -140,17 +140,6 @@ class Case:
     original: Any
 
 
-def chosen(names: Sequence[str] | None) -> list[str]:
-    """The names of ENCODERS to measure; None = all.
-
-    Raises:
-      AvjaxError: there is none of such a name.
-    """
-    if unknown := [name for name in names or () if name not in ENCODERS]:
-        raise AvjaxError(f"--encoders: {', '.join(unknown)} is not among {', '.join(ENCODERS)}")
-    return list(names or ENCODERS)
-
-
 def measure(name: str, dtype: str, peak: Peak, repeats: int, say: Callable[[str], None]) -> list[dict[str, object]]:
     """Times an encoder of ENCODERS in each way, in turn, after checking that they compute the same.
 

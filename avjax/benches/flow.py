@@ -12,7 +12,6 @@ import numpy as np
 from avjax import presets
 from avjax.benches.ways import Way, interleaved
 from avjax.encoders import Encoder, default_dtype, load, perceiver
-from avjax.errors import AvjaxError
 from avjax.media import flow
 
 KEY = ("benchmark", "source", "side", "dtype", "machine", "cores", "device")
@@ -25,17 +24,6 @@ TABLE = {
     "pairs_per_second": "all three /s",
 }
 SOURCES = {"dis": "deiii_dis", "perceiver": "deiii"}
-
-
-def chosen(names: list[str] | None) -> list[str]:
-    """The names of SOURCES to measure; None = all.
-
-    Raises:
-      AvjaxError: there is none of such a name.
-    """
-    if unknown := [name for name in names or () if name not in SOURCES]:
-        raise AvjaxError(f"--flows: {', '.join(unknown)} is not among {', '.join(SOURCES)}")
-    return list(names or SOURCES)
 
 
 def measure(name: str, repeats: int, say: Callable[[str], None]) -> dict[str, object]:

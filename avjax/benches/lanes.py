@@ -267,7 +267,7 @@ def check_pytorch(case: Case, together: Ended) -> None:
 
     streams, run = torch_etg.streams(case.data, torch_device()), torch_etg.runs(case.plan, torch_device())[0]
     model = torch_etg.new_model(streams, _CLASSES, run.seed, case.config.model)
-    model.load_state_dict(torch_etg.from_flax(jax.tree.map(lambda v: v[0], together.state.best)))
+    model.load_state_dict(torch_etg.from_flax(jax.tree.map(lambda v: v[0], together.state.best["params"])))
     logits = torch_etg.answers(model, torch_etg.standardised(streams, run.train), run.test)["fusion"].cpu().numpy()
     _same_answers("the Flax and the PyTorch model", together.logits[0, : len(logits)], logits)
 

@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.util
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+
+from avjax.errors import AvjaxError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,18 @@ def interleaved(ways: Sequence[Way], repeats: int, tell: Callable[[str, str, flo
             seconds[way.name].append(time.perf_counter() - begun)
             tell(f"{repeat}/{repeats}", way.name, seconds[way.name][-1])
     return seconds
+
+
+def chosen(flag: str, names: Sequence[str] | None, there: Iterable[str]) -> list[str]:
+    """What a flag names of what is there; None = all.
+
+    Raises:
+      AvjaxError: there is none of such a name.
+    """
+    there = list(there)
+    if unknown := [name for name in names or () if name not in there]:
+        raise AvjaxError(f"{flag}: {', '.join(unknown)} is not among {', '.join(there)}")
+    return list(names or there)
 
 
 def no_pytorch() -> str:

@@ -34,6 +34,7 @@ class Clip:
       start, end: seconds, the part of the file that is the clip, or None for all of it.
       split: "train", "val" or "test" of an official split, or None.
       fold: name of the fold in which the clip is tested, or None.
+      dialogue, turn: its conversation and its place in it, or None.
     """
 
     id: str
@@ -46,6 +47,8 @@ class Clip:
     end: float | None = None
     split: str | None = None
     fold: str | None = None
+    dialogue: str | None = None
+    turn: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

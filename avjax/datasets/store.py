@@ -33,7 +33,7 @@ VERSION = "1.2.0"  # of the packed view's layout
 _UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
 STREAMS = ("video", "flow", "audio")  # flow where the preset has it
 _PARTS = ("train", "test", "val")
-_INDEXED = ("id", "label", "speaker", "transcript", "split", "fold")
+_INDEXED = ("id", "label", "speaker", "transcript", "split", "fold", "dialogue", "turn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Features:
       dataset, classes, folds: as indexed; content: hash of all packed values.
       ids, clips, label, speakers: one entry per used clip; `label (n,)` int32; a speaker is "" where unknown.
       arrays: `video`, `audio`, `flow` where there is one, `text_<source>` → (n, steps, d) float32, zeros where masked;
-        `surface` with one step.
+        `surface` with one step, where the clips themselves were measured.
       masks: the same names → (n, steps) bool.
       sentences: text source → n strings.
       counts: used, quarantined, masked_audio, masked_video.
@@ -291,8 +291,10 @@ def load(root: Path, preset: str) -> Features:
 
 def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The streams of at least one example (see `avjax.features.example`) as `Features.arrays` and `Features.masks`."""
-    arrays = {"surface": np.stack([e["surface"] for e in examples])[:, None]}
-    masks = {"surface": np.ones((len(examples), 1), bool)}
+    arrays, masks = {}, {}
+    if "surface" in examples[0]:
+        arrays["surface"] = np.stack([e["surface"] for e in examples])[:, None]
+        masks["surface"] = np.ones((len(examples), 1), bool)
     for stream in (s for s in STREAMS if s in examples[0]):
         arrays[stream], masks[stream] = _dense([e[stream] for e in examples], [e[f"{stream}_mask"] for e in examples])
     for source in examples[0]["text"]:

@@ -3,10 +3,10 @@
 from typing import Any
 
 from avjax.errors import AvjaxError
-from avjax.models import etg_aver
+from avjax.models import etg_aver, fusions
 from avjax.models.base import Build, Model
 
-REGISTRY: dict[str, Build] = {"etg_aver": etg_aver.build}
+REGISTRY: dict[str, Build] = {"etg_aver": etg_aver.build} | dict.fromkeys(fusions.FUSIONS, fusions.build)
 
 
 def build(config: Any, classes: int) -> Model:

@@ -1,11 +1,15 @@
 """What every model gives back, and what the trainer needs to know of it."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
+
+from avjax import losses
 
 
 @flax.struct.dataclass
@@ -32,6 +36,8 @@ class Model:
       loss: (output, batch, class_prior (c,)) → {term: (b,)}, unreduced and already weighted; their sum is minimised.
       heads: head names, the predicting one first.
       streams: the batch streams that the model reads, such as `("text", "audio", "video")`.
+      turns: whether a row of its batch is a conversation: streams (b, u, n, d) with masks (b, u, n), `turn_mask`
+        (b, u), and logits (b, u, c), losses (b, u).
     """
 
     module: nn.Module = flax.struct.field(pytree_node=False)
@@ -40,6 +46,58 @@ class Model:
     )
     heads: tuple[str, ...] = flax.struct.field(pytree_node=False)
     streams: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    turns: bool = flax.struct.field(pytree_node=False, default=False)
 
 
+Loss = Callable[[Output, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
 Build = Callable[[Any, int], Model]
+
+
+def head_loss(output: Output, batch: Mapping[str, jax.Array], head: str) -> jax.Array:
+    """Cross entropy of one head by clip; a head named after a stream costs nothing where the clip lacks it."""
+    loss = losses.cross_entropy(output.logits[head], batch["label"])
+    if f"{head}_mask" not in batch:
+        return loss
+    return jnp.where(jnp.any(batch[f"{head}_mask"], -1), loss, 0.0)
+
+
+def fusion_loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
+    """Cross entropy of the head "fusion" alone."""
+    return {"fusion": head_loss(output, batch, "fusion")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """A fusion of feature sequences: how it is built, trained and cited.
+
+    Attributes:
+      module: class of the Flax module; its fields are its settings, with the paper's values as defaults.
+      paper: authors, year, venue.
+      loss: as `Model.loss`.
+      stream_heads: whether each stream has a head of its own beside "fusion".
+      needs: streams that must be among those it reads.
+      least, most: how many streams it can read.
+      turns: whether it reads whole conversations, see `Model.turns`.
+      recipe: the optimizer's facts as the paper has them: key of the `train` configuration → value.
+      small: settings for a few thousand clips, where the paper's sizes were made for far more.
+    """
+
+    module: type[nn.Module]
+    paper: str
+    loss: Loss = fusion_loss
+    stream_heads: bool = False
+    needs: tuple[str, ...] = ()
+    least: int = 1
+    most: int = 3
+    turns: bool = False
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What it reads unless told otherwise."""
+        return self.module.streams
+
+    def fits(self, streams: Sequence[str]) -> bool:
+        """Whether it can read just these."""
+        return set(self.needs) <= set(streams) and self.least <= len(streams) <= self.most

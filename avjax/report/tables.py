@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avjax.errors import AvjaxError
@@ -16,11 +16,19 @@ from avjax.errors import AvjaxError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from avjax.comparison import Evidence
+
 Metrics = dict[str, Any]
 
 RUN_COLUMNS = ("fold", "seed", "train", "val", "test", "epoch", "WAR", "UAR")
 REFERENCE_COLUMNS = ("logistic regression on pooled features", "WAR", "UAR", "WAR, run − reference")
 COMPARE_COLUMNS = ("run", "WAR", "UAR", "WAR − first", "fold by fold")
+EVIDENCE_COLUMNS = ("run", "WAR", "UAR", "seeds together", "95 % of WAR", "WAR − first", "p")
+EVIDENCE_NOTE = (
+    "95 %: bootstrap over speakers (clips where speakers are unknown); p: paired permutation test over the same, not "
+    "corrected for the number of rows. A clip counts by the share of seeds that are right. Seeds together: WAR of the "
+    "mean of their probabilities."
+)
 # Below so many folds an interval of the mean is wider than any difference worth reporting.
 ENOUGH_FOLDS = 6
 _MARK = "†"
@@ -61,7 +69,7 @@ def reference_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def compare_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
+def compare_table(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Evidence] | None = None) -> Table:
     """One row per run: name, WAR and UAR (mean ± std over folds and seeds), WAR difference to the first run in points.
 
     Differences are paired: seeds are averaged within each fold, then folds are subtracted. A run on another data set,
@@ -69,23 +77,24 @@ def compare_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
 
     Args:
       runs: (name, metrics), the one to compare with first.
+      evidence: by name, for intervals and tests over people in place of folds; a run may lack it.
     Returns:
-      A `rich.table.Table` with the columns `COMPARE_COLUMNS`.
+      A `rich.table.Table` with the columns `COMPARE_COLUMNS`, or, given evidence, `EVIDENCE_COLUMNS`.
     Raises:
       AvjaxError: there is no run.
     """
-    rows, notes = _compared(runs)
-    return _rich_table(COMPARE_COLUMNS, [rows], _setting(runs[0][1]), notes)
+    columns, rows, notes = _compared(runs, evidence)
+    return _rich_table(columns, [rows], _setting(runs[0][1]), notes)
 
 
-def compare_markdown(runs: Sequence[tuple[str, Metrics]]) -> str:
+def compare_markdown(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Evidence] | None = None) -> str:
     """`compare_table` as Markdown: the setting, the table, and the notes as a list. Ends with a newline."""
-    rows, notes = _compared(runs)
+    columns, rows, notes = _compared(runs, evidence)
     lines = [
         f"**{_plain(_setting(runs[0][1]))}**",
         "",
-        _markdown_row(COMPARE_COLUMNS),
-        _markdown_row(["---", *["--:"] * (len(COMPARE_COLUMNS) - 1)]),
+        _markdown_row(columns),
+        _markdown_row(["---", *["--:"] * (len(columns) - 1)]),
         *map(_markdown_row, rows),
         "",
         *(f"- {_plain(note)}" for note in notes),
@@ -106,12 +115,14 @@ def run_rows(metrics: Metrics) -> list[tuple[str, ...]]:
 
 
 def summary_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """(name, WAR, UAR): mean ± std, pooled, and the two scores that need no model."""
+    """(name, WAR, UAR): mean ± std, pooled, of all seeds' mean answer, and the two scores that need no model."""
     support = [sum(row) for row in metrics["confusion"]]
+    together = metrics.get("together")
     chance, present = percent(1 / len(support)), sum(count > 0 for count in support)
     return [
         ("mean ± std" if len(metrics["folds"]) > 1 else "single run", spread(metrics, "war"), spread(metrics, "uar")),
         ("pooled", percent(metrics["pooled"]["war"]), percent(metrics["pooled"]["uar"])),
+        *([("seeds together", spread(together, "war"), spread(together, "uar"))] if together else []),
         ("chance", chance, chance),
         ("majority class", percent(max(support) / max(sum(support), 1)), percent(1 / max(present, 1))),
     ]
@@ -187,28 +198,37 @@ def _speakers(folds: Iterable[Metrics]) -> str:
     )
 
 
-def _compared(runs: Sequence[tuple[str, Metrics]]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Rows of `COMPARE_COLUMNS`, and the notes below them."""
+def _compared(
+    runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Evidence] | None
+) -> tuple[Sequence[str], list[tuple[str, ...]], list[str]]:
+    """Columns, rows, and the notes below them."""
     if not runs:
         raise AvjaxError("no runs to compare: expected at least one (name, metrics)")
     first = runs[0][1]
     folds = len(_by_fold(first["folds"]))
-    rows, notes = [], [interval_note(folds), "WAR and UAR: mean ± standard deviation over folds and seeds, percent."]
+    note = interval_note(folds) if evidence is None else EVIDENCE_NOTE
+    rows, notes = [], [note, "WAR and UAR: mean ± standard deviation over folds and seeds, percent."]
     for position, (name, metrics) in enumerate(runs):
         reasons = _mismatch(metrics, first)
         if reasons:
             notes.append(f"{_MARK} {name} cannot be compared with {runs[0][0]}: {'; '.join(reasons)}.")
         differences = [] if reasons or position == 0 else [*fold_differences(metrics["folds"], first["folds"]).values()]
-        rows.append(
-            (
-                f"{name} {_MARK}" if reasons else name,
-                spread(metrics, "war"),
-                spread(metrics, "uar"),
-                difference(differences) if differences else "–",
-                " ".join(map(points, differences)) or "–",
-            )
-        )
-    return rows, notes
+        by_fold = (difference(differences) if differences else "–", " ".join(map(points, differences)) or "–")
+        together = spread(metrics["together"], "war") if metrics.get("together") else "–"
+        more = by_fold if evidence is None else (together, *_evidence(evidence.get(name), differences))
+        rows.append((f"{name} {_MARK}" if reasons else name, spread(metrics, "war"), spread(metrics, "uar"), *more))
+    return COMPARE_COLUMNS if evidence is None else EVIDENCE_COLUMNS, rows, notes
+
+
+def _evidence(found: Evidence | None, differences: Sequence[float]) -> tuple[str, str, str]:
+    """The last three of `EVIDENCE_COLUMNS`; without evidence the mean difference over folds alone."""
+    if found is None:
+        return "–", points(sum(differences) / len(differences)) if differences else "–", "–"
+    interval = "–".join(percent(bound) for bound in found.interval)
+    if found.difference is None:
+        return interval, "–", "–"
+    mean, low, high = (points(100 * value) for value in found.difference)
+    return interval, f"{mean} [{low}, {high}]", f"{found.p:.4f}" if found.p < 0.001 else f"{found.p:.3f}"
 
 
 def _mismatch(metrics: Metrics, first: Metrics) -> list[str]:

@@ -1,0 +1,246 @@
+"""Pickles of strangers: arrays and plain containers, and nothing that runs.
+
+A pickle is a program. This reader refuses by name whatever is none of: dict, list, tuple, set, str, bytes, numbers,
+None, and numpy's arrays and scalars of plain numbers and text. It does so in two passes: the opcodes are read without
+running them, then run with stand-ins for numpy's own functions, which trust what they are given (a dtype that lies
+about itself turns bytes into pointers).
+"""
+
+import io
+import math
+import pickle
+import pickletools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from avjax.errors import AvjaxError
+
+MOST_BYTES = 2**30
+_DEEPEST = 32
+# Opcodes that make plain values and containers, keep and recall them, or call what `_ADMITTED` names. Not among them:
+# those that make instances of classes, look names up in registries, or take bytes from outside the file.
+_OPCODES = {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP",
+    "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+    "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+    "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET",
+    "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+}  # fmt: skip
+_DTYPE = re.compile(r"[?]|[bBhHiIlLqQefdgO]|b1|[iu][1248]|f(2|4|8|16)|c(8|16)|[USO][1-9]\d{0,6}")
+
+
+def load(path: Path) -> object:
+    """Reads a pickle of arrays and plain containers, written by any Python and any numpy.
+
+    Returns:
+      the value; arrays are fresh `np.ndarray`s, those of objects hold plain values; byte strings of Python 2 are text
+      (Latin-1), a bytearray is bytes.
+    Raises:
+      AvjaxError: there is no such file, it is larger than `MOST_BYTES`, holds anything else (the message names it), is
+        nested too deeply or in itself, or is no whole pickle.
+    """
+    if not path.is_file():
+        raise AvjaxError(f"{path}: no such file")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise AvjaxError(f"{path}: {size:,} bytes; at most {MOST_BYTES:,} are read. Convert it to .npz or .h5")
+    data = path.read_bytes()
+    try:
+        _inspect(data)
+        return _plain(_Reader(io.BytesIO(data), encoding="latin1").load(), {}, 0)
+    except _Refused as error:
+        raise AvjaxError(f"{path}: refused: {error}. Only numpy arrays and plain containers are read from pickles; "
+                         "convert the file to .npz where you trust it") from error  # fmt: skip
+    # A broken program fails in any of these ways; that it fails is all that can be said of it.
+    except (
+        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+        MemoryError, UnicodeError,
+    ) as error:  # fmt: skip
+        raise AvjaxError(f"{path}: not a whole pickle of arrays ({type(error).__name__}: {error})") from error
+
+
+class _Refused(Exception):
+    """What a pickle asks for and does not get."""
+
+
+def _inspect(data: bytes) -> None:
+    """Refuses opcodes, names and places in the memo before any of them is executed."""
+    for count, (name, argument, at) in enumerate(_opcodes(data), 1):
+        if name not in _OPCODES:
+            raise _Refused(f"the opcode {name} at byte {at}")
+        if name == "GLOBAL":
+            _admitted(*argument.split(" ", 1))
+        # The memo is as large as its highest place: one number could ask for gigabytes.
+        if name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= count:
+            raise _Refused(f"place {argument} of the memo after {count} opcodes")
+
+
+def _opcodes(data: bytes) -> Iterator[tuple[str, object, int]]:
+    """(name, argument, place) of each opcode; `pickletools.genops` fails at bytes in Python 2's protocol 0."""
+    file, name = io.BytesIO(data), ""
+    while name != "STOP":
+        at, code = file.tell(), file.read(1)
+        if not code:
+            raise EOFError("it ends without a STOP")
+        if not (known := pickletools.code2op.get(code.decode("latin1"))):
+            raise ValueError(f"no opcode {code!r}, at byte {at}")
+        name = known.name
+        reader = io.BytesIO.readline if name == "STRING" else known.arg and known.arg.reader
+        yield name, reader(file) if reader else None, at
+
+
+def _admitted(module: str, name: str) -> Callable:
+    if (module, name) not in _ADMITTED:
+        raise _Refused(f"{module}.{name}")
+    return _ADMITTED[module, name]
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> "_Call":
+        return _Call(_admitted(module, name))
+
+    def persistent_load(self, pid: object) -> None:
+        raise _Refused(f"the outside object {pid!r}")
+
+
+class _Call:
+    """A function that a pickle can call and not change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable):
+        self._function = function
+
+    def __call__(self, *arguments: object) -> object:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> None:
+        raise _Refused("a change of a function")
+
+
+class _Dtype:
+    """Stands for `numpy.dtype`: a name and a byte order, nothing else that its state may claim."""
+
+    __slots__ = ("name", "order")
+
+    def __init__(self, name: object, align: object = False, copy: object = True):
+        name = name.decode("latin1") if isinstance(name, bytes) else name
+        if not isinstance(name, str) or not _DTYPE.fullmatch(name):
+            raise _Refused(f"an array of dtype {name!r}")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        _, order, subarray, names, fields, *_ = state
+        if (subarray, names, fields) != (None, None, None) or order not in ("<", ">", "|", "="):
+            raise _Refused(f"a structured array (byte order {order!r}, fields {names!r})")
+        self.order = order
+
+    def made(self) -> np.dtype:
+        return np.dtype(self.name).newbyteorder(self.order)
+
+
+class _Array:
+    """Stands for an array that numpy's `_reconstruct` made and that is still to be filled."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, *unused: object):
+        self.state = None
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+    def made(self, plain: Callable[[object], object]) -> np.ndarray:
+        """The array; `plain` makes the elements of an array of objects plain."""
+        _, shape, dtype, fortran, data = self.state
+        order = "F" if fortran else "C"
+        if _dtype(dtype).hasobject and isinstance(data, list):
+            return _of_objects([plain(v) for v in data], shape, order)
+        return _of_bytes(data, dtype, shape, order)
+
+
+def _dtype(dtype: object) -> np.dtype:
+    if not isinstance(dtype, _Dtype):
+        raise _Refused(f"{type(dtype).__name__} in place of a dtype")
+    return dtype.made()
+
+
+def _of_bytes(data: object, dtype: object, shape: tuple, order: str) -> np.ndarray:
+    made, shape = _dtype(dtype), tuple(map(int, shape))
+    if made.hasobject:
+        raise _Refused("objects made of bytes")
+    data = data.encode("latin1") if isinstance(data, str) else data  # a byte string of Python 2
+    if min(shape, default=0) < 0 or math.prod(shape) * made.itemsize != len(data):
+        raise _Refused(f"an array {shape} of {made} in {len(data)} bytes")
+    # A copy, so that it can be written to and is in this machine's byte order.
+    return np.frombuffer(data, made).reshape(shape, order=order).astype(made.newbyteorder("="))
+
+
+def _of_objects(values: list, shape: tuple, order: str) -> np.ndarray:
+    flat = np.empty(len(values), object)
+    for i, value in enumerate(values):
+        flat[i] = value
+    return flat.reshape(tuple(map(int, shape)), order=order)
+
+
+def _scalar(dtype: object, data: object = b"") -> object:
+    return _of_bytes(data, dtype, (1,), "C")[0]
+
+
+def _ndarray(*arguments: object) -> None:
+    raise _Refused("a call of numpy.ndarray")
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """Bytes as protocols below 3 write them: `_codecs.encode(text, "latin1")`."""
+    if encoding not in ("latin1", "latin-1"):
+        raise _Refused(f"text in the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """The empty byte string, as protocols below 3 write it; `bytes` itself would make any number of zeros."""
+    return b""
+
+
+_MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
+_NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
+_ADMITTED: dict[tuple[str, str], Callable] = {
+    ("numpy", "ndarray"): _ndarray,  # an argument of _reconstruct, never called
+    ("numpy", "dtype"): _Dtype,
+    **{(module, "_reconstruct"): _Array for module in _MULTIARRAY},
+    **{(module, "scalar"): _scalar for module in _MULTIARRAY},
+    **{(module, "_frombuffer"): _of_bytes for module in _NUMERIC},
+    ("_codecs", "encode"): _bytes,
+    **{(module, name): kind for module in ("builtins", "__builtin__") for name, kind in
+       (("set", set), ("frozenset", frozenset), ("complex", complex), ("bytes", _no_bytes))},
+}  # fmt: skip
+
+
+def _plain(value: object, done: dict[int, object], depth: int) -> object:
+    """`value` with arrays in place of their stand-ins; what is in it twice is one object there, too.
+
+    `done` holds what was made plain by the id of what it was made of, which lives as long as the whole does.
+    """
+    if depth > _DEEPEST:
+        raise _Refused(f"containers nested in themselves, or deeper than {_DEEPEST}")
+    if id(value) not in done:
+        done[id(value)] = _made_plain(value, lambda v: _plain(v, done, depth + 1))
+    return done[id(value)]
+
+
+def _made_plain(value: object, plain: Callable[[object], object]) -> object:
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return type(value)(plain(v) for v in value)
+    if isinstance(value, _Array):
+        return value.made(plain)
+    if isinstance(value, (_Call, _Dtype)):
+        raise _Refused("a function or a dtype as a value")
+    return bytes(value) if isinstance(value, bytearray) else value

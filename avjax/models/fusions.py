@@ -1,0 +1,104 @@
+"""All fusions by name, and how one becomes a model: settings from the configuration, the rest from its entry."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from avjax.errors import AvjaxError
+from avjax.models import (
+    fusion_crossmodal,
+    fusion_dialogue,
+    fusion_factors,
+    fusion_frames,
+    fusion_gates,
+    fusion_local,
+    fusion_memory,
+    fusion_shared,
+    fusion_simple,
+    fusion_tensor,
+    fusion_transformers,
+)
+from avjax.models.base import Fusion, Model
+
+_FILES = (
+    fusion_simple,
+    fusion_tensor,
+    fusion_memory,
+    fusion_factors,
+    fusion_gates,
+    fusion_crossmodal,
+    fusion_transformers,
+    fusion_shared,
+    fusion_frames,
+    fusion_local,
+    fusion_dialogue,
+)
+FUSIONS: dict[str, Fusion] = {name: fusion for file in _FILES for name, fusion in file.FUSIONS.items()}
+STREAMS = ("text", "audio", "video")
+_GIVEN = ("classes", "streams", "dtype", "parent", "name")
+
+
+def settings(name: str) -> dict[str, Any]:
+    """The settings of a fusion with the paper's values: what `model.settings` of a configuration may hold."""
+    fields = [f for f in dataclasses.fields(FUSIONS[name].module) if f.name not in _GIVEN]
+    return {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields}
+
+
+def variants(there: tuple[str, ...] = STREAMS) -> dict[str, dict[str, Any]]:
+    """The fusions as variants of a configuration, by name.
+
+    Beside them `<name>_recipe` with the paper's optimizer, and `<name>_small` with the sizes of `Fusion.small`.
+
+    A fusion that cannot read all streams that are `there` takes its own; all others keep those of the configuration.
+    One that needs a stream that is not there is no variant.
+    """
+    out = {}
+    for name, fusion in FUSIONS.items():
+        if not set(fusion.needs) <= set(there):
+            continue
+        streams = {} if fusion.fits(there) else {"model.streams": fusion.streams}
+        out[name] = {"model.name": name, "model.settings": settings(name), **streams}
+        if fusion.recipe:
+            out[f"{name}_recipe"] = out[name] | {f"train.{key}": value for key, value in fusion.recipe.items()}
+        if fusion.small:
+            out[f"{name}_small"] = out[name] | {"model.settings": settings(name) | fusion.small}
+    return out
+
+
+def model_config(name: str) -> ConfigDict:
+    """The `model` part of a configuration: a fusion of all three streams."""
+    return ConfigDict(
+        {
+            "name": name,
+            "streams": STREAMS,
+            "text_source": "both",  # both | audio | video | constant
+            "settings": settings(name),
+            "dtype": "float32",
+        }
+    )
+
+
+def build(config: Any, classes: int) -> Model:
+    """Makes the fusion of `config` (the `model` part of a configuration).
+
+    Raises:
+      AvjaxError: a setting is unknown, or the fusion cannot read the streams.
+    """
+    fusion, streams = FUSIONS[config.name], tuple(config.streams)
+    if not fusion.fits(streams):
+        needed = f"{', '.join(fusion.needs)} among them" if fusion.needs else "any"
+        count = f"{fusion.least} to {fusion.most}" if fusion.least < fusion.most else fusion.most
+        raise AvjaxError(
+            f"model.streams is {streams}; {config.name} reads {count} streams ({needed}), "
+            f"{fusion.streams} unless told otherwise"
+        )
+    given = config.settings.to_dict() if isinstance(config.settings, ConfigDict) else dict(config.settings)
+    if unknown := given.keys() - settings(config.name).keys():
+        raise AvjaxError(
+            f"model.settings has {', '.join(sorted(unknown))}; {config.name} has {', '.join(settings(config.name))}"
+        )
+    module = fusion.module(classes=classes, streams=streams, dtype=jnp.dtype(config.dtype), **given)
+    heads = ("fusion", *(streams if fusion.stream_heads else ()))
+    return Model(module=module, loss=fusion.loss, heads=heads, streams=streams, turns=fusion.turns)
