@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from avjax import config, models
+from avjax.benches.fusions import random_variables
 from avjax.errors import AvjaxError
 from avjax.models import fusions
 from avjax.models.fusions import FUSIONS
@@ -128,9 +129,10 @@ def without(batch: dict[str, np.ndarray], *streams: str) -> dict[str, np.ndarray
 
 @functools.cache
 def compiled(name: str, dtype: str = "float32"):
+    """The model, variables off the start (gates of zero keep gradients from what stands behind), and its answer."""
     model = built(name, dtype)
-    variables = jit(model.module.init)(jax.random.key(0), batch_of(name))
-    return model, variables, jit(model.module.apply)
+    shapes = jax.eval_shape(model.module.init, jax.random.key(0), batch_of(name))
+    return model, random_variables(shapes), jit(model.module.apply)
 
 
 def answer(name: str, batch: dict[str, np.ndarray]) -> np.ndarray:
@@ -153,7 +155,11 @@ def compiled_loss(name: str):
     return jit(jax.grad(total, has_aux=True))
 
 
-every = pytest.mark.parametrize("name", FUSIONS)
+# Those that compile in seconds; the others are as many minutes.
+LIGHT = ("concat", "weighted_sum", "lmf", "mag", "msaf", "ladder", "mmer_ia", "bc_lstm")
+every = pytest.mark.parametrize(
+    "name", [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in FUSIONS]
+)
 
 
 @every
@@ -192,17 +198,10 @@ def test_missing_streams_are_answered(name):
             assert np.abs(partial[1:] - full[1:]).max() > 1e-5, f"{streams} is read"
 
 
-def perturbed(params):
-    """Off the start, where gates of zero and slopes of one keep gradients from what stands behind them."""
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [v + 0.05 * rng.normal(size=v.shape).astype(np.float32) for v in leaves])
-
-
 @every
 def test_gradients_and_losses_are_finite_and_reach_every_parameter(name):
     batch = batch_of(name)
-    gradient, terms = compiled_loss(name)(perturbed(compiled(name)[1]["params"]), batch, 0)
+    gradient, terms = compiled_loss(name)(compiled(name)[1]["params"], batch, 0)
     assert all(term.shape == batch["label"].shape for term in terms.values())
     dead = [
         jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(gradient) if not jnp.any(g != 0)
@@ -237,7 +236,7 @@ def test_parameter_count(name):
 
 
 @pytest.mark.slow
-@every
+@pytest.mark.parametrize("name", FUSIONS)
 def test_bfloat16_stays_near_float32(name):
     model, _, apply = compiled(name, "bfloat16")
     batch = batch_of(name, 8)
@@ -251,7 +250,7 @@ def test_bfloat16_stays_near_float32(name):
 
 
 @pytest.mark.slow
-@every
+@pytest.mark.parametrize("name", FUSIONS)
 def test_a_few_clips_are_learned(name):
     batch = batch_of(name, 6)
     loss, params = compiled_loss(name), compiled(name)[1]["params"]

@@ -12,6 +12,12 @@ QUERY, KEY, VALUE = (jax.random.normal(k, (3, n, 2, 4)) for k, n in zip(KEYS, (5
 MASK = jnp.arange(7)[None] < jnp.array([[7], [3], [0]])
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """The few keys here are attended to as many are: head by head."""
+    monkeypatch.setattr(layers, "_FEW", 0)
+
+
 @pytest.mark.parametrize("jitted", [True, False])
 def test_context_without_weights_is_that_with_them(jitted):
     want, weights = layers.attend(QUERY, KEY, VALUE, MASK)
@@ -19,6 +25,16 @@ def test_context_without_weights_is_that_with_them(jitted):
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert not got[2].any(), "nothing may be attended to"
     np.testing.assert_allclose(weights.sum(-1), np.array([1, 1, 0])[:, None, None] * np.ones((3, 2, 5)), atol=1e-6)
+
+
+def test_few_keys_are_attended_to_all_at_once(monkeypatch):
+    monkeypatch.setattr(layers, "_FEW", 8)
+    loops = []
+    for repeat in (1, 2):
+        key, mask = (jnp.concatenate([x] * repeat, 1) for x in (KEY, MASK))
+        # A function of its own each time: traces are kept by function.
+        loops.append("scan" in str(jax.make_jaxpr(lambda *a: layers.attended(*a))(QUERY, key, key, mask)))
+    assert loops == [False, True]
 
 
 @pytest.mark.parametrize("mask", [MASK, layers.causal(MASK)[:, :5]], ids=["of keys", "of queries and keys"])

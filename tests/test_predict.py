@@ -305,6 +305,7 @@ def change(path: pathlib.Path, **changes) -> None:
             "checkpoints: no checkpoint can be read",
         ),
         (lambda w: change(w / "config.json", protocol__standardise="speaker"), "'speaker'; .*statistics of the spea"),
+        (lambda w: change(w / "config.json", tables={}), "features from tables, which avjax cannot measure in a clip"),
     ],
 )
 def test_a_run_that_is_none_or_damaged(copied, damage, message):
