@@ -24,6 +24,7 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark.perceiver, "optical_flow", lambda _, a, b: np.zeros((*a.shape[:3], 2), np.float32))
 
 
+@pytest.mark.slow
 def test_rows(small):
     for name in benchmark.SOURCES:
         said = []

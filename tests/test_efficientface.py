@@ -58,6 +58,7 @@ def test_the_gate_is_the_sigmoid_of_a_product():
     )
 
 
+@pytest.mark.slow
 def test_pictures_do_not_know_of_each_other_and_statistics_stay():
     module = small()
     variables = jax.jit(module.init)(jax.random.key(0), PICTURES)

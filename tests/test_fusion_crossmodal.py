@@ -31,6 +31,7 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_released_form_answers_otherwise_on_padding(name):
     true, released = MODULES[name], MODULES[name].clone(faithful=True)
@@ -75,6 +76,7 @@ def test_auxformer_weighs_three_heads_alike_and_skips_what_is_missing():
     np.testing.assert_allclose(terms["video"], [sure / 3, (math.log(math.e**2 + 2) - 2) / 3], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [pytest.param("mult", marks=pytest.mark.slow), "auxformer"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mult", "auxformer"])
 def test_gradients_are_those_of_the_released_system(name):
     agreement.assert_gradients(name)

@@ -13,6 +13,7 @@ import pytest
 from avjax.models.fusion_frames import FUSIONS, LEAST, AvtCaReleased, CrossGate, MmerIa, MmerIt
 
 PARITY = pathlib.Path(os.environ.get("AVJAX_PARITY_DIR", pathlib.Path(__file__).parent / "parity"))
+LIGHT = [name if name == "mmer_ia" else pytest.param(name, marks=pytest.mark.slow) for name in FUSIONS]
 WIDTHS = {"audio": (16, 7), "video": (5, 9)}
 
 
@@ -50,6 +51,7 @@ def made(rng: np.random.Generator, shape: list[int], kind: str) -> np.ndarray:
     return (np.exp(x) if kind in ("scale", "variance") else x).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_released_avt_ca_are_those_of_pytorch():
     torch = pytest.importorskip("torch", reason="the reference is in PyTorch (extra parity)")
     from references import avtca_repo_it as ours
@@ -84,7 +86,7 @@ def test_gradients_of_the_released_avt_ca_are_those_of_pytorch():
         assert float(jnp.abs(got - want).max()) <= 1e-3 * np.abs(want).max() + 1e-6, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", LIGHT)
 @pytest.mark.parametrize("missing", ["audio", "video"])
 def test_a_stream_alone_passes_where_they_would_meet(name, missing):
     variables, apply = compiled(name)
@@ -98,7 +100,7 @@ def test_a_stream_alone_passes_where_they_would_meet(name, missing):
     np.testing.assert_array_equal(changed.logits["fusion"], output.logits["fusion"])
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", LIGHT)
 def test_nothing_is_answered_by_the_bias(name):
     variables, apply = compiled(name)
     logits = apply(variables, without(batch(), "audio", "video")).logits["fusion"]
@@ -145,6 +147,7 @@ def test_softhard_draws_four_kinds_of_clips_in_training_only():
     np.testing.assert_array_equal(jax.jit(soft.apply)(variables, one).logits["fusion"], np.tile(whole, (count, 1)))
 
 
+@pytest.mark.slow
 def test_frames_are_a_picture_network_and_features_are_not():
     rng = np.random.default_rng(0)
     one = batch(2) | {"video": rng.integers(0, 256, (2, 5, 16, 16, 3)).astype(np.uint8)}

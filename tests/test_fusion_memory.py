@@ -34,6 +34,7 @@ def weights(module: Mfn, one: dict[str, np.ndarray]):
     return jax.tree.map(lambda v: np.float32(rng.normal(size=v.shape)), shapes)
 
 
+@pytest.mark.slow
 def test_a_clock_of_as_many_spans_changes_nothing():
     one = batch(text=5, audio=5, video=5)
     clocked, released = Mfn(3, segment_count=5, **SMALL), Mfn(3, faithful=True, **SMALL)

@@ -43,6 +43,7 @@ def cross_entropy(logits, label) -> float:
 # ---- UAVM ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_uavm_fuses_the_streams_that_a_clip_has():
     variables, apply = compiled("uavm")
     logits = apply(variables, batch("video")).logits
@@ -63,6 +64,7 @@ def test_uavm_loss_is_half_of_each_stream_that_is_there():
         np.testing.assert_allclose(terms[s], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_uavm_streams_of_equal_layers_answer_alike():
     """With one stream's layers given to the other, the same steps give the same answer: the rest is shared."""
     module = Uavm(classes=3, width=8, heads=2, depth=1, shared_depth=1, positions=4)
@@ -86,6 +88,7 @@ def test_uavm_averages_long_streams_onto_its_positions():
 # ---- VAVL ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_vavl_fused_head_leaves_the_encoders_alone():
     variables, _ = compiled("vavl")
     rest = {k: v for k, v in variables.items() if k != "params"}
@@ -126,6 +129,7 @@ def test_ladder_without_noise_starts_with_nothing_to_mend():
     np.testing.assert_allclose(apply(variables, batch()).features["errors"], 0, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["audio", "video"])
 def test_ladder_mends_noise_from_the_other_stream(missing):
     variables, _ = compiled("ladder")

@@ -21,6 +21,7 @@ import pytest
 
 HOME = pathlib.Path(__file__).parent
 FOLDER = pathlib.Path(os.environ.get("AVJAX_PARITY_DIR", HOME / "parity"))
+PLAIN = ("conformer_block", "lmf", "msaf", "tfn")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
@@ -64,8 +65,12 @@ def test_the_folder_holds_parity_files():
     assert NAMES, f"no parity files in {FOLDER}; expected NAME.json, NAME.npz and recipe.py (AVJAX_PARITY_DIR)"
 
 
-@pytest.mark.parametrize("way", ["jit", "plain"])
-@pytest.mark.parametrize("name", NAMES)
+# Without compilation the larger ones take ten times as long.
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, "jit") for name in NAMES]
+    + [pytest.param(name, "plain", marks=[pytest.mark.slow] * (name not in PLAIN)) for name in NAMES],
+)
 def test_answers_are_those_of_the_reference(name, way):
     one = case(name)
     module = one.reference.module(one.hyper)
@@ -122,7 +127,7 @@ def test_another_folder_of_the_same_recipe_passes(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(meta))
         np.savez(tmp_path / f"{name}.npz", **{n: v.numpy() for n, v in answers.items()}, **buffers)
     env = os.environ | {"AVJAX_PARITY_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-v", __file__, "-k", "not another"]
+    command = [sys.executable, "-m", "pytest", "-v", __file__, "-k", "not another", "-m", "slow or not slow"]
     done = subprocess.run(command, env=env, cwd=HOME.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert f"{1 + 4 * len(NAMES)} passed" in done.stdout
