@@ -23,3 +23,10 @@ def java_sed() -> pathlib.Path:
     if not (root / "labels.csv").is_file():
         pytest.skip(f"real clips are not at {root} (set AVJAX_TEST_DATA to their parent folder)")
     return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """A process cannot hold the compiled programs of all test files: each file's go with it."""
+    yield
+    jax.clear_caches()

@@ -27,8 +27,6 @@ SMALL = {
     "vavl": {"bottleneck": 6, "width": 16, "heads": 2, "kernel": 5, "depth": 1, "shared_depth": 1},
     "ladder": {"widths": (12, 8)},
     "amh": {"widths": {"text": 6, "audio": 5, "video": 4}},
-    "misa": {"width": 32, "inner": 16, "recurrent": 4},
-    "mfm": {"memory": 8, "hidden": 8, "segment_count": 5},
     "tmep": {"width": 16, "heads": 2, "layers": 1, "joint_layers": 1},
     "mma_dfer": {"width": 16, "heads": 2, "inner": 16, "layers": 1, "bottleneck": 8},
     "three_branch": {"width": 16, "heads": 2, "layers": 1},
@@ -68,6 +66,7 @@ PARAMETERS = {
     "bc_lstm": 3_920_028,
     "m2fnet": 4_947_207,
 }
+LIGHT = ("concat", "weighted_sum", "lmf", "mag", "msaf", "ladder", "mmer_ia", "bc_lstm")
 LARGE = 8  # clips of the larger batch
 # Programs run once or twice here: most of the time would go into making them fast.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -155,14 +154,19 @@ def compiled_loss(name: str):
     return jit(jax.grad(total, has_aux=True))
 
 
-# Those that compile in seconds; the others are as many minutes.
-LIGHT = ("concat", "weighted_sum", "lmf", "mag", "msaf", "ladder", "mmer_ia", "bc_lstm")
-every = pytest.mark.parametrize(
-    "name", [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in FUSIONS]
+@pytest.fixture(
+    scope="module",
+    # Some compile in seconds, the others are as many minutes.
+    params=[name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in FUSIONS],
 )
+def name(request):
+    """One fusion after another, so that the programs of one are gone before the next: too many fill the memory."""
+    yield request.param
+    for cache in (compiled, compiled_loss):
+        cache.cache_clear()
+    jax.clear_caches()
 
 
-@every
 def test_heads_and_shapes(name):
     model, variables, apply = compiled(name)
     batch = batch_of(name)
@@ -177,7 +181,6 @@ def test_heads_and_shapes(name):
     assert np.ptp(answer(name, batch), 0).max() > 1e-3, "clips are told apart"
 
 
-@every
 def test_padding_and_neighbours_change_no_answer(name):
     batch = batch_of(name)
     ours, theirs = answer(name, batch), answer(name, larger(name, batch))[-len(batch["label"]) :]
@@ -185,7 +188,6 @@ def test_padding_and_neighbours_change_no_answer(name):
     np.testing.assert_allclose(theirs[:, : ours.shape[1]][turns] if turns.ndim > 1 else theirs, ours[turns], atol=2e-5)
 
 
-@every
 def test_missing_streams_are_answered(name):
     """With NaN in the place of what is missing, and nothing of it gets out; clips that have it are not concerned."""
     batch = batch_of(name)
@@ -198,7 +200,6 @@ def test_missing_streams_are_answered(name):
             assert np.abs(partial[1:] - full[1:]).max() > 1e-5, f"{streams} is read"
 
 
-@every
 def test_gradients_and_losses_are_finite_and_reach_every_parameter(name):
     batch = batch_of(name)
     gradient, terms = compiled_loss(name)(compiled(name)[1]["params"], batch, 0)
@@ -212,7 +213,6 @@ def test_gradients_and_losses_are_finite_and_reach_every_parameter(name):
         assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves((gradient, terms))), streams
 
 
-@every
 def test_nothing_is_compiled_again_for_other_clips(name):
     _, variables, _ = compiled(name)
     model, traces = compiled(name)[0], []
@@ -228,7 +228,6 @@ def test_nothing_is_compiled_again_for_other_clips(name):
     assert len(traces) == 1
 
 
-@every
 def test_parameter_count(name):
     model = built(name, classes=7, small=False)
     shapes = jax.eval_shape(model.module.init, jax.random.key(0), batch_of(name))
@@ -236,7 +235,6 @@ def test_parameter_count(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FUSIONS)
 def test_bfloat16_stays_near_float32(name):
     model, _, apply = compiled(name, "bfloat16")
     batch = batch_of(name, 8)
@@ -250,15 +248,15 @@ def test_bfloat16_stays_near_float32(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FUSIONS)
 def test_a_few_clips_are_learned(name):
     batch = batch_of(name, 6)
-    loss, params = compiled_loss(name), compiled(name)[1]["params"]
+    model, loss = compiled(name)[0], compiled_loss(name)
+    params = jit(model.module.init)(jax.random.key(0), batch)["params"]
     tx = optax.adam(1e-2)
-    moments = tx.init(params)
-    for seed in range(150):
+    moments, update = tx.init(params), jit(tx.update)
+    for seed in range(300):
         gradient, _ = loss(params, batch, seed)
-        updates, moments = jax.jit(tx.update)(gradient, moments)
+        updates, moments = update(gradient, moments)
         params = optax.apply_updates(params, updates)
     rest = {k: v for k, v in compiled(name)[1].items() if k != "params"}
     found = compiled(name)[2]({"params": params, **rest}, batch).logits["fusion"].argmax(-1)
