@@ -41,6 +41,17 @@ class Evidence:
     p: float | None = None
 
 
+def of_runs(workdirs: Mapping[str, Path]) -> dict[str, Evidence]:
+    """The evidence of finished runs by name, each compared with the first.
+
+    Raises:
+      AvjaxError: as of `read` and `evidence`.
+    """
+    found = {name: read(workdir) for name, workdir in workdirs.items()}
+    first = next(iter(found))
+    return {name: evidence(ours, None if name == first else found[first]) for name, ours in found.items()}
+
+
 def read(workdir: Path) -> Units:
     """The units of a finished run.
 

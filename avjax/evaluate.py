@@ -56,30 +56,17 @@ def references(name: str, metrics: dict) -> Iterator[tuple[str, dict]]:
 
 def _compare(surplus: list[str]) -> None:
     from avjax import comparison
+    from avjax.models.fusions import comparable
 
     if surplus or not CONFIG.value:
         raise AvjaxError(f"got {' '.join(surplus)!r}; expected compare --config FILE, see --help")
-    names = ROWS.value or fitting(CONFIG.value)
+    names = ROWS.value or comparable(CONFIG.value.model.streams)
     folder = Path(RUNS.value or "runs") / ("" if RUNS.value else _name(CONFIG.value))
     trained, failed = train_all(names, folder)
     if not trained:
         raise AvjaxError(f"no row could be trained: {'; '.join(failed)}")
-    units = {name: comparison.read(workdir) for name, workdir in trained.items()}
-    first = next(iter(units.values()))
-    evidence = {name: comparison.evidence(u, None if u is first else first) for name, u in units.items()}
     runs = [read(workdir) for workdir in trained.values()]
-    _show([*runs, *references(*runs[0])], evidence, failed)
-
-
-def fitting(config) -> list[str]:
-    """Every fusion as a variant of a configuration with these streams: the small one where there is one.
-
-    A fusion that reads fewer streams takes its own, if they are there.
-    """
-    from avjax.models.fusions import FUSIONS, variants
-
-    possible = variants(tuple(config.model.streams))
-    return [f"{name}_small" if FUSIONS[name].small else name for name in FUSIONS if name in possible]
+    _show([*runs, *references(*runs[0])], comparison.of_runs(trained), failed)
 
 
 def train_all(names: list[str], folder: Path) -> tuple[dict[str, Path], list[str]]:

@@ -91,10 +91,3 @@ def test_mistakes_of_a_comparison_are_named(compare, tmp_path):
     synthetic.write_store(tmp_path / "F", synthetic.make())
     with pytest.raises(AvjaxError, match="no row could be trained: weighted_sum"):
         compare("--rows=weighted_sum")
-
-
-def test_every_fusion_that_can_read_the_streams_is_compared():
-    names = evaluate.fitting(configs.load("configs/ravdess_features.py:av"))
-    assert {"concat", "mult_small", "bc_lstm"} <= set(names)
-    assert "mag" not in names
-    assert "mag" in evaluate.fitting(configs.load("configs/fusion_folder.py"))

@@ -279,6 +279,7 @@ def test_settings_come_from_the_configuration():
         ("mag", {"streams": ("audio", "video")}, "mag reads 1 to 3 streams [(]text among them"),
         ("auxformer", {"streams": ("text", "audio", "video")}, "auxformer reads 2 streams"),
         ("mult", {"streams": ("audio",)}, "mult reads 2 to 3 streams"),
+        ("lmf", {"dtype": "float16"}, "model.dtype is 'float16'; choose one of float32, bfloat16"),
         ("lmf", {"settings": {"ranks": 3}}, "model.settings has ranks; lmf has widths"),
     ],
 )
@@ -287,6 +288,14 @@ def test_what_does_not_fit_is_named(name, changes, message):
     chosen.update(changes)
     with pytest.raises(AvjaxError, match=message):
         models.build(chosen, 3)
+
+
+def test_every_fusion_that_can_read_the_streams_is_compared():
+    names = fusions.comparable(("audio", "video"))
+    assert {"concat", "mult_small", "bc_lstm"} <= set(names)
+    assert len(names) == len(FUSIONS) - 1
+    assert "mag" not in names
+    assert "mag" in fusions.comparable(("text", "audio", "video"))
 
 
 def test_a_recipe_names_keys_of_the_training():

@@ -1,6 +1,7 @@
 """All fusions by name, and how one becomes a model: settings from the configuration, the rest from its entry."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ _FILES = (
 )
 FUSIONS: dict[str, Fusion] = {name: fusion for file in _FILES for name, fusion in file.FUSIONS.items()}
 STREAMS = ("text", "audio", "video")
+DTYPES = ("float32", "bfloat16")
 _GIVEN = ("classes", "streams", "dtype", "parent", "name")
 
 
@@ -67,6 +69,12 @@ def variants(there: tuple[str, ...] = STREAMS) -> dict[str, dict[str, Any]]:
     return out
 
 
+def comparable(there: Sequence[str]) -> list[str]:
+    """The fusions that a comparison on these streams shows, by variant: the small one where there is one."""
+    possible = variants(tuple(there))
+    return [f"{name}_small" if FUSIONS[name].small else name for name in FUSIONS if name in possible]
+
+
 def model_config(name: str) -> ConfigDict:
     """The `model` part of a configuration: a fusion of all three streams."""
     return ConfigDict(
@@ -86,6 +94,8 @@ def build(config: Any, classes: int) -> Model:
     Raises:
       AvjaxError: a setting is unknown, or the fusion cannot read the streams.
     """
+    if config.dtype not in DTYPES:
+        raise AvjaxError(f"model.dtype is {config.dtype!r}; choose one of {', '.join(DTYPES)}")
     fusion, streams = FUSIONS[config.name], tuple(config.streams)
     if not fusion.fits(streams):
         needed = f"{', '.join(fusion.needs)} among them" if fusion.needs else "any"
