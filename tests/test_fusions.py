@@ -202,12 +202,11 @@ def test_missing_streams_are_answered(name):
 
 def test_gradients_and_losses_are_finite_and_reach_every_parameter(name):
     batch = batch_of(name)
-    gradient, terms = compiled_loss(name)(compiled(name)[1]["params"], batch, 0)
-    assert all(term.shape == batch["label"].shape for term in terms.values())
-    dead = [
-        jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(gradient) if not jnp.any(g != 0)
-    ]
-    assert not dead
+    # Over a few draws of the dropout: what it takes away in one of them is not unreachable.
+    draws = [compiled_loss(name)(compiled(name)[1]["params"], batch, seed) for seed in range(3)]
+    assert all(term.shape == batch["label"].shape for term in draws[0][1].values())
+    reach = jax.tree.map(lambda *g: max(jnp.max(jnp.abs(x)) for x in g), *(gradient for gradient, _ in draws))
+    assert not [jax.tree_util.keystr(path) for path, r in jax.tree_util.tree_leaves_with_path(reach) if not r > 0]
     for streams in [(s,) for s in FUSIONS[name].streams] + [FUSIONS[name].streams]:
         gradient, terms = compiled_loss(name)(compiled(name)[1]["params"], without(batch, *streams), 1)
         assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves((gradient, terms))), streams

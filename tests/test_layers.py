@@ -1,5 +1,6 @@
 """Layers: the two ways of attention agree with each other and with plain loops, whatever is masked."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -239,3 +240,51 @@ def test_recurrences_are_differentiable_past_padding():
     grads = jax.jit(jax.grad(lambda v, x: module.apply(v, x, mask)[0][:, -1].sum(), (0, 1)))(variables, x)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     np.testing.assert_array_equal((grads[1] != 0).any(-1), STEPS)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_the_mean(rate):
+    x = jnp.ones((200, 300))
+    got = layers.Dropout(rate, True).apply({}, x, rngs={"dropout": jax.random.key(1)})
+    # Five standard deviations of the share among 60,000 independent draws.
+    assert abs(float(jnp.mean(got == 0)) - rate) <= 5 * (rate * (1 - rate) / x.size) ** 0.5
+    np.testing.assert_allclose(got[got != 0], 1 / (1 - rate), rtol=1e-6)
+    np.testing.assert_array_equal(layers.Dropout(rate, False).apply({}, x), x)
+
+
+def test_what_shares_a_fate_drops_together():
+    got = layers.Dropout(0.5, True, shared=(1,)).apply({}, jnp.ones((40, 6, 3)), rngs={"dropout": jax.random.key(1)})
+    assert (got == got[:, :1]).all()
+    assert 0 < jnp.mean(got) < 2
+
+
+def _bits(key, shape=(128, 128)):
+    return np.unpackbits(np.asarray(layers.hashed(key, shape)).view(np.uint8).reshape(-1, 4), axis=1).astype(int)
+
+
+def test_hashes_of_near_keys_and_near_indices_have_nothing_in_common():
+    bits = _bits(jax.random.key(0))
+    # Each of 32 bits is a fair coin, to five standard deviations of 16,384 throws; and so is whether two agree.
+    near = 5 * 0.5 / len(bits) ** 0.5
+    others = [_bits(jax.random.key(seed)) for seed in (1, 2)] + [_bits(jax.random.fold_in(jax.random.key(0), 1))]
+    agreements = [bits, *(bits == other for other in others), *(bits == np.roll(bits, n, 0) for n in (1, 2, 128))]
+    assert max(np.abs(a.mean(0) - 0.5).max() for a in agreements) < near
+
+
+def test_a_mask_is_the_same_for_a_lane_alone():
+    keys = jax.random.split(jax.random.key(0), 3)
+    drop = lambda key: layers.Dropout(0.5, True).apply({}, jnp.ones((4, 5)), rngs={"dropout": key})  # noqa: E731
+    np.testing.assert_array_equal(jax.jit(jax.vmap(drop))(keys)[1], drop(keys[1]))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5])
+@pytest.mark.parametrize("channelwise", [False, True])
+def test_convolution_over_time_is_that_of_flax(padding, kernel, channelwise):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 6))
+    ours = layers.TimeConvolution(6, kernel, padding, channelwise)
+    theirs = nn.Conv(6, (kernel,), padding=padding, feature_group_count=6 if channelwise else 1)
+    variables = theirs.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
+    variables = jax.tree.map(lambda p: p + 0.1, variables)
+    np.testing.assert_allclose(ours.apply(variables, x), theirs.apply(variables, x), atol=1e-5)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax.layers import Project, masked_softmax
+from avjax.layers import Dropout, Project, TimeConvolution, masked_softmax
 
 
 def pack(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,12 +105,12 @@ class Convolution(nn.Module):
         width = x.shape[-1]
         x = nn.glu(nn.Dense(2 * width, dtype=self.dtype, name="gate")(_norm("norm", self.dtype)(x)))
         x = jnp.where(mask[..., None], x, 0)
-        depthwise = nn.Conv(
-            width, (self.kernel,), feature_group_count=width, use_bias=False, dtype=self.dtype, name="depthwise"
+        depthwise = TimeConvolution(
+            width, self.kernel, channelwise=True, bias=False, dtype=self.dtype, name="depthwise"
         )
         x = nn.swish(StepNorm(dtype=self.dtype, name="depthwise_norm")(depthwise(x), mask))
         x = nn.Dense(width, dtype=self.dtype, name="out")(x)
-        return nn.Dropout(self.dropout, deterministic=not train)(x)
+        return Dropout(self.dropout, train)(x)
 
 
 class FeedForward(nn.Module):
@@ -122,7 +122,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout, train)
         width = x.shape[-1]
         x = nn.Dense(self.expansion * width, dtype=self.dtype, name="up")(_norm("norm", self.dtype)(x))
         return drop(nn.Dense(width, dtype=self.dtype, name="down")(drop(nn.swish(x))))
@@ -149,7 +149,7 @@ class ConformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
         """Maps x (b, n, d) under mask (b, n) to (b, n, d), zeros under False. Real steps come first: see `pack`."""
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout, train)
         feed = lambda name: FeedForward(self.expansion, self.dropout, self.dtype, name=name)  # noqa: E731
         attention = RelativeAttention(self.heads, self.legacy_relative, self.dtype, name="attention")
         x = jnp.where(mask[..., None], x, 0).astype(self.dtype)

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import CrossBlock, Project, enter, last_step, positions, sinusoids
+from avjax.layers import CrossBlock, Dropout, Project, enter, last_step, positions, sinusoids
 from avjax.models.base import Fusion, Output, head_loss
 
 
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         """Maps x (b, q, d), asking source (b, k, d) or else itself, under their masks, to (b, q, d)."""
         mask_of_keys = mask if source is None else source_mask
         admitted = no_future(mask, mask_of_keys) if self.causal else mask_of_keys
-        drop = nn.Dropout(self.embedding_dropout, deterministic=not train)
+        drop = Dropout(self.embedding_dropout, train)
         x = drop(self._embed(x, mask))
         source = None if source is None else drop(self._embed(source, source_mask))
         for i in range(self.layers):
@@ -93,7 +93,7 @@ class Residual(nn.Module):
         hidden = x
         for i, width in enumerate(self.widths):
             hidden = Project((width,), dtype=self.dtype, name=f"hidden_{i}")(hidden)
-            hidden = nn.Dropout(self.dropout, deterministic=not train)(jax.nn.relu(hidden))
+            hidden = Dropout(self.dropout, train)(jax.nn.relu(hidden))
         return x + Project(x.shape[-1:], dtype=self.dtype, name="out")(hidden)
 
 

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import PreNormBlock, Project, Recurrence, attend, enter, masked_mean
+from avjax.layers import Dropout, PreNormBlock, Project, Recurrence, attend, enter, masked_mean
 from avjax.models.base import Fusion, Output, head_loss
 
 Streams = dict[str, jax.Array]
@@ -39,7 +39,7 @@ class Context(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         """Maps x (b, u, w) under mask (b, u) to (b, u, width)."""
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout, train)
         ways = {"forward": False, "backward": True}
         states = [Recurrence(self.hidden, back, self.dtype, name=way)(x, mask)[0] for way, back in ways.items()]
         x = drop(jnp.concatenate(states, -1).astype(self.dtype))
@@ -74,9 +74,7 @@ class BcLstm(nn.Module):
         features = {s: self._context(f"{s}_context")(means[s], present[s], train) for s in self.streams}
         below = jax.lax.stop_gradient(jnp.concatenate(list(features.values()), -1))
         features = {"fusion": self._context("context")(below, batch["turn_mask"], train)} | features
-        logits = {
-            s: nn.Dense(self.classes, name=f"head_{s}")(x.astype(jnp.float32)) for s, x in features.items()
-        }  # fmt: skip
+        logits = {s: nn.Dense(self.classes, name=f"head_{s}")(x.astype(jnp.float32)) for s, x in features.items()}
         return Output(logits, features, {})
 
     def _context(self, name: str) -> Context:
@@ -139,7 +137,7 @@ class M2FNet(nn.Module):
     @nn.compact
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> Output:
         """Logits (b, u, c) of the head "fusion"; features hold each stream's turns (b, u, d), for the triplets."""
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout, train)
         means, present = turns(batch, self.streams, self.dtype)
         alone = {s: self._stream(s, drop(means[s]), present[s]) for s in self.streams}
         main = alone[self.streams[0]]
@@ -157,9 +155,7 @@ class M2FNet(nn.Module):
         x = Project((self.width,), dtype=self.dtype, name=f"project_{stream}")(x)
         entered = x
         for i in range(self.layers):
-            x = PreNormBlock(
-                self.heads, 2 * self.width, jax.nn.relu, 1e-5, self.dtype, name=f"{stream}_{i}"
-            )(x, mask)  # fmt: skip
+            x = PreNormBlock(self.heads, 2 * self.width, jax.nn.relu, 1e-5, self.dtype, name=f"{stream}_{i}")(x, mask)
         return jnp.where(mask[..., None], entered + x, 0)
 
 

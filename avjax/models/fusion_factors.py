@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import PostNormBlock, Project, Recurrence, enter, masked_mean
+from avjax.layers import Dropout, PostNormBlock, Project, Recurrence, enter, masked_mean
 from avjax.models.base import Fusion, Output, head_loss
 from avjax.models.fusion_gates import length
 from avjax.models.fusion_memory import Mfn, Perceptron
@@ -127,7 +127,7 @@ class Misa(nn.Module):
         block = PostNormBlock(self.heads, self.inner, jax.nn.relu, 1e-5, self.dtype, name="transformer")
         joint = jnp.where(real[..., None], block(vectors, real), 0).reshape(len(vectors), -1)
         hidden = Project((joint.shape[-1] // 2,), dtype=self.dtype, name="fuse")(joint)
-        return jax.nn.relu(nn.Dropout(self.dropout, deterministic=not train)(hidden))
+        return jax.nn.relu(Dropout(self.dropout, train)(hidden))
 
 
 def moment_discrepancy(x: jax.Array, y: jax.Array, rows: jax.Array) -> jax.Array:

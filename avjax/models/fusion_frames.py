@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import Project, SelfAttention, attend, masked_mean, masked_softmax
+from avjax.layers import Project, SelfAttention, TimeConvolution, attend, masked_mean, masked_softmax
 from avjax.models.base import Fusion, Output
 from avjax.models.conformer import StepNorm, pack
 from avjax.models.efficientface import EfficientFace
@@ -42,7 +42,7 @@ class UnpaddedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> Stream:
-        x = nn.Conv(self.width, (3,), padding="VALID", dtype=self.dtype, name="conv")(x)
+        x = TimeConvolution(self.width, 3, "VALID", dtype=self.dtype, name="conv")(x)
         x = nn.relu(StepNorm(dtype=self.dtype, name="norm")(x, mask[:, 2:]))
         return jnp.maximum(x[:, :-1], x[:, 1:]), mask[:, _SHRINK:]
 
@@ -55,7 +55,7 @@ class PaddedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> Stream:
-        x = nn.Conv(self.width, (3,), dtype=self.dtype, name="conv")(jnp.where(mask[..., None], x, 0))
+        x = TimeConvolution(self.width, 3, dtype=self.dtype, name="conv")(jnp.where(mask[..., None], x, 0))
         return nn.relu(StepNorm(dtype=self.dtype, name="norm")(x, mask)), mask
 
 

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import PreNormBlock, Project, align, enter, masked_mean, masked_softmax
+from avjax.layers import Dropout, PreNormBlock, Project, align, enter, masked_mean, masked_softmax
 from avjax.models.base import Fusion, Output
 
 Streams = dict[str, jax.Array]
@@ -49,7 +49,7 @@ class MagBlock(nn.Module):
         size = length(moved)
         share = jnp.minimum(self.shift * length(text) / (jnp.where(size > 0, size, 1.0) + 1e-6), 1.0)
         norm = nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False, name="norm")
-        return nn.Dropout(self.dropout, deterministic=not train)(norm(text + share.astype(text.dtype) * moved))
+        return Dropout(self.dropout, train)(norm(text + share.astype(text.dtype) * moved))
 
 
 class Mag(nn.Module):
@@ -123,7 +123,7 @@ class MsafBlock(nn.Module):
     @nn.compact
     def __call__(self, steps: Streams, masks: Streams, train: bool = False) -> Streams:
         """Streams (b, n, d) with masks (b, n) → the same, rescaled."""
-        drop = nn.Dropout(self.dropout, broadcast_dims=(1, 3), deterministic=not train)
+        drop = Dropout(self.dropout, train, shared=(1, 3))
         split = {s: drop(self._split(x)) for s, x in steps.items()}  # b n g block
         joint = sum(masked_mean(jnp.sum(x, 2), masks[s]) for s, x in split.items())
         joint = jax.nn.relu(Project((max(self.block // self.reduction, 1),), dtype=self.dtype, name="joint")(joint))
@@ -174,7 +174,7 @@ class Towers(nn.Module):
     @nn.compact
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams."""
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout, train)
         steps, masks = enter(batch, self.streams, self.dtype)
         steps = {s: drop(Project((self.width,), dtype=self.dtype, name=f"project_{s}")(steps[s])) for s in steps}
         for i in range(self.layers):

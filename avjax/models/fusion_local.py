@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers import Project, Recurrence, enter, last_step, masked_mean, masked_softmax
+from avjax.layers import Dropout, Project, Recurrence, TimeConvolution, enter, last_step, masked_mean, masked_softmax
 from avjax.models.base import Fusion, Output
 from avjax.models.fusion_crossmodal import Encoder
 
@@ -54,7 +54,7 @@ class ResidualBlock(nn.Module):
         return nn.relu(x + hidden)
 
     def _convolve(self, name: str, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = nn.Conv(self.width, (self.kernel,), dtype=self.dtype, name=name)(silence(x, mask))
+        x = TimeConvolution(self.width, self.kernel, dtype=self.dtype, name=name)(silence(x, mask))
         return nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False, name=f"{name}_norm")(x)
 
 
@@ -126,7 +126,7 @@ class CfnSr(nn.Module):
         for s in others:
             steps[s], attention[s] = CrossModalBlock(self.dtype, name=f"{first}_tells_{s}")(steps[s], masks[s], said)
         vectors = {s: masked_mean(steps[s].astype(jnp.float32), masks[s]) for s in self.streams}
-        vectors[first] = nn.Dropout(self.out_dropout, deterministic=not train)(vectors[first])
+        vectors[first] = Dropout(self.out_dropout, train)(vectors[first])
         fused = jnp.concatenate(list(vectors.values()), -1)
         return Output({"fusion": nn.Dense(self.classes, name="head")(fused)}, {"fusion": fused} | vectors, attention)
 
@@ -162,10 +162,12 @@ class Stages(nn.Module):
         space = x.ndim - 3
         keeps_scale = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
         for i, width in enumerate(self.widths):
-            convolve = nn.Conv(width, (3,) * (1 + space), kernel_init=keeps_scale, dtype=self.dtype, name=f"stage_{i}")
-            x = nn.relu(convolve(silence(x, mask)))
+            x, named = silence(x, mask), {"dtype": self.dtype, "name": f"stage_{i}"}
             if space:
+                x = nn.relu(nn.Conv(width, (3, 3, 3), kernel_init=keeps_scale, **named)(x))
                 x = nn.max_pool(x, (1, 2, 2), (1, 2, 2), "SAME")
+            else:
+                x = nn.relu(TimeConvolution(width, 3, kernel_init=keeps_scale, **named)(x))
         return jnp.mean(x, tuple(range(2, 2 + space)))
 
 
@@ -201,7 +203,7 @@ class C3dLstm(nn.Module):
         steps = {s: self._frames(batch) if s == "video" else batch[s].astype(self.dtype) for s in self.streams}
         vectors = {s: self._last_state(s, x, batch[f"{s}_mask"]) for s, x in steps.items()}
         joined = jnp.concatenate(list(vectors.values()), -1)
-        fused = nn.Dropout(self.dropout, deterministic=not train)(joined)
+        fused = Dropout(self.dropout, train)(joined)
         return Output({"fusion": nn.Dense(self.classes, name="head")(fused)}, {"fusion": fused} | vectors, {})
 
     def _frames(self, batch: Batch) -> jax.Array:

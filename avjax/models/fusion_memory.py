@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers import Project, Recurrence, align, enter
+from avjax.layers import Dropout, Project, Recurrence, align, enter
 from avjax.models.base import Fusion, Output
 
 
@@ -34,7 +34,7 @@ class Perceptron(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         hidden = jax.nn.relu(Project((self.hidden,), dtype=self.dtype, name="hidden")(x))
-        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        hidden = Dropout(self.dropout, train)(hidden)
         return Project((self.width,), dtype=self.dtype, name="out")(hidden)
 
 
@@ -49,7 +49,7 @@ class MemoryGate(nn.Module):
     def __call__(self, attended: jax.Array, memory_width: int, train: bool = False):
         """attended (b, n, d) → two arrays (b, n, hidden) and a gate: (a step of each, memory (b, m)) → (b, m)."""
         inputs = Project((self.hidden,), dtype=self.dtype, name="input")(attended)
-        keep = nn.Dropout(self.dropout, deterministic=not train)(jnp.ones_like(inputs))
+        keep = Dropout(self.dropout, train)(jnp.ones_like(inputs))
         init = nn.initializers.lecun_normal()
         recurrent = self.param("memory", init, (memory_width, self.hidden)).astype(self.dtype)
         out = self.param("out", init, (self.hidden, memory_width)).astype(self.dtype)
@@ -113,7 +113,7 @@ class Mfn(nn.Module):
         memory = self._memory(weights * both, real, train)
         joint = jnp.concatenate([*(hidden[:, -1] for hidden, _ in states), memory], -1)
         fused = jax.nn.relu(Project((self.output,), dtype=self.dtype, name="output")(joint))
-        fused = nn.Dropout(self.dropouts[4], deterministic=not train)(fused)
+        fused = Dropout(self.dropouts[4], train)(fused)
         logits = nn.Dense(self.classes, name="head")(fused.astype(jnp.float32))
         return Output({"fusion": logits}, {"fusion": fused, "states": joint}, {})
 

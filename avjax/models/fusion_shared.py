@@ -14,10 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import PreNormBlock, Project, masked_mean
+from avjax.layers import Dropout, PreNormBlock, Project, align, masked_mean
 from avjax.models.base import Fusion, Output, head_loss
 from avjax.models.conformer import ConformerBlock, pack
-from avjax.models.etg_aver import segments
 
 Batch = Mapping[str, jax.Array]
 
@@ -83,7 +82,8 @@ class Uavm(nn.Module):
         head = nn.Dense(self.classes, name="head")
         features, logits = {}, {}
         for s in self.streams:
-            spans = segments(*pack(batch[s], batch[f"{s}_mask"]), self.positions)
+            packed = pack(batch[s], batch[f"{s}_mask"])
+            spans = align(*packed, jnp.ones((len(packed[1]), self.positions), bool))
             x = shared(encoder(self.depth, name=s)(*spans), spans[1])
             features[s] = norm(masked_mean(x.astype(jnp.float32), spans[1]))
             logits[s] = head(features[s])
@@ -111,7 +111,7 @@ class Perceptron(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = nn.relu(nn.Dense(self.hidden[0])(x))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout, train)(x)
         return nn.Dense(self.outputs)(nn.Dense(self.hidden[1])(x))
 
 
@@ -160,7 +160,7 @@ class Vavl(nn.Module):
     def _encode(self, stream: str, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         x = Project((self.bottleneck,), dtype=self.dtype, bias=False, name=f"{stream}_bottleneck")(x)
         x = Project((self.width,), dtype=self.dtype, name=f"{stream}_project")(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout, train)(x)
         return _through(self._blocks(stream, self.depth), x, mask, train)
 
     def _blocks(self, name: str, depth: int) -> list[ConformerBlock]:

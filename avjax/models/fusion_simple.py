@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import Project, Recurrence, enter, masked_mean, masked_softmax
+from avjax.layers import Dropout, Project, Recurrence, enter, masked_mean, masked_softmax
 from avjax.models.base import Fusion, Output
 
 # ---- Baselines ----------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class Averages(nn.Module):
         means = {s: masked_mean(steps[s], masks[s]) for s in self.streams}
         vectors = [Project((self.width,), dtype=self.dtype, name=f"project_{s}")(x) for s, x in means.items()]
         joint, attention = self.combine(jnp.where(present[..., None], jnp.stack(vectors, 1), 0), present)
-        hidden = nn.Dropout(self.dropout, deterministic=not train)(joint)
+        hidden = Dropout(self.dropout, train)(joint)
         hidden = jax.nn.relu(Project((self.hidden,), dtype=self.dtype, name="hidden")(hidden))
         logits = nn.Dense(self.classes, name="head")(hidden.astype(jnp.float32))
         return Output({"fusion": logits}, {"fusion": hidden, "joint": joint}, attention)
@@ -164,7 +164,7 @@ class Amh(nn.Module):
         steps, masks = enter(batch, self.streams, self.dtype)
         states, vectors, attention = {}, {}, {}
         for s in self.streams:
-            dropped = nn.Dropout(self.dropouts[s], deterministic=not train)(steps[s])
+            dropped = Dropout(self.dropouts[s], train)(steps[s])
             encoder = States(self.widths[s], self.bidirectional, self.dtype, name=f"{s}_states")
             states[s], vectors[s] = encoder(dropped, masks[s])
         order = [s for s in ROUND if s in self.streams]

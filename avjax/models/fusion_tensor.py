@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import Project, Recurrence, enter, masked_mean
+from avjax.layers import Dropout, Project, Recurrence, enter, masked_mean
 from avjax.models.base import Fusion, Output
 
 
@@ -40,7 +40,7 @@ class Unimodal(nn.Module):
     @nn.compact
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)`; stream → (b, d)."""
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        drop = Dropout(self.dropout, train)
         steps, masks = enter(batch, self.streams, self.dtype, self.faithful)
         vectors = {}
         for stream in self.streams:
@@ -137,7 +137,7 @@ class Tfn(nn.Module):
         product = jnp.ones((1, 1), self.dtype)
         for vector in vectors.values():
             product = (product[:, :, None] * with_one(vector)[:, None, :]).reshape(len(vector), -1)
-        fused = nn.Dropout(self.product_dropout, deterministic=not train)(product)
+        fused = Dropout(self.product_dropout, train)(product)
         for i in range(2):
             fused = jax.nn.relu(Project((self.hidden,), dtype=self.dtype, name=f"hidden_{i}")(fused))
         logits = nn.Dense(self.classes, name="head")(fused.astype(jnp.float32))

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import CrossBlock, PreNormBlock, Project, enter, masked_mean, positions, sinusoids
+from avjax.layers import CrossBlock, Dropout, PreNormBlock, Project, enter, masked_mean, positions, sinusoids
 from avjax.models.base import Fusion, Output
 from avjax.models.fusion_crossmodal import Encoder
 
@@ -232,7 +232,7 @@ class ThreeBranch(nn.Module):
         branches = {s: self._alone(s, steps[s], masks[s], train) for s in self.streams}
         branches["cross"] = jnp.concatenate([self._asking(s, o, steps, masks, train) for s, o in asking], -1)
         joined = jnp.concatenate(list(branches.values()), -1)
-        fused = nn.Dropout(self.dropout, deterministic=not train)(joined)
+        fused = Dropout(self.dropout, train)(joined)
         return Output({"fusion": nn.Dense(self.classes, name="head")(fused)}, {"fusion": fused} | branches, {})
 
     def _alone(self, stream: str, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
