@@ -1,6 +1,5 @@
 """Tensors out of files of every format, and files that lie, break off or want something executed."""
 
-import collections
 import os
 import pickle
 import re
@@ -11,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from avjax.encoders import formats, weights
+from avjax.encoders import formats
 from avjax.errors import AvjaxError
 
 
@@ -473,38 +472,3 @@ def test_damaged_files_raise_nothing_but_avjax_errors(tmp_path, onnx, seed):
             except AvjaxError:
                 refusals += 1
     assert refusals > 100
-
-
-# Real files
-
-
-def real(name):
-    try:
-        return formats.read(weights.fetch(name))
-    except AvjaxError as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.weights
-def test_real_onnx_has_the_names_of_dinov2(tmp_path):
-    pytest.importorskip("torch", reason="the reference is in PyTorch (extra parity)")
-    import transformers
-
-    tensors = real("vit_s14")
-    assert not [name for name in tensors if "::" in name]
-    config = transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False)
-    transformers.Dinov2Model(config).save_pretrained(tmp_path)  # under the hub's names
-    want = {f"backbone.{n}": t.shape for n, t in formats.read(tmp_path / "model.safetensors").items()}
-    assert {n: t.shape for n, t in tensors.items() if n.startswith("backbone.")} == want
-
-
-@pytest.mark.weights
-@pytest.mark.parametrize(("name", "words", "width"), [("whisper_tiny_en", 51864, 384), ("whisper_base", 51865, 512)])
-def test_real_ctranslate2_files(name, words, width):
-    tensors = real(name)
-    assert tensors["proj_out.weight"].shape == (words, width)
-    layers = collections.Counter(n.split(".")[3] for n in tensors if n.startswith("model.encoder.layers."))
-    assert set(layers.values()) == {15}
-    # The positions are sines and cosines, so that rows keep their norm; float16 rounds it.
-    norms = np.linalg.norm(tensors["model.encoder.embed_positions.weight"].astype(np.float32), axis=1)
-    np.testing.assert_allclose(norms, np.sqrt(width / 2), rtol=1e-3)

@@ -123,6 +123,18 @@ def test_compare_pairs_folds_after_averaging_seeds():
         assert tables._MARK not in text
 
 
+def test_seeds_together_have_a_column_where_there_are_several():
+    one = run(seeds=(0,))
+    assert tables.TOGETHER not in tables.compare_markdown([("one", one), ("again", one)])
+    three = run(together={"folds": one["folds"], "mean": {"war": 0.77}, "std": {"war": 0.01}})
+    shown = tables.compare_markdown([("one", one), ("three", three)])
+    assert [line.split(" | ")[-1] for line in shown.splitlines() if line.startswith("| ")][2:] == [
+        "– |",
+        "77.0 ± 1.0 |",
+    ]
+    assert tables.TOGETHER_NOTE in shown
+
+
 def test_seeds_need_not_be_the_same():
     differences = tables.fold_differences(run(seeds=(0, 1, 2))["folds"], run(seeds=(5,))["folds"])
     assert list(differences) == ["1", "2", "3"]

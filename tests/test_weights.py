@@ -1,5 +1,6 @@
 """Sources of pretrained files: their order, their checksums, and what a user is told when none works."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from avjax.encoders import sources, weights
+from avjax.encoders import formats, sources, weights
 from avjax.errors import AvjaxError
 
 CONTENT = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"numbers" * 1000}
@@ -440,3 +441,35 @@ def test_what_the_web_does_not_give_or_gives_otherwise_is_not_taken(register, we
     with pytest.raises(AvjaxError, match=rf"(?s){reason}.*curl -L {website}{place}b.bin -o"):
         weights.fetch("toy")
     assert not list(cache.glob("*"))
+
+
+def real(name):
+    try:
+        return formats.read(weights.fetch(name))
+    except AvjaxError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.weights
+def test_real_onnx_has_the_names_of_dinov2(tmp_path):
+    pytest.importorskip("torch", reason="the reference is in PyTorch (extra parity)")
+    import transformers
+
+    tensors = real("vit_s14")
+    assert not [name for name in tensors if "::" in name]
+    config = transformers.Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, use_mask_token=False)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)  # under the hub's names
+    want = {f"backbone.{n}": t.shape for n, t in formats.read(tmp_path / "model.safetensors").items()}
+    assert {n: t.shape for n, t in tensors.items() if n.startswith("backbone.")} == want
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(("name", "words", "width"), [("whisper_tiny_en", 51864, 384), ("whisper_base", 51865, 512)])
+def test_real_ctranslate2_files(name, words, width):
+    tensors = real(name)
+    assert tensors["proj_out.weight"].shape == (words, width)
+    layers = collections.Counter(n.split(".")[3] for n in tensors if n.startswith("model.encoder.layers."))
+    assert set(layers.values()) == {15}
+    # The positions are sines and cosines, so that rows keep their norm; float16 rounds it.
+    norms = np.linalg.norm(tensors["model.encoder.embed_positions.weight"].astype(np.float32), axis=1)
+    np.testing.assert_allclose(norms, np.sqrt(width / 2), rtol=1e-3)

@@ -23,12 +23,13 @@ Metrics = dict[str, Any]
 RUN_COLUMNS = ("fold", "seed", "train", "val", "test", "epoch", "WAR", "UAR")
 REFERENCE_COLUMNS = ("logistic regression on pooled features", "WAR", "UAR", "WAR, run − reference")
 COMPARE_COLUMNS = ("run", "WAR", "UAR", "WAR − first", "fold by fold")
-EVIDENCE_COLUMNS = ("run", "WAR", "UAR", "seeds together", "95 % of WAR", "WAR − first", "p")
+EVIDENCE_COLUMNS = ("run", "WAR", "UAR", "95 % of WAR", "WAR − first", "p")
+TOGETHER = "seeds together"
 EVIDENCE_NOTE = (
     "95 %: bootstrap over speakers (clips where speakers are unknown); p: paired permutation test over the same, not "
-    "corrected for the number of rows. A clip counts by the share of seeds that are right. Seeds together: WAR of the "
-    "mean of their probabilities."
+    "corrected for the number of rows. A clip counts by the share of seeds that are right."
 )
+TOGETHER_NOTE = "Seeds together: WAR of the mean of their probabilities."
 # Below so many folds an interval of the mean is wider than any difference worth reporting.
 ENOUGH_FOLDS = 6
 _MARK = "†"
@@ -79,7 +80,8 @@ def compare_table(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Ev
       runs: (name, metrics), the one to compare with first.
       evidence: by name, for intervals and tests over people in place of folds; a run may lack it.
     Returns:
-      A `rich.table.Table` with the columns `COMPARE_COLUMNS`, or, given evidence, `EVIDENCE_COLUMNS`.
+      A `rich.table.Table` with the columns `COMPARE_COLUMNS`, or, given evidence, `EVIDENCE_COLUMNS`; behind them
+      `TOGETHER`, if a run has several seeds.
     Raises:
       AvjaxError: there is no run.
     """
@@ -214,10 +216,14 @@ def _compared(
             notes.append(f"{_MARK} {name} cannot be compared with {runs[0][0]}: {'; '.join(reasons)}.")
         differences = [] if reasons or position == 0 else [*fold_differences(metrics["folds"], first["folds"]).values()]
         by_fold = (difference(differences) if differences else "–", " ".join(map(points, differences)) or "–")
-        together = spread(metrics["together"], "war") if metrics.get("together") else "–"
-        more = by_fold if evidence is None else (together, *_evidence(evidence.get(name), differences))
+        more = by_fold if evidence is None else _evidence(evidence.get(name), differences)
         rows.append((f"{name} {_MARK}" if reasons else name, spread(metrics, "war"), spread(metrics, "uar"), *more))
-    return COMPARE_COLUMNS if evidence is None else EVIDENCE_COLUMNS, rows, notes
+    columns = COMPARE_COLUMNS if evidence is None else EVIDENCE_COLUMNS
+    together = [spread(m["together"], "war") if m.get("together") else "–" for _, m in runs]
+    if not any(m.get("together") for _, m in runs):
+        return columns, rows, notes
+    rows = [(*row, score) for row, score in zip(rows, together, strict=True)]
+    return (*columns, TOGETHER), rows, [*notes, TOGETHER_NOTE]
 
 
 def _evidence(found: Evidence | None, differences: Sequence[float]) -> tuple[str, str, str]:
