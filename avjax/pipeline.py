@@ -137,9 +137,9 @@ def plan(features: Features, folds: Sequence[Fold], seeds: Sequence[int], config
     notes = sorted(set(notes))
     if enrolled:
         notes.append(f"{config.enrol_clips} enrolment clips per speaker not scored")
-    if turns:
-        notes.append("each clip with the other turns of its conversation before it, without their labels")
     talks = conversations(features) if turns else None
+    if talks is not None and talks.shape[1] > 1:
+        notes.append("each clip with the other turns of its conversation before it, without their labels")
     lanes = _stack(features, parts, [seed for _, seed in names], config.standardise, enrolled, talks)
     return LanePlan(lanes, names, counts, notes)
 

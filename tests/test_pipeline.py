@@ -250,6 +250,8 @@ def test_turns_of_other_parts_are_seen_and_do_not_count():
     assert plan.lanes.val_weight.tolist() == [[[1, 0, 0, 0]]]
     assert plan.lanes.test.tolist() == [[[4, 5, 6, 7], [9, 10, 10, 10]]]
     assert "without their labels" in plan.notes[-1]
+    alone = pipeline.plan(synthetic.make(10), [fold], (1,), protocol(), turns=True)
+    assert not [note for note in alone.notes if "turns" in note], "clips of no conversation see no others"
     data = pipeline.resident(features, "both", "train")
     batch = pipeline.gather(data, {}, plan.lanes.train[0], plan.lanes.train_weight[0])
     assert batch["turn_mask"].tolist() == [[True] * 4, [True, False, False, False]]
