@@ -141,17 +141,21 @@ def answer(name: str, batch: dict[str, np.ndarray]) -> np.ndarray:
 
 @functools.cache
 def compiled_loss(name: str):
-    """(params, batch, seed) → gradient of the summed loss in training, and its terms."""
-    model, variables, _ = compiled(name)
-    rest = {k: v for k, v in variables.items() if k != "params"}
+    """(params, running, batch, seed) → gradient of the summed loss in training; its terms, and `running` moved on."""
+    model = compiled(name)[0]
 
-    def total(params, batch, seed):
-        rngs = {"dropout": jax.random.key(seed)}
-        output, _ = model.module.apply({"params": params, **rest}, batch, train=True, rngs=rngs, mutable=list(rest))
+    def total(params, running, batch, seed):
+        variables, rngs = {"params": params, **running}, {"dropout": jax.random.key(seed)}
+        output, running = model.module.apply(variables, batch, train=True, rngs=rngs, mutable=list(running))
         terms = model.loss(output, batch, jnp.full(CLASSES, 1 / CLASSES))
-        return sum(jnp.sum(term * batch["weight"]) for term in terms.values()), terms
+        return sum(jnp.sum(term * batch["weight"]) for term in terms.values()), (terms, running)
 
     return jit(jax.grad(total, has_aux=True))
+
+
+def split(variables):
+    """Parameters, and what else the model keeps."""
+    return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
 
 @pytest.fixture(
@@ -203,13 +207,14 @@ def test_missing_streams_are_answered(name):
 def test_gradients_and_losses_are_finite_and_reach_every_parameter(name):
     batch = batch_of(name)
     # Over a few draws of the dropout: what it takes away in one of them is not unreachable.
-    draws = [compiled_loss(name)(compiled(name)[1]["params"], batch, seed) for seed in range(3)]
-    assert all(term.shape == batch["label"].shape for term in draws[0][1].values())
+    variables = split(compiled(name)[1])
+    draws = [compiled_loss(name)(*variables, batch, seed) for seed in range(3)]
+    assert all(term.shape == batch["label"].shape for term in draws[0][1][0].values())
     reach = jax.tree.map(lambda *g: max(jnp.max(jnp.abs(x)) for x in g), *(gradient for gradient, _ in draws))
     assert not [jax.tree_util.keystr(path) for path, r in jax.tree_util.tree_leaves_with_path(reach) if not r > 0]
     for streams in [(s,) for s in FUSIONS[name].streams] + [FUSIONS[name].streams]:
-        gradient, terms = compiled_loss(name)(compiled(name)[1]["params"], without(batch, *streams), 1)
-        assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves((gradient, terms))), streams
+        found = compiled_loss(name)(*variables, without(batch, *streams), 1)
+        assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves(found)), streams
 
 
 def test_nothing_is_compiled_again_for_other_clips(name):
@@ -249,16 +254,14 @@ def test_bfloat16_stays_near_float32(name):
 @pytest.mark.slow
 def test_a_few_clips_are_learned(name):
     batch = batch_of(name, 6)
-    model, loss = compiled(name)[0], compiled_loss(name)
-    params = jit(model.module.init)(jax.random.key(0), batch)["params"]
+    params, running = split(jit(compiled(name)[0].module.init)(jax.random.key(0), batch))
     tx = optax.adam(1e-2)
     moments, update = tx.init(params), jit(tx.update)
     for seed in range(300):
-        gradient, _ = loss(params, batch, seed)
+        gradient, (_, running) = compiled_loss(name)(params, running, batch, seed)
         updates, moments = update(gradient, moments)
         params = optax.apply_updates(params, updates)
-    rest = {k: v for k, v in compiled(name)[1].items() if k != "params"}
-    found = compiled(name)[2]({"params": params, **rest}, batch).logits["fusion"].argmax(-1)
+    found = compiled(name)[2]({"params": params, **running}, batch).logits["fusion"].argmax(-1)
     counts = batch["weight"] > 0
     assert (found == batch["label"])[counts].mean() > 0.9
 
