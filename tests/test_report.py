@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from avjax.comparison import Evidence
 from avjax.errors import AvjaxError
 from avjax.report import page, plots, tables
 
@@ -155,6 +156,7 @@ def test_interval_from_six_folds_on():
     ("other", "reason"),
     [
         (run(protocol="random"), "protocol random, not leave one speaker out"),
+        (run(protocol="leave one speaker out; aided"), "protocol with aided."),
         (run(dataset="DFEW"), "data set DFEW, not demo"),
         (run(classes=["a", "b", "c"]), "other classes"),
         (run(wars=(0.7, 0.8)), "folds 1, 2, not 1, 2, 3"),
@@ -167,6 +169,14 @@ def test_what_cannot_be_compared_is_marked_and_gets_no_difference(other, reason)
     (row,) = lines_with(text, "| stranger † |")
     assert row.endswith("| – | – |")
     assert lines_with(text, "| friend |", "+10.0")
+
+
+def test_what_was_tested_under_another_protocol_keeps_its_difference():
+    evidence = {"first": Evidence((0.6, 0.8)), "aided": Evidence((0.7, 0.9), (0.1, 0.05, 0.15), 0.01)}
+    first, aided = run(protocol="leave one out; plain; last epoch"), run(protocol="leave one out; last epoch", gain=0.1)
+    text = tables.compare_markdown([("first", first), ("aided", aided)], evidence)
+    assert "- † aided stands here under another protocol than first: protocol without plain." in text
+    assert lines_with(text, "| aided † |", "70.0–90.0 | +10.0 \\[+5.0, +15.0] | 0.010")
 
 
 def test_names_are_shown_not_obeyed():

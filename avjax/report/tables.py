@@ -213,7 +213,9 @@ def _compared(
     for position, (name, metrics) in enumerate(runs):
         reasons = _mismatch(metrics, first)
         if reasons:
-            notes.append(f"{_MARK} {name} cannot be compared with {runs[0][0]}: {'; '.join(reasons)}.")
+            tested = evidence is not None and name in evidence and evidence[name].difference is not None
+            verdict = "stands here under another protocol than" if tested else "cannot be compared with"
+            notes.append(f"{_MARK} {name} {verdict} {runs[0][0]}: {'; '.join(reasons)}.")
         differences = [] if reasons or position == 0 else [*fold_differences(metrics["folds"], first["folds"]).values()]
         by_fold = (difference(differences) if differences else "–", " ".join(map(points, differences)) or "–")
         more = by_fold if evidence is None else _evidence(evidence.get(name), differences)
@@ -240,7 +242,9 @@ def _evidence(found: Evidence | None, differences: Sequence[float]) -> tuple[str
 def _mismatch(metrics: Metrics, first: Metrics) -> list[str]:
     """Why scores of the two runs are not about the same thing; empty when they are."""
     named = {"dataset": "data set", "protocol": "protocol", "task": "task"}
-    reasons = [f"{what} {metrics[key]}, not {first[key]}" for key, what in named.items() if metrics[key] != first[key]]
+    reasons = [
+        f"{what} {_apart(metrics[key], first[key])}" for key, what in named.items() if metrics[key] != first[key]
+    ]
     if metrics["classes"] != first["classes"]:
         reasons.append("other classes")
     tested, expected = ({fold["fold"]: fold["n_test"] for fold in m["folds"]} for m in (metrics, first))
@@ -249,6 +253,13 @@ def _mismatch(metrics: Metrics, first: Metrics) -> list[str]:
     if not reasons and tested != expected:
         return [f"{sum(tested.values())} test clips, not {sum(expected.values())}, or cut otherwise"]
     return reasons
+
+
+def _apart(ours: str, theirs: str) -> str:
+    """What two lists of things, joined by semicolons, do not share."""
+    ours, theirs = ours.split("; "), theirs.split("; ")
+    more, less = ("; ".join(x for x in a if x not in b) for a, b in ((ours, theirs), (theirs, ours)))
+    return f"{more}, not {less}" if more and less else f"with {more}" if more else f"without {less}"
 
 
 def _setting(metrics: Metrics) -> str:
