@@ -36,13 +36,13 @@ def draw(rng):
 
 
 def rounded(width, width_coefficient, depth_divisor):
-    """The width that the original's own rounding gives."""
-    import types
+    """The scaled width as a multiple of the divisor: the nearest one, or the next where that loses over a tenth.
 
-    from transformers.models.efficientnet import modeling_efficientnet
-
-    settings = types.SimpleNamespace(width_coefficient=width_coefficient, depth_divisor=depth_divisor)
-    return modeling_efficientnet.round_filters(settings, width)
+    The rule of the published EfficientNets (Tan and Le 2019), as the original has it in a file that needs PyTorch.
+    """
+    scaled = width * width_coefficient
+    near = max(depth_divisor, int(scaled + depth_divisor / 2) // depth_divisor * depth_divisor)
+    return int(near + depth_divisor * (near < 0.9 * scaled))
 
 
 def build(config):
