@@ -9,7 +9,8 @@ Data:      R/mmmo: COVAREP (74) and FACET (36) at 20 steps, one for each word; 2
            Speakers are not named and each has one video, so there is no standardisation by speaker.
 Published: Memory Fusion Network, with words: .738 (accuracy; liked = 3.5 and more of 5).
 Here:      yardstick, a conventional model on sound and picture: .7625. The logistic regression that each run prints is
-           too weakly regularised for 220 clips: .6375. 80 test clips: one is .0125.
+           too weakly regularised for 220 clips: .6375. Fusions: .64 to .754, mfn_small .654 (docs/comparison.md). 80
+           test clips: one is .0125.
 Variants:  audio, video, av: which streams enter; fusions by name and all_clips: as in
            `configs/fusion_mafw.py`.
 """
