@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+REASON = "the reference is in PyTorch (extra parity)"
 FOLDER = pathlib.Path(os.environ.get("AVJAX_PARITY_DIR", pathlib.Path(__file__).parents[1] / "parity"))
 
 
 def case(name: str, seed: int, clips: int):
     """The reference's module and settings, and a state and inputs drawn anew in the shapes of the parity file."""
-    pytest.importorskip("torch")
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         pytest.skip(f"{path} is not there (set AVJAX_PARITY_DIR to the folder of the parity files)")
@@ -35,8 +35,7 @@ def _draw(seed: int, name: str, shape, kind: str) -> np.ndarray:
 
 def assert_answers(name: str) -> None:
     """Answers agree on other weights and another number of clips."""
-    import torch
-
+    torch = pytest.importorskip("torch", reason=REASON)
     reference, hyper, state, inputs = case(name, 1, 5)
     tensors = [{k: torch.tensor(v) for k, v in arrays.items()} for arrays in (state, inputs)]
     want = reference.reference(*tensors, hyper)
@@ -48,8 +47,7 @@ def assert_answers(name: str) -> None:
 
 def assert_gradients(name: str) -> None:
     """Gradients of a sum of all answers with changing weights agree, by every parameter and input."""
-    import torch
-
+    torch = pytest.importorskip("torch", reason=REASON)
     reference, hyper, state, inputs = case(name, 2, 2)
     tensors = [{k: torch.tensor(v, requires_grad=True) for k, v in arrays.items()} for arrays in (state, inputs)]
     answers = reference.reference(*tensors, hyper)
