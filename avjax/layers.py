@@ -12,6 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avjax.errors import AvjaxError
+
 # A score of what may not be attended to: its exponential is 0 beside any other, and 1 where there is none.
 _LOW = -1e30
 # Keys up to which attention head by head is no faster.
@@ -193,11 +195,11 @@ class Project(nn.Module):
 class Dropout(nn.Module):
     """Zeros each value by the chance `rate` in training, and divides the others by 1 − rate.
 
-    Whether a value stays is a hash of its index and the key (rng "dropout"), not a draw of JAX's: many times cheaper to
-    run and to compile, the same for a lane alone and among others, and it needs no memory.
+    Whether a value stays is a hash of its index and the key (rng "dropout"), not a draw of JAX's: cheaper to run and to
+    compile, and the same for a lane alone and among others.
 
     Attributes:
-      rate: from 0 to below 1.
+      rate: from 0 to below 1; any other raises AvjaxError.
       train: whether this is training; else nothing happens.
       shared: axes along which all values share one fate.
     """
@@ -209,6 +211,8 @@ class Dropout(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x to the same shape."""
+        if not 0 <= self.rate < 1:
+            raise AvjaxError(f"a dropout is {self.rate}; give it a rate from 0 to below 1")
         if not self.train or not self.rate:
             return x
         shape = [1 if axis in self.shared else length for axis, length in enumerate(x.shape)]

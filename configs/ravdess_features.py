@@ -7,7 +7,7 @@ Data:      R/ravdess_luna5cv (Luna-Jiménez et al. 2022: mean OpenFace action un
 Published: the folds' authors: action units 62.13, both 86.70 (wav2vec 2.0 fine-tuned), mean fold accuracy.
 Here:      yardsticks, the best of conventional models on both streams: .714, with speaker_norm .850; both_aus .759,
            .887. The logistic regression that each run prints, nothing searched: .679, .822; .732, .865. Three seeds
-           together, concat: .728, .847; .760, .887 (docs/comparison.md has every fusion).
+           together, concat: .728, .847; .760, .887, give or take .03 (docs/comparison.md has every fusion).
 Variants:  audio, video, av: which streams enter; both_aus: the second run's action units stand beside the first's;
            fusions by name and speaker_norm, enrol, all_clips: as in `configs/fusion_mafw.py`. Each clip is one step,
            so that there is nothing to attend to in time.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from avjax import layers
+from avjax.errors import AvjaxError
 
 KEYS = jax.random.split(jax.random.key(0), 3)
 QUERY, KEY, VALUE = (jax.random.normal(k, (3, n, 2, 4)) for k, n in zip(KEYS, (5, 7, 7), strict=True))
@@ -250,6 +251,12 @@ def test_dropout_keeps_its_share_and_the_mean(rate):
     assert abs(float(jnp.mean(got == 0)) - rate) <= 5 * (rate * (1 - rate) / x.size) ** 0.5
     np.testing.assert_allclose(got[got != 0], 1 / (1 - rate), rtol=1e-6)
     np.testing.assert_array_equal(layers.Dropout(rate, False).apply({}, x), x)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 2])
+def test_what_is_no_rate_is_refused(rate):
+    with pytest.raises(AvjaxError, match=f"a dropout is {rate}; give it a rate from 0 to below 1"):
+        layers.Dropout(rate, True).apply({}, jnp.ones(3), rngs={"dropout": jax.random.key(0)})
 
 
 def test_what_shares_a_fate_drops_together():
