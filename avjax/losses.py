@@ -1,7 +1,16 @@
-"""Pure loss functions: one unreduced value per clip, in float32. The trainer weighs, sums and divides."""
+"""Pure loss functions in float32: one unreduced value per clip, which the trainer weighs, sums and divides.
+
+Only `concordance` is of a whole batch, because its moments are.
+"""
 
 import jax
 import jax.numpy as jnp
+
+from avjax.errors import AvjaxError
+
+# Beside the variances of labels: divides those of a constant batch, and leaves the agreement of any other as it is.
+_VARIANCE_FLOOR = 1e-8
+_TINY = 1e-9  # below any count: divides an empty sum to 0
 
 
 def cross_entropy(
@@ -11,21 +20,94 @@ def cross_entropy(
     smoothing: float = 0.0,
     class_weight: jax.Array | None = None,
 ) -> jax.Array:
-    """Cross entropy of integer labels.
+    """Cross entropy of integer labels, or of labels that share each clip out among the classes (soft labels).
 
     Args:
       logits: (b, c).
-      label: (b,) integers in [0, c).
+      label: (b,) integers in [0, c); or (b, c) shares, each row summing to 1.
       smoothing: the share of the target that is spread evenly over all classes, in [0, 1).
-      class_weight: (c,) factor by the true class, or None for 1.
+      class_weight: (c,) factor by the true class, of shares their mean factor before smoothing; or None for 1.
     Returns:
       (b,) float32.
     """
     classes = logits.shape[-1]
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))  # (b, c)
-    target = jax.nn.one_hot(label, classes, dtype=jnp.float32) * (1 - smoothing) + smoothing / classes
+    soft = _is_soft(logits, label)
+    share = label.astype(jnp.float32) if soft else jax.nn.one_hot(label, classes, dtype=jnp.float32)
+    target = share * (1 - smoothing) + smoothing / classes
     loss = -jnp.sum(target * log_p, -1)
-    return loss if class_weight is None else loss * class_weight[label]
+    if class_weight is None:
+        return loss
+    return loss * (jnp.sum(share * class_weight[None, :], -1) if soft else class_weight[label])
+
+
+def _is_soft(logits: jax.Array, label: jax.Array) -> bool:
+    return label.ndim == logits.ndim
+
+
+def focal(
+    logits: jax.Array, label: jax.Array, *, gamma: float = 2.0, class_weight: jax.Array | None = None
+) -> jax.Array:
+    """Focal loss −α (1 − p)^γ log p of the true class (Lin et al. 2017, "Focal loss for dense object detection").
+
+    Their Eq. 4, and Eq. 5 with `class_weight` as α, p being the softmax over all classes instead of their sigmoid.
+
+    Args:
+      logits: (b, c) of at least two classes.
+      label: (b,) integers in [0, c).
+      gamma: γ ≥ 0, how much less the clips count that are answered well; 0 is `cross_entropy`.
+      class_weight: (c,) factor by the true class, or None for 1.
+    Returns:
+      (b,) float32.
+    Raises:
+      AvjaxError: the labels are shares: there is no one true class.
+    """
+    if _is_soft(logits, label):
+        raise AvjaxError(f"focal loss got shares {label.shape}; give it a true class, {label.shape[:-1]}")
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    true = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
+    # log(1 − p) out of the other classes: neither it nor its slope is lost or infinite where p comes near 1.
+    log_rest = jax.nn.logsumexp(jnp.where(true, -jnp.inf, log_p), -1)
+    return jnp.exp(gamma * log_rest) * cross_entropy(logits, label, class_weight=class_weight)
+
+
+def binary_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Cross entropy of c questions of yes or no, each with a sigmoid of its own; the mean over the questions.
+
+    Args:
+      logits: (b, c), for yes.
+      label: (b, c) bool, or 0 and 1.
+    Returns:
+      (b,) float32.
+    """
+    logits = logits.astype(jnp.float32)
+    return jnp.mean(jax.nn.softplus(jnp.where(label.astype(bool), -logits, logits)), -1)
+
+
+def concordance(prediction: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
+    """1 − concordance correlation coefficient of a whole batch (DE-III, Eq. 7; Lin 1989, Biometrics 45).
+
+    The moments are weighted, centred first, and of the population (divided by n, as theirs); all leading axes are one
+    set, which is the global batch where it is sharded. Without any spread, as with one clip or none, it is 1.
+
+    Args:
+      prediction, label: (..., r), r values per clip, about as large as 1; what is in rows of weight 0 is not read.
+      weight: (...), 0 for padding rows.
+    Returns:
+      (r,) float32, from 0 (they agree) to 2.
+    """
+    axes = tuple(range(weight.ndim))
+    real = weight[..., None] > 0
+    x, y = (jnp.where(real, v, 0).astype(jnp.float32) for v in (prediction, label))
+    share = (weight / jnp.maximum(jnp.sum(weight), _TINY)).astype(jnp.float32)[..., None]
+
+    def mean(v: jax.Array) -> jax.Array:
+        return jnp.sum(v * share, axes, keepdims=True)
+
+    apart = mean(x - y)
+    x, y = x - mean(x), y - mean(y)
+    agreement = 2 * mean(x * y) / (mean(x * x) + mean(y * y) + apart**2 + _VARIANCE_FLOOR)
+    return 1 - agreement.reshape(-1)
 
 
 def balanced_weights(prior: jax.Array) -> jax.Array:

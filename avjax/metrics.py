@@ -1,14 +1,17 @@
-"""Whole-set metrics out of sums that merge by addition. Everything about classes comes from one confusion matrix.
+"""Whole-set metrics out of sums that merge by addition.
 
-Matrices may be JAX arrays, inside jit, or NumPy arrays, whose float64 the reported figures keep.
+Everything about classes comes from one confusion matrix, about yes and no from one for each question, and about values
+from their moments. All may be JAX arrays, inside jit, or NumPy arrays, whose float64 the reported figures keep.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Matrix = np.ndarray | jax.Array
+Array = np.ndarray | jax.Array
 _TINY = 1e-9  # below any count: divides an empty sum to 0
+# Machine epsilons, of the mean square, up to which rounding can leave a variance to values that are all the same.
+_ROUNDING = 64
 
 
 def confusion(label: jax.Array, predicted: jax.Array, weight: jax.Array, classes: int) -> jax.Array:
@@ -29,19 +32,19 @@ def count(label: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     return np.bincount(label * classes + predicted, minlength=classes**2).reshape(classes, classes).astype(np.float64)
 
 
-def war(matrix: Matrix) -> Matrix:
+def war(matrix: Array) -> Array:
     """Weighted average recall = accuracy = trace / n; 0 for an empty matrix. (..., c, c) → (...)."""
     return matrix.trace(axis1=-2, axis2=-1) / matrix.sum((-2, -1)).clip(_TINY)
 
 
-def uar(matrix: Matrix) -> Matrix:
+def uar(matrix: Array) -> Array:
     """Unweighted average recall: mean recall over the classes that occur among the labels. (..., c, c) → (...)."""
     support = matrix.sum(-1)
     recall = matrix.diagonal(axis1=-2, axis2=-1) / support.clip(_TINY)
     return recall.sum(-1) / (support > 0).sum(-1).clip(1)
 
 
-def f1(matrix: Matrix) -> dict[str, Matrix]:
+def f1(matrix: Array) -> dict[str, Array]:
     """F1 averaged `macro` (over classes among labels or predictions), `micro` and `weighted` by support."""
     hit = matrix.diagonal(axis1=-2, axis2=-1)
     support, answered = matrix.sum(-1), matrix.sum(-2)
@@ -52,3 +55,79 @@ def f1(matrix: Matrix) -> dict[str, Matrix]:
         "micro": hit.sum(-1) / total,
         "weighted": (per_class * support).sum(-1) / total,
     }
+
+
+def binary_confusion(label: Array, answer: Array, weight: Array) -> Array:
+    """Weighted counts of c questions: rows = truth (no, yes), columns = answer (no, yes). Add matrices to merge sets.
+
+    Args:
+      label, answer: (..., c) bool, or 0 and 1.
+      weight: (...), 0 for padding rows.
+    Returns:
+      (c, 2, 2), of JAX arrays float32, of NumPy arrays float64. `f1` and `war` take the stack.
+    """
+    xp = answer.__array_namespace__()
+    truth, said = (xp.stack([v == 0, v != 0], -1) for v in (label, answer))  # (..., c, 2)
+    cells = truth[..., :, None] & said[..., None, :]
+    return (cells * weight[..., None, None, None].astype(float)).sum(tuple(range(weight.ndim)))
+
+
+def weighted_accuracy(matrices: Array) -> Array:
+    """Weighted accuracy of yes and no, the mean of the recall of either: (..., 2, 2) → (...).
+
+    That is the measure of CMU-MOSEI, (TP · N/P + TN) / 2N with P clips of yes and N of no (Tong et al. 2017, "Combating
+    human trafficking with multimodal deep models"). Where all are yes, or all no, it is `uar`: their recall alone.
+    """
+    return uar(matrices)
+
+
+def moments(label: Array, predicted: Array, weight: Array) -> Array:
+    """Weighted sums of 1, x, y, x², y² and xy, where x is predicted and y the label. Add them to merge sets.
+
+    Of JAX arrays they are float32: sums of squares over batches of some hundred clips are good to 1e-6 of themselves.
+    That is enough to choose an epoch, but a spread that is small beside the mean loses digits. Reported figures are
+    computed on the host, from NumPy arrays, in float64.
+
+    Args:
+      label, predicted: (..., r), r values per clip; what is in rows of weight 0 is not read.
+      weight: (...), 0 for padding rows.
+    Returns:
+      (r, 6).
+    """
+    xp = predicted.__array_namespace__()
+    real = weight[..., None] > 0
+    x, y = (xp.moveaxis(xp.where(real, v, 0).astype(float), -1, 0) for v in (predicted, label))  # (r, ...)
+    terms = xp.stack([xp.ones_like(x), x, y, x * x, y * y, x * y], 1) * weight[None, None].astype(float)
+    # A copy has the clips next to each other: only so does NumPy add in pairs, and rounding does not pile up.
+    return terms.copy().reshape(*terms.shape[:2], -1).sum(-1)
+
+
+def ccc(moments: Array) -> Array:
+    """Concordance correlation coefficient (Lin 1989; DE-III, Eq. 7): (..., r, 6) → (..., r).
+
+    0 for a set without clips, and where the predictions or the labels are all the same, to within rounding.
+    """
+    x, y, x_variance, y_variance, covariance = _spread(moments)
+    parts = x_variance + y_variance + (x - y) ** 2
+    return 2 * covariance / (parts + (parts == 0))
+
+
+def pearson(moments: Array) -> Array:
+    """Pearson's correlation: (..., r, 6) → (..., r); 0 where `ccc` is for want of clips or spread."""
+    _, _, x_variance, y_variance, covariance = _spread(moments)
+    parts = x_variance**0.5 * y_variance**0.5
+    return (covariance / (parts + (parts == 0))).clip(-1, 1)
+
+
+def rmse(moments: Array) -> Array:
+    """Root of the mean squared error: (..., r, 6) → (..., r); 0 for a set without clips."""
+    total = moments[..., 3] - 2 * moments[..., 5] + moments[..., 4]
+    return (total / moments[..., 0].clip(_TINY)).clip(0) ** 0.5
+
+
+def _spread(moments: Array) -> tuple[Array, ...]:
+    """Means, variances and covariance of x and y; no (co)variance of values that are the same to within rounding."""
+    x, y, xx, yy, xy = (moments[..., i] / moments[..., 0].clip(_TINY) for i in range(1, 6))
+    least = _ROUNDING * float(np.finfo(moments.dtype).eps)
+    x_varies, y_varies = xx - x * x > least * xx, yy - y * y > least * yy
+    return x, y, (xx - x * x) * x_varies, (yy - y * y) * y_varies, (xy - x * y) * (x_varies & y_varies)
