@@ -45,6 +45,16 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(mask, -1), 1).astype(x.dtype)[..., None]
 
 
+def masked_max(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Maximum of `x` (b, n, d) over the True steps of `mask` (b, n): (b, d) float32, zeros where there is none."""
+    x = x.astype(jnp.float32)
+    # Not `jnp.max`: its gradient is divided by how many steps equal the maximum, and programs that compute x twice and
+    # round it differently find none.
+    step = jnp.argmax(jnp.where(mask[..., None], x, -jnp.inf), 1, keepdims=True)
+    top = jnp.take_along_axis(x, step, 1)[:, 0]
+    return jnp.where(jnp.any(mask, -1, keepdims=True), top, 0)
+
+
 def causal(mask: jax.Array) -> jax.Array:
     """What each step of a sequence may attend to: itself and what precedes it, where `mask` (b, l) is True.
 

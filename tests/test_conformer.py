@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.models.conformer import ConformerBlock, RelativeAttention, StepNorm, interleaved_sinusoids, pack
+from avjax.models.conformer import (
+    ConformerBlock,
+    RelativeAttention,
+    StepNorm,
+    interleaved_sinusoids,
+    pack,
+    unpack,
+)
 
 X = np.random.default_rng(0).normal(size=(3, 9, 8)).astype(np.float32)
 MASK = np.arange(9)[None] < np.array([[9], [5], [0]])
@@ -77,6 +84,16 @@ def test_pack_moves_real_steps_to_the_front():
     packed, front = pack(jnp.float32(x), jnp.asarray(mask))
     np.testing.assert_array_equal(packed[..., 0], [[1, 3, 4, 0, 0], [0] * 5])
     np.testing.assert_array_equal(front, [[True, True, True, False, False], [False] * 5])
+
+
+def test_unpack_moves_them_back():
+    mask = np.array([[False, True, False, True, True], [False] * 5, [True] * 5])
+    x = np.where(mask, np.arange(15.0).reshape(3, 5), np.nan)[..., None]
+    packed, front = pack(jnp.float32(x), jnp.asarray(mask))
+    rubbish = jnp.where(front[..., None], packed, jnp.nan)
+    np.testing.assert_array_equal(unpack(rubbish, mask), np.where(mask[..., None], x, 0))
+    gradient = jax.grad(lambda y: jnp.sum(unpack(y, mask) * 2))(rubbish)
+    np.testing.assert_array_equal(gradient[..., 0], 2 * front)
 
 
 def test_statistics_move_towards_real_steps_only_if_they_may():

@@ -12,7 +12,7 @@ import pytest
 import synthetic
 from ml_collections import ConfigDict
 
-from avjax import config, loop, models, pipeline
+from avjax import config, loop, models, pipeline, tasks
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
 from avjax.models import etg_aver
@@ -117,6 +117,39 @@ def test_loss_is_equations_6_and_7():
             if head == "audio" and b == 1:
                 expected = 0.0  # the clip has no sound: its audio head is left out
             assert float(terms[head][b]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_focal_loss_takes_the_place_of_cross_entropy():
+    logits = np.random.default_rng(0).normal(size=(2, 3))
+    one = {"label": jnp.array([2, 0]), "text_mask": jnp.array([[True], [False]])}
+    output = Output({"fusion": jnp.float32(logits), "text": jnp.float32(logits)}, {}, {})
+    loss = models.build(settings("full", model__imbalance="focal").model, 3).loss
+    terms = loss(output, one, jnp.ones(3) / 3)
+    p = [math.exp(z[y]) / sum(math.exp(v) for v in z) for z, y in zip(logits, (2, 0), strict=True)]
+    expected = [-2 * (1 - q) ** 2 * math.log(q) for q in p]  # both heads weigh 2
+    np.testing.assert_allclose(terms["fusion"], expected, atol=1e-5)
+    np.testing.assert_allclose(terms["text"], [expected[0], 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["regression", "multilabel"])
+def test_other_tasks_have_their_loss_in_its_place(kind):
+    rng = np.random.default_rng(0)
+    label = jnp.asarray(rng.random((4, 2)) < 0.5) if kind == "multilabel" else jnp.float32(rng.random((4, 2)))
+    one = {"label": label, "weight": jnp.ones(4), "text_mask": jnp.array([[True], [True], [True], [False]])}
+    output = Output({h: jnp.float32(rng.normal(size=(4, 2))) for h in ("fusion", "text")}, {}, {})
+    terms = models.build(settings("full").model, 2).loss(output, one, jnp.ones(2) / 2)
+    for head, count in (("fusion", 4), ("text", 3)):  # both heads weigh 2
+        expected = 2 * tasks.loss(output.logits[head][:count], label[:count], jnp.ones(count))
+        np.testing.assert_allclose(terms[head][:count], expected, rtol=1e-5)
+    assert terms["text"][3] == 0
+
+
+@pytest.mark.parametrize("change", [{"model__imbalance": "class_weights"}, {"model__smoothing": 0.1}])
+def test_options_of_classes_are_refused_on_other_tasks(change):
+    loss = models.build(settings("full", **change).model, 2).loss
+    one = {"label": jnp.zeros((4, 2)), "weight": jnp.ones(4)}
+    with pytest.raises(AvjaxError, match="both are for classes: set 'none' and 0"):
+        loss(Output({"fusion": jnp.zeros((4, 2))}, {}, {}), one, jnp.ones(2) / 2)
 
 
 def test_even_weights_change_nothing():
@@ -290,6 +323,12 @@ def test_unknown_choices_are_named(key, value):
     chosen = settings("full").model
     chosen[key] = value
     with pytest.raises(AvjaxError, match=f"model.{key} is '{value}'; choose one of"):
+        models.build(chosen, 3)
+
+
+def test_focal_loss_reads_hard_labels():
+    chosen = settings("full", model__imbalance="focal", model__smoothing=0.1).model
+    with pytest.raises(AvjaxError, match=r"model.smoothing is 0.1 with model.imbalance='focal'.*smoothing=0.0"):
         models.build(chosen, 3)
 
 

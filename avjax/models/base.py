@@ -9,7 +9,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from avjax import losses
+from avjax import tasks
+
+CHOSEN = "chosen"  # stands for the head that validation chose
 
 
 @flax.struct.dataclass
@@ -35,6 +37,10 @@ class Model:
       module: `module.apply(variables, batch, train=..., rngs=...)` → `Output`.
       loss: (output, batch, class_prior (c,)) → {term: (b,)}, unreduced and already weighted; their sum is minimised.
       heads: head names, the predicting one first.
+      pictures: the stream that is raw pictures, uint8 (b, t, h, w, 3), "" for none.
+      candidates: the heads among which validation chooses, fold by fold, the one that predicts; one alone has nothing
+        to choose.
+      pictured: (name in `Output.attention`, stream that asks, stream that answers) of weights (b, q, k) worth seeing.
       streams: the batch streams that the model reads, such as `("text", "audio", "video")`.
       turns: whether a row of its batch is a conversation: streams (b, u, n, d) with masks (b, u, n), `turn_mask`
         (b, u), and logits (b, u, c), losses (b, u).
@@ -47,6 +53,14 @@ class Model:
     heads: tuple[str, ...] = flax.struct.field(pytree_node=False)
     streams: tuple[str, ...] = flax.struct.field(pytree_node=False)
     turns: bool = flax.struct.field(pytree_node=False, default=False)
+    pictures: str = flax.struct.field(pytree_node=False, default="")
+    candidates: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    pictured: tuple[tuple[str, str, str], ...] = flax.struct.field(pytree_node=False, default=())
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The heads whose answers are kept; first the predicting one, "chosen" where validation chooses it."""
+        return (CHOSEN, *self.heads) if len(self.candidates) > 1 else self.heads
 
 
 Loss = Callable[[Output, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
@@ -54,16 +68,27 @@ Build = Callable[[Any, int], Model]
 
 
 def head_loss(output: Output, batch: Mapping[str, jax.Array], head: str) -> jax.Array:
-    """Cross entropy of one head by clip; a head named after a stream costs nothing where the clip lacks it."""
-    loss = losses.cross_entropy(output.logits[head], batch["label"])
+    """The task's loss (`tasks.loss`) of one head by clip; one named after a stream costs nothing in clips without."""
+    label, weight = batch["label"], batch["weight"]
     if f"{head}_mask" not in batch:
-        return loss
-    return jnp.where(jnp.any(batch[f"{head}_mask"], -1), loss, 0.0)
+        return tasks.loss(output.logits[head], label, weight)
+    there = jnp.any(batch[f"{head}_mask"], -1)
+    return jnp.where(there, tasks.loss(output.logits[head], label, weight * there), 0.0)
+
+
+def heads_loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
+    """`head_loss` of every head."""
+    return {head: head_loss(output, batch, head) for head in output.logits}
 
 
 def fusion_loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
-    """Cross entropy of the head "fusion" alone."""
+    """`head_loss` of the head "fusion" alone."""
     return {"fusion": head_loss(output, batch, "fusion")}
+
+
+def stream_heads(module: nn.Module) -> tuple[str, ...]:
+    """A head of its own for each stream, beside "fusion"."""
+    return ("fusion", *module.streams)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +99,9 @@ class Fusion:
       module: class of the Flax module; its fields are its settings, with the paper's values as defaults.
       paper: authors, year, venue.
       loss: as `Model.loss`.
-      stream_heads: whether each stream has a head of its own beside "fusion".
-      needs: streams that must be among those it reads.
+      heads: of a module, the heads it has, the predicting one first; candidates: as `Model.candidates`.
+      pictured: as `Model.pictured`.
+      needs: streams that must be among those it reads; reads: all that it can read, () for any.
       least, most: how many streams it can read.
       turns: whether it reads whole conversations, see `Model.turns`.
       recipe: the optimizer's facts as the paper has them: key of the `train` configuration → value.
@@ -85,8 +111,11 @@ class Fusion:
     module: type[nn.Module]
     paper: str
     loss: Loss = fusion_loss
-    stream_heads: bool = False
+    heads: Callable[[nn.Module], tuple[str, ...]] = lambda module: ("fusion",)
+    candidates: Callable[[nn.Module], tuple[str, ...]] = lambda module: ()
+    pictured: tuple[tuple[str, str, str], ...] = ()
     needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     least: int = 1
     most: int = 3
     turns: bool = False
@@ -100,4 +129,5 @@ class Fusion:
 
     def fits(self, streams: Sequence[str]) -> bool:
         """Whether it can read just these."""
-        return set(self.needs) <= set(streams) and self.least <= len(streams) <= self.most
+        readable = not self.reads or set(streams) <= set(self.reads)
+        return readable and set(self.needs) <= set(streams) and self.least <= len(streams) <= self.most

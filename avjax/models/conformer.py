@@ -25,6 +25,18 @@ def pack(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return moved, front
 
 
+def unpack(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Puts back in their places what `pack` moved to the front.
+
+    Args:
+      x: (b, n, d), real steps first; mask: (b, n), as `pack` was given it.
+    Returns:
+      x with zeros under False.
+    """
+    order = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
+    return jnp.where(mask[..., None], jnp.take_along_axis(x, order[..., None], 1), 0)
+
+
 class StepNorm(nn.BatchNorm):
     """Batch norm over real steps whose running statistics are state, not parameters (collection "batch_stats").
 

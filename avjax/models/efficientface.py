@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
+from avjax.models.pictures import PictureConvolution
 
 _KEEPS_SCALE = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
@@ -24,7 +25,7 @@ class ConvNorm(nn.Module):
     kernel: int = 1
     stride: int = 1
     dilation: int = 1
-    groups: int = 1
+    channelwise: bool = False
     bias: bool = False
     linear: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -32,17 +33,15 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x (n, h, w, d) to (n, h / stride, w / stride, width)."""
-        sides = self.kernel // 2 * self.dilation
-        x = nn.Conv(
+        x = PictureConvolution(
             self.width,
-            (self.kernel, self.kernel),
+            self.kernel,
             self.stride,
-            padding=((sides, sides), (sides, sides)),
-            kernel_dilation=self.dilation,
-            feature_group_count=self.groups,
-            use_bias=self.bias,
-            kernel_init=_KEEPS_SCALE,
-            dtype=self.dtype,
+            self.dilation,
+            self.channelwise,
+            self.bias,
+            _KEEPS_SCALE,
+            self.dtype,
             name="conv",
         )(x)
         x = nn.BatchNorm(use_running_average=True, dtype=self.dtype, name="norm")(x)
@@ -75,7 +74,7 @@ class ShuffleUnit(nn.Module):
         return ConvNorm(width, dtype=self.dtype, name=name)
 
     def _depthwise(self, name: str, width: int) -> ConvNorm:
-        return ConvNorm(width, 3, self.stride, groups=width, linear=True, dtype=self.dtype, name=name)
+        return ConvNorm(width, 3, self.stride, channelwise=True, linear=True, dtype=self.dtype, name=name)
 
 
 class Modulator(nn.Module):
@@ -91,11 +90,11 @@ class Modulator(nn.Module):
         narrow = width // self.reduction
         pooled = jnp.mean(x, (1, 2), keepdims=True)
         channel = ConvNorm(narrow, bias=True, dtype=self.dtype, name="channel")(pooled)
-        channel = nn.Conv(width, (1, 1), dtype=self.dtype, name="channel_out")(channel)  # n 1 1 d
+        channel = PictureConvolution(width, 1, dtype=self.dtype, name="channel_out")(channel)  # n 1 1 d
         place = ConvNorm(narrow, bias=True, dtype=self.dtype, name="place")(x)
         for i in range(2):
             place = ConvNorm(narrow, 3, dilation=4, bias=True, dtype=self.dtype, name=f"place_{i}")(place)
-        place = nn.Conv(1, (1, 1), dtype=self.dtype, name="place_out")(place)  # n h w 1
+        place = PictureConvolution(1, 1, dtype=self.dtype, name="place_out")(place)  # n h w 1
         return nn.sigmoid(channel * place) * x
 
 
@@ -115,8 +114,8 @@ class LocalFeatures(nn.Module):
         return jnp.concatenate(rows, 1)
 
     def _quarter(self, name: str, x: jax.Array) -> jax.Array:
-        x = ConvNorm(self.width, 3, 2, groups=x.shape[-1], dtype=self.dtype, name=f"{name}_0")(x)
-        return ConvNorm(self.width, 3, groups=self.width, dtype=self.dtype, name=f"{name}_1")(x)
+        x = ConvNorm(self.width, 3, 2, channelwise=True, dtype=self.dtype, name=f"{name}_0")(x)
+        return ConvNorm(self.width, 3, channelwise=True, dtype=self.dtype, name=f"{name}_1")(x)
 
 
 class EfficientFace(nn.Module):

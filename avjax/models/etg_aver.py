@@ -12,16 +12,17 @@ evenly over the video segments, without picture it reads the audio segments inst
 query, so the fused vector of Eq. 5 is zero and the answer rests on the classifier's bias alone.
 """
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax import losses
+from avjax import losses, tasks
 from avjax.errors import AvjaxError
 from avjax.layers import attend, masked_mean, masked_softmax
-from avjax.models.base import Model, Output
+from avjax.models.base import Model, Output, head_loss
 
 FUSIONS = ("concat", "additive", "attention")
 WEIGHTINGS = ("softmax", "ratio")
@@ -38,7 +39,7 @@ _SETTINGS = (
     "segment_count",
     "dropout",
 )
-IMBALANCE = ("none", "class_weights", "logit_adjustment")
+IMBALANCE = ("none", "class_weights", "logit_adjustment", "focal")
 
 # The paper's tables as settings of `config.model`, by the name that stands after the colon of `--config file.py:name`.
 VARIANTS: dict[str, dict[str, object]] = {
@@ -263,21 +264,31 @@ def hierarchical_loss(
 ) -> dict[str, jax.Array]:
     """Eqs. 6–7: one weighted cross entropy per head and clip; a modality that a clip lacks costs nothing there.
 
+    Of other tasks than classes their loss (`tasks.loss`) stands in its place.
+
     Args:
       output: the model's answer; batch: with `label (b,)` and the masks of the streams.
       prior: (c,) shares of the training labels, for the imbalance options.
       weights: head name → factor.
-      imbalance: one of `IMBALANCE`.
-      smoothing: label smoothing.
+      imbalance: one of `IMBALANCE`; "focal" takes the focal loss for the cross entropy, with γ = 2.
+      smoothing: label smoothing, which the focal loss has none of.
     Returns:
       {head: (b,)}.
     """
+    if tasks.kind(batch["label"]) != "single":
+        if imbalance != "none" or smoothing:
+            raise AvjaxError(
+                f"model.imbalance is {imbalance!r}, model.smoothing {smoothing}; both are for classes: set 'none' and 0"
+            )
+        return {head: weights[head] * head_loss(output, batch, head) for head in output.logits}
     factor = losses.balanced_weights(prior) if imbalance == "class_weights" else None
+    entropy = functools.partial(losses.cross_entropy, smoothing=smoothing, class_weight=factor)
+    cost = losses.focal if imbalance == "focal" else entropy
     terms = {}
     for head, logits in output.logits.items():
         if imbalance == "logit_adjustment":
             logits = losses.adjust_logits(logits, prior)
-        loss = weights[head] * losses.cross_entropy(logits, batch["label"], smoothing=smoothing, class_weight=factor)
+        loss = weights[head] * cost(logits, batch["label"])
         terms[head] = loss if head == "fusion" else jnp.where(jnp.any(batch[f"{head}_mask"], -1), loss, 0.0)
     return terms
 
@@ -286,7 +297,8 @@ def build(config, classes: int) -> Model:
     """Makes the model of `config` (the `model` part of a configuration).
 
     Raises:
-      AvjaxError: a setting is not one of its choices, or text guides a model without text.
+      AvjaxError: a setting is not one of its choices, text guides a model without text, or labels are smoothed for the
+        focal loss.
     """
     streams = tuple(config.streams)
     for key, choices in (
@@ -299,6 +311,11 @@ def build(config, classes: int) -> Model:
     ):
         if config[key] not in choices:
             raise AvjaxError(f"model.{key} is {config[key]!r}; choose one of {', '.join(choices)}")
+    if config.imbalance == "focal" and config.smoothing:
+        raise AvjaxError(
+            f"model.smoothing is {config.smoothing} with model.imbalance='focal'; the focal loss reads hard labels: "
+            "set model.smoothing=0.0, or choose another model.imbalance"
+        )
     if (config.guide or config.fusion != "concat") and set(streams) != {"text", "audio", "video"}:
         raise AvjaxError(
             f"model.streams is {streams}; text guidance and attention fusion need text, audio and video: "

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.layers import CrossBlock, Dropout, Project, enter, last_step, positions, sinusoids
-from avjax.models.base import Fusion, Output, head_loss
+from avjax.models.base import Fusion, Output, head_loss, stream_heads
 
 
 def no_future(queries: jax.Array, keys: jax.Array) -> jax.Array:
@@ -248,7 +248,7 @@ FUSIONS: dict[str, Fusion] = {
         module=AuxFormer,
         loss=auxformer_loss,
         small={"layers": 1, "repeats": 1},
-        stream_heads=True,
+        heads=stream_heads,
         least=2,
         most=2,
         recipe={"optimizer": "adam", "learning_rate": 7.25e-4, "batch_size": 32, "epochs": 30, "weight_decay": 0.0},

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.layers import Dropout, PreNormBlock, Project, Recurrence, attend, enter, masked_mean
-from avjax.models.base import Fusion, Output, head_loss
+from avjax.models.base import Fusion, Output, head_loss, heads_loss, stream_heads
 
 Streams = dict[str, jax.Array]
 
@@ -79,11 +79,6 @@ class BcLstm(nn.Module):
 
     def _context(self, name: str) -> Context:
         return Context(self.hidden, self.width, self.dropout, self.dtype, name=name)
-
-
-def bc_lstm_loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
-    """Cross entropy of each head, {head: (b, u)}: that of a stream trains its own LSTM, the fused one the upper."""
-    return {head: head_loss(output, batch, head) for head in output.logits}
 
 
 class FusionAttention(nn.Module):
@@ -204,8 +199,8 @@ FUSIONS: dict[str, Fusion] = {
     "bc_lstm": Fusion(
         module=BcLstm,
         paper="Poria et al. 2017, ACL",
-        loss=bc_lstm_loss,
-        stream_heads=True,
+        loss=heads_loss,
+        heads=stream_heads,
         turns=True,
         recipe={"batch_size": 10},
     ),

@@ -99,6 +99,25 @@ class CrossGate(nn.Module):
         return jnp.sum(jnp.mean(weights, 1), 1, where=asks[..., None]), weights
 
 
+def softhard(batch: Batch, streams: tuple[str, str], key: jax.Array) -> Batch:
+    """A batch after the modality dropout "softhard" of Chumachenko et al. 2022.
+
+    Each clip stays whole, or its two streams are scaled by u and 1 − u, or it loses the one, or the other, by the same
+    chance.
+    """
+    count = batch[f"{streams[0]}_mask"].shape[0]
+    part, kind = jax.random.split(key)
+    u = jax.random.uniform(part, (count,), minval=0.01, maxval=0.99)
+    one, none = jnp.ones(count), jnp.zeros(count)
+    choices = jnp.stack([jnp.stack(c) for c in ((one, one), (u, 1 - u), (none, one), (one, none))])  # 4 2 b
+    scales = choices[jax.random.randint(kind, (count,), 0, 4), :, jnp.arange(count)]  # b 2
+    dropped = dict(batch)
+    for s, scale in zip(streams, scales.T, strict=True):
+        dropped[s] = batch[s] * scale.reshape(-1, *[1] * (batch[s].ndim - 1))
+        dropped[f"{s}_mask"] = batch[f"{s}_mask"] & (scale[:, None] > 0)
+    return dropped
+
+
 class TwoStages(nn.Module):
     """What the four have in common; each says what happens between and behind the stages.
 
@@ -108,8 +127,7 @@ class TwoStages(nn.Module):
       heads: of each attention; must divide 64 and 128.
       frames: the second stream is pictures (b, t, height, width, 3), uint8, and their network is part of this one;
         else features (b, t, w).
-      softhard: the paper's modality dropout, training only (rng "dropout"): each clip enters whole, or with its two
-        streams scaled by u and 1 − u, or without the one, or without the other, by the same chance.
+      softhard: whether training has the paper's modality dropout (rng "dropout").
     """
 
     classes: int
@@ -122,7 +140,9 @@ class TwoStages(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream>` and `<stream>_mask (b, n)`; head "fusion"."""
-        first, second = self._inputs(batch, self._drops(batch) if train and self.softhard else None)
+        if train and self.softhard:
+            batch = softhard(batch, self.streams, self.make_rng("dropout"))
+        first, second = self._inputs(batch)
         first, second = self._convolve(0, _extended(*first), second)
         first, second, met = self.between(first, second)
         first, second = self._convolve(1, first, second)
@@ -138,26 +158,15 @@ class TwoStages(nn.Module):
         """The same after the second stage."""
         return first, second, {}
 
-    def _inputs(self, batch: Batch, scales: jax.Array | None) -> list[Stream]:
+    def _inputs(self, batch: Batch) -> list[Stream]:
         found = []
         for i, s in enumerate(self.streams):
             x, mask = batch[s], batch[f"{s}_mask"]
-            if scales is not None:
-                x, mask = x * scales[:, i].reshape(-1, *[1] * (x.ndim - 1)), mask & (scales[:, i, None] > 0)
             if self.frames and i == 1:
                 vectors = EfficientFace(dtype=self.dtype, name="frame_network")(x.reshape(-1, *x.shape[2:]) / 255)
                 x = vectors.reshape(*mask.shape, -1)
             found.append(pack(x.astype(self.dtype), mask))
         return found
-
-    def _drops(self, batch: Batch) -> jax.Array:
-        """The factors (b, 2) of `softhard`; 0 takes a stream away."""
-        count = batch[f"{self.streams[0]}_mask"].shape[0]
-        part, kind = jax.random.split(self.make_rng("dropout"))
-        u = jax.random.uniform(part, (count,), minval=0.01, maxval=0.99)
-        one, none = jnp.ones(count), jnp.zeros(count)
-        choices = jnp.stack([jnp.stack(c, -1) for c in ((one, one), (u, 1 - u), (none, one), (one, none))])  # 4 b 2
-        return choices[jax.random.randint(kind, (count,), 0, 4), jnp.arange(count)]
 
     def _convolve(self, stage: int, first: Stream, second: Stream) -> tuple[Stream, Stream]:
         for i, width in enumerate(_FIRST[stage]):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.layers import Dropout, PreNormBlock, Project, align, masked_mean
-from avjax.models.base import Fusion, Output, head_loss
+from avjax.models.base import Fusion, Output, head_loss, stream_heads
 from avjax.models.conformer import ConformerBlock, pack
 
 Batch = Mapping[str, jax.Array]
@@ -286,7 +286,7 @@ FUSIONS: dict[str, Fusion] = {
     "uavm": Fusion(
         module=Uavm,
         loss=uavm_loss,
-        stream_heads=True,
+        heads=stream_heads,
         recipe={"optimizer": "adam", "learning_rate": 5e-5, "batch_size": 144, "weight_decay": 5e-7, "epochs": 10},
         small={"width": 128, "depth": 1, "shared_depth": 1, "positions": 8},
         paper="Gong, Liu, Rouditchenko, Glass 2022, IEEE Signal Processing Letters",
@@ -295,7 +295,7 @@ FUSIONS: dict[str, Fusion] = {
         module=Vavl,
         loss=vavl_loss,
         small={"width": 128, "depth": 1, "shared_depth": 1},
-        stream_heads=True,
+        heads=stream_heads,
         recipe={"optimizer": "adam", "learning_rate": 5e-5, "batch_size": 32, "weight_decay": 5e-7, "epochs": 20},
         paper="Goncalves, Leem, Lin, Sisman, Busso 2023, Versatile audio-visual learning",
     ),

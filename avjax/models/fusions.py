@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from avjax.errors import AvjaxError
 from avjax.models import (
+    avt_ca,
+    de_iii,
     fusion_crossmodal,
     fusion_dialogue,
     fusion_factors,
@@ -35,6 +37,8 @@ _FILES = (
     fusion_frames,
     fusion_local,
     fusion_dialogue,
+    de_iii,
+    avt_ca,
 )
 FUSIONS: dict[str, Fusion] = {name: fusion for file in _FILES for name, fusion in file.FUSIONS.items()}
 STREAMS = ("text", "audio", "video")
@@ -53,14 +57,15 @@ def variants(there: tuple[str, ...] = STREAMS) -> dict[str, dict[str, Any]]:
 
     Beside them `<name>_recipe` with the paper's optimizer, and `<name>_small` with the sizes of `Fusion.small`.
 
-    A fusion that cannot read all streams that are `there` takes its own; all others keep those of the configuration.
-    One that needs a stream that is not there is no variant.
+    A fusion that cannot read all streams that are `there` takes its own of them; all others keep those of the
+    configuration. One for which these do not do is no variant.
     """
     out = {}
     for name, fusion in FUSIONS.items():
-        if not set(fusion.needs) <= set(there):
+        own = tuple(s for s in fusion.streams if s in there)
+        if not (fusion.fits(there) or fusion.fits(own)):
             continue
-        streams = {} if fusion.fits(there) else {"model.streams": fusion.streams}
+        streams = {} if fusion.fits(there) else {"model.streams": own}
         out[name] = {"model.name": name, "model.settings": settings(name), **streams}
         if fusion.recipe:
             out[f"{name}_recipe"] = out[name] | {f"train.{key}": value for key, value in fusion.recipe.items()}
@@ -110,5 +115,14 @@ def build(config: Any, classes: int) -> Model:
             f"model.settings has {', '.join(sorted(unknown))}; {config.name} has {', '.join(settings(config.name))}"
         )
     module = fusion.module(classes=classes, streams=streams, dtype=jnp.dtype(config.dtype), **given)
-    heads = ("fusion", *(streams if fusion.stream_heads else ()))
-    return Model(module=module, loss=fusion.loss, heads=heads, streams=streams, turns=fusion.turns)
+    return Model(
+        module=module,
+        loss=fusion.loss,
+        heads=fusion.heads(module),
+        streams=streams,
+        turns=fusion.turns,
+        # Those that read pictures say so in a setting, and read them in their second stream.
+        pictures=streams[1] if getattr(module, "frames", False) else "",
+        candidates=fusion.candidates(module),
+        pictured=fusion.pictured,
+    )

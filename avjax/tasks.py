@@ -1,0 +1,125 @@
+"""The kinds of tasks: what a label is and what answers are scored by. One registry, kind → `Scoring`.
+
+Where arrays alone are at hand, the dtype of the labels says the kind: integers (b,) are classes, floats (b, c) are
+values, booleans (b, c) are yes or no. Everything counted is a table that merges by addition.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avjax import losses, metrics
+
+Array = np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How answers of a kind of task are counted and scored.
+
+    Attributes:
+      names: score → how it is called; the first is what runs are compared by, the second stands beside it.
+      picks: the score, larger is better, by which validation picks epoch and head.
+      shape: of a table, for c classes or values.
+      table: (label, logits (…, c), weight (…)) → table, inside jit; count: (label (n,), logits (n, c)) → table in
+        float64, on the host.
+      scores: table → {score: value}, over leading axes of a stack of tables.
+      loss: table → the loss of a head over the whole set, where no sum over clips gives it.
+    """
+
+    names: Mapping[str, str]
+    picks: str
+    shape: Callable[[int], tuple[int, ...]]
+    table: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    count: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    scores: Callable[[Array], dict[str, Array]]
+    loss: Callable[[Array], Array] | None = None
+
+
+SCORINGS: dict[str, Scoring] = {
+    "single": Scoring(
+        names={"war": "WAR", "uar": "UAR"},
+        picks="uar",
+        shape=lambda c: (c, c),
+        table=lambda label, logits, weight: metrics.confusion(label, jnp.argmax(logits, -1), weight, logits.shape[-1]),
+        count=lambda label, logits: metrics.count(label, np.argmax(logits, -1), logits.shape[-1]),
+        scores=lambda table: {"war": metrics.war(table), "uar": metrics.uar(table)},
+    ),
+    # Means over the values.
+    "regression": Scoring(
+        names={"ccc": "CCC", "pearson": "Pearson", "rmse": "RMSE"},
+        picks="ccc",
+        shape=lambda c: (c, 6),
+        table=metrics.moments,
+        count=lambda label, logits: metrics.moments(
+            label.astype(np.float64), logits.astype(np.float64), np.ones(len(label))
+        ),
+        scores=lambda table: {
+            "ccc": metrics.ccc(table).mean(-1),
+            "pearson": metrics.pearson(table).mean(-1),
+            "rmse": metrics.rmse(table).mean(-1),
+        },
+        loss=lambda table: 1 - metrics.ccc(table).mean(-1),
+    ),
+    # Means over the labels.
+    "multilabel": Scoring(
+        names={"wa": "weighted accuracy", "f1": "F1"},
+        picks="wa",
+        shape=lambda c: (c, 2, 2),
+        table=lambda label, logits, weight: metrics.binary_confusion(label, logits > 0, weight),
+        count=lambda label, logits: metrics.binary_confusion(label, logits > 0, np.ones(len(label))),
+        scores=lambda table: {
+            "wa": metrics.weighted_accuracy(table).mean(-1),
+            "f1": metrics.f1(table)["weighted"].mean(-1),
+        },
+    ),
+}
+
+
+def kind(label: Array) -> str:
+    """The kind of task whose labels these are, by their dtype."""
+    if jnp.issubdtype(label.dtype, jnp.bool_):
+        return "multilabel"
+    return "regression" if jnp.issubdtype(label.dtype, jnp.floating) else "single"
+
+
+def scoring(label: Array) -> Scoring:
+    """The scoring of such labels."""
+    return SCORINGS[kind(label)]
+
+
+def loss(logits: jax.Array, label: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:
+    """What a head costs by clip: cross entropy, 1 − CCC, or binary cross entropy.
+
+    CCC is that of the whole batch, the mean over the values (DE-III, section 3.4): every clip costs the same.
+
+    Args:
+      logits: (…, c); label: of one of the kinds; weight: (…), 0 for clips that do not count.
+      options: of `losses.cross_entropy`, for classes.
+    Returns:
+      (…) float32.
+    """
+    found = kind(label)
+    if found == "single":
+        return losses.cross_entropy(logits, label, **options)
+    if found == "multilabel":
+        return losses.binary_cross_entropy(logits, label)
+    return jnp.broadcast_to(jnp.mean(losses.concordance(logits, label, weight)), weight.shape)
+
+
+def encoded(labels: list, classes: tuple[str, ...], task: str) -> np.ndarray:
+    """Labels of clips (`datasets.base.Clip.label`) as an array of the dtype of their kind."""
+    if task == "single":
+        return np.array([classes.index(label) for label in labels], np.int32)
+    return np.array(labels, np.float32 if task == "regression" else bool)
+
+
+def prior(label: np.ndarray, classes: int) -> np.ndarray:
+    """Of training labels: the shares of classes, or the mean of each value or label, (c,)."""
+    if kind(label) == "single":
+        return np.bincount(label, minlength=classes) / len(label)
+    return label.mean(0)
