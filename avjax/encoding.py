@@ -167,6 +167,35 @@ class Flows(Pictures):
             yield pictures
 
 
+class FlowGrid:
+    """What stands in the place of `Flows` where flow is not drawn and encoded but averaged over a grid (`flow.grid`).
+
+    Its raw inputs are piles of computed flows (n, h, w, 2).
+
+    Attributes:
+      key: as of a `Stage`.
+    """
+
+    def __init__(self, settings: Preset, store: Store, clock: Stopwatch, **weights: str):
+        self.key = store.record(features.provenance("flow", settings, **weights))
+        self._store, self._clock, self._side = store, clock, settings.flow.side
+
+    def add(self, clip_id: str, key: str, raw: Pile | None, finish: Callable) -> None:
+        """Takes a clip's flows, None where it has none, and stages what becomes of them, after that of no motion."""
+        with self._clock("flow"):
+            still = np.zeros((1, self._side, self._side, 2), features.ENCODED)
+            spread = flow.spread(raw.blocks(BLOCK)) if raw else 0.0
+            blocks = [still, *(raw.blocks(BLOCK) if raw else ())]
+            steps = np.concatenate([flow.grid(block, spread) for block in blocks])
+        with self._clock("writing"):
+            self._store.put(clip_id, "flow", key, finish(steps, np.ones(len(steps), bool)))
+        if raw:
+            raw.discard()
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+
 class Loader:
     """Loads the encoders of a preset, each once. `random`: see `encoders.load`."""
 
@@ -205,7 +234,7 @@ def note_precision(
     store.note(key, {"stored": np.dtype(features.ENCODED).name, "cosine_to_float32": spread})
 
 
-def stages(settings: Preset, store: Store, clock: Stopwatch, face_landmarker: str) -> dict[str, Stage]:
+def stages(settings: Preset, store: Store, clock: Stopwatch, face_landmarker: str) -> dict[str, Stage | FlowGrid]:
     """The encoders of picture, flow and sound that a preset has: feature → stage.
 
     Raises:
@@ -217,7 +246,9 @@ def stages(settings: Preset, store: Store, clock: Stopwatch, face_landmarker: st
     if settings.image:
         pictures = -(-settings.frames // every(settings))
         made["image"] = Pictures("image", *common, pictures, load, **faces)
-    if settings.flow:
+    if settings.flow and not settings.flow.image:
+        made["flow"] = FlowGrid(*common, **faces)
+    elif settings.flow:
         mover = None
         if settings.flow.source != "dis":
             mover = load(Encoding(settings.flow.source))

@@ -116,7 +116,10 @@ def measure_all(
     made_by = {
         "video": store.record(features.provenance("video", settings, face_landmarker=landmarker)),
         "audio": store.record(features.provenance("audio", settings)),
-    } | {feature: stage.key for feature, stage in stages.items()}
+    }
+    if settings.window:
+        made_by["window"] = store.record(features.provenance("window", settings, face_landmarker=landmarker))
+    made_by |= {feature: stage.key for feature, stage in stages.items()}
     planned, reasons = _planned(clips, made_by)
     lacking = [(clip, keys, [f for f in keys if not store.has(clip.id, f, keys[f])]) for clip, keys in planned]
     todo = [job for job in lacking if job[2]]
@@ -214,7 +217,7 @@ def _measure_one(job) -> tuple[dict[str, tuple], dict[str, float]]:
     clip, keys, lacks = job
     store, settings, tracker = _SHARED
     clock = Stopwatch()
-    staged = {f: store.get(clip.id, f, keys[f]) for f in ("video", "audio") if f not in lacks}
+    staged = {f: store.get(clip.id, f, keys[f]) for f in keys.keys() & {"video", "audio", "window"} if f not in lacks}
     made, raw = features.measure(clip, settings, tracker, clock, store.scratch, staged, lacks)
     with clock("writing"):
         for feature in made.keys() & set(lacks):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from avjax import windows
 from avjax.datasets.base import Clip
 from avjax.errors import UnusableMedia
 from avjax.files import Pile
@@ -21,7 +22,7 @@ from avjax.progress import Stopwatch
 from avjax.text import action_units, prosody, template
 
 # Raised when a change of code changes what is measured: part of every staged file's key.
-CODE_VERSION = {"video": 2, "audio": 3, "image": 2, "flow": 1, "sound": 1, "text": 2}
+CODE_VERSION = {"video": 2, "audio": 3, "image": 2, "flow": 1, "sound": 1, "window": 1, "text": 2}
 # Sources of the `text` feature: the three of the template, and one fixed sentence for the "w/o ETG" ablation.
 TEXTS = (*template.SOURCES, "constant")
 # Below so many of a speaker's clips with voice, the median says nothing about what is usual; fixed bounds then.
@@ -38,6 +39,7 @@ def provenance(feature: str, settings: Preset, **weights: str) -> dict[str, obje
         "image": ("frames", "image") if settings.frames else ("frames", "max_seconds", "image"),
         "flow": ("frames", "max_seconds", "flow"),
         "sound": ("max_seconds", "sound"),
+        "window": ("window",),
         "text": ("text", "max_tokens"),
     }[feature]
     everything = dataclasses.asdict(settings)
@@ -89,13 +91,14 @@ def measure(
     Args:
       clock: is told how long decoding, faces, flow and acoustics take.
       room: a folder for the piles of `Raw`, which whoever takes them is to discard.
-      staged: "video", "audio" → what was measured before, which is not measured again.
+      staged: "video", "audio", "window" → what was measured before, which is not measured again.
       wanted: "image", "flow", "sound": what is to be encoded, and so is handed out as `Raw`.
     Returns:
       video: `video (t, d)`, `video_mask (t,)`, `au (t, a)`, `boxes (t, 4)` of the faces in pixels, `times (t,)` seconds
       from the clip's start; audio: `audio (s, d)`, `audio_mask (s,)`, `seconds ()`, `inside (2,)`, where sound begins
       and ends in samples, `prosody (3,)` = median F0 in Hz, syllables per second, stress in dB, 0 where not measurable,
-      `surface (2,)` as `audio.surface`; both: `why ()`, "" where nothing is lacking. And what encoders need.
+      `surface (2,)` as `audio.surface`; both: `why ()`, "" where nothing is lacking; window, where the preset has one:
+      as `windows.measure`. And what encoders need.
     Raises:
       UnusableMedia: neither picture nor sound.
     """
@@ -112,7 +115,18 @@ def measure(
         sound, samples = _no_sound(str(error)), None
     if len(lacking) == 2:
         raise UnusableMedia("; ".join(dict.fromkeys(lacking)))
-    return {"video": picture, "audio": sound}, dataclasses.replace(raw, samples=samples)
+    made = {"video": picture, "audio": sound}
+    if settings.window:
+        made["window"] = staged.get("window") or windows.measure(
+            clip, settings.window, tracker, clock, _sounding(sound, settings)
+        )
+    return made, dataclasses.replace(raw, samples=samples)
+
+
+def _sounding(sound: Mapping[str, np.ndarray], settings: Preset) -> tuple[float, float]:
+    """When sound begins and ends, in seconds; without an end where no more of it was measured."""
+    first, last = sound["inside"] / audio.SAMPLE_RATE
+    return first, last if last < settings.max_seconds else np.inf
 
 
 def _picture(clip, settings, tracker, clock, room, staged, wanted) -> tuple[Mapping[str, np.ndarray], Raw]:
@@ -380,7 +394,7 @@ def example(
     """The record of a clip in the packed view.
 
     Args:
-      staged: "video", "audio", "text" and, where the preset has encoders for them, "image", "flow" and "sound".
+      staged: "video", "audio", "text" and, where the preset has them, "image", "flow", "sound" and "window".
     Returns:
       The streams `video`, `audio` and, where there is one, `flow` with their masks, `text` and `sentence` by source,
       and what was measured: `prosody` as in `measure`, `duration` in seconds; `surface (3,)` = duration, lead-in,
@@ -388,29 +402,37 @@ def example(
     """
     picture, sound = staged["video"], staged["audio"]
     duration = np.float32(max(picture["times"].max(initial=0.0), sound["seconds"]))
-    steps, mask = _audio_stream(staged)
     shown = slice(None, None, every(settings))
-    streams = {
-        "video": _video_stream(staged, shown, settings.face),
-        "video_mask": seen(picture["video_mask"], settings),
-    }
-    if settings.flow:
-        streams |= {"flow": staged["flow"]["steps"], "flow_mask": picture["video_mask"]}
     return {
         "clip_id": clip.id,
-        "label": clip.label,
+        "label": clip.label if isinstance(clip.label, str) else np.array(clip.label, np.float32),
         "speaker": clip.speaker or "",
         "duration": duration,
-        **streams,
+        **_streams(settings, staged, shown),
         "au": picture["au"][shown],
         "times": picture["times"][shown],
-        "audio": steps,
-        "audio_mask": mask,
         "prosody": sound["prosody"],
         "surface": np.array([duration, *sound["surface"]], np.float32),
         "sentence": {s: sentences[s] for s in TEXTS},
         "text": {s: staged["text"][s] for s in TEXTS},
     }
+
+
+def _streams(settings: Preset, staged: Mapping[str, Mapping[str, np.ndarray]], shown: slice) -> dict[str, np.ndarray]:
+    if settings.window:
+        return windows.streams(staged["window"])
+    found = staged["video"]["video_mask"]
+    steps, mask = _audio_stream(staged)
+    streams = {
+        "video": _video_stream(staged, shown, settings.face),
+        "video_mask": seen(found, settings),
+        "audio": steps,
+        "audio_mask": mask,
+    }
+    if settings.flow:
+        # On the time base of `video`: the two are weighed against each other step by step.
+        streams |= {"flow": staged["flow"]["steps"][shown], "flow_mask": found[shown]}
+    return streams
 
 
 def _video_stream(staged: Mapping[str, Mapping[str, np.ndarray]], shown: slice, face: bool) -> np.ndarray:

@@ -35,16 +35,40 @@ class Flow:
 
     Attributes:
       source: "dis", or an encoder of flow.
-      image: encoder of the drawn flow.
+      image: encoder of the drawn flow; None = its means over the cells of a grid (`flow.grid`).
       window, stride: the flow is that from `window` frames before to each `stride`-th frame, and held until the next.
       side: of the squares, in pixels.
     """
 
     source: str
-    image: Encoding
+    image: Encoding | None
     window: int = 1
     stride: int = 1
     side: int = 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Raw pictures of the face and MFCC of one span in the middle of a clip: the streams `video` and `audio`.
+
+    Attributes:
+      seconds: of the span; a shorter clip has all of it, and the steps beyond its end are masked.
+      rate, count: the pictures are the middle ones of `count` equal parts of the span, counted in frames of `rate` a
+        second: of 3.6 s at 30 a second the 15 frames 3, 10, 17, …, 103.
+      side: of the pictures, in pixels.
+      sample_rate, mfccs: of the sound, as librosa has them.
+      released: as AVT-CA's released preprocessing has it: the channels of pictures in the order blue, green, red; boxes
+        that reach past the picture not clamped, which leaves nothing of some; pictures from the beginning of the clip,
+        beside sound from its middle; zeros beyond the end that count as real.
+    """
+
+    seconds: float = 3.6
+    rate: int = 30
+    count: int = 15
+    side: int = 224
+    sample_rate: int = 22050
+    mfccs: int = 10
+    released: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +82,7 @@ class Preset:
       face: whether face measurements (blendshapes, action units, pose) stand beside the image encoder's features.
       flow: optical flow, the stream `flow`; None = no such stream. It takes every frame.
       sound: encoder of the sound, the stream `audio`; None = acoustic measurements.
+      window: raw pictures and MFCC in the place of `video` and `audio`; None = the measurements and encoders above.
       text: encoder of the sentences; max_tokens: longer ones are cut.
       random: whether all encoders get weights drawn at random (`encoders.load`).
     """
@@ -69,6 +94,7 @@ class Preset:
     face: bool = True
     flow: Flow | None = None
     sound: Encoding | None = None
+    window: Window | None = None
     text: Encoding = Encoding("minilm")
     max_tokens: int = 128
     random: bool = False
@@ -76,6 +102,7 @@ class Preset:
 
 # DE-III's eyes: face expressions, in pictures of faces and in flow drawn as pictures alike.
 _B2 = Encoding("hsemotion_b2", pool="mean", side=224)
+DEIII_WINDOWS = ((3, 1), (5, 1), (7, 1), (3, 3), (5, 5), (7, 7))  # of flow, beside 1/1: Table 4
 _DEIII = Preset(
     frames=0,
     image=_B2,
@@ -83,15 +110,15 @@ _DEIII = Preset(
     flow=Flow("perceiver_flow", _B2, side=368),
     sound=Encoding("wav2vec2_large_robust"),
 )
+# Encoders that can be had without the hub. Layers chosen on held-out training speakers (README): Whisper's middle is
+# .13 above its end; for the picture layers 9 to 12 are alike, and the tenth spares two.
+_S14 = Encoding("vit_s14", layer=10, pool="first")
+_WHISPER = Encoding("whisper_base", layer=3, per_second=10)
 PRESETS = {
     # Blendshapes, action units and head pose; `audio.acoustic`; MiniLM's tokens.
     "lite": Preset(),
-    # Encoders that can be had without the hub. Layers chosen on held-out training speakers (README): Whisper's middle
-    # is .13 above its end; for the picture layers 9 to 12 are alike, the tenth spares two, and half the frames do.
-    "open": Preset(
-        image=Encoding("vit_s14", layer=10, pool="first", every=2),
-        sound=Encoding("whisper_base", layer=3, per_second=10),
-    ),
+    # Half the frames do.
+    "open": Preset(image=dataclasses.replace(_S14, every=2), sound=_WHISPER),
     # The papers' (specification of the systems: section 1, "Features"; section 2; section 4).
     "etg": Preset(
         frames=8,
@@ -103,6 +130,25 @@ PRESETS = {
     "deiii": _DEIII,
     # The same with the flow that a laptop can bear.
     "deiii_dis": dataclasses.replace(_DEIII, flow=Flow("dis", _B2)),
+    **{
+        f"deiii_w{window}s{stride}": dataclasses.replace(
+            _DEIII, flow=Flow("perceiver_flow", _B2, window, stride, side=368)
+        )
+        for window, stride in DEIII_WINDOWS
+    },
+    "deiii_flow_dinov2": dataclasses.replace(_DEIII, flow=Flow("perceiver_flow", _S14, side=368)),
+    # DE-III's streams out of `lite`'s measurements and `open`'s encoders, that at ten steps a second of usual video.
+    "deiii_lite": Preset(frames=0, flow=Flow("dis", None)),
+    "deiii_open": Preset(
+        frames=0,
+        image=dataclasses.replace(_S14, every=3),
+        flow=Flow("dis", _S14, window=3, stride=3),
+        sound=_WHISPER,
+    ),
+    # AVT-CA's: face pictures and MFCC.
+    "avtca": Preset(window=Window()),
+    "avtca_112": Preset(window=Window(side=112)),
+    "avtca_faulty": Preset(window=Window(released=True)),
     "emoasst": Preset(
         frames=24,
         image=Encoding("clip_vit_b32", tower="vision", pool="projected", sees="frame", side=224),

@@ -19,4 +19,4 @@ def base() -> ConfigDict:
 
 
 def get_config(variants: str = "") -> ConfigDict:
-    return with_variants(base(), variants, MAFW.PRESETS)
+    return with_variants(base(), variants, MAFW.PRESETS | MAFW.TABLE_4)

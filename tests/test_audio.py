@@ -98,6 +98,19 @@ def test_a_part(tmp_path):
     assert len(audio.read_sound(path, start=1.0, end=1.25, max_seconds=3.0)) == 0.25 * RATE
 
 
+def test_another_rate(tmp_path):
+    path = write(tmp_path / "two.wav", np.concatenate([sine(300, 2.0, 44100), sine(800, 2.0, 44100)]), 44100)
+    whole = audio.read_sound(path, rate=22050)
+    assert whole.dtype == np.float32
+    assert len(whole) == pytest.approx(4 * 22050, abs=32)
+    part = audio.read_sound(path, start=1.5, end=3.0, rate=22050)
+    assert len(part) == 1.5 * 22050
+    np.testing.assert_allclose(part[2000:], whole[33075 : 33075 + len(part)][2000:], atol=1e-3)
+    tones = [np.abs(np.fft.rfft(half)).argmax() * 22050 / len(half) for half in (whole[:44100], whole[44100:])]
+    np.testing.assert_allclose(tones, [300, 800], atol=1)
+    assert len(audio.read_sound(path, max_seconds=1.0, rate=8000)) == 8000
+
+
 def test_sound_that_begins_late_stays_on_the_clock(tmp_path):
     path = write(tmp_path / "late.mkv", sine(440, 1.0), RATE, begin=0.7, picture=True)
     samples = audio.read_sound(path)

@@ -121,6 +121,43 @@ def test_folder_says_what_is_wrong_with_its_table(folder, table, message):
         folder(table)
 
 
+def test_folder_with_values(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/classes.txt").write_text("of no use here")
+    corpus = folder("value:valence;FILE; Value:Arousal ;speaker\n0.5;a.mp4;-1e-2;ann\n1;b.mp4; 0 ;ben\n")
+    assert (corpus.task.kind, corpus.task.classes, corpus.rejected) == ("regression", ("valence", "arousal"), ())
+    assert [(c.id, c.label, c.speaker) for c in corpus.clips] == [("a", (0.5, -0.01), "ann"), ("b", (1.0, 0.0), "ben")]
+
+
+def test_folder_with_yes_or_no(folder):
+    corpus = folder("file,is:happy,is:sad\na.mp4,1,0\nb.mp4,1.0,1\nc.mp4,0,0\n")
+    assert (corpus.task.kind, corpus.task.classes, corpus.rejected) == ("multilabel", ("happy", "sad"), ())
+    assert [c.label for c in corpus.clips] == [(1, 0), (1, 1), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "cells", "reason"),
+    [
+        ("value:x,value:y", "0.5,", "value:x, value:y: 0.5, nothing; expected numbers"),
+        ("value:x,value:y", "high,2", "value:x, value:y: high, 2; expected numbers"),
+        ("value:x,value:y", "nan,2", "value:x, value:y: nan, 2; expected numbers"),
+        ("value:x,value:y", "1,-inf", "value:x, value:y: 1, -inf; expected numbers"),
+        ("is:x,is:y", "0.5,1", "is:x, is:y: 0.5, 1; expected 1 or 0"),
+        ("is:x,is:y", "yes,no", "is:x, is:y: yes, no; expected numbers"),
+    ],
+)
+def test_folder_rejects_what_is_no_number_and_keeps_the_rest(folder, columns, cells, reason):
+    corpus = folder(f"file,{columns}\na.mp4,1,0\nb.mp4,{cells}\n")
+    assert [c.label for c in corpus.clips] == [(1, 0)]
+    assert corpus.rejected == (("b", reason),)
+
+
+@pytest.mark.parametrize("columns", ["value:x,is:y", "label,value:x", "is:x,label"])
+def test_folder_takes_one_kind_of_label(folder, columns):
+    with pytest.raises(AvjaxError, match=rf"labels\.csv: columns {columns.replace(',', ', ')}; expected one kind of"):
+        folder(f"file,{columns}\na.mp4,1,0\n")
+
+
 def test_folder_with_a_list_of_classes(folder, tmp_path):
     (tmp_path / "data").mkdir()
     path = tmp_path / "data/classes.txt"
@@ -150,7 +187,7 @@ def test_folder_with_file_names_that_are_not_utf8(folder, tmp_path):
 def test_folder_without_table_and_missing_roots(tmp_path, monkeypatch):
     with pytest.raises(AvjaxError, match=r"labels\.csv: not found; .* columns file,label"):
         datasets.index("folder", str(tmp_path))
-    with pytest.raises(AvjaxError, match="the registry has demo, folder, mafw"):
+    with pytest.raises(AvjaxError, match="the registry has crema_d, demo, folder, mafw, ravdess"):
         datasets.index("mawf")
     monkeypatch.setenv("AVJAX_DATA", str(tmp_path))
     with pytest.raises(AvjaxError, match=rf"{tmp_path}/mafw: no such folder; set --config.data.root"):
@@ -369,6 +406,19 @@ def test_stratified_folds_are_balanced_and_follow_the_seed():
     assert folds != natural_folds(clips, (), "stratified", count=5, seed=1)[0]
 
 
+def valued(count):
+    """Clips whose first value rises, in no order of their ids."""
+    return [Clip(f"c{i:02d}", None, (float(i * 7 % count), 0.5)) for i in range(count)]
+
+
+def test_stratified_folds_of_values_are_alike_in_the_first_of_them():
+    clips = valued(30)
+    folds, _ = natural_folds(clips, (), "stratified", count=5)
+    check_partition(folds, clips)
+    value = {c.id: c.label[0] for c in clips}
+    assert all(sorted(value[i] // 5 for i in f.test) == list(range(6)) for f in folds), "one of every five"
+
+
 @pytest.mark.parametrize(
     ("clips", "kind", "count", "message"),
     [
@@ -426,6 +476,15 @@ def test_hold_out_is_balanced_and_leaves_every_class_something_to_learn_from():
     assert Counter(label[i] for i in val) == {"class0": 5, "class1": 5}
     for share in (0.25, 0.9, 0.99):
         assert {label[i] for i in hold_out(clips, share, seed=0)[0]} == {"class0", "class1", "rare"}
+
+
+def test_hold_out_of_values_is_a_share_of_all():
+    clips = valued(40)
+    train, val, how = hold_out(clips, 0.25, seed=0)
+    assert how == "stratified part of the training clips held out"
+    assert (len(train), len(val)) == (30, 10)
+    assert sorted([*train, *val]) == [c.id for c in clips]
+    assert hold_out([Clip(c.id, None, (1.0, 0.0)) for c in clips], 0.25, seed=0)[1] == val, "whatever the values"
 
 
 def test_hold_out_of_nothing():

@@ -92,6 +92,41 @@ def test_a_frame_without_a_face_is_zero():
     assert not empty.any()
 
 
+def coloured():
+    """A picture (40, 60) whose columns count in red, and its rows in green."""
+    y, x = np.mgrid[:40, :60].astype(np.uint8)
+    return np.stack([x, y, np.full_like(x, 200)], -1)
+
+
+def boxed(box, size=10, **options):
+    frames = Frames(np.stack([coloured()] * 2), np.arange(2.0))
+    out = f.boxed(frames, np.array([True, False]), np.array([box, box], np.float32), size, **options)
+    assert (out.shape, out.dtype) == ((2, size, size, 3), np.uint8)
+    assert not out[1].any(), "no face, nothing cut"
+    return out[0]
+
+
+def test_a_box_is_cut_out_as_it_is():
+    np.testing.assert_array_equal(boxed((20, 10, 30, 20)), coloured()[10:20, 20:30])
+    np.testing.assert_array_equal(boxed((19.6, 10.4, 30.4, 19.6)), coloured()[10:20, 20:30], "to the nearest pixel")
+    tall = boxed((20, 0, 30, 40))
+    assert (np.diff(tall[0, :, 0].astype(int)) == 1).all()
+    assert tall[-1, 0, 1] >= 37, "stretched to a square"
+
+
+def test_a_box_that_reaches_past_the_picture_is_clamped_to_it():
+    np.testing.assert_array_equal(boxed((-10, -5, 10, 10)), boxed((0, 0, 10, 10)))
+    np.testing.assert_array_equal(boxed((50, 30, 75, 99)), coloured()[30:, 50:])
+    assert not boxed((-20, 0, -5, 10)).any(), "beside the picture is nothing"
+
+
+def test_a_box_that_is_not_clamped_counts_from_the_far_side():
+    np.testing.assert_array_equal(boxed((50, 30, 75, 99), clamped=False), coloured()[30:, 50:])
+    assert not boxed((-10, 0, 10, 10), clamped=False).any(), "from the 50th column to the 10th is nothing"
+    assert not boxed((0, -5, 10, 10), clamped=False).any()
+    np.testing.assert_array_equal(boxed((-20, 0, -10, 10), clamped=False), coloured()[:10, 40:50])
+
+
 def units(values: dict[str, list[float]], steps: int) -> dict[str, np.ndarray]:
     """Action units of `steps` frames whose named blendshapes have the given values; all others are 0."""
     shapes = np.zeros((steps, 52), np.float32)

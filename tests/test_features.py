@@ -276,6 +276,25 @@ def test_streams_of_a_preset_with_encoders(tmp_path):
     np.testing.assert_array_equal(flowing["flow_mask"], made["video"]["video_mask"])
 
 
+def test_flow_is_on_the_time_base_of_the_encoded_frames(tmp_path):
+    made = measure(clips.write_mp4(tmp_path / "a.mp4"), Everywhere(), settings=EVERY_FRAME)
+    frames = len(made["video"]["video"])
+    shown = -(-frames // 3)
+    settings = dataclasses.replace(
+        EVERY_FRAME, image=presets.Encoding("any", every=3), flow=presets.Flow("dis", None, window=3, stride=3)
+    )
+    text = {s: np.zeros((1, 4), np.float16) for s in features.TEXTS}
+    staged = made | {
+        "image": {"steps": np.ones((shown, 2), np.float16)},
+        "flow": {"steps": np.arange(frames, dtype=np.float16)[:, None]},
+        "text": text,
+    }
+    packed = features.example(Clip("c", tmp_path / "a.mp4", "sad"), settings, staged, dict.fromkeys(text, ""))
+    assert packed["flow"][:, 0].tolist() == list(range(0, frames, 3)), "where a flow just ended"
+    np.testing.assert_array_equal(packed["flow_mask"], packed["video_mask"])
+    assert len(packed["flow"]) == len(packed["video"]) == len(packed["times"]) == shown > 2
+
+
 def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
     before = {f: features.provenance(f, LITE) for f in features.CODE_VERSION}
     changes = {
@@ -285,6 +304,7 @@ def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
         "image": (presets.Encoding("a"), {"image"}),
         "flow": (presets.Flow("a", presets.Encoding("a")), {"flow"}),
         "sound": (presets.Encoding("a"), {"sound"}),
+        "window": (presets.Window(), {"window"}),
         "text": (presets.Encoding("a"), {"text"}),
         "max_tokens": (7, {"text"}),
         "face": (False, set()),

@@ -93,6 +93,47 @@ def test_the_same_motion_has_the_same_colour_in_every_frame_and_clips_of_another
     assert (flow.draw(0 * flows, 0.0) == 255).all()
 
 
+def test_a_grid_has_the_means_of_its_cells():
+    flows = np.zeros((2, 5, 6, 2), np.float32)
+    flows[0, :2, :3] = (3, 4)  # the upper left cell of two by two: rows 0 and 1, columns 0 to 2
+    flows[0, 2:, 3:] = (0, -1)
+    flows[1, 4, 5] = (2, 0)  # one pixel of nine
+    made = flow.grid(flows, 10.0, cells=2)
+    assert (made.shape, made.dtype) == ((2, 12), np.float32)
+    most = 40.0  # four standard deviations
+    first, second = made.reshape(2, 2, 2, 3) * most
+    np.testing.assert_allclose(first, [[[3, 4, 5], [0, 0, 0]], [[0, 0, 0], [0, -1, 1]]], atol=1e-3)
+    np.testing.assert_allclose(second[1, 1], (2 / 9, 0, 2 / 9), atol=1e-4)
+
+
+@pytest.mark.parametrize(("sides", "cells"), [((7, 7), 7), ((48, 50), 7), ((368, 368), 7), ((5, 9), 3)])
+def test_a_grid_is_that_of_plain_means_and_stays_within_one(sides, cells):
+    flows = np.random.default_rng(0).normal(0, 3, (3, *sides, 2)).astype(np.float16)
+    made = flow.grid(flows, 1.0, cells)
+    assert made.shape == (3, 3 * cells**2)
+    assert np.abs(made).max() <= 1
+    vectors = flows.astype(np.float64) / 4.004
+    strength = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    whole = np.concatenate([vectors / np.maximum(strength, 1), np.minimum(strength, 1)], -1)
+    rows, columns = (np.linspace(0, side, cells + 1).astype(int) for side in sides)
+    want = [
+        whole[:, rows[i] : rows[i + 1], columns[j] : columns[j + 1]].mean((1, 2))
+        for i in range(cells)
+        for j in range(cells)
+    ]
+    np.testing.assert_allclose(made, np.concatenate(want, -1), atol=2e-5)
+    np.testing.assert_array_equal(made[1:2], flow.grid(flows[1:2], 1.0, cells))
+
+
+def test_a_grid_of_strong_flow_has_its_direction_and_that_of_none_is_zero():
+    far = np.zeros((1, 8, 8, 2), np.float32) + np.array((300, -400), np.float32)
+    np.testing.assert_allclose(flow.grid(far, 1.0, 2).reshape(4, 3), [[0.6, -0.8, 1]] * 4, atol=1e-6)
+    assert not flow.grid(0 * far, 0.0).any()
+    some = np.random.default_rng(0).normal(size=(2, 8, 8, 2))
+    np.testing.assert_allclose(flow.grid(some, 1.5, 2), flow.grid(3 * some, 4.5, 2), atol=1e-3)
+    assert flow.grid(some[:0], 1.0).shape == (0, 147)
+
+
 def test_the_mouth_of_a_real_speaker_moves_more_than_the_forehead(java_sed, tmp_path):
     from avjax import features, presets
     from avjax.media.faces import FaceTracker

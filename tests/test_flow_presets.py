@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,9 @@ from test_presets import data, extract, tiny  # noqa: F401
 from avjax import config, encoding, extraction, features, prediction, presets, train
 from avjax.datasets import store as stores
 from avjax.encoders import perceiver, weights
+from avjax.files import Pile
+from avjax.media import flow
+from avjax.progress import Stopwatch
 from avjax.report import predictions
 
 torch = pytest.importorskip("torch", reason="the encoders' files are made by PyTorch (extra parity)")
@@ -41,6 +45,7 @@ def flowing(tiny, tmp_path_factory):  # noqa: F811
     return {
         "dis": dataclasses.replace(base, flow=presets.Flow("dis", image, side=48)),
         "moved": dataclasses.replace(base, flow=presets.Flow(str(mover), image, side=40, window=2, stride=2)),
+        "grid": dataclasses.replace(base, image=None, face=True, sound=None, flow=presets.Flow("dis", None, side=48)),
     }
 
 
@@ -127,16 +132,79 @@ def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
             np.testing.assert_allclose(clip[stream], made[clip_id][stream], atol=2e-3 * size)
 
 
+def test_a_grid_of_flow_stands_beside_the_measurements_of_every_frame(packed):
+    out, made = packed("grid")
+    assert len(made) == 7
+    assert not (out / "scratch").exists()
+    for clip in made.values():
+        assert clip["flow"].shape == (len(clip["times"]), 147)
+        assert clip["flow"].dtype == np.float16
+        np.testing.assert_array_equal(clip["flow_mask"], clip["video_mask"])
+        assert len(clip["video"]) == len(clip["flow"])
+        assert not clip["flow"][~clip["flow_mask"]].any()
+        assert np.abs(clip["flow"]).max(initial=0) <= 1
+    assert len(made["voice"]["flow"]) == 0
+    assert not made["faceless"]["flow_mask"].any()
+    for clip in (c for i, c in made.items() if "/" in i):
+        assert not clip["flow"][0].any(), "no motion before the first"
+        assert clip["flow"][1:].any(1).mean() > 0.8
+    records = [r for r in map(_read, (out / "provenance").iterdir()) if r["feature"] == "flow"]
+    assert {"face_landmarker"} in [r["weights"].keys() for r in records], "no encoder"
+
+
+def test_a_grid_of_flow_is_the_same_when_it_is_taken_up_again(packed, data, tmp_path):  # noqa: F811
+    whole, made = packed("grid")
+    out = tmp_path / "F"
+    shutil.copytree(whole / "staged", out / "staged")
+    shutil.copytree(whole / "provenance", out / "provenance")
+    grids = [p for p in out.glob("staged/*/flow-*") if np.load(p)["steps"].shape[1] == 147]
+    assert len(grids) == 7
+    for path in grids[::2]:
+        path.unlink()
+    again = extract(data, out, "grid")
+    assert all(path.exists() for path in grids)
+    for clip_id, clip in made.items():
+        np.testing.assert_array_equal(again[clip_id]["flow"], clip["flow"])
+
+
+def test_what_a_grid_stages_is_of_the_whole_clip_whatever_its_blocks(tmp_path, flowing, monkeypatch):
+    rng = np.random.default_rng(0)
+    flows = (
+        rng.normal(size=(10, 48, 48, 2)).astype(np.float16) * np.arange(1, 11, dtype=np.float16)[:, None, None, None]
+    )
+    store, settings, found = stores.Store(tmp_path), flowing["grid"], np.ones(11, bool)
+    stage = encoding.FlowGrid(settings, store, Stopwatch(), face_landmarker="abc")
+    finish = functools.partial(features.of_flow, found=found, ends=features.flow_ends(found, settings))
+
+    def staged(name, flows):
+        pile = None
+        if flows is not None:
+            pile = Pile.begun(tmp_path / "room", flows.shape[1:], "float16")
+            pile.add(flows)
+        stage.add(name, stage.key, pile, lambda steps, mask: finish(steps))
+        assert not pile or not pile.path.exists()
+        return store.get(name, "flow", stage.key)["steps"]
+
+    made = staged("a", flows)
+    monkeypatch.setattr(encoding, "BLOCK", 3)
+    np.testing.assert_array_equal(staged("b", flows), made)
+    assert made.shape == (11, 147)
+    assert not made[0].any()
+    np.testing.assert_allclose(made[1:], flow.grid(flows, flow.spread([flows])), atol=1e-3)
+    finish = functools.partial(features.of_flow, found=found[:2], ends=np.zeros(0, int))
+    np.testing.assert_array_equal(staged("c", None), np.zeros((2, 147)))
+
+
 @pytest.mark.slow
 def test_a_mover_is_asked_for_the_flow_of_the_pairs(data, tmp_path, monkeypatch):  # noqa: F811
     asked = []
 
-    def flow(mover, first, second, *, batch):
+    def moved(mover, first, second, *, batch):
         assert batch == 1, "on a CPU"
         asked.append((mover.provenance["source"], first.shape, second.shape))
         return np.full((*first.shape[:3], 2), np.float32(len(asked)))
 
-    monkeypatch.setattr(perceiver, "optical_flow", flow)
+    monkeypatch.setattr(perceiver, "optical_flow", moved)
     made = extract(data, tmp_path / "F", "moved")
     assert {source for source, _, _ in asked} == {"mover"}
     assert all(first == second and first[1:] == (40, 40, 3) for _, first, second in asked)
@@ -188,5 +256,5 @@ def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so
     (answer,), rejected = prediction.predict(run, clip, Console(quiet=True))
     assert not rejected
     assert "RANDOM WEIGHTS" in predictions.as_json(run, [answer], [])
-    want = prediction.probabilities(run, stores.load(out, name))[stores.load(out, name).ids.index("faceless")]
-    np.testing.assert_allclose(list(answer.probabilities.values()), want, atol=1e-5)
+    want = prediction.answers_of(run, stores.load(out, name))[stores.load(out, name).ids.index("faceless")]
+    np.testing.assert_allclose(list(answer.answers.values()), want, atol=1e-5)

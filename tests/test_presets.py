@@ -180,6 +180,48 @@ def test_another_encoder_is_added_without_measuring_again(packed, data, preset, 
     assert sum(p.name.startswith("image-") for p in out.glob("staged/*/*")) == 2 * len(made)
 
 
+@pytest.fixture
+def window(tiny, monkeypatch):
+    preset = features.dataclasses.replace(tiny, image=None, sound=None, window=presets.Window(side=16))
+    monkeypatch.setitem(presets.PRESETS, "window", preset)
+
+
+@pytest.fixture(scope="module")
+def measured(packed, tmp_path_factory):
+    """A store where all but the window is staged."""
+    root = tmp_path_factory.mktemp("measured")
+    for part in ("staged", "provenance"):
+        shutil.copytree(packed[0] / part, root / part)
+    return root
+
+
+def test_a_window_is_packed_as_pictures(measured, data, window):
+    extract(data, measured, "window")
+    loaded = stores.load(measured, "window")
+    assert (loaded.arrays["video"].shape, loaded.arrays["video"].dtype) == ((7, 15, 16, 16, 3), np.uint8)
+    assert (loaded.arrays["audio"].shape, loaded.arrays["audio"].dtype) == ((7, 156, 10), np.float32)
+    real, heard = (dict(zip(loaded.ids, loaded.masks[s].sum(1), strict=True)) for s in ("video", "audio"))
+    assert [real[clip_id] for clip_id in ("mute", "faceless", "voice", "silent")] == [0] * 4
+    assert all(count > 2 for clip_id, count in real.items() if "/" in clip_id)
+    assert heard["voice"] == pytest.approx(156 / 3.6, abs=2)
+    assert heard["mute"] == heard["silent"] == 0
+
+
+@pytest.mark.slow
+def test_a_window_is_taken_up_again(measured, data, window):
+    extract(data, measured, "window")
+    content = stores.load(measured, "window").content
+    staged = {p: p.stat().st_mtime_ns for p in measured.glob("staged/*/*")}
+    gone = [p for p in staged if p.name.startswith("window-")][::3]
+    for path in gone:
+        path.unlink()
+    extract(data, measured, "window")
+    assert all(path in gone or path.stat().st_mtime_ns == before for path, before in staged.items())
+    assert len(gone) == 3
+    assert all(path.exists() for path in gone)
+    assert stores.load(measured, "window").content == content
+
+
 @pytest.mark.slow
 def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, preset, tmp_path):
     from rich.console import Console
@@ -197,14 +239,14 @@ def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, pres
     )
     train.train(settings, tmp_path / "W")
     run = prediction.read_run(tmp_path / "W")
-    stored = prediction.probabilities(run, stores.load(out, "tiny"))
+    stored = prediction.answers_of(run, stores.load(out, "tiny"))
     found = prediction.find_clips([str(data / "voice.wav"), str(data / "faceless.mp4")])
     answers, rejected = prediction.predict(run, found, Console(quiet=True))
     assert not rejected
     ids = stores.load(out, "tiny").ids
     for clip_id, answer in zip(("voice", "faceless"), answers, strict=True):
         want = stored[ids.index(clip_id)]
-        np.testing.assert_allclose(list(answer.probabilities.values()), want, atol=1e-6)
+        np.testing.assert_allclose(list(answer.answers.values()), want, atol=1e-6)
 
 
 KILLED = """

@@ -84,6 +84,62 @@ def test_packed_view_gives_back_what_was_packed(tmp_path):
     assert not leftovers(tmp_path)
 
 
+def with_pictures(clip):
+    """A packed record of raw pictures, whose second one is masked."""
+    made = example(clip)
+    rng = np.random.default_rng(int(clip.id[-1]))
+    t = 0 if clip.id.endswith("1") else 3
+    pictures = rng.integers(0, 256, (t, 4, 5, 3), np.uint8)
+    return made | {"video": pictures, "video_mask": np.arange(t) != 1}
+
+
+def test_pictures_stay_bytes(tmp_path):
+    pack(tmp_path, make=with_pictures)
+    loaded = stores.load(tmp_path, "lite")
+    video, mask = loaded.arrays["video"], loaded.masks["video"]
+    assert (video.shape, video.dtype) == ((4, 3, 4, 5, 3), np.uint8)
+    assert mask.tolist() == [[True, False, True], 3 * [False], [True, False, True], [True, False, True]]
+    for i, clip in enumerate(corpus().clips):
+        np.testing.assert_array_equal(video[i][mask[i]], with_pictures(clip)["video"][[0, 2][: mask[i].sum()]])
+    assert not video[~mask].any(), "zeros where masked"
+    record = next(r for r in stores.read_examples(tmp_path, "avjax_folder", "lite") if r["clip_id"] == b"sub/clip 2")
+    assert record["video"].dtype == np.uint8
+
+
+def test_dense_keeps_pictures_and_makes_all_else_float32():
+    masks = [np.array([True, False]), np.zeros(0, bool)]
+    for given, dtype in ((np.uint8, np.uint8), (np.float16, np.float32), (np.float64, np.float32)):
+        steps = [np.arange(6).reshape(2, 3).astype(given), np.zeros((0, 3), given)]
+        made, mask = stores.dense(steps, masks)
+        assert made.dtype == dtype
+        assert made.tolist() == [[[0, 1, 2], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]]
+        assert mask.tolist() == [[True, False], [False, False]]
+    steps = [np.array([[1.0], [np.nan]])]
+    assert stores.dense(steps, masks[:1])[0].tolist() == [[[1], [0]]], "what is masked does not matter"
+    assert stores.dense([np.zeros((0, 2, 2, 3), np.uint8)], masks[1:])[0].shape == (1, 1, 2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "dtype"),
+    [
+        ("regression", [(0.5, -0.25), (1.0, 0.0), (0.1, 2.0)], np.float32),
+        ("multilabel", [(1, 0), (0, 0), (1, 1)], bool),
+    ],
+)
+def test_labels_of_other_tasks_are_given_back(tmp_path, kind, labels, dtype):
+    clips = tuple(Clip(f"c{i}", None, tuple(map(float, label)), speaker="s") for i, label in enumerate(labels))
+    data = Corpus("folder", Task(kind, ("x", "y")), clips, (Fold("1", ("c0", "c1"), ("c2",)),))
+    content = pack(tmp_path, data)
+    loaded = stores.load(tmp_path, "lite")
+    assert (loaded.task, loaded.classes) == (kind, ("x", "y"))
+    assert (loaded.label.dtype, loaded.label.shape) == (dtype, (3, 2))
+    np.testing.assert_array_equal(loaded.label, np.array(labels, dtype))
+    assert [c.label for c in loaded.clips] == [c.label for c in clips]
+    assert stores.Store(tmp_path).read_measured("lite")[0].task == data.task
+    changed = Corpus("folder", data.task, (Clip("c0", None, (0.0, 1.0), speaker="s"), *clips[1:]), data.folds)
+    assert pack(tmp_path, changed) != content, "a label counts"
+
+
 def test_packed_record_has_all_that_the_design_names(tmp_path):
     pack(tmp_path)
     record = next(r for r in stores.read_examples(tmp_path, "avjax_folder", "lite") if r["clip_id"] == b"sub/clip 2")

@@ -122,6 +122,31 @@ def test_a_part_is_counted_by_itself(clip):
     assert len(video.read_frames(clip, fps=100, start=0.4, end=0.75).times) == 35
 
 
+def test_frames_shown_at_chosen_times(clip):
+    asked = np.array([0.99, 0.0, 0.419, 0.42, 1.19, 1.2, 5.0])
+    frames, there = video.read_shown(clip, lambda seconds: asked * (seconds / 1.2))
+    assert numbers(frames) == [24, 0, 10, 10, 29], "the clip lasts 1.2 s: its last frame too is shown for 40 ms"
+    assert there.tolist() == [True] * 5 + [False] * 2
+    np.testing.assert_allclose(frames.times, np.array([24, 0, 10, 10, 29]) / 25)
+
+
+def test_frames_shown_in_a_part(clip):
+    lasted = []
+
+    def wanted(seconds):
+        lasted.append(seconds)
+        return np.array([0.0, 0.1, 0.39, 0.4])
+
+    frames, there = video.read_shown(clip, wanted, start=0.4, end=0.8)
+    assert lasted == [pytest.approx(0.4)]
+    assert numbers(frames) == [10, 12, 19]
+    assert there.tolist() == [True, True, True, False]
+    with pytest.raises(UnusableMedia, match="not one of the frames wanted is before its end"):
+        video.read_shown(clip, lambda seconds: np.array([seconds + 1]))
+    with pytest.raises(UnusableMedia, match="no such file"):
+        video.read_shown(clip.with_name("gone.mp4"), lambda seconds: np.zeros(1))
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
 def test_a_late_part_is_sought_exactly(tmp_path, suffix):
     path = write(tmp_path / f"long.{suffix}", 200)

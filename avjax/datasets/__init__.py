@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from avjax import assets
-from avjax.datasets import folder, mafw
+from avjax.datasets import coded, folder, mafw
 from avjax.datasets.base import Corpus, Index
 from avjax.errors import AvjaxError
 
@@ -13,7 +13,13 @@ def _demo(root: Path) -> Corpus:
     return dataclasses.replace(mafw.index(root), name="demo")
 
 
-REGISTRY: dict[str, Index] = {"demo": _demo, "folder": folder.index, "mafw": mafw.index}
+REGISTRY: dict[str, Index] = {
+    "crema_d": coded.crema_d,
+    "demo": _demo,
+    "folder": folder.index,
+    "mafw": mafw.index,
+    "ravdess": coded.ravdess,
+}
 # What stands on tables and pictures; every other data set stands there by its name.
 _TITLES = {"demo": "demo corpus (synthetic), not MAFW"}
 

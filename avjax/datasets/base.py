@@ -14,8 +14,9 @@ class Task:
     """What is predicted.
 
     Attributes:
-      kind: "single" (one of the classes per clip).
-      classes: class names; a label is an index into them.
+      kind: "single" (one of the classes per clip), "multilabel" (yes or no to each), "regression" (a number for each);
+        see `avjax.tasks`.
+      classes: names of the classes, labels or values.
     """
 
     kind: str
@@ -29,7 +30,7 @@ class Clip:
     Attributes:
       id: unique within the data set.
       path: the media file; audio: a separate sound file, or None when the sound is in `path`.
-      label: class name.
+      label: class name; of other tasks a number for each of `Task.classes`.
       speaker, transcript: or None where unknown.
       start, end: seconds, the part of the file that is the clip, or None for all of it.
       split: "train", "val" or "test" of an official split, or None.
@@ -39,7 +40,7 @@ class Clip:
 
     id: str
     path: Path
-    label: str
+    label: str | tuple[float, ...]
     audio: Path | None = None
     speaker: str | None = None
     transcript: str | None = None
@@ -162,6 +163,7 @@ def _stratified(clips: Sequence, count: int, seed: int) -> tuple[list[Fold], str
         return None
     # Dealt class by class over one running counter, so that folds are even in size and in every class.
     order = np.random.default_rng(seed).permutation(len(clips))
+    # So are folds of values: a tuple's first one comes first.
     dealt = sorted(order.tolist(), key=lambda i: clips[i].label)
     fold_of = {clips[i].id: position % count for position, i in enumerate(dealt)}
     folds = [_leaving(clips, str(f + 1), lambda c, f=f: fold_of[c.id] == f) for f in range(count)]
@@ -204,7 +206,7 @@ def _share_of_classes(clips: Sequence, share: float, rng: np.random.Generator) -
     """Ids of a part of every class, never all of it; of the largest class at least one, if it has two."""
     groups: dict[str, list[str]] = {}
     for c in clips:
-        groups.setdefault(c.label, []).append(c.id)
+        groups.setdefault(c.label if isinstance(c.label, str) else "", []).append(c.id)
     largest = max(groups, key=lambda g: len(groups[g]), default=None)
     taken = set()
     for label in sorted(groups):

@@ -4,11 +4,15 @@ Columns: `file,label[,id][,speaker][,split|fold][,transcript][,audio][,start,end
 tabs; files are relative to the folder, `start` and `end` are seconds. The table is UTF-8, but for names of files that
 are not: these stand in it byte for byte as on the disk, and are shown with `\xe9` for such a byte.
 
+In the place of `label` there may be columns of numbers, `value:<name>`, such as `value:valence`: then these are
+predicted (task "regression"); or of 1 and 0, `is:<name>`, such as `is:happy`: yes or no to each (task "multilabel").
+
 Any label is a class, unless a file `classes.txt` stands beside the table: one class per line, in the order wanted. Rows
 with another label are then rejected.
 """
 
 import csv
+import math
 import os
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from avjax.datasets import labels
 from avjax.datasets.base import Clip, Corpus, Task
 from avjax.errors import AvjaxError
 
+_MARKS = {"regression": "value:", "multilabel": "is:"}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
@@ -32,10 +37,11 @@ def index(root: Path) -> Corpus:
     """
     table = root / "labels.csv"
     rows = _read(table)
-    classes = _classes(root / "classes.txt")
+    task, columns = _numbers(table, rows)
+    classes = () if columns else _classes(root / "classes.txt")
     clips, rejected, seen = [], [], set()
     for row in rows:
-        clip, reason = _clip(root, row)
+        clip, reason = _clip(root, row, task, columns)
         if not reason and classes:
             reason = labels.trouble(clip.label, classes)
         if clip and clip.id in seen:
@@ -48,8 +54,19 @@ def index(root: Path) -> Corpus:
     if not clips:
         first = ": ".join(rejected[0]) if rejected else "there is none"
         raise AvjaxError(f"{table}: none of its {len(rows)} rows can be used; the first: {first}")
-    classes = classes or tuple(sorted({c.label for c in clips}))
-    return Corpus("folder", Task("single", classes), tuple(clips), (), tuple(rejected))
+    names = tuple(column.partition(":")[2] for column in columns)
+    classes = names or classes or tuple(sorted({c.label for c in clips}))
+    return Corpus("folder", Task(task, classes), tuple(clips), (), tuple(rejected))
+
+
+def _numbers(table: Path, rows: list[dict[str, str]]) -> tuple[str, tuple[str, ...]]:
+    """The kind of task, and the columns of numbers in the place of `label`, () where there are none."""
+    columns = {kind: tuple(c for c in rows[0] if c.startswith(mark)) for kind, mark in _MARKS.items()} if rows else {}
+    found = {kind: names for kind, names in columns.items() if names}
+    if len(found) > 1 or (found and "label" in rows[0]):
+        there = ", ".join(c for c in rows[0] if c == "label" or c.startswith(tuple(_MARKS.values())))
+        raise AvjaxError(f"{table}: columns {there}; expected one kind of label: label, value:<name> or is:<name>")
+    return next(iter(found.items()), ("single", ()))
 
 
 def _classes(path: Path) -> tuple[str, ...]:
@@ -83,7 +100,8 @@ def _read(table: Path) -> list[dict[str, str]]:
             separator = max(",;\t", key=header.count)
             reader = csv.DictReader(file, delimiter=separator, strict=True, restval="")
             reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            if missing := {"file", "label"} - set(reader.fieldnames):
+            labelled = any(name.startswith(tuple(_MARKS.values())) for name in reader.fieldnames)
+            if missing := {"file", *(() if labelled else ("label",))} - set(reader.fieldnames):
                 lacking = " or ".join(sorted(missing))
                 raise AvjaxError(f"{table}: no column {lacking}; got {header.strip()!r}, expected file,label[,…]")
             rows = []
@@ -102,7 +120,22 @@ def _check_text(table: Path, line: int, *cells: str) -> None:
         raise AvjaxError(f"{table}, line {line}: not UTF-8; save the table as UTF-8")
 
 
-def _clip(root: Path, row: dict[str, str]) -> tuple[Clip | None, str]:
+def _label(row: dict[str, str], task: str, columns: tuple[str, ...]) -> tuple[str | tuple[float, ...], str]:
+    """A row's label, and why it is none ("" if it is one)."""
+    if not columns:
+        return row["label"], "" if row["label"] else "no label"
+    try:
+        numbers = tuple(float(row[c]) for c in columns)
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        return (), f"{', '.join(columns)}: {', '.join(row[c] or 'nothing' for c in columns)}; expected numbers"
+    if task == "multilabel" and not set(numbers) <= {0.0, 1.0}:
+        return (), f"{', '.join(columns)}: {', '.join(row[c] for c in columns)}; expected 1 or 0"
+    return numbers, ""
+
+
+def _clip(root: Path, row: dict[str, str], task: str, columns: tuple[str, ...]) -> tuple[Clip | None, str]:
     """A row's clip, and why it cannot be used ("" if it can)."""
     if not row["file"]:
         return None, "no file name"
@@ -112,11 +145,12 @@ def _clip(root: Path, row: dict[str, str]) -> tuple[Clip | None, str]:
         start, end = (float(row[k]) if row.get(k) else None for k in ("start", "end"))
     except ValueError:
         return None, f"start or end is not a number: {row.get('start')!r}, {row.get('end')!r}"
+    label, unlabelled = _label(row, task, columns)
     audio = root / row["audio"] if row.get("audio") else None
     clip = Clip(
         id=row.get("id") or source.shown(Path(row["file"]).with_suffix("").as_posix()),
         path=root / row["file"],
-        label=row["label"],
+        label=label,
         audio=audio,
         speaker=row.get("speaker") or None,
         transcript=row.get("transcript") or None,
@@ -125,8 +159,8 @@ def _clip(root: Path, row: dict[str, str]) -> tuple[Clip | None, str]:
         split=SPLITS.get(row.get("split", "").lower()),
         fold=row.get("fold") or None,
     )
-    if not clip.label:
-        return clip, "no label"
+    if unlabelled:
+        return clip, unlabelled
     if row.get("split") and clip.split is None:
         return clip, f"split is {row['split']!r}; expected train, val or test"
     if not 0 <= (start or 0) < (float("inf") if end is None else end):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avjax import assets
+from avjax import assets, tasks
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 from avjax.files import only_writer, replacing, write_text
@@ -42,13 +42,16 @@ class Features:
 
     Attributes:
       dataset, classes, folds: as indexed; content: hash of all packed values.
-      ids, clips, label, speakers: one entry per used clip; `label (n,)` int32; a speaker is "" where unknown.
+      task: its kind (`avjax.tasks`).
+      ids, clips, label, speakers: one entry per used clip; `label` as `tasks.encoded`; a speaker is "" where unknown.
       arrays: `video`, `audio`, `flow` where there is one, `text_<source>` → (n, steps, d) float32, zeros where masked;
+        `video` may be pictures, (n, steps, h, w, 3) uint8;
         `surface` with one step, where the clips themselves were measured.
       masks: the same names → (n, steps) bool.
       sentences: text source → n strings.
       counts: used, quarantined, masked_audio, masked_video.
       made_by: feature → key of its provenance record.
+      packed: where the arrays were left on disk, and are empty here: root, name and preset of the view.
       random: whether encoders had weights drawn at random, so that no figure means anything.
     """
 
@@ -66,6 +69,8 @@ class Features:
     counts: dict[str, int]
     made_by: dict[str, str]
     random: bool = False
+    task: str = "single"
+    packed: tuple[Path, str, str] | None = None
 
 
 class Store:
@@ -178,7 +183,7 @@ class Store:
             raise AvjaxError(
                 f"{self.root}: not all clips are measured with preset {preset!r}; run without --only first"
             )
-        clips = [Clip(path=Path(), **c) for c in index["clips"]]
+        clips = _clips(index)
         task = Task(index["task"], tuple(index["classes"]))
         corpus = Corpus(index["dataset"], task, tuple(clips), _folds(index))
         return corpus, [(c, {f: key for f, key in staged[c.id].items() if f != "text"}) for c in clips]
@@ -245,8 +250,8 @@ def is_finished(root: Path, preset: str) -> bool:
     return bool(index) and bool(index["presets"].get(preset, {}).get("content"))
 
 
-def load(root: Path, preset: str) -> Features:
-    """Reads the packed view of `preset` from the store at `root`.
+def load(root: Path, preset: str, *, on_disk: bool = False) -> Features:
+    """Reads the packed view of `preset` from the store at `root`, or leaves its arrays `on_disk` (`packed.Packed`).
 
     Raises:
       AvjaxError: no finished store there, or it lacks the preset or its packed view; the message says what to run.
@@ -267,10 +272,12 @@ def load(root: Path, preset: str) -> Features:
             f"{view(root, name, preset)}: the packed view is gone; delete {root / 'index.json'} and run avjax.extract "
             "again (what is staged is not measured anew)"
         )
-    examples = {e["clip_id"].decode(): e for e in read_examples(root, name, preset)}
-    clips = [Clip(path=Path(), **c) for c in index["clips"]]
-    rows = [examples[c.id] for c in clips]
-    arrays, masks = stacked(rows)
+    clips = _clips(index)
+    rows, arrays, masks = [], {}, {}
+    if not on_disk:
+        examples = {e["clip_id"].decode(): e for e in read_examples(root, name, preset)}
+        rows = [examples[c.id] for c in clips]
+        arrays, masks = stacked(rows)
     return Features(
         dataset=index["dataset"],
         classes=tuple(index["classes"]),
@@ -278,15 +285,24 @@ def load(root: Path, preset: str) -> Features:
         content=about["content"],
         ids=[c.id for c in clips],
         clips=clips,
-        label=np.array([index["classes"].index(c.label) for c in clips], np.int32),
+        label=tasks.encoded([c.label for c in clips], tuple(index["classes"]), index["task"]),
         speakers=[c.speaker or "" for c in clips],
         arrays=arrays,
         masks=masks,
-        sentences={s: [r["sentence"][s].decode() for r in rows] for s in rows[0]["sentence"]},
+        sentences={s: [r["sentence"][s].decode() for r in rows] for s in (rows[0]["sentence"] if rows else ())},
         counts=about["counts"],
         made_by=about["made_by"],
         random=about.get("random", False),
+        task=index["task"],
+        packed=(root, name, preset) if on_disk else None,
     )
+
+
+def _clips(index: Mapping) -> list[Clip]:
+    def label(given):
+        return given if isinstance(given, str) else tuple(given)
+
+    return [Clip(path=Path(), **clip | {"label": label(clip["label"])}) for clip in index["clips"]]
 
 
 def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -296,10 +312,10 @@ def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[st
         arrays["surface"] = np.stack([e["surface"] for e in examples])[:, None]
         masks["surface"] = np.ones((len(examples), 1), bool)
     for stream in (s for s in STREAMS if s in examples[0]):
-        arrays[stream], masks[stream] = _dense([e[stream] for e in examples], [e[f"{stream}_mask"] for e in examples])
+        arrays[stream], masks[stream] = dense([e[stream] for e in examples], [e[f"{stream}_mask"] for e in examples])
     for source in examples[0]["text"]:
         tokens = [e["text"][source] for e in examples]
-        arrays[f"text_{source}"], masks[f"text_{source}"] = _dense(tokens, [np.ones(len(t), bool) for t in tokens])
+        arrays[f"text_{source}"], masks[f"text_{source}"] = dense(tokens, [np.ones(len(t), bool) for t in tokens])
     return arrays, masks
 
 
@@ -385,7 +401,7 @@ def _feature_spec(tfds, example: Mapping[str, object], classes: Sequence[str]):
     def spec(name: str, value):
         if isinstance(value, Mapping):
             return {k: spec(k, v) for k, v in value.items()}
-        if name == "label":
+        if name == "label" and isinstance(value, str):
             return tfds.features.ClassLabel(names=list(classes))
         if isinstance(value, str):
             return tfds.features.Text()
@@ -411,12 +427,16 @@ def _folds(index: Mapping) -> tuple[Fold, ...]:
     return tuple(Fold(f["name"], *(tuple(f[part]) for part in _PARTS)) for f in index["folds"])
 
 
-def _dense(steps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pads sequences (n_i, d) to (clips, longest, d); at least one step, so that an empty set keeps its rank."""
+def dense(steps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pads sequences (n_i, …) to (clips, longest, …); at least one step, so that an empty set keeps its rank.
+
+    Pictures stay uint8; everything else becomes float32.
+    """
     longest = max(1, *(len(s) for s in steps))
-    out = np.zeros((len(steps), longest, steps[0].shape[-1]), np.float32)
+    dtype = np.uint8 if steps[0].dtype == np.uint8 else np.float32
+    out = np.zeros((len(steps), longest, *steps[0].shape[1:]), dtype)
     mask = np.zeros((len(steps), longest), bool)
     for i, (step, valid) in enumerate(zip(steps, masks, strict=True)):
-        out[i, : len(step)] = np.where(valid[:, None], step, 0)
+        out[i, : len(step)][valid] = step[valid]
         mask[i, : len(step)] = valid
     return out, mask

@@ -76,7 +76,12 @@ class Prosody:
 
 
 def read_sound(
-    path: str | Path, *, start: float = 0.0, end: float | None = None, max_seconds: float | None = None
+    path: str | Path,
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    max_seconds: float | None = None,
+    rate: int = SAMPLE_RATE,
 ) -> np.ndarray:
     """Decodes the sound of a file, or of its part [`start`, `end`) in seconds on the clip's clock (see `video.py`).
 
@@ -84,7 +89,7 @@ def read_sound(
     are read.
 
     Returns:
-      (n,) float32, 16 kHz, the mean of the channels, in [-1, 1].
+      (n,) float32, `rate` a second, the mean of the channels, in [-1, 1].
 
     Raises:
       UnusableMedia: no file, no audio stream, or no sample (in the part).
@@ -96,11 +101,11 @@ def read_sound(
         streams = decodable(container.streams.audio)
         if not streams:
             raise UnusableMedia("no audio stream")
-        begin, samples = _resampled(decoded(container, streams[0], start, end))
-    first = round((start - begin) * SAMPLE_RATE)
+        begin, samples = _resampled(decoded(container, streams[0], start, end), rate)
+    first = round((start - begin) * rate)
     samples = np.pad(samples, (max(0, -first), 0))[max(0, first) :]
     if end is not None:
-        samples = samples[: round((end - start) * SAMPLE_RATE)]
+        samples = samples[: round((end - start) * rate)]
     if not samples.size:
         raise UnusableMedia(f"no sound can be decoded{part}")
     # Lossy codecs overshoot full scale.
@@ -197,15 +202,15 @@ def surface(analysis: Analysis) -> tuple[float, float]:
     return float(np.argmax(loud) / HOPS_PER_SECOND), float(10 * np.log10(np.mean(10 ** (inside / 10))))
 
 
-def _resampled(frames) -> tuple[float, np.ndarray]:
-    """The time of the first frame, and all frames as (n,) float32 at 16 kHz, mono."""
+def _resampled(frames, rate: int) -> tuple[float, np.ndarray]:
+    """The time of the first frame, and all frames as (n,) float32, `rate` a second, mono."""
     import av
 
     times, parts = [], []
     # Broadcasts and damaged files change their layout or rate midway; a resampler takes one.
     for _, run in groupby(frames, key=lambda pair: (pair[1].format.name, pair[1].layout.name, pair[1].rate)):
         # Its own way to mono makes equal channels 3 dB louder, past full scale: the mean is taken here instead.
-        resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+        resampler = av.AudioResampler(format="fltp", rate=rate)
         for time, frame in run:
             times.append(time)
             parts += resampler.resample(frame)

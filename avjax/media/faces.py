@@ -193,6 +193,33 @@ def crops(frames: Frames, found: np.ndarray, boxes: np.ndarray, size: int = 224,
     return out
 
 
+def boxed(frames: Frames, found: np.ndarray, boxes: np.ndarray, size: int, clamped: bool = True) -> np.ndarray:
+    """The boxes of the followed face themselves, stretched to squares.
+
+    A box that reaches past the picture is clamped to it. Not `clamped`, its corners are rounded and taken for indices
+    as they are, so that a negative one counts from the far side (as in AVT-CA's released preprocessing); where that
+    leaves nothing, and in frames without a face, the answer is zeros.
+
+    Args:
+      found: (T,) bool, boxes: (T, 4), as in `Faces`.
+    Returns:
+      (T, size, size, 3) uint8 RGB.
+    """
+    import cv2
+
+    out = np.zeros((len(frames.images), size, size, 3), np.uint8)
+    for t in np.flatnonzero(found):
+        height, width = frames.images.shape[1:3]
+        x0, y0, x1, y1 = np.rint(boxes[t]).astype(int)
+        if clamped:
+            x0, x1 = np.clip((x0, max(x1, x0 + 1)), 0, width)
+            y0, y1 = np.clip((y0, max(y1, y0 + 1)), 0, height)
+        cut = frames.images[t, y0:y1, x0:x1]
+        if cut.size:
+            out[t] = cv2.resize(cut, (size, size))
+    return out
+
+
 def action_units(blendshapes: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Intensities of action units on the OpenFace scale 0–5.
 

@@ -84,6 +84,26 @@ def draw(flow: np.ndarray, spread: float) -> np.ndarray:
     return np.rint(255 - strength[..., None] * paleness[hues]).astype(np.uint8).reshape(*flow.shape[:-1], 3)
 
 
+def grid(flow: np.ndarray, spread: float, cells: int = 7) -> np.ndarray:
+    """Flow as numbers: its mean to the right, down and in magnitude over each of `cells` x `cells` cells.
+
+    Scaled and clipped as in `draw`.
+
+    Args:
+      flow: (n, h, w, 2).
+    Returns:
+      (n, 3 · cells²) float32, between -1 and 1.
+    """
+    scale = np.float32(1 / ((spread + _EPS) * MOST))
+    strength = np.linalg.norm(flow.astype(np.float32), axis=-1, keepdims=True) * scale
+    x = np.concatenate([flow * scale / np.maximum(strength, 1), np.minimum(strength, 1)], -1, dtype=np.float32)
+    edges = [np.linspace(0, length, cells + 1).astype(int)[:-1] for length in flow.shape[1:3]]
+    sums = np.add.reduceat(np.add.reduceat(x, edges[0], 1), edges[1], 2)
+    sizes = [np.diff(first, append=length) for first, length in zip(edges, flow.shape[1:3], strict=True)]
+    means = sums / (sizes[0][:, None] * sizes[1])[..., None]
+    return means.reshape(len(flow), 3 * cells**2).astype(np.float32)
+
+
 def _wheel() -> np.ndarray:
     """(1024, 3) float32: the fully saturated colours around the wheel, beginning with red."""
     corners = np.array(_CORNERS + _CORNERS[:1], np.float32)

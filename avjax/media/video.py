@@ -5,7 +5,7 @@ missing frame count, a variable frame rate, damaged bytes or a truncated file al
 The clock of a clip starts at 0 where its container starts, and is shared by its picture and its sound (`audio.py`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -152,6 +152,33 @@ def read_frames(
     return Frames(_pick(_around(path, start, end, max_pixels), first + chosen), times[chosen])
 
 
+def read_shown(
+    path: str | Path,
+    wanted: Callable[[float], np.ndarray],
+    *,
+    start: float = 0.0,
+    end: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Frames, np.ndarray]:
+    """The frames that a clip, or its part [`start`, `end`), shows at chosen times, decoded as in `read_frames`.
+
+    Args:
+      wanted: of the seconds that the frames last, the times wanted, (n,) seconds after `start`.
+    Returns:
+      the frames of those times before the end of the last one, and which these are, (n,) bool.
+    Raises:
+      UnusableMedia: as `read_frames`.
+    """
+    first, times = _times(path, start, end, max_pixels)
+    over = _over(times, end)
+    asked = start + wanted(over - start)
+    there = asked < over
+    chosen = _at(times, asked[there])
+    if not there.any():
+        raise UnusableMedia("not one of the frames wanted is before its end")
+    return Frames(_pick(_around(path, start, end, max_pixels), first + chosen), times[chosen]), there
+
+
 def read_blocks(
     path: str | Path,
     *,
@@ -221,9 +248,18 @@ def _shown(times: np.ndarray, fps: float, start: float, end: float | None) -> np
     """Indices of the frames shown at `start` + k/fps until the last frame's time is over."""
     if fps <= 0:
         raise ValueError(f"fps must be positive; got {fps}")
+    count = int(np.ceil((_over(times, end) - start - _ROUNDING) * fps))
+    return _at(times, start + np.arange(max(1, count)) / fps)
+
+
+def _over(times: np.ndarray, end: float | None) -> float:
+    """When the last frame is over."""
     over = times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0.0)
-    over = over if end is None else min(over, end)
-    asked = start + np.arange(max(1, int(np.ceil((over - start - _ROUNDING) * fps)))) / fps
+    return over if end is None else min(over, end)
+
+
+def _at(times: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Indices of the frames shown at the times `asked`."""
     return np.maximum(np.searchsorted(times, asked + _ROUNDING, side="right") - 1, 0)
 
 
