@@ -32,9 +32,13 @@ class Checkpoints:
         """Begins to write `state`; the arrays may be donated as soon as this returns."""
         self._manager.save(epoch, args=ocp.args.StandardSave(state))
 
+    def newest(self) -> int | None:
+        """The number of the newest checkpoint, None where there is none."""
+        return self._manager.latest_step()
+
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """The newest (epoch, state), placed and typed as `like`, or None where nothing was saved."""
-        epoch = self._manager.latest_step()
+        epoch = self.newest()
         if epoch is None:
             return None
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from avjax import assets, datasets, extraction
+from avjax import assets, datasets, extraction, streams
 from avjax.datasets import store, tables
 from avjax.datasets.store import Features
 from avjax.demo import corpus
@@ -37,7 +37,8 @@ def obtain(config, console: Console) -> Features:
         datasets.index(dataset, root)  # also where its features are there already
     if not store.is_finished(place, config.preset) and (root or assets.data_root(dataset).is_dir()):
         extraction.extract(dataset, config.preset, root=root, out=str(place), random=config.weights.random)
-    return store.load(place, config.preset)
+    on_disk = streams.too_large(place, dataset, config.preset, config.data.get("mode", "auto"))
+    return store.load(place, config.preset, on_disk=on_disk)
 
 
 def _stand_in(config, place: Path) -> bool:

@@ -47,11 +47,12 @@ def read(workdir: Path) -> tuple[str, dict]:
 
 
 def references(name: str, metrics: dict) -> Iterator[tuple[str, dict]]:
-    """The logistic regressions of a run, as runs of their own over the same folds."""
+    """The linear models of a run, as runs of their own over the same folds."""
+    way = "ridge" if metrics["task"] == "regression" else "logistic"
     tested = {f["fold"]: f for f in metrics["folds"]}
     for streams, scores in metrics["reference"].items():
         folds = [tested[f["fold"]] | f for f in scores["folds"]]
-        yield f"logistic regression, {streams} (of {name})", metrics | scores | {"folds": folds, "together": None}
+        yield f"{way} regression, {streams} (of {name})", metrics | scores | {"folds": folds, "together": None}
 
 
 def _compare(surplus: list[str]) -> None:
@@ -66,7 +67,8 @@ def _compare(surplus: list[str]) -> None:
     if not trained:
         raise AvjaxError(f"no row could be trained: {'; '.join(failed)}")
     runs = [read(workdir) for workdir in trained.values()]
-    _show([*runs, *references(*runs[0])], comparison.of_runs(trained), failed)
+    evidence = comparison.of_runs(trained) if runs[0][1]["task"] == "single" else None
+    _show([*runs, *references(*runs[0])], evidence, failed)
 
 
 def train_all(names: list[str], folder: Path) -> tuple[dict[str, Path], list[str]]:

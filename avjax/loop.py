@@ -6,7 +6,7 @@ calls and go on bit for bit.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from avjax import metrics, optim
+from avjax import optim, tasks
+from avjax.augment import augment
 from avjax.errors import AvjaxError
-from avjax.models.base import Model
+from avjax.models.base import CHOSEN, Model
 from avjax.pipeline import Lane, LanePlan, Resident, Statistics, alive, batches, gather, lane_statistics, shuffled
 
 SELECT = ("val", "last")
@@ -33,7 +34,8 @@ class State:
       stats: the lane's standardisation statistics, fixed from the start; an answer needs them beside the parameters.
       running: what else the model keeps, such as running statistics of norms: moved by training, not by gradients.
       best: the variables that the lane will answer with; best_epoch: the epoch they are from, counted from 1.
-      best_uar, best_loss: their validation score; ties in UAR are broken by the loss.
+      best_head: the head, as a place in `Model.heads`, that they answer with.
+      best_score, best_loss: their validation score (`tasks.Scoring.picks`); ties are broken by the loss.
       bad: epochs since the best; stopped: whether the lane has stopped early.
     """
 
@@ -44,7 +46,8 @@ class State:
     running: dict
     best: dict
     best_epoch: jax.Array
-    best_uar: jax.Array
+    best_head: jax.Array
+    best_score: jax.Array
     best_loss: jax.Array
     bad: jax.Array
     stopped: jax.Array
@@ -73,20 +76,49 @@ def make(model: Model, config) -> Trainer:
     Raises:
       AvjaxError: `protocol.select` is unknown.
     """
-    if config.protocol.select not in SELECT:
-        raise AvjaxError(f"protocol.select is {config.protocol.select!r}; choose one of {', '.join(SELECT)}")
+    check_select(config)
     tx = optim.transform(config.train)
     epochs = functools.partial(_epochs, model, tx, config)
+    over = functools.partial(over_lanes, model)
     return Trainer(
         init=jax.jit(jax.vmap(functools.partial(_init, model, tx), (0, None))),
-        epochs=jax.jit(jax.vmap(epochs, (0, 0, None, None)), donate_argnums=0),
-        predict=jax.jit(jax.vmap(functools.partial(_predict_test, model), (0, 0, None))),
+        epochs=jax.jit(over(epochs, (0, 0, None, None)), donate_argnums=0),
+        predict=jax.jit(over(functools.partial(_predict_test, model), (0, 0, None))),
     )
+
+
+def check_select(config) -> None:
+    """Raises AvjaxError where `protocol.select` is unknown."""
+    if config.protocol.select not in SELECT:
+        raise AvjaxError(f"protocol.select is {config.protocol.select!r}; choose one of {', '.join(SELECT)}")
+
+
+def over_lanes(model: Model, function: Callable, axes: tuple[int | None, ...]) -> Callable:
+    """`function` over the lanes of those arguments whose axis is 0: together, as `vmap` does.
+
+    On a CPU a model of pictures goes through its lanes one after another instead: there is nothing to gain there from
+    taking them together, and what one lane keeps for its gradients takes gigabytes.
+    """
+    if not (model.pictures and jax.default_backend() == "cpu"):
+        return jax.vmap(function, axes)
+
+    def mapped(*arguments):
+        def one(lane):
+            rest = iter(lane)
+            return function(*(a if axis is None else next(rest) for a, axis in zip(arguments, axes, strict=True)))
+
+        return jax.lax.map(one, tuple(a for a, axis in zip(arguments, axes, strict=True) if axis is not None))
+
+    return mapped
 
 
 def _init(model: Model, tx, lane: Lane, data: Resident) -> State:
     stats = lane_statistics(data, lane.counted)
-    batch = gather(data, stats, lane.train[:1], lane.train_weight[:1])
+    return begun(model, tx, lane, stats, gather(data, stats, lane.train[:1], lane.train_weight[:1]))
+
+
+def begun(model: Model, tx, lane: Lane, stats: Statistics, batch) -> State:
+    """The state of a lane before its first step; `batch` shows the model what it will read."""
     variables = model.module.init(jax.random.key(lane.seed), batch)
     running = {k: v for k, v in variables.items() if k != "params"}
     params, zero = variables["params"], jnp.int32(0)
@@ -99,7 +131,8 @@ def _init(model: Model, tx, lane: Lane, data: Resident) -> State:
         running=running,
         best=jax.tree.map(jnp.copy, variables),
         best_epoch=zero,
-        best_uar=jnp.float32(-1),
+        best_head=zero,
+        best_score=jnp.float32(-jnp.inf),
         best_loss=jnp.float32(jnp.inf),
         bad=zero,
         stopped=jnp.bool_(False),
@@ -111,28 +144,42 @@ def _epochs(model: Model, tx, config, state: State, lane: Lane, data: Resident, 
         live = ~state.stopped
         state, train = _train_epoch(model, tx, config, state, lane, data, epoch)
         val = _evaluate(model, state, lane, data)
-        return _select(config, state, val, epoch), train | val | {"live": live}
+        scoring = tasks.scoring(data.streams["label"])
+        return select(model, config, state, val, scoring, epoch), train | val | {"live": live}
 
     return jax.lax.scan(one, state, first + jnp.arange(config.train.epochs_per_call))
 
 
 def _train_epoch(model: Model, tx, config, state: State, lane: Lane, data: Resident, epoch):
-    order = _order(lane, epoch, config.train.batch_size)
-    size = jnp.sum(lane.train_weight)
-    total = config.train.epochs * jnp.ceil(jnp.sum(alive(lane.train_weight)) / config.train.batch_size)
+    order = epoch_order(lane, epoch, config.train.batch_size)
     live = ~state.stopped
 
     def one(state, item):
         index, weight, step_key = item
         batch = gather(data, state.stats, index, weight)
-        rate = optim.learning_rate(config.train, (state.step + 0.5) / total)
-        return _step(model, tx, state, batch, lane.prior, rate, step_key, live)
+        return train_step(model, tx, config, state, lane, batch, step_key, live)
 
     # Keys are derived one by one: step 3 draws the same whether a lane is padded to 5 steps or to 7.
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(_keys(lane, epoch)[1], jnp.arange(order[0].shape[0]))
+    keys = jax.vmap(functools.partial(step_key, lane, epoch))(jnp.arange(order[0].shape[0]))
     # Sums are kept per step and term, so that a value that is not finite can be traced to its clips.
     state, (terms, gradient) = jax.lax.scan(one, state, (*order, keys))
-    return state, {"train_terms": terms, "train_gradient": gradient, "train_size": size}
+    return state, {"train_terms": terms, "train_gradient": gradient, "train_size": jnp.sum(lane.train_weight)}
+
+
+def train_step(
+    model: Model, tx, config, state: State, lane: Lane, batch, key: jax.Array, live: jax.Array
+) -> tuple[State, tuple]:
+    """One update of a `live` lane at the learning rate of its place in the run; else, or of padding alone, nothing.
+
+    Returns:
+      the state, and (summed loss by term, gradient norm).
+    """
+    total = config.train.epochs * jnp.ceil(jnp.sum(alive(lane.train_weight)) / config.train.batch_size)
+    rate = optim.learning_rate(config.train, (state.step + 0.5) / total)
+    if model.pictures and "augment" in config.train:
+        how, draw = config.train.augment, jax.random.fold_in(key, 0)
+        batch = batch | {model.pictures: augment(batch[model.pictures], draw, degrees=how.degrees, flip=how.flip)}
+    return _step(model, tx, state, batch, lane.prior, rate, key, live)
 
 
 def _keys(lane: Lane, epoch) -> jax.Array:
@@ -140,15 +187,18 @@ def _keys(lane: Lane, epoch) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.key(lane.seed), epoch))
 
 
-def _order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Array]:
+def step_key(lane: Lane, epoch, step) -> jax.Array:
+    """From which all draws of a step come."""
+    return jax.random.fold_in(_keys(lane, epoch)[1], step)
+
+
+def epoch_order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """The indices and weights (steps, batch) of an epoch of a lane."""
     return shuffled(_keys(lane, epoch)[0], lane.train, lane.train_weight, batch_size)
 
 
 def _step(model: Model, tx, state: State, batch, prior, rate, key, live) -> tuple[State, tuple]:
-    """(state, batch) → (state, (summed loss by term, gradient norm)).
-
-    A batch of padding alone changes nothing, nor does any batch of a stopped lane.
-    """
+    """(state, batch) → (state, (summed loss by term, gradient norm))."""
     size = jnp.sum(batch["weight"])
 
     def mean_loss(params):
@@ -173,42 +223,64 @@ def _where(condition: jax.Array, new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def _parts(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+def parts(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Batches to evaluate in: no larger than the set, which without validation clips is a single row of padding."""
     return batches(index, weight, min(_EVAL_BATCH, index.shape[0]))
 
 
 def _evaluate(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
-    """Validation sums of one lane: confusion matrix of the predicting head, summed loss, number of clips."""
+    """Validation sums of one lane: the table of each head (`tasks.Scoring`), summed loss, number of clips."""
+    scoring = tasks.scoring(data.streams["label"])
 
     def one(sums, item):
         batch = gather(data, state.stats, *item)
-        output = model.module.apply(_variables(state), batch, train=False)
-        loss = sum(model.loss(output, batch, lane.prior).values())
-        logits = output.logits[model.heads[0]]
-        add = {
-            "val_confusion": metrics.confusion(
-                batch["label"], jnp.argmax(logits, -1), batch["weight"], logits.shape[-1]
-            ),
-            "val_loss": jnp.sum(loss * batch["weight"]),
-            "val_size": jnp.sum(batch["weight"]),
-        }
-        return jax.tree.map(jnp.add, sums, add), None
+        return jax.tree.map(jnp.add, sums, validation(model, scoring, state, batch, lane.prior)), None
 
-    classes = lane.prior.shape[0]
-    zero = {"val_confusion": jnp.zeros((classes, classes)), "val_loss": jnp.float32(0), "val_size": jnp.float32(0)}
-    return jax.lax.scan(one, zero, _parts(lane.val, lane.val_weight))[0]
+    table = jnp.zeros((len(model.heads), *scoring.shape(lane.prior.shape[0])))
+    zero = {"val_tables": table, "val_loss": jnp.float32(0), "val_size": jnp.float32(0)}
+    return whole(scoring, jax.lax.scan(one, zero, parts(lane.val, lane.val_weight))[0])
 
 
-def _select(config, state: State, val: dict[str, jax.Array], epoch: jax.Array) -> State:
-    """Keeps the best epoch on validation, or the last one, and decides whether to stop. Test clips play no part."""
-    uar = metrics.uar(val["val_confusion"])
+def whole(scoring: tasks.Scoring, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Validation sums whose loss is that of the whole set, not a mean over batches."""
+    if not scoring.loss:
+        return sums
+    return sums | {"val_loss": sums["val_size"] * jnp.sum(scoring.loss(sums["val_tables"]))}
+
+
+def validation(model: Model, scoring: tasks.Scoring, state: State, batch, prior) -> dict[str, jax.Array]:
+    """The validation sums of a batch."""
+    output = model.module.apply(_variables(state), batch, train=False)
+    loss = sum(model.loss(output, batch, prior).values())
+    tables = [scoring.table(batch["label"], output.logits[head], batch["weight"]) for head in model.heads]
+    return {
+        "val_tables": jnp.stack(tables),
+        "val_loss": jnp.sum(loss * batch["weight"]),
+        "val_size": jnp.sum(batch["weight"]),
+    }
+
+
+def candidates(model: Model) -> list[int]:
+    """The places in `Model.heads` of the heads that may predict."""
+    return [model.heads.index(head) for head in model.candidates or model.heads[:1]]
+
+
+def select(model: Model, config, state: State, val: dict[str, jax.Array], scoring: tasks.Scoring, epoch) -> State:
+    """Keeps the best epoch and head on validation, or the last one, and decides whether to stop; test plays no part."""
+    among = jnp.array(candidates(model))
+    scores = scoring.scores(val["val_tables"])[scoring.picks][among]
+    score, head = jnp.max(scores), among[jnp.argmax(scores)]
     loss = val["val_loss"] / jnp.maximum(val["val_size"], 1.0)
-    better = (uar > state.best_uar) | ((uar == state.best_uar) & (loss < state.best_loss))
+    better = (score > state.best_score) | ((score == state.best_score) & (loss < state.best_loss))
     by_val = (config.protocol.select == "val") & (val["val_size"] > 0)
     take = ~state.stopped & (better | ~by_val)
     kept = state.replace(
-        best=_variables(state), best_epoch=jnp.int32(epoch), best_uar=uar, best_loss=loss, bad=jnp.int32(-1)
+        best=_variables(state),
+        best_epoch=jnp.int32(epoch),
+        best_head=jnp.where(by_val, head, among[0]).astype(jnp.int32),
+        best_score=score,
+        best_loss=loss,
+        bad=jnp.int32(-1),
     )
     state = _where(take, kept, state)
     bad = jnp.where(state.stopped, state.bad, state.bad + 1)
@@ -218,7 +290,15 @@ def _select(config, state: State, val: dict[str, jax.Array], epoch: jax.Array) -
 
 
 def _predict_test(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
-    return _answer(model, state.best, state.stats, data, lane.test, lane.test_weight)
+    answer = _answer(model, state.best, state.stats, data, lane.test, lane.test_weight)
+    return with_chosen(model, answer, state.best_head)
+
+
+def with_chosen(model: Model, logits: dict[str, jax.Array], head: jax.Array) -> dict[str, jax.Array]:
+    """The logits by head, and beside them those of the head at place `head`, where validation chooses it."""
+    if len(model.candidates) < 2:
+        return logits
+    return logits | {CHOSEN: jnp.stack([logits[name] for name in model.heads])[head]}
 
 
 def _answer(model: Model, variables, stats: Statistics, data: Resident, index, weight) -> dict[str, jax.Array]:
@@ -228,33 +308,66 @@ def _answer(model: Model, variables, stats: Statistics, data: Resident, index, w
         batch = gather(data, stats, *item)
         return None, model.module.apply(variables, batch, train=False).logits
 
-    logits = jax.lax.scan(one, None, _parts(index, weight))[1]
+    logits = jax.lax.scan(one, None, parts(index, weight))[1]
     return {h: v.reshape(-1, *v.shape[2:])[: index.shape[0]] for h, v in logits.items()}
 
 
-def answers(model: Model) -> Callable[[dict, Statistics, Resident], dict[str, jax.Array]]:
-    """Compiled (best, stats, data) → {head: (lanes, clips, c)}: all resident clips by each lane's best parameters.
+def answers(model: Model) -> Callable[[dict, jax.Array, Statistics, Resident], dict[str, jax.Array]]:
+    """Compiled (best, best_head, stats, data) → {head: (lanes, clips, c)}: all resident clips by each lane's best.
 
     To a model of conversations each clip is one of its own.
     """
 
-    def every(best, stats, data):
+    def every(best, head, stats, data):
         count = data.group.shape[0]
         if not model.turns:
-            return _answer(model, best, stats, data, jnp.arange(count), jnp.ones(count))
+            return with_chosen(model, _answer(model, best, stats, data, jnp.arange(count), jnp.ones(count)), head)
         alone = _answer(model, best, stats, data, jnp.arange(count)[:, None], jnp.ones((count, 1)))
-        return {head: logits[:, 0] for head, logits in alone.items()}
+        return with_chosen(model, {head: logits[:, 0] for head, logits in alone.items()}, head)
 
-    return jax.jit(jax.vmap(every, (0, 0, None)))
+    return jax.jit(over_lanes(model, every, (0, 0, 0, None)))
 
 
-def epoch_rows(sums: dict, names: list[tuple[str, int]], first: int) -> list[dict[str, object]]:
-    """The sums of one call as rows, one per epoch and lane that was still training: losses and validation scores."""
+def attention(model: Model, state: State, plan: LanePlan, data, count: int = 3) -> list[tuple[int, dict]]:
+    """Attention in the first `count` test clips of the first lane: (clip, {name: weights (q, k) of the real steps}).
+
+    Args:
+      data: resident or streamed clips.
+    """
+    lane, state = (jax.tree.map(lambda v: v[0], tree) for tree in (plan.lanes, state))
+    index = lane.test[: min(count, int(jnp.sum(lane.test_weight)))]
+    few = data.resident(index)
+
+    def one(places):
+        batch = gather(few, state.stats, places, jnp.ones(places.shape))
+        return model.module.apply(state.best, batch, train=False).attention, batch
+
+    weights, batch = jax.device_get(jax.jit(one)(jnp.arange(len(index))))
+    found = []
+    for row, clip in enumerate(index.tolist()):
+        masks = {name: [batch[f"{s}_mask"][row] for s in both] for name, *both in model.pictured if name in weights}
+        found.append((clip, {name: weights[name][row][np.ix_(*both)] for name, both in masks.items()}))
+    return found
+
+
+def epoch_rows(
+    sums: dict,
+    names: list[tuple[str, int]],
+    first: int,
+    scoring: tasks.Scoring = tasks.SCORINGS["single"],
+    heads: Sequence[int] = (0,),
+) -> list[dict[str, object]]:
+    """The sums of one call as rows, one per epoch and lane that was still training: losses and validation scores.
+
+    Scores are those of the best of the `heads` that may predict (`candidates`).
+    """
     sums = jax.device_get(sums)
-    war, uar = jax.device_get((metrics.war(sums["val_confusion"]), metrics.uar(sums["val_confusion"])))
+    scores = scoring.scores(sums["val_tables"][:, :, np.array(heads)])  # (lanes, epochs, heads)
+    best = np.argmax(scores[scoring.picks], -1)[..., None]
+    scores = {name: np.take_along_axis(np.asarray(score), best, -1)[..., 0] for name, score in scores.items()}
     terms = {f"train_{k}": v.sum(-1) / sums["train_size"] for k, v in sums["train_terms"].items()}  # (lanes, epochs)
     rows = []
-    for epoch in range(war.shape[1]):
+    for epoch in range(sums["live"].shape[1]):
         for lane, (fold, seed) in enumerate(names):
             if not sums["live"][lane, epoch]:
                 continue
@@ -262,7 +375,7 @@ def epoch_rows(sums: dict, names: list[tuple[str, int]], first: int) -> list[dic
             row = {"epoch": first + epoch, "fold": fold, "seed": seed, "train_loss": sum(losses.values()), **losses}
             if size := sums["val_size"][lane, epoch]:
                 row["val_loss"] = float(sums["val_loss"][lane, epoch] / size)
-                row |= {"val_war": float(war[lane, epoch]), "val_uar": float(uar[lane, epoch])}
+                row |= {f"val_{name}": float(score[lane, epoch]) for name, score in scores.items()}
             rows.append(row)
     return rows
 
@@ -283,7 +396,7 @@ def check_finite(sums: dict, plan: LanePlan, ids: list[str], first: int, batch_s
     if term == _VALIDATION:
         where, (index, weight) = "", (lane.val, lane.val_weight)
     else:
-        where, (index, weight) = f", step {step}", (v[step] for v in _order(lane, first + epoch, batch_size))
+        where, (index, weight) = f", step {step}", (v[step] for v in epoch_order(lane, first + epoch, batch_size))
     clips = [ids[i] for i in np.asarray(index)[np.asarray(weight) > 0]]
     fold, seed = plan.names[at]
     raise AvjaxError(

@@ -4,13 +4,14 @@ A *lane* is one run of a protocol (a fold with a seed). All lanes read the same 
 small pytree of indices and weights, so that `vmap` over lanes runs a whole protocol as one program.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from avjax import tasks
 from avjax.datasets.base import Fold, hold_out
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
@@ -31,7 +32,7 @@ class Lane:
         order of their turns, then the number of clips, which stands for no turn; the weights are 0 for what the part
         does not hold, too.
       counted: (clips,) 1 for the clips whose features make the standardisation statistics.
-      prior: (c,) class shares of the training clips.
+      prior: (c,) class shares of the training clips; of other tasks, see `tasks.prior`.
       seed: () uint32, from which all random draws of the lane come.
     """
 
@@ -60,6 +61,14 @@ class Resident:
     group: jax.Array
     groups: int = flax.struct.field(pytree_node=False)
 
+    def resident(self, index: jax.Array) -> "Resident":
+        """The clips `index (m,)` alone, numbered from 0."""
+        return self.replace(streams={k: v[index] for k, v in self.streams.items()}, group=self.group[index])
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, "Resident"]]:
+        """All clips as one block, as `streams.Streamed.blocks`."""
+        yield np.arange(len(self.group)), self
+
 
 def resident(features: Features, text_source: str, standardise: str) -> Resident:
     """Puts all streams on the device, `text` being that of `text_source` ("" = none). What no model reads is unused.
@@ -67,19 +76,26 @@ def resident(features: Features, text_source: str, standardise: str) -> Resident
     Raises:
       AvjaxError: the text source is not in the store, or speakers are needed and unknown.
     """
+    arrays = {"label": features.label} | streams_of(features, text_source)
+    group, count = groups(features, standardise)
+    return Resident({k: jnp.asarray(v) for k, v in arrays.items()}, jnp.asarray(group), count)
+
+
+def streams_of(features: Features, text_source: str) -> dict[str, np.ndarray]:
+    """Batch key → (clips, …), `text` being that of `text_source` ("" = none); raises as `resident`."""
     if text_source and f"text_{text_source}" not in features.arrays:
         there = ", ".join(n.removeprefix("text_") for n in features.arrays if n.startswith("text_"))
         raise AvjaxError(f"model.text_source is {text_source!r}; the feature store has {there}")
-    arrays: dict[str, np.ndarray] = {"label": features.label}
+    arrays: dict[str, np.ndarray] = {}
     for name, values in features.arrays.items():
         if name == f"text_{text_source}" or not name.startswith("text_"):
             stream = name.partition("_")[0]
             arrays[stream], arrays[f"{stream}_mask"] = values, features.masks[name]
-    group, groups = _groups(features, standardise)
-    return Resident({k: jnp.asarray(v) for k, v in arrays.items()}, jnp.asarray(group), groups)
+    return arrays
 
 
-def _groups(features: Features, standardise: str) -> tuple[np.ndarray, int]:
+def groups(features: Features, standardise: str) -> tuple[np.ndarray, int]:
+    """The standardisation group of each clip, (clips,), and their number; raises as `resident`."""
     if standardise not in STANDARDISE:
         raise AvjaxError(f"protocol.standardise is {standardise!r}; choose one of {', '.join(STANDARDISE)}")
     if standardise == "train":
@@ -115,8 +131,10 @@ def plan(features: Features, folds: Sequence[Fold], seeds: Sequence[int], config
     conversations, whose turns outside the part are seen and neither trained on nor scored.
 
     Raises:
-      AvjaxError: a fold has no clip left to train on or to test on.
+      AvjaxError: a fold has no clip left to train on or to test on, or a seed comes twice.
     """
+    if len(set(seeds)) < len(seeds):
+        raise AvjaxError(f"train.seeds is {tuple(seeds)}; expected each seed once")
     clips = dict(zip(features.ids, features.clips, strict=True))
     where = {clip_id: i for i, clip_id in enumerate(features.ids)}
     enrolled = _enrolled(features, config.enrol_clips) if config.standardise == "enrol" else set()
@@ -183,7 +201,7 @@ def _stack(
     for at, part in enumerate(("train", "val", "test")):
         fields[part], fields[f"{part}_weight"] = _pad([_rows(p[at], talks) for p in parts], fill)
     classes = len(features.classes)
-    fields["prior"] = np.stack([np.bincount(features.label[p[0]], minlength=classes) / len(p[0]) for p in parts])
+    fields["prior"] = np.stack([tasks.prior(features.label[p[0]], classes) for p in parts])
     counted = np.zeros((len(parts), len(features.ids)), np.float32)
     for row, (train, _, _) in zip(counted, parts, strict=True):
         if standardise == "train":
@@ -228,30 +246,46 @@ def statistics(
     Returns:
       mean and std, (groups, d); a group without a valid step has mean 0 and std 1.
     """
+    total, added = sums(x, mask, group, counted, groups)
+    safe = jnp.maximum(total, 1.0)
+    mean = added / safe
+    # Two passes: the one-pass formula loses all digits where the mean is large against the spread.
+    squares = sums(x, mask, group, counted, groups, mean)[1]
+    std = jnp.maximum(jnp.sqrt(squares / safe), STD_FLOOR)
+    return jnp.where(total > 0, mean, 0.0), jnp.where(total > 0, std, 1.0)
+
+
+def sums(
+    x: jax.Array, mask: jax.Array, group: jax.Array, counted: jax.Array, groups: int, mean: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over the steps that count in `statistics`, by group: their number (groups, 1), and their values (groups, d).
+
+    Given their `mean (groups, d)`, the squares about it in the place of the values.
+    """
     counts = mask & (counted > 0)[:, None] & jnp.all(jnp.isfinite(x), -1)  # (clips, n)
     weight = counts.astype(jnp.float32)
     x = jnp.where(counts[..., None], x, 0)  # a square that overflows is not silenced by a weight of 0
+    if mean is not None:
+        x = jnp.square(x - mean[group][:, None, :])
     add = lambda v: jax.ops.segment_sum(v, group, groups)  # noqa: E731
-    total = add(jnp.sum(weight, -1))[:, None]  # (groups, 1)
-    safe = jnp.maximum(total, 1.0)
-    mean = add(jnp.einsum("cnd,cn->cd", x, weight)) / safe
-    # Two passes: the one-pass formula loses all digits where the mean is large against the spread.
-    spread = jnp.einsum("cnd,cn->cd", jnp.square(x - mean[group][:, None, :]), weight)
-    std = jnp.maximum(jnp.sqrt(add(spread) / safe), STD_FLOOR)
-    return jnp.where(total > 0, mean, 0.0), jnp.where(total > 0, std, 1.0)
+    return add(jnp.sum(weight, -1))[:, None], add(jnp.einsum("cnd,cn->cd", x, weight))
 
 
 Statistics = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
 def lane_statistics(data: Resident, counted: jax.Array) -> Statistics:
-    """The standardisation statistics of one lane: stream → (mean, std), each (groups, d)."""
+    """The standardisation statistics of one lane: stream → (mean, std), each (groups, d); pictures have none."""
     streams = data.streams
     return {
-        s: statistics(streams[s], streams[f"{s}_mask"], data.group, counted, data.groups)
-        for s in STANDARDISED
-        if s in streams
+        s: statistics(streams[s], streams[f"{s}_mask"], data.group, counted, data.groups) for s in standardised(data)
     }
+
+
+def standardised(data: Resident) -> list[str]:
+    """The streams that are standardised."""
+    there = [s for s in STANDARDISED if s in data.streams]
+    return [s for s in there if jnp.issubdtype(data.streams[s].dtype, jnp.floating)]
 
 
 def gather(data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
@@ -260,13 +294,26 @@ def gather(data: Resident, stats: Statistics, index: jax.Array, weight: jax.Arra
     Of conversations, `index (b, u)`, every turn is there and `turn_mask (b, u)` says which exist, whatever they weigh.
     """
     count = data.group.shape[0]
+    rows = jnp.minimum(index, count - 1)
+    batch = {key: array[rows] for key, array in data.streams.items()}
+    return prepared(batch, data.group[rows], stats, index, weight, count)
+
+
+def prepared(
+    rows: Mapping[str, jax.Array],
+    group: jax.Array,
+    stats: Statistics,
+    index: jax.Array,
+    weight: jax.Array,
+    count: int,
+) -> dict[str, jax.Array]:
+    """`gather` of streams that are at hand as rows: those of the clips `index`, of which there are `count`, with their
+    standardisation `group`."""
+    batch = dict(rows)
     there = index < count if index.ndim > 1 else weight > 0
-    index = jnp.minimum(index, count - 1)
-    batch = {key: array[index] for key, array in data.streams.items()}
     for key in [k for k in batch if k.endswith("_mask")]:
         batch[key] &= there[..., None]
     for stream, (mean, std) in stats.items():
-        group = data.group[index]
         scaled = (batch[stream] - mean[group][..., None, :]) / std[group][..., None, :]
         batch[stream] = jnp.where(batch[f"{stream}_mask"][..., None], scaled, 0)
     return batch | {"weight": weight} | ({"turn_mask": there} if index.ndim > 1 else {})

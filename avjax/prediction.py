@@ -37,8 +37,9 @@ class Run:
 
     Attributes:
       name: of its directory; dataset, protocol: as every table names them; classes: in the order of the logits.
-      preset: how clips are measured; text_source: which sentence the model reads.
-      model: without parameters; best, stats: of the lanes, with a leading lane axis (`avjax.loop.State`).
+      preset: how clips are measured; text_source: which sentence the model reads, "" for none.
+      task: its kind.
+      model: without parameters; best, best_head, stats: of the lanes, with a leading lane axis (`avjax.loop.State`).
       lanes: (fold, seed) of each.
       made_by: how the features were made that it was trained on (`extraction.made_by`).
       random: whether those came from encoders with weights drawn at random.
@@ -52,10 +53,12 @@ class Run:
     text_source: str
     model: Model
     best: Mapping[str, Any]
+    best_head: np.ndarray
     stats: pipeline.Statistics
     lanes: tuple[tuple[str, int], ...]
     made_by: Mapping[str, str]
     random: bool = False
+    task: str = "single"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +67,21 @@ class Prediction:
 
     Attributes:
       file: as given; bytes of its name that are not UTF-8 are shown as `\\xe9`.
-      probabilities: class → probability, in the order of the run's classes; they add up to 1.
-      sentence: what the model read.
+      answers: class → probability, in the order of the run's classes, adding up to 1; label → probability of yes; or
+        name → value, by the run's task.
+      sentence: what the model read, "" for none.
       missing: "picture", "sound" or "sentence" → why the model had to do without.
     """
 
     file: str
-    probabilities: dict[str, float]
+    answers: dict[str, float]
     sentence: str
     missing: dict[str, str]
 
     @property
     def ranked(self) -> list[tuple[str, float]]:
-        """(class, probability), the likeliest first."""
-        return sorted(self.probabilities.items(), key=lambda item: -item[1])
+        """The answers, the largest first."""
+        return sorted(self.answers.items(), key=lambda item: -item[1])
 
 
 def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) -> Run:
@@ -96,7 +100,7 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) ->
     try:
         _check_standardise(workdir, config.protocol.standardise)
         names = [(lane["fold"], lane["seed"]) for lane in metrics["folds"]]
-        about = {key: metrics[key] for key in ("dataset", "protocol")}
+        about = {key: metrics[key] for key in ("dataset", "protocol", "task")}
         classes = tuple(metrics["classes"])
         about |= {"classes": classes, "preset": config.preset, "text_source": config.model.text_source}
         made = _json(workdir / "environment.json")["features"]
@@ -105,7 +109,7 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) ->
     except (KeyError, AttributeError, TypeError) as error:
         raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
     chosen = _chosen(workdir, names, fold, seed)
-    saved = checkpoint.read(workdir / "checkpoints", "best", "stats")
+    saved = checkpoint.read(workdir / "checkpoints", "best", "best_head", "stats")
     if "params" not in saved["best"]:
         raise AvjaxError(f"{workdir}: its checkpoints are not of this version of avjax; train again")
     there = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
@@ -152,13 +156,13 @@ def predict(
         measured = extraction.encode_all(measured, sentences, settings, store, console, clock)
         _check_made_by(run, extraction.made_by(measured[0]))
         examples = list(extraction.examples(measured, sentences, settings, store))
-        missing = [_missing(m, sentences[m[0].id][run.text_source], store) for m in measured]
-    shares = probabilities(run, _features(run, [c for c, _ in measured], examples))
+        missing = [_missing(m, run, sentences, store) for m in measured]
+    shares = answers_of(run, _features(run, [c for c, _ in measured], examples))
     answers = [
         Prediction(
             file=clip.id,
-            probabilities=dict(zip(run.classes, map(float, row), strict=True)),
-            sentence=sentences[clip.id][run.text_source],
+            answers=dict(zip(run.classes, map(float, row), strict=True)),
+            sentence=sentences[clip.id].get(run.text_source, ""),
             missing=lacking,
         )
         for (clip, _), row, lacking in zip(measured, shares, missing, strict=True)
@@ -166,13 +170,14 @@ def predict(
     return answers, rejected
 
 
-def probabilities(run: Run, clips: stores.Features) -> np.ndarray:
-    """The mean over lanes of the softmax of the predicting head's logits, (clips, classes) float64."""
-    from scipy.special import softmax
+def answers_of(run: Run, clips: stores.Features) -> np.ndarray:
+    """The mean over lanes of what the predicting head answers, (clips, classes) float64: probabilities, or values."""
+    from scipy.special import expit, softmax
 
     data = pipeline.resident(clips, run.text_source, "train")
-    logits = loop.answers(run.model)(run.best, run.stats, data)[run.model.heads[0]]
-    return softmax(np.asarray(logits, np.float64), -1).mean(0)
+    logits = loop.answers(run.model)(run.best, run.best_head, run.stats, data)[run.model.answers[0]]
+    ways = {"single": lambda x: softmax(x, -1), "multilabel": expit, "regression": np.asarray}
+    return ways[run.task](np.asarray(logits, np.float64)).mean(0)
 
 
 def _config(workdir: Path) -> ConfigDict:
@@ -241,12 +246,13 @@ def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> s
     )
 
 
-def _missing(measured: extraction.Measured, sentence: str, store: stores.Store) -> dict[str, str]:
+def _missing(measured: extraction.Measured, run: Run, sentences: Mapping, store: stores.Store) -> dict[str, str]:
     clip, keys = measured
+    silent = run.text_source and not sentences[clip.id][run.text_source]
     why = {
         "picture": str(store.get(clip.id, "video", keys["video"], "why")["why"]),
         "sound": str(store.get(clip.id, "audio", keys["audio"], "why")["why"]),
-        "sentence": "" if sentence else "nothing to say: no face and no voice was measured",
+        "sentence": "nothing to say: no face and no voice was measured" if silent else "",
     }
     return {what: reason for what, reason in why.items() if reason}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avjax import datasets, metrics
+from avjax import datasets, metrics, tasks
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
 from avjax.files import replacing
@@ -20,18 +20,25 @@ _STANDARDISED = {
 }
 
 
-def protocol_name(folds: str, plan: LanePlan, config, random: bool = False) -> str:
+def protocol_name(
+    folds: str, plan: LanePlan, config, random: bool = False, task: str = "single", chosen: str = ""
+) -> str:
     """One line that says how the figures came about; it stands beside every figure.
 
     Args:
+      task: its kind; chosen: the head that predicts where validation cannot choose among several, "" for no choice.
       folds: the name of the division; config: the `protocol` part of a configuration; random: whether the features
         come from weights drawn at random.
     """
     held_out = {c["n_val"] > 0 for c in plan.counts} if config.select == "val" else {False}
-    ways = {True: "best validation UAR", False: "last epoch"}
+    scoring = tasks.SCORINGS[task]
+    ways = {True: f"best validation {scoring.names[scoring.picks]}", False: "last epoch"}
     select = " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
+    ways[False] = chosen
+    head = " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
     warning = ["RANDOM WEIGHTS in the encoders: the figures mean nothing"] if random else []
-    return "; ".join([*warning, folds, *plan.notes, f"epoch: {select}", _STANDARDISED[config.standardise]])
+    heads = [f"head: {head}"] if chosen else []
+    return "; ".join([*warning, folds, *plan.notes, f"epoch: {select}", *heads, _STANDARDISED[config.standardise]])
 
 
 def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -56,7 +63,7 @@ def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndar
         "speaker": np.array(features.speakers, np.str_)[index],
         "fold": np.array([name for name, _ in plan.names])[lane],
         "seed": np.array([seed for _, seed in plan.names], np.int64)[lane],
-        "label": features.label[index].astype(np.int64),
+        "label": _plain(features.label[index]),
         **{f"logits_{head}": np.asarray(v)[real] for head, v in logits.items()},
     }
 
@@ -65,48 +72,60 @@ def measure(
     features: Features,
     plan: LanePlan,
     rows: Mapping[str, np.ndarray],
-    best_epoch: Sequence[int],
+    lanes: Mapping[str, Sequence],
     protocol: str,
     reference: Mapping[str, dict],
 ) -> dict[str, object]:
-    """The content of `metrics.json`; scores in 0–1, `mean` and (population) `std` over folds and seeds."""
-    heads = [k.removeprefix("logits_") for k in rows if k.startswith("logits_")]
-    classes = len(features.classes)
+    """The content of `metrics.json`: the scores of the task, `mean` and (population) `std` over folds and seeds.
 
-    def matrix(head: str, chosen) -> np.ndarray:
-        answer = np.argmax(rows[f"logits_{head}"][chosen], -1)
-        label = rows["label"][chosen]
-        return metrics.count(label, answer, classes)
+    Args:
+      lanes: what else is said of each: `best_epoch` and, where validation chooses it, `head`, by its name.
+    """
+    heads = [k.removeprefix("logits_") for k in rows if k.startswith("logits_")]
+    scoring = tasks.SCORINGS[features.task]
+
+    def table(head: str, chosen) -> np.ndarray:
+        return scoring.count(rows["label"][chosen], rows[f"logits_{head}"][chosen])
 
     folds = []
-    for (fold, seed), counts, epoch in zip(plan.names, plan.counts, best_epoch, strict=True):
+    for i, ((fold, seed), counts) in enumerate(zip(plan.names, plan.counts, strict=True)):
         chosen = (rows["fold"] == fold) & (rows["seed"] == seed)
-        scores = _scores(matrix(heads[0], chosen))
-        folds.append({"fold": fold, "seed": seed, **counts, **scores, "best_epoch": int(epoch)})
+        about = {key: values[i] for key, values in lanes.items()}
+        folds.append({"fold": fold, "seed": seed, **counts, **_scores(scoring, table(heads[0], chosen)), **about})
     every = np.ones(len(rows["label"]), bool)
-    pooled = matrix(heads[0], every)
-    over = summary(folds)
-    together = _together(plan, rows, heads[0], classes)
+    pooled = table(heads[0], every)
+    over = summary(folds, scoring.names)
+    together = _together(plan, rows, heads[0], features.task)
     return {
         "dataset": datasets.title(features.dataset),
         "protocol": protocol,
-        "task": "single",
+        "task": features.task,
         "classes": list(features.classes),
         "counts": features.counts,
         "folds": folds,
         "mean": over["mean"],
         "std": over["std"],
-        "pooled": _scores(pooled),
+        "pooled": _scores(scoring, pooled),
         **({"together": together} if together else {}),
-        "f1": {k: float(v) for k, v in metrics.f1(pooled).items()},
-        "confusion": pooled.astype(int).tolist(),
-        "heads": {h: _scores(matrix(h, every)) for h in heads},
+        **_particulars(features, pooled),
+        "heads": {h: _scores(scoring, table(h, every)) for h in heads},
         "reference": dict(reference),
     }
 
 
-def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, classes: int) -> dict | None:
-    """Scores of the mean of all seeds' probabilities, fold by fold; None where there is one seed.
+def _particulars(features: Features, pooled: np.ndarray) -> dict[str, object]:
+    """What the pooled table says beyond its scores: by class, value or label."""
+    if features.task == "single":
+        return {
+            "f1": {k: float(v) for k, v in metrics.f1(pooled).items()},
+            "confusion": pooled.astype(int).tolist(),
+        }
+    scoring = tasks.SCORINGS[features.task]
+    return {"values": {n: _scores(scoring, row[None]) for n, row in zip(features.classes, pooled, strict=True)}}
+
+
+def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, task: str) -> dict | None:
+    """Scores of the mean of all seeds' answers (of classes their probabilities), fold by fold; None for one seed.
 
     Seeds of a fold test the same clips in the same order.
     """
@@ -114,18 +133,27 @@ def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, classes
         return None
     from scipy.special import softmax
 
-    folds = []
+    scoring, folds = tasks.SCORINGS[task], []
     for fold in dict.fromkeys(name for name, _ in plan.names):
         seeds = [(rows["fold"] == fold) & (rows["seed"] == seed) for name, seed in plan.names if name == fold]
-        share = np.mean([softmax(rows[f"logits_{head}"][chosen].astype(np.float64), -1) for chosen in seeds], 0)
-        matrix = metrics.count(rows["label"][seeds[0]], share.argmax(-1), classes)
-        folds.append({"fold": fold, **_scores(matrix)})
-    return summary(folds)
+        answers = [rows[f"logits_{head}"][chosen].astype(np.float64) for chosen in seeds]
+        mean = np.mean([softmax(a, -1) if task == "single" else a for a in answers], 0)
+        folds.append({"fold": fold, **_scores(scoring, scoring.count(rows["label"][seeds[0]], mean))})
+    return summary(folds, scoring.names)
+
+
+def _plain(label: np.ndarray) -> np.ndarray:
+    return label.astype(np.int64) if label.dtype == np.int32 else label
+
+
+def attention(features: Features, found: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> list[dict[str, object]]:
+    """What `loop.attention` gives, with clip and label under `name`, for `plots.attention_picture`."""
+    return [{"name": f"{features.ids[i]} ({features.clips[i].label})"} | dict(maps) for i, maps in found]
 
 
 def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, count: int = 12) -> list[dict[str, str]]:
     """Test clips with their sentence, label and answer, for the report: `count` of them, evenly spaced in the set."""
-    if source not in features.sentences:
+    if source not in features.sentences or features.task != "single":
         return []
     head = next(k for k in rows if k.startswith("logits_"))
     first = {clip: at for at, clip in reversed(list(enumerate(rows["clip_id"].tolist())))}
@@ -155,5 +183,5 @@ def read(workdir: Path) -> dict:
     return json.loads((workdir / "metrics.json").read_text())
 
 
-def _scores(matrix: np.ndarray) -> dict[str, float]:
-    return {"war": float(metrics.war(matrix)), "uar": float(metrics.uar(matrix))}
+def _scores(scoring: tasks.Scoring, table: np.ndarray) -> dict[str, float]:
+    return {name: float(score) for name, score in scoring.scores(table).items()}

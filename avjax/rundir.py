@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from avjax import __version__
+from avjax import __version__, tasks
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
 from avjax.files import write_text
 
 # Keys that do not change what is computed, so that data may move between two calls of a run.
-_PLACES = ("data.root", "data.features")
+_PLACES = ("data.root", "data.features", "data.mode", "train.save_steps")
 
 
 def default(config, features: Features) -> Path:
@@ -109,11 +109,12 @@ def mean_over_lanes(rows: Sequence[Mapping]) -> list[dict[str, float]]:
     return out
 
 
-def progress(rows: Sequence[Mapping], epochs: int, lanes: int, seconds: float) -> str:
+def progress(rows: Sequence[Mapping], epochs: int, lanes: int, seconds: float, task: str) -> str:
     """One line about the newest epoch: scores averaged over the lanes still training; `seconds` that the call took."""
     last = mean_over_lanes(rows)[-1]
     going = sum(r["epoch"] == last["epoch"] for r in rows)
-    val = f", val UAR {100 * last['val_uar']:.1f}" if "val_uar" in last else ""
+    name = tasks.SCORINGS[task].picks
+    val = f", val {tasks.SCORINGS[task].names[name]} {100 * last[f'val_{name}']:.1f}" if f"val_{name}" in last else ""
     return (
         f"epoch {last['epoch']}/{epochs}: train loss {last['train_loss']:.3f}{val}; "
         f"{going} of {lanes} lanes training; {seconds:.1f} s"
@@ -129,16 +130,17 @@ class Events:
         for old in workdir.glob("events.*"):
             old.unlink()
         self._writer = SummaryWriter(str(workdir))
+        self._picked = {f"val_{scoring.picks}" for scoring in tasks.SCORINGS.values()}
         self.add(rows)
 
     def add(self, rows: Sequence[Mapping]) -> None:
-        """Adds the mean over lanes of each score, and each lane's validation UAR."""
+        """Adds the mean over lanes of each score, and of each lane that by which validation picks."""
         for row in mean_over_lanes(rows):
             for name in row.keys() - {"epoch"}:
                 self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
         for row in rows:
-            if "val_uar" in row:
-                self._writer.add_scalar(f"val_uar/fold {row['fold']} seed {row['seed']}", row["val_uar"], row["epoch"])
+            for name in row.keys() & self._picked:
+                self._writer.add_scalar(f"{name}/fold {row['fold']} seed {row['seed']}", row[name], row["epoch"])
         self._writer.flush()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ The same command on the same --workdir goes on where it was cut off; on a finish
 
 import functools
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def train(config, workdir: Path | None = None) -> Path:
     import jax.numpy as jnp
     from rich.console import Console
 
-    from avjax import data, datasets, loop, models, pipeline, reference, results, rundir
+    from avjax import data, datasets, loop, models, pipeline, reference, results, rundir, streaming, streams, tasks
     from avjax.checkpoint import Checkpoints
     from avjax.datasets.base import natural_folds
     from avjax.files import write_text
@@ -53,23 +54,27 @@ def train(config, workdir: Path | None = None) -> Path:
     rundir.begin(workdir, config, features)
     if rundir.is_finished(workdir):
         before = results.read(workdir)
-        console.print(tables.run_table(before, config.name), tables.reference_table(before))
+        console.print(*tables.of_run(before, config.name))
         say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
         return workdir
 
     # ---- Protocol -------------------------------------------------------------------------------------------------
     folds, folds_name = natural_folds(features.clips, features.folds, config.protocol.folds, config.protocol.fold_count)
-    model = models.build(config.model, len(features.classes))
+    model, scoring = models.build(config.model, len(features.classes)), tasks.SCORINGS[features.task]
     plan = pipeline.plan(features, folds, config.train.seeds, config.protocol, model.turns)
-    protocol = results.protocol_name(folds_name, plan, config.protocol, features.random)
+    chosen, heads = model.heads[0] if len(model.candidates) > 1 else "", loop.candidates(model)
+    protocol = results.protocol_name(folds_name, plan, config.protocol, features.random, features.task, chosen)
     say(f"protocol: {protocol}")
 
     # ---- Model ----------------------------------------------------------------------------------------------------
-    resident = pipeline.resident(features, config.model.text_source, config.protocol.standardise)
-    trainer = loop.make(model, config)
-    state = trainer.init(plan.lanes, resident)
+    clips = streams.choose(features, config)
+    streams.check(model, clips, config.preset)
+    streamed = isinstance(clips, streams.Streamed)
+    trainer = streaming.make(model, config, workdir, features.task, say) if streamed else loop.make(model, config)
+    state = trainer.init(plan.lanes, clips)
     size = sum(v.size for v in jax.tree.leaves(state.params)) // len(plan.names)
-    say(f"{len(plan.names)} lanes of {size:,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+    say(f"{len(plan.names)} lanes of {size:,} parameters on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        + (", streamed" if streamed else ""))  # fmt: skip
 
     # ---- Epochs ---------------------------------------------------------------------------------------------------
     with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -81,34 +86,42 @@ def train(config, workdir: Path | None = None) -> Path:
         while done < config.train.epochs and not bool(jnp.all(state.stopped)):
             cli.heed_interrupts()
             begun = time.perf_counter()
-            state, sums = trainer.epochs(state, plan.lanes, resident, jnp.int32(done + 1))
+            state, sums = trainer.epochs(state, plan.lanes, clips, jnp.int32(done + 1))
             loop.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)
-            new = [{"dataset": dataset} | row for row in loop.epoch_rows(sums, plan.names, done + 1)]
+            new = [{"dataset": dataset} | row for row in loop.epoch_rows(sums, plan.names, done + 1, scoring, heads)]
             rows += new
-            done += config.train.epochs_per_call
+            done += sums["live"].shape[1]
             rundir.write_history(workdir, rows)
             checkpoints.save(done, state)
             events.add(new)
-            say(rundir.progress(rows, config.train.epochs, len(plan.names), time.perf_counter() - begun))
+            seconds = time.perf_counter() - begun
+            say(rundir.progress(rows, config.train.epochs, len(plan.names), seconds, features.task))
         events.close()
+    shutil.rmtree(workdir / streaming.FOLDER, ignore_errors=True)
 
     # ---- Test -----------------------------------------------------------------------------------------------------
-    logits = jax.device_get(trainer.predict(state, plan.lanes, resident))
-    ordered = {head: logits[head] for head in model.heads}  # jit sorts names; the predicting head stays first
+    logits = jax.device_get(trainer.predict(state, plan.lanes, clips))
+    ordered = {head: logits[head] for head in model.answers}  # jit sorts names; the predicting head stays first
     answers = results.predictions(features, plan, ordered)
-    yardstick = reference.logistic_regression(resident, plan)
-    metrics = results.measure(features, plan, answers, state.best_epoch.tolist(), protocol, yardstick)
+    about = {"best_epoch": state.best_epoch.tolist()}
+    if chosen:
+        about["head"] = [model.heads[i] for i in state.best_head.tolist()]
+    yardsticks = reference.yardsticks(clips, plan)
+    metrics = results.measure(features, plan, answers, about, protocol, yardsticks)
 
     # ---- Report ---------------------------------------------------------------------------------------------------
     results.write_predictions(workdir / "predictions.npz", answers)
     write_text(workdir / "metrics.json", json.dumps(metrics, indent=1))
     title = f"{config.name} {config.variants or 'full'}"
     note = f"{dataset} · {protocol}"
-    plots.confusion_picture(metrics["confusion"], metrics["classes"], title, workdir / "confusion.png", note=note)
+    plots.answers_picture(metrics, answers, title, workdir)
+    if model.pictured and (seen := loop.attention(model, state, plan, clips)):
+        clips = results.attention(features, seen)
+        plots.attention_picture(clips, model.pictured, title, workdir / "attention.png", note=note)
     plots.curves_picture(rundir.mean_over_lanes(rows), workdir / "curves.png", note=note)
     page.write_report(workdir, sentences=results.examples(features, answers, config.model.text_source))
-    console.print(tables.run_table(metrics, title), tables.reference_table(metrics))
-    say(f"written to {workdir}: report.html, metrics.json, predictions.npz, confusion.png, checkpoints/")
+    console.print(*tables.of_run(metrics, title))
+    say(f"written to {workdir}: report.html, metrics.json, predictions.npz, checkpoints/ and pictures")
     return workdir
 
 

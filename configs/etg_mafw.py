@@ -45,6 +45,7 @@ def base() -> ConfigDict:
             "data": {
                 "root": "",  # the data set as it was downloaded; "" = $AVJAX_DATA/<dataset>
                 "features": "",  # the feature store; "" = $AVJAX_CACHE/features/<dataset>
+                "mode": "auto",  # resident: on the device | streamed: from disk, batch by batch | auto: by size
             },
             "model": {
                 "name": "etg_aver",
@@ -84,6 +85,7 @@ def base() -> ConfigDict:
                 "schedule": "cosine",  # cosine | constant
                 "clip_norm": 1.0,
                 "patience": 10,  # epochs without a better validation score; 0 = never stop early
+                "save_steps": 200,  # of streamed data: steps between checkpoints within an epoch; 0 = none
                 "epochs_per_call": 5,  # epochs in one compiled call; checkpoints are written between calls
             },
         }

@@ -1,9 +1,11 @@
 """Made-up features for tests: a planted signal in each stream, real masks, odd lengths."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
 
+from avjax import tasks
 from avjax.datasets import store
 from avjax.datasets.base import Clip, Corpus, Task
 from avjax.datasets.store import Features
@@ -47,9 +49,44 @@ def make(clips: int = 48, classes: int = 3, speakers: int = 4, seed: int = 0, si
     )
 
 
+def values(clips: int = 480, speakers: int = 6, seed: int = 0, noise: float = 0.01, permuted: bool = False) -> Features:
+    """`make` of the task "regression": three values on [0, 1], linear in the mean of the sound, and noise.
+
+    Permuted, they are those of other clips: nothing can be learned.
+    """
+    features, means, rng = _heard(clips, speakers, seed)
+    label = 0.5 + 0.12 * means @ np.array([[1, 0.5, 0], [0, 1, -0.5], [-0.5, 0, 1]]) + rng.normal(0, noise, means.shape)
+    label = np.clip(rng.permutation(label) if permuted else label, 0, 1)
+    return labelled(features, "regression", ("valence", "arousal", "dominance"), label)
+
+
+def questions(clips: int = 480, speakers: int = 6, seed: int = 0) -> Features:
+    """`make` of the task "multilabel": yes to a label where one dimension of the sound is loud enough on average."""
+    features, means, _ = _heard(clips, speakers, seed)
+    return labelled(features, "multilabel", ("happy", "sad", "angry"), means > [-0.5, 0.0, 0.8])
+
+
+def labelled(features: Features, task: str, names: tuple[str, ...], label: np.ndarray) -> Features:
+    """The same clips with a row of `label` (clips, names) each, of a kind of `tasks`."""
+    told = [tuple(map(float, row)) for row in label]
+    clips = [dataclasses.replace(c, label=row) for c, row in zip(features.clips, told, strict=True)]
+    return dataclasses.replace(features, task=task, classes=names, clips=clips, label=tasks.encoded(told, names, task))
+
+
+def _heard(clips: int, speakers: int, seed: int) -> tuple[Features, np.ndarray, np.random.Generator]:
+    """Clips with a vector of their own in all steps of the sound, and its means (clips, 3), 0 without sound."""
+    features, rng = make(clips, speakers=speakers, seed=seed, signal=0.0), np.random.default_rng(seed + 1)
+    mask = features.masks["audio"][..., None]
+    sound = 0.2 * features.arrays["audio"]
+    sound[:, :, :3] += rng.normal(size=(clips, 1, 3))
+    features.arrays["audio"] = np.where(mask, sound, 0).astype(np.float32)
+    means = features.arrays["audio"][:, :, :3].sum(1) / np.maximum(mask.sum(1), 1)
+    return features, means, rng
+
+
 def write_store(root: pathlib.Path, features: Features) -> None:
     """Packs made-up features into a feature store at `root`, under the preset `lite`."""
-    corpus = Corpus(features.dataset, Task("single", features.classes), tuple(features.clips), features.folds)
+    corpus = Corpus(features.dataset, Task(features.task, features.classes), tuple(features.clips), features.folds)
     examples = [_example(features, i) for i in range(len(features.ids))]
     about = {"counts": features.counts, "made_by": features.made_by}
     store.Store(root).pack(corpus, features.clips, "lite", examples, "made up", about)

@@ -15,7 +15,9 @@ from avjax.errors import AvjaxError
 from avjax.models import fusions
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-PRESETS = ["lite", "open", "etg", "deiii", "flow_dis", "flow_perceiver", "emoasst"]
+PRESETS = ["lite", "open", "etg", "deiii", "flow_dis", "flow_perceiver", "deiii_lite", "deiii_open",
+           "avtca", "avtca_112", "avtca_faulty", "emoasst"]  # fmt: skip
+TABLE_4 = ["w3s1", "w5s1", "w7s1", "w3s3", "w5s5", "w7s7", "flow_dinov2"]
 ETG = ["full", "no_hlo", "concat_text", "concat", "no_etg", "no_tmfef", "fusion_concat", "fusion_additive",
        "weights_equal", "weights_fusion", "text_audio", "text_video", "audio_only", "video_only", "text_only",
        "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", *PRESETS]  # fmt: skip
@@ -24,12 +26,23 @@ WITHOUT_TEXT = [name for name in FUSIONS if name not in ("mag", "mag_recipe")]
 STREAMS = ["audio", "video", "text", "ta", "tv", "av", "tav"]
 STANDARDISED = ["speaker_norm", "enrol", "all_clips"]
 FUSION = [*FUSIONS, *STREAMS, *STANDARDISED, *PRESETS]
+DEIII = ["full", "ife_video", "ife_audio", "ife_fusion", "none_ife", "flow_only", "video_only", "time_concat",
+         "channel_concat", "sum", "early", "transformer", "small", *STANDARDISED, *PRESETS, *TABLE_4]  # fmt: skip
+AVTCA = ["it1", "it4", "ct1", "ct4", "full", "softhard", "repo", "avtca_faulty", "avtca_112", *STANDARDISED]
 # Of every file in configs/: its name, data set and variants.
 EXPECTED = {
+    "configs/avtca_crema_d.py": ("avtca_crema_d", "crema_d", AVTCA),
+    "configs/avtca_folder.py": ("avtca_folder", "folder", [*AVTCA, "avtca", "paper"]),
+    "configs/avtca_mosei.py": ("avtca_mosei", "folder", AVTCA),
+    "configs/avtca_ravdess.py": ("avtca_ravdess", "ravdess", AVTCA),
+    "configs/deiii_crema_d.py": ("deiii_crema_d", "crema_d", DEIII),
+    "configs/deiii_folder.py": ("deiii_folder", "folder", [*DEIII, "paper", "concat"]),
+    "configs/deiii_msp_improv.py": ("deiii_msp_improv", "folder", DEIII),
+    "configs/deiii_ravdess.py": ("deiii_ravdess", "ravdess", DEIII),
     "configs/etg_folder.py": ("etg_folder", "folder", ETG),
     "configs/etg_mafw.py": ("etg_mafw", "mafw", ETG),
-    "configs/extract_folder.py": ("extract_folder", "folder", PRESETS),
-    "configs/extract_mafw.py": ("extract_mafw", "mafw", PRESETS),
+    "configs/extract_folder.py": ("extract_folder", "folder", [*PRESETS, *TABLE_4]),
+    "configs/extract_mafw.py": ("extract_mafw", "mafw", [*PRESETS, *TABLE_4]),
     "configs/fusion_folder.py": ("fusion_folder", "folder", FUSION),
     "configs/fusion_mafw.py": ("fusion_mafw", "mafw", FUSION),
     "configs/mmmo.py": ("mmmo", "mmmo", ["audio", "video", "av", "all_clips", *WITHOUT_TEXT]),
@@ -87,12 +100,31 @@ def _build(config):
     if "model" in config:
         models.build(config.model, 7)
         assert config.protocol.standardise in pipeline.STANDARDISE
-        assert config.model.text_source in texts
+        assert config.model.text_source in (texts if "text" in config.model.streams else (*texts, ""))
 
 
 def test_later_variants_win_and_all_are_named():
     config = configs.load("configs/etg_mafw.py:enrol,speaker_norm")
     assert (config.protocol.standardise, config.variants) == ("speaker", "enrol,speaker_norm")
+
+
+def test_rows_of_the_papers_are_settings_of_their_models():
+    row = configs.load("configs/deiii_crema_d.py:flow_only,w3s3")
+    assert (row.model.streams, row.model.settings.head) == (("audio", "flow"), "video")
+    assert presets.preset(row.preset).flow == presets.Flow("perceiver_flow", presets.PRESETS["deiii"].image, 3, 3, 368)
+    small, paper = (configs.load(f"configs/deiii_folder.py{word}") for word in ("", ":paper"))
+    assert paper.model.settings == configs.load("configs/deiii_ravdess.py").model.settings != small.model.settings
+    assert paper.train.learning_rate == 5e-6
+    repo = configs.load("configs/avtca_ravdess.py:repo,avtca_faulty")
+    assert (repo.model.name, repo.preset, repo.train.optimizer) == ("avtca_released", "avtca_faulty", "sgd")
+    assert configs.load("configs/avtca_folder.py").preset == "avtca_112"
+    assert configs.load("configs/avtca_folder.py:it1").model.settings.blocks == "self"
+
+
+@pytest.mark.parametrize("file", ["configs/fusion_folder.py", "configs/fusion_mafw.py", "configs/mosi_utterance.py"])
+def test_the_name_of_a_fusion_means_the_fusion(file):
+    for name, changes in fusions.variants().items():
+        assert configs.load(f"{file}:{name}").model.name == changes["model.name"], name
 
 
 def test_entry_points_can_be_imported_together():

@@ -84,6 +84,22 @@ def test_rows_are_trained_and_compared(compare, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out, "finished rows are not trained again"
 
 
+@pytest.mark.slow
+def test_values_are_compared_without_evidence_over_people(compare, tmp_path, capsys):
+    synthetic.write_store(tmp_path / "F", synthetic.values(clips=48, speakers=3))
+    compare("--markdown", "--rows=concat,lmf")
+    shown = capsys.readouterr().out
+    rows = [line.removeprefix("| ").split(" | ") for line in shown.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["run", "CCC", "Pearson", "CCC − first", "fold by fold", "seeds together |"]
+    assert [r[0] for r in rows[2:4]] == ["concat", "lmf"]
+    assert len(rows[3][4].split()) == 3
+    assert "Seeds together: CCC of the mean" in shown
+    assert "ridge regression, audio (of concat)" in shown
+    assert "bootstrap" not in shown
+    saved = json.loads((tmp_path / "runs/concat/metrics.json").read_text())
+    assert (saved["task"], saved["classes"]) == ("regression", ["valence", "arousal", "dominance"])
+
+
 def test_mistakes_of_a_comparison_are_named(compare, tmp_path):
     with pytest.raises(AvjaxError, match="no variant 'nosuch'"):
         compare("--rows=nosuch")

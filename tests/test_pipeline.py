@@ -264,3 +264,8 @@ def test_padding_rows_have_nothing_real():
     data = pipeline.resident(synthetic.make(6), "both", "train")
     batch = pipeline.gather(data, {}, jnp.array([1, 2]), jnp.array([1.0, 0.0]))
     assert batch["audio_mask"].any(-1).tolist() == [True, False]
+
+
+def test_a_seed_comes_once():
+    with pytest.raises(AvjaxError, match=r"train\.seeds is \(1, 2, 1\); expected each seed once"):
+        planned(synthetic.make(), seeds=(1, 2, 1))

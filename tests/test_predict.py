@@ -71,7 +71,7 @@ def stored(workdir, fold, seed) -> dict[str, np.ndarray]:
 
 
 def shares(answer: prediction.Prediction) -> np.ndarray:
-    return np.array(list(answer.probabilities.values()))
+    return np.array(list(answer.answers.values()))
 
 
 def test_the_command_repeats_what_training_stored(trained):
@@ -130,7 +130,7 @@ def test_every_lane_alone_repeats_what_training_stored(trained):
     for fold, seed in prediction.read_run(workdir).lanes:
         run = prediction.read_run(workdir, fold, seed)
         assert run.lanes == ((fold, seed),)
-        made = dict(zip(features.ids, prediction.probabilities(run, features), strict=True))
+        made = dict(zip(features.ids, prediction.answers_of(run, features), strict=True))
         for clip_id, row in stored(workdir, fold, seed).items():
             np.testing.assert_allclose(made[clip_id], row, rtol=0, atol=CLOSE)
 
@@ -177,7 +177,7 @@ def test_sentences_and_what_is_missing(trained, answered):
         "sound": "no audio stream",
         "sentence": "nothing to say: no face and no voice was measured",
     }
-    assert all(sum(a.probabilities.values()) == pytest.approx(1) for a in answered.values())
+    assert all(sum(a.answers.values()) == pytest.approx(1) for a in answered.values())
 
 
 def test_order_company_and_names_of_clips_change_nothing(trained, answered, tmp_path):
@@ -236,7 +236,7 @@ def test_a_clip_that_takes_too_long(trained):
 def made_up(count: int) -> tuple[prediction.Run, list[prediction.Prediction]]:
     names = ("disappointment", "happiness", "helplessness", "contempt")
     lanes = (("1", 1), ("2", 1))
-    run = prediction.Run("W", "demo, not MAFW", "5 folds", names, "lite", "both", None, {}, {}, lanes, {})
+    run = prediction.Run("W", "demo, not MAFW", "5 folds", names, "lite", "both", None, {}, np.zeros(2), {}, lanes, {})
     chances = dict(zip(names, (0.1, 0.7, 0.2, 0.0), strict=True))
     missing = {"sound": "no audio stream"}
     return run, [prediction.Prediction(f"/far/away/{i}.mp4", chances, "They smile.", missing) for i in range(count)]
@@ -272,6 +272,43 @@ def test_many_clips_are_a_row_each():
         [f"{i}.mp4", "happiness", "70.0", "helplessness", "20.0", "sound"] for i in range(9)
     ]
     assert "demo, not MAFW · 5 folds" in text
+
+
+def numbered(task: str) -> tuple[prediction.Run, list[prediction.Prediction]]:
+    """Two clips of a run of values, or of labels."""
+    run, answers = made_up(2)
+    numbers = {"regression": (0.25, -1.5), "multilabel": (0.9, 0.501)}[task]
+    names = ("valence", "arousal")
+    said = [dataclasses.replace(a, answers=dict(zip(names, numbers, strict=True))) for a in answers]
+    return dataclasses.replace(run, task=task, classes=names), said
+
+
+@pytest.mark.parametrize(
+    ("task", "shown", "as_json"),
+    [
+        ("regression", ["0.250", "-1.500"], {"values": {"valence": 0.25, "arousal": -1.5}}),
+        (
+            "multilabel",
+            ["90.0", "50.1"],
+            {"predicted": ["valence", "arousal"], "probabilities": {"valence": 0.9, "arousal": 0.501}},
+        ),
+    ],
+)
+def test_values_and_labels_are_a_row_each(task, shown, as_json):
+    run, answers = numbered(task)
+    text = printed(run, answers)
+    rows = [[c.strip() for c in line.strip("│ ").split("│")] for line in text.splitlines() if ".mp4" in line]
+    assert rows == [[f"/far/away/{i}.mp4", *shown, "sound"] for i in range(2)]
+    assert "valence" in text
+    about = json.loads(predictions.as_json(run, answers, []))["clips"][0]
+    rest = {"file": "/far/away/0.mp4", "sentence": "They smile.", "missing": {"sound": "no audio stream"}}
+    assert about == rest | as_json
+
+
+def test_no_label_may_be_likely():
+    run, answers = numbered("multilabel")
+    unlikely = [dataclasses.replace(a, answers=dict.fromkeys(run.classes, 0.4)) for a in answers]
+    assert json.loads(predictions.as_json(run, unlikely, []))["clips"][0]["predicted"] == []
 
 
 # ---- Runs that cannot answer -----------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def test_seeds_together_have_a_column_where_there_are_several():
         "– |",
         "77.0 ± 1.0 |",
     ]
-    assert tables.TOGETHER_NOTE in shown
+    assert tables.TOGETHER_NOTE.format("WAR") in shown
 
 
 def test_seeds_need_not_be_the_same():
@@ -191,7 +191,7 @@ def test_markdown_is_a_table():
     lines = tables.compare_markdown([("a", run()), ("b", run())]).splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len(rows) == 4
-    assert {line.count("|") for line in rows} == {len(tables.COMPARE_COLUMNS) + 1}
+    assert {line.count("|") for line in rows} == {len(tables.compare_columns(run())) + 1}
 
 
 def test_nothing_to_compare():
@@ -201,6 +201,81 @@ def test_nothing_to_compare():
 
 def test_points_have_a_sign_and_no_negative_zero():
     assert [tables.points(x) for x in (1.25, -0.04, 0.0, -3.0)] == ["+1.2", "+0.0", "+0.0", "−3.0"]
+
+
+def values_run(task: str = "regression", gain: float = 0.0, **other) -> dict:
+    """A run of values or labels over two folds, whose head validation chose."""
+    names = {"regression": ("ccc", "pearson", "rmse"), "multilabel": ("wa", "f1")}[task]
+
+    def scored(*scores: float) -> dict[str, float]:
+        return dict(zip(names, scores, strict=False))
+
+    sizes = {"seed": 1, "n_train": 32, "n_val": 4, "n_test": 8, "speaker_overlap": 0, "best_epoch": 7}
+    lanes = [(str(i), head, 0.1 * i + gain) for i, head in ((1, "video"), (2, "fusion"))]
+    folds = [sizes | {"fold": name, "head": head} | scored(0.5 + up, 0.6 + up, 0.25) for name, head, up in lanes]
+    means = {
+        "mean": {n: float(np.mean([f[n] for f in folds])) for n in names},
+        "std": {n: float(np.std([f[n] for f in folds])) for n in names},
+    }
+    reference = [{"fold": f["fold"]} | scored(0.4, 0.45, 0.3) for f in folds]
+    zero = dict.fromkeys(names, 0.0)
+    common = {key: value for key, value in run().items() if key != "confusion"}
+    return common | {
+        "task": task,
+        "classes": ["valence", "arousal"],
+        "folds": folds,
+        **means,
+        "pooled": scored(0.66, 0.77, 0.25),
+        "values": {"valence": scored(0.661, 0.772, 0.253), "arousal": scored(0.441, 0.552, 0.354)},
+        "heads": {head: scored(0.66, 0.77, 0.25) for head in ("chosen", "video", "fusion")},
+        "reference": {"audio": {"mean": scored(0.4, 0.45, 0.3), "std": zero, "folds": reference}},
+        **other,
+    }
+
+
+def test_runs_of_values_show_their_scores_and_the_chosen_heads():
+    metrics = values_run()
+    assert tables.run_columns(metrics) == ("fold", "seed", "train", "val", "test", "epoch", "CCC", "Pearson")
+    text = shown(tables.run_table(metrics, "values"))
+    assert lines_with(text, "│ 1 ", "7 (video)", "60.0", "70.0")
+    assert lines_with(text, "│ 2 ", "7 (fusion)", "70.0", "80.0")
+    assert lines_with(text, "mean ± std", "65.0 ± 5.0", "75.0 ± 5.0")
+    assert lines_with(text, "pooled", "66.0", "77.0")
+    assert "majority" not in text
+    assert "chance" not in text
+    assert tables.run_rows(run())[0][5] == "7", "without a choice there is no head to name"
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "first"),
+    [
+        ("regression", ("pooled", "CCC", "Pearson", "RMSE"), ("valence", "0.661", "0.772", "0.253")),
+        ("multilabel", ("pooled", "weighted accuracy", "F1"), ("valence", "0.661", "0.772")),
+    ],
+)
+def test_each_value_has_a_row(task, columns, first):
+    metrics = values_run(task)
+    assert tables.value_columns(metrics) == columns
+    assert tables.value_rows(metrics)[0] == first
+    text = shown(tables.value_table(metrics))
+    assert lines_with(text, *first)
+    assert "All folds and seeds pooled." in text
+    assert tables.value_rows(run()) == []
+
+
+def test_values_are_compared_by_ccc_and_with_ridge_regression():
+    first, other = values_run(), values_run(gain=0.05)
+    text = tables.compare_markdown([("a", first), ("b", other), ("c", run())])
+    assert lines_with(text, "| run | CCC | Pearson | CCC − first | fold by fold |")
+    assert lines_with(text, "| b | 70.0 ± 5.0 | 80.0 ± 5.0 | +5.0 | +5.0 +5.0 |")
+    assert lines_with(text, "| c † | – | – | – | – |")
+    assert "c cannot be compared with a: " in text
+    assert "task single, not regression" in text
+    assert "- CCC and Pearson: mean ± standard deviation" in text
+    reference = shown(tables.reference_table(first))
+    assert "ridge regression" in reference
+    assert lines_with(reference, "audio", "40.0 ± 0.0", "45.0 ± 0.0", "+25.0")
+    assert tables.reference_columns(values_run("multilabel"))[0].startswith("logistic regression")
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------
@@ -282,6 +357,75 @@ def test_pictures_repeat_to_the_byte(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+TRUTH = np.random.default_rng(0).random((20, 2)).astype(np.float32)
+GUESS = TRUTH + np.array([[0.1, -0.2]], np.float32)
+
+
+def test_scatter_shows_each_value_with_its_ccc(tmp_path, figures):
+    plots.scatter_picture(TRUTH, GUESS, ["valence", "arousal"], "My run", tmp_path / "s.png", note="how")
+    valence, arousal = figures[0].axes
+    x, y = TRUTH[:, 0].astype(float), GUESS[:, 0].astype(float)
+    ccc = 2 * np.cov(x, y, bias=True)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
+    assert valence.get_title() == f"valence: CCC {100 * ccc:.1f}"
+    assert arousal.get_title().startswith("arousal: CCC ")
+    np.testing.assert_allclose(arousal.collections[0].get_offsets(), np.stack([TRUTH[:, 1], GUESS[:, 1]], -1))
+    np.testing.assert_array_equal(*valence.lines[0].get_data())  # the diagonal
+    assert figures[0].get_suptitle() == "My run"
+    assert figures[0].get_supxlabel() == "how"
+
+
+def test_labels_picture_shows_what_was_found_of_yes_and_of_no(tmp_path, figures):
+    counts = np.array([[[6.0, 2.0], [1.0, 3.0]], [[12.0, 0.0], [0.0, 0.0]]])  # nobody has the second
+    plots.labels_picture(counts, ["happy", "sad"], "t", tmp_path / "l.png")
+    (axes,) = figures[0].axes
+    yes, no = ([bar.get_width() for bar in bars] for bars in axes.containers)
+    np.testing.assert_allclose(yes, [75, 0])
+    np.testing.assert_allclose(no, [75, 100])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["happy (4)", "sad (0)"]
+
+
+def test_attention_is_drawn_clip_by_clip_and_a_missing_stream_is_empty(tmp_path, figures):
+    weights = np.random.default_rng(0).random((3, 5))
+    clips = [{"name": "a (joy)", "video": weights, "audio": weights.T}]
+    clips += [{"name": "b (anger)", "video": weights[:, :0], "audio": weights.T[:0]}]
+    streams = [("video", "video", "audio"), ("audio", "audio", "video")]
+    plots.attention_picture(clips, streams, "t", tmp_path / "a.png", note="how")
+    first, second, *empty = figures[0].axes
+    np.testing.assert_array_equal(first.images[0].get_array(), weights.T)  # who asks runs to the right
+    np.testing.assert_array_equal(second.images[0].get_array(), weights)
+    assert (first.get_xlabel(), first.get_ylabel()) == ("step of video, asking", "step of audio")
+    assert [len(axes.images) for axes in empty] == [0, 0]
+    assert [axes.get_title() for axes in figures[0].axes] == ["a (joy)", "a (joy)", "b (anger)", "b (anger)"]
+    assert figures[0].get_supxlabel().startswith("how. ")
+
+
+def test_pictures_of_other_tasks_repeat_to_the_byte(tmp_path):
+    maps = [{"name": "a", "video": TRUTH}]
+    for name in ("a", "b"):
+        plots.scatter_picture(TRUTH, GUESS, ["v", "a"], "t", tmp_path / f"{name}1.png")
+        plots.labels_picture(np.ones((2, 2, 2)), ["x", "y"], "t", tmp_path / f"{name}2.png")
+        plots.attention_picture(maps, [("video", "video", "audio")], "t", tmp_path / f"{name}3.png")
+    for number in (1, 2, 3):
+        assert (tmp_path / f"a{number}.png").read_bytes() == (tmp_path / f"b{number}.png").read_bytes()
+        assert (tmp_path / f"a{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("task", list(page.ANSWERS))
+def test_each_task_has_its_picture_of_answers(tmp_path, task):
+    label = {"single": np.array([0, 1] * 10), "regression": TRUTH, "multilabel": TRUTH > 0.5}[task]
+    metrics = (run(classes=["a", "b"]) if task == "single" else values_run(task)) | {"confusion": [[5, 5], [5, 5]]}
+    plots.answers_picture(metrics, {"label": label, "logits_fusion": GUESS}, "t", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [page.ANSWERS[task]]
+
+
+def test_curves_show_the_score_that_validation_picks_by(tmp_path, figures):
+    history = [{"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_ccc": 0.1 * e} for e in (1, 2)]
+    plots.curves_picture(history, tmp_path / "c.png")
+    _, ccc = figures[0].axes
+    assert ccc.get_title("left") == "validation CCC, %"
+    np.testing.assert_allclose(ccc.lines[0].get_ydata(), [10, 20])
+
+
 def test_bad_pictures_are_refused(tmp_path):
     with pytest.raises(AvjaxError, match=r"shape \(3, 3\) for 2 classes"):
         plots.confusion_picture(CONFUSION, ["a", "b"], "t", tmp_path / "c.png")
@@ -319,6 +463,30 @@ def test_page_tells_the_whole_run(tmp_path):
     assert re.search(r"jax</th><td>0\.10\.2<", text)
     assert "uninformative" in text
     assert 'class="warning"' not in text
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("regression", ["<dt>CCC, %</dt>", "ridge regression on pooled features", "CCC and Pearson times 100"]),
+        ("multilabel", ["<dt>weighted accuracy, %</dt>", "logistic regression on pooled", "Means over the labels."]),
+    ],
+)
+def test_page_of_another_task_shows_its_answers_and_each_value(tmp_path, task, said):
+    metrics = values_run(task)
+    workdir(tmp_path, metrics)
+    (tmp_path / page.ANSWERS[task]).write_bytes(b"\x89PNG answers")
+    text = page.write_report(tmp_path).read_text()
+    for words in (*said, "valence, arousal", "7 (video)", "<h2>Answers</h2>", "0.661", "0.772"):
+        assert words in text
+    assert "data:image/png;base64,iVBORyBhbn" in text  # "\x89PNG an"
+    assert "majority" not in text
+    assert "Attention" not in text
+    (tmp_path / "attention.png").write_bytes(b"\x89PNG maps")
+    assert "<h2>Attention between the modalities</h2>" in page.write_report(tmp_path).read_text()
+    (tmp_path / page.ANSWERS[task]).unlink()
+    with pytest.raises(AvjaxError, match=f"no {page.ANSWERS[task]}"):
+        page.write_report(tmp_path)
 
 
 def test_page_stands_alone(tmp_path):
@@ -362,7 +530,7 @@ def test_page_repeats_to_the_byte_and_does_not_touch_its_sources(tmp_path):
     before = copy.deepcopy(metrics)
     assert rendered(tmp_path, metrics) == rendered(tmp_path, metrics)
     assert json.loads((tmp_path / "metrics.json").read_text()) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*page._FILES, "report.html"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*page._FILES, "confusion.png", "report.html"])
 
 
 def test_page_needs_a_finished_run(tmp_path):

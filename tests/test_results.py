@@ -1,11 +1,12 @@
 """`metrics.json` and `predictions.npz`: their shape, and that every score can be made again from the predictions."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import synthetic
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score
 
 from avjax import config, pipeline, reference, results
@@ -25,7 +26,12 @@ def measured():
     rng = np.random.default_rng(0)
     logits = {h: rng.normal(size=(4, plan.lanes.test.shape[1], 3)).astype(np.float32) for h in ("fusion", "audio")}
     rows = results.predictions(features, plan, logits)
-    return features, plan, rows, results.measure(features, plan, rows, [3, 4, 5, 6], "how", {"audio": {}})
+    return (
+        features,
+        plan,
+        rows,
+        results.measure(features, plan, rows, {"best_epoch": [3, 4, 5, 6]}, "how", {"audio": {}}),
+    )
 
 
 def test_metrics_have_their_keys(measured):
@@ -112,6 +118,30 @@ def test_the_protocols_name_says_how_the_figures_came_about(changes, held_out, n
     assert stamped.startswith(f"RANDOM WEIGHTS in the encoders: the figures mean nothing; {expected}")
 
 
+@pytest.mark.parametrize(
+    ("task", "select", "held_out", "expected"),
+    [
+        ("regression", "val", [4], "F; epoch: best validation CCC; head: best validation CCC; features"),
+        ("multilabel", "val", [4], "F; epoch: best validation weighted accuracy; head: best validation weighted acc"),
+        ("single", "last", [4], "F; epoch: last epoch; head: video; features"),
+        ("single", "val", [0], "F; epoch: last epoch; head: video; features"),
+        (
+            "single",
+            "val",
+            [4, 0],
+            "F; epoch: best validation UAR or, where nothing is held out, last epoch; "
+            "head: best validation UAR or, where nothing is held out, video; features",
+        ),
+    ],
+)
+def test_the_protocols_name_says_how_the_head_was_chosen(task, select, held_out, expected):
+    config = PROTOCOL.copy_and_resolve_references()
+    config.select = select
+    plan = pipeline.LanePlan(lanes=None, names=[], counts=[{"n_val": n} for n in held_out], notes=[])
+    assert results.protocol_name("F", plan, config, task=task, chosen="video").startswith(expected)
+    assert "head:" not in results.protocol_name("F", plan, config, task=task)
+
+
 def test_examples_show_tested_clips_once_with_their_answer(measured):
     features, _, rows, _ = measured
     shown = results.examples(features, rows, "both", count=5)
@@ -124,6 +154,59 @@ def test_examples_show_tested_clips_once_with_their_answer(measured):
     assert results.examples(features, rows, "constant") == []
 
 
+# ---- Values, and yes or no ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[synthetic.values, synthetic.questions], ids=["regression", "multilabel"])
+def other(request):
+    """`measured` of another task: two seeds of a fold, whose head validation chose."""
+    features = request.param(clips=30, speakers=3)
+    ids = features.ids
+    plan = pipeline.plan(features, [Fold("a", tuple(ids[12:]), tuple(ids[:12]))], (42, 43), PROTOCOL)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(2, 2, 12, 3)).astype(np.float32)
+    logits = {h: features.label[None, :12] + 0.6 * v - 0.5 for h, v in zip(("chosen", "video"), noise, strict=True)}
+    rows = results.predictions(features, plan, logits)
+    about = {"best_epoch": [3, 4], "head": ["video", "audio"]}
+    return features, rows, results.measure(features, plan, rows, about, "how", {})
+
+
+def test_other_tasks_are_measured_by_their_own_scores(other):
+    features, rows, metrics = other
+    names = {"regression": {"ccc", "pearson", "rmse"}, "multilabel": {"wa", "f1"}}[features.task]
+    assert json.loads(json.dumps(metrics)) == metrics
+    assert (metrics["task"], metrics["classes"]) == (features.task, list(features.classes))
+    assert [f["head"] for f in metrics["folds"]] == ["video", "audio"]
+    assert set(metrics["pooled"]) == set(metrics["mean"]) == set(metrics["std"]) == names
+    assert {name: set(scores) for name, scores in metrics["values"].items()} == dict.fromkeys(features.classes, names)
+    assert metrics["pooled"] == metrics["heads"]["chosen"] != metrics["heads"]["video"]
+    for name in names:
+        assert metrics["pooled"][name] == pytest.approx(np.mean([v[name] for v in metrics["values"].values()]))
+    assert not {"confusion", "f1"} & set(metrics)
+    assert rows["label"].dtype == features.label.dtype
+    np.testing.assert_array_equal(rows["label"], np.tile(features.label[:12], (2, 1)))
+    assert results.examples(features, rows, "both") == []
+
+
+def test_seeds_of_other_tasks_together_are_the_mean_of_their_answers(other):
+    features, rows, metrics = other
+    mean = rows["logits_chosen"].astype(np.float64).reshape(2, 12, 3).mean(0)
+    (fold,) = metrics["together"]["folds"]
+    if features.task == "regression":
+        errors = np.sqrt(np.square(mean - features.label[:12]).mean(0))
+        assert fold["rmse"] == pytest.approx(errors.mean())
+    else:
+        columns = zip(features.label[:12].T, mean.T > 0, strict=True)
+        assert fold["wa"] == pytest.approx(np.mean([balanced_accuracy_score(y, x) for y, x in columns]))
+
+
+def test_attention_is_named_after_its_clip():
+    features = synthetic.make(clips=6)
+    made = results.attention(features, [(3, {"video": np.ones((2, 0))})])
+    assert made[0]["name"] == f"clip003 ({features.clips[3].label})"
+    assert made[0]["video"].shape == (2, 0)
+
+
 # ---- The conventional yardstick -----------------------------------------------------------------------------------
 
 
@@ -132,7 +215,7 @@ def yardstick(features, **changes):
     chosen.update(changes)
     folds, _ = natural_folds(features.clips, features.folds, chosen.folds, chosen.fold_count)
     plan = pipeline.plan(features, folds, (42, 43), chosen)
-    return reference.logistic_regression(pipeline.resident(features, "both", chosen.standardise), plan)
+    return reference.yardsticks(pipeline.resident(features, "both", chosen.standardise), plan)
 
 
 def test_length_lead_in_and_loudness_have_a_row_of_their_own():
@@ -168,9 +251,36 @@ def test_the_yardstick_answers_the_only_class_it_knows():
     one = [i for i, y in zip(features.ids, features.label, strict=True) if y == 1]
     fold = Fold("x", tuple(one[:4]), tuple(features.ids[:1] + one[4:]))
     plan = pipeline.plan(features, [fold], (1,), PROTOCOL)
-    out = reference.logistic_regression(pipeline.resident(features, "both", "train"), plan)
+    out = reference.yardsticks(pipeline.resident(features, "both", "train"), plan)
     tested = [features.label[features.ids.index(i)] for i in fold.test]
     assert out["audio"]["mean"]["war"] == pytest.approx(np.mean(np.array(tested) == 1))
+
+
+def test_the_yardstick_of_values_is_ridge_regression():
+    features = synthetic.values(clips=60, speakers=2)
+    ours = yardstick(features, validation=0.0)["audio"]
+    x, mask = features.arrays["audio"], features.masks["audio"]
+    pooled = [np.r_[a[m].mean(0), a[m].std(0)] if m.any() else np.zeros(14) for a, m in zip(x, mask, strict=True)]
+    pooled, who = np.array(pooled), np.array(features.speakers)
+    errors = []
+    for speaker in ("s0", "s1"):
+        train, test = who != speaker, who == speaker
+        mean, std = pooled[train].mean(0), pooled[train].std(0)
+        model = Ridge(1.0).fit((pooled[train] - mean) / std, features.label[train])
+        answer = model.predict((pooled[test] - mean) / std)
+        errors.append(np.sqrt(np.square(answer - features.label[test]).mean(0)).mean())
+    assert ours["mean"]["rmse"] == pytest.approx(np.mean(errors), rel=1e-3)
+    assert ours["mean"]["ccc"] > 0.9
+
+
+def test_the_yardstick_of_labels_is_a_logistic_regression_for_each():
+    features = synthetic.questions(clips=60, speakers=2)
+    ours = yardstick(features, validation=0.0)["audio"]["mean"]["wa"]
+    alone = []
+    for column in features.label.T:
+        single = dataclasses.replace(features, task="single", classes=("no", "yes"), label=column.astype(np.int32))
+        alone.append(yardstick(single, validation=0.0)["audio"]["mean"]["uar"])
+    assert ours == pytest.approx(np.mean(alone))
 
 
 def test_seeds_together_are_the_mean_of_their_probabilities(measured):

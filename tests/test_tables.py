@@ -329,7 +329,7 @@ def yardstick(config, features):
     folds, _ = natural_folds(features.clips, features.folds)
     plan = pipeline.plan(features, folds, (0,), config.protocol)
     given = pipeline.resident(features, config.model.text_source, config.protocol.standardise)
-    return plan, {k: v["mean"]["war"] for k, v in reference.logistic_regression(given, plan).items()}
+    return plan, {k: v["mean"]["war"] for k, v in reference.yardsticks(given, plan).items()}
 
 
 def test_ravdess(cache):

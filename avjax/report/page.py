@@ -13,24 +13,28 @@ from avjax.files import write_text
 from avjax.report import tables
 
 MOST_SENTENCES = 12
-_FILES = ("metrics.json", "config.json", "environment.json", "confusion.png", "curves.png")
+_FILES = ("metrics.json", "config.json", "environment.json", "curves.png")
+# The picture of the answers, by kind of task.
+ANSWERS = {"single": "confusion.png", "regression": "scatter.png", "multilabel": "labels.png"}
 
 
 def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) -> Path:
     """Writes `workdir/report.html` from the run's numbers and pictures.
 
     Args:
-      workdir: a run directory with metrics.json, config.json and environment.json, and the pictures confusion.png and
-        curves.png of `avjax.report.plots`.
+      workdir: a run directory with metrics.json, config.json and environment.json, and of `avjax.report.plots` the
+        pictures curves.png, that of the answers (`ANSWERS`) and, if there is one, attention.png.
       sentences: examples to show, dicts with `clip_id`, `label`, `predicted` and `sentence`; the first dozen is shown.
     Returns:
       The path of the page. The same inputs give the same bytes.
     Raises:
       AvjaxError: a file is missing or is not JSON.
     """
-    if missing := [name for name in _FILES if not (workdir / name).is_file()]:
-        raise AvjaxError(f"{workdir}: no {', '.join(missing)}; a report needs a finished run with its pictures drawn")
+    _check_there(workdir, _FILES)
     metrics = _read_json(workdir / "metrics.json")
+    answers = ANSWERS[metrics["task"]]
+    _check_there(workdir, (answers,))
+    files = {"answers": answers, "curves": "curves.png", "attention": "attention.png"}
     page = _template().render(
         name=workdir.resolve().name,
         metrics=metrics,
@@ -41,7 +45,7 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
         shared_speakers=any(fold["speaker_overlap"] != 0 for fold in metrics["folds"]),
         references=tables.reference_rows(metrics),
         fold_count=len({fold["fold"] for fold in metrics["folds"]}),
-        pictures={name: _embedded(workdir / f"{name}.png") for name in ("confusion", "curves")},
+        pictures={n: _embedded(workdir / f) if (workdir / f).is_file() else "" for n, f in files.items()},
         sentences=sentences[:MOST_SENTENCES],
         more_sentences=len(sentences) > MOST_SENTENCES,
         config=list(_flat(_read_json(workdir / "config.json"))),
@@ -50,6 +54,11 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
     path = workdir / "report.html"
     write_text(path, page)  # a run is finished once its report is there, so it appears whole
     return path
+
+
+def _check_there(workdir: Path, names: Sequence[str]) -> None:
+    if missing := [name for name in names if not (workdir / name).is_file()]:
+        raise AvjaxError(f"{workdir}: no {', '.join(missing)}; a report needs a finished run with its pictures drawn")
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The two pictures of a report. The same numbers give the same bytes: no dates, no screen, no global state."""
+"""The pictures of a report. The same numbers give the same bytes: no dates, no screen, no global state."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from avjax import metrics
 from avjax.errors import AvjaxError
+from avjax.tasks import SCORINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,11 +60,12 @@ def confusion_picture(
 
 
 def curves_picture(history: Sequence[Mapping[str, Any]], path: Path, *, note: str = "") -> None:
-    """Draws loss and validation UAR over the epochs as PNG.
+    """Draws loss and the validation score over the epochs as PNG.
 
     Args:
-      history: per epoch `epoch`, `train_loss`, and, where the protocol has a validation set, `val_loss` and `val_uar`
-        (0–1), each the mean over folds and seeds. Without validation only the training loss is drawn.
+      history: per epoch `epoch`, `train_loss`, and, where the protocol has a validation set, `val_loss` and the score
+        that validation picks by (0–1), each the mean over folds and seeds. Without validation only the training loss
+        is drawn.
       path: of the PNG.
       note: small print below, such as the data and the protocol.
     Raises:
@@ -72,13 +74,108 @@ def curves_picture(history: Sequence[Mapping[str, Any]], path: Path, *, note: st
     if not history:
         raise AvjaxError("no epochs to draw: expected a history with at least one")
     panels = [("loss", [("train_loss", "training", _BLUE, 1), ("val_loss", "validation", _ORANGE, 1)])]
-    if _series(history, "val_uar")[0]:
-        panels.append(("validation UAR, %", [("val_uar", "validation", _ORANGE, 100)]))
+    for scoring in SCORINGS.values():
+        key = f"val_{scoring.picks}"
+        if _series(history, key)[0]:
+            panels.append((f"validation {scoring.names[scoring.picks]}, %", [(key, "validation", _ORANGE, 100)]))
     figure = _figure(4.6 * len(panels), 3.2)
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_lines(axes, history, lines)
         axes.set_title(title, loc="left", fontsize=11)
     figure.supxlabel(textwrap.fill(note, 60 * len(panels)), fontsize=8, color=_FAINT)
+    _save(figure, path)
+
+
+def scatter_picture(
+    label: np.ndarray, answer: np.ndarray, names: Sequence[str], title: str, path: Path, *, note: str = ""
+) -> None:
+    """Draws answers over labels as PNG, one panel per value, with the line where both are equal.
+
+    Args:
+      label, answer: (n, r) of the r values `names`; title, path, note: as in `confusion_picture`.
+    """
+    figure = _figure(3.4 * len(names), 3.9)
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
+        x, y = label[:, i], answer[:, i]
+        ends = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
+        axes.plot(ends, ends, color=_FAINT, linewidth=1)
+        axes.scatter(x, y, s=9, alpha=0.5, color=_BLUE, linewidths=0)
+        scored = metrics.moments(x[:, None], y[:, None], np.ones(len(x)))
+        axes.set_title(f"{name}: CCC {100 * metrics.ccc(scored)[0]:.1f}", fontsize=10)
+        axes.set(xlabel="label", ylabel="answer")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.supxlabel(textwrap.fill(note, 50 * len(names)), fontsize=8, color=_FAINT)
+    _save(figure, path)
+
+
+def labels_picture(tables: np.ndarray, names: Sequence[str], title: str, path: Path, *, note: str = "") -> None:
+    """Draws the recall of yes and of no to each label as PNG.
+
+    Args:
+      tables: (c, 2, 2) counts of the c labels `names`, rows = truth, no first; title, path, note: as in
+        `confusion_picture`.
+    """
+    figure = _figure(6.4, 1.4 + 0.5 * len(names))
+    axes = figure.add_subplot()
+    recall = 100 * tables.diagonal(axis1=-2, axis2=-1) / np.maximum(tables.sum(-1), 1)
+    for shift, column, called, colour in ((-0.2, 1, "yes", _ORANGE), (0.2, 0, "no", _BLUE)):
+        axes.barh(np.arange(len(names)) + shift, recall[:, column], 0.36, color=colour, label=called)
+    axes.set_yticks(range(len(names)), [f"{n} ({t[1].sum():.0f})" for n, t in zip(names, tables, strict=True)])
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="found, %", ylabel="label (clips that have it)")
+    axes.legend(frameon=False)
+    axes.set_title(title, fontsize=12, fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(textwrap.fill(note, 80), fontsize=8, color=_FAINT)
+    _save(figure, path)
+
+
+def answers_picture(metrics: Mapping[str, Any], rows: Mapping[str, np.ndarray], title: str, workdir: Path) -> None:
+    """Draws the answers of a run in the way of its task into `workdir`, under the name of `page.ANSWERS`.
+
+    Args:
+      metrics: content of metrics.json; rows: of predictions.npz.
+    """
+    classes, note = metrics["classes"], f"{metrics['dataset']} · {metrics['protocol']}"
+    answer = next(v for k, v in rows.items() if k.startswith("logits_"))
+    if metrics["task"] == "single":
+        confusion_picture(metrics["confusion"], classes, title, workdir / "confusion.png", note=note)
+    elif metrics["task"] == "regression":
+        scatter_picture(rows["label"], answer, classes, title, workdir / "scatter.png", note=note)
+    else:
+        tables = SCORINGS["multilabel"].count(rows["label"], answer)
+        labels_picture(tables, classes, title, workdir / "labels.png", note=note)
+
+
+def attention_picture(
+    clips: Sequence[Mapping[str, Any]],
+    streams: Sequence[tuple[str, str, str]],
+    title: str,
+    path: Path,
+    *,
+    note: str = "",
+) -> None:
+    """Draws attention between streams as heat maps (DE-III, Figure 2) as PNG: one row per clip, brighter is stronger.
+
+    Args:
+      clips: each with `name` and, by the names of `streams`, weights (q, k) of its real steps.
+      streams: (name, stream that asks: horizontal, stream that answers: vertical).
+      title, path, note: as in `confusion_picture`.
+    """
+    figure = _figure(4.2 * len(streams), 2.6 * len(clips) + 0.9)
+    panels = figure.subplots(len(clips), len(streams), squeeze=False)
+    for clip, row in zip(clips, panels, strict=True):
+        for (name, asks, answers), axes in zip(streams, row, strict=True):
+            if clip[name].size:
+                axes.imshow(clip[name].T, cmap="magma", aspect="auto", origin="lower", interpolation="nearest")
+            axes.set(xlabel=f"step of {asks}, asking", ylabel=f"step of {answers}")
+            axes.set_title(clip["name"], fontsize=9, color=_INK)
+            axes.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    note = f"{note}. Each map has a colour scale of its own."
+    figure.supxlabel(textwrap.fill(note, 60 * len(streams)), fontsize=8, color=_FAINT)
     _save(figure, path)
 
 

@@ -25,8 +25,7 @@ def as_json(run: Run, answers: Iterable[Prediction], rejected: Iterable[tuple[st
     clips = [
         {
             "file": a.file,
-            "predicted": a.ranked[0][0],
-            "probabilities": a.probabilities,
+            **_answer(run, a),
             "sentence": a.sentence,
             "missing": a.missing,
         }
@@ -37,9 +36,22 @@ def as_json(run: Run, answers: Iterable[Prediction], rejected: Iterable[tuple[st
     return json.dumps(about | {"clips": clips, "rejected": refused}, indent=1)
 
 
+def _answer(run: Run, answer: Prediction) -> dict[str, object]:
+    if run.task == "regression":
+        return {"values": answer.answers}
+    likely = [name for name, p in answer.answers.items() if p > 0.5]
+    return {
+        "predicted": likely if run.task == "multilabel" else answer.ranked[0][0],
+        "probabilities": answer.answers,
+    }
+
+
 def as_table(run: Run, answers: Sequence[Prediction]) -> RenderableType:
     """The answers for a terminal: each with its sentence and all classes, or, where there are many, one row each."""
-    parts = [_rows(answers)] if len(answers) > _DETAILED else [_details(a) for a in answers]
+    if run.task != "single":
+        parts = [_numbers(run, answers)]
+    else:
+        parts = [_rows(answers)] if len(answers) > _DETAILED else [_details(a) for a in answers]
     lanes = "one lane" if len(run.lanes) == 1 else f"mean of {len(run.lanes)} lanes (fold × seed)"
     return Group(*parts, Text(f"{run.name}: {lanes}. {run.dataset} · {run.protocol}", "dim"))
 
@@ -57,6 +69,17 @@ def _details(answer: Prediction) -> RenderableType:
     lines = [Text(f"“{answer.sentence}”", "italic")] if answer.sentence else []
     lines += [Text(f"without {what}: {why}", "yellow") for what, why in answer.missing.items()]
     return Group(head, Padding(Group(*lines, bars), (0, 0, 1, 2)))
+
+
+def _numbers(run: Run, answers: Sequence[Prediction]) -> Table:
+    """A row for each clip: its values, or the probabilities of its labels in percent."""
+    shown = "{:.3f}".format if run.task == "regression" else _percent
+    table = Table()
+    for column in ("file", *run.classes, "without"):
+        table.add_column(column, justify="right" if column in run.classes else "left", overflow="fold")
+    for answer in answers:
+        table.add_row(*map(Text, (answer.file, *map(shown, answer.answers.values()), ", ".join(answer.missing))))
+    return table
 
 
 def _rows(answers: Sequence[Prediction]) -> Table:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avjax.errors import AvjaxError
+from avjax.tasks import SCORINGS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,51 +21,96 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, Any]
 
-RUN_COLUMNS = ("fold", "seed", "train", "val", "test", "epoch", "WAR", "UAR")
-REFERENCE_COLUMNS = ("logistic regression on pooled features", "WAR", "UAR", "WAR, run − reference")
-COMPARE_COLUMNS = ("run", "WAR", "UAR", "WAR − first", "fold by fold")
 EVIDENCE_COLUMNS = ("run", "WAR", "UAR", "95 % of WAR", "WAR − first", "p")
 TOGETHER = "seeds together"
 EVIDENCE_NOTE = (
     "95 %: bootstrap over speakers (clips where speakers are unknown); p: paired permutation test over the same, not "
     "corrected for the number of rows. A clip counts by the share of seeds that are right."
 )
-TOGETHER_NOTE = "Seeds together: WAR of the mean of their probabilities."
+TOGETHER_NOTE = "Seeds together: {} of the mean of their answers (of classes, of their probabilities)."
 # Below so many folds an interval of the mean is wider than any difference worth reporting.
 ENOUGH_FOLDS = 6
 _MARK = "†"
+
+
+def scores(metrics: Metrics) -> dict[str, str]:
+    """The two scores of the run's task that stand in tables: key → how it is called."""
+    return dict([*SCORINGS[metrics["task"]].names.items()][:2])
+
+
+def run_columns(metrics: Metrics) -> tuple[str, ...]:
+    """The columns of `run_rows`."""
+    return ("fold", "seed", "train", "val", "test", "epoch", *scores(metrics).values())
+
+
+def reference_columns(metrics: Metrics) -> tuple[str, ...]:
+    """The columns of `reference_rows`."""
+    first, *_ = names = [*scores(metrics).values()]
+    way = "ridge" if metrics["task"] == "regression" else "logistic"
+    return (f"{way} regression on pooled features", *names, f"{first}, run − reference")
+
+
+def compare_columns(metrics: Metrics) -> tuple[str, ...]:
+    """The columns of `compare_table` without evidence."""
+    first, *_ = names = [*scores(metrics).values()]
+    return ("run", *names, f"{first} − first", "fold by fold")
 
 
 def run_table(metrics: Metrics, title: str) -> Table:
     """One row per fold and seed, then the summary rows; protocol and counts in the caption.
 
     Returns:
-      A `rich.table.Table` with the columns `RUN_COLUMNS`.
+      A `rich.table.Table` with the columns `run_columns`.
     """
-    blank = ("",) * (len(RUN_COLUMNS) - 3)
-    summary = [(name, *blank, war, uar) for name, war, uar in summary_rows(metrics)]
+    columns = run_columns(metrics)
+    blank = ("",) * (len(columns) - 3)
+    summary = [(name, *blank, *both) for name, *both in summary_rows(metrics)]
     notes = [f"Protocol: {_setting(metrics)}", *run_notes(metrics)]
-    return _rich_table(RUN_COLUMNS, [run_rows(metrics), summary], title, notes)
+    return _rich_table(columns, [run_rows(metrics), summary], title, notes)
 
 
 def reference_table(metrics: Metrics) -> Table:
     """The references that the run computed beside itself on the same clips and folds.
 
     Returns:
-      A `rich.table.Table` with the columns `REFERENCE_COLUMNS`.
+      A `rich.table.Table` with the columns `reference_columns`.
     """
-    note = interval_note(len(_by_fold(metrics["folds"])))
-    return _rich_table(REFERENCE_COLUMNS, [reference_rows(metrics)], "", [note])
+    note = interval_note(len({fold["fold"] for fold in metrics["folds"]}))
+    return _rich_table(reference_columns(metrics), [reference_rows(metrics)], "", [note])
+
+
+def of_run(metrics: Metrics, title: str) -> list[Table]:
+    """All tables of a run."""
+    values = [value_table(metrics)] if value_rows(metrics) else []
+    return [run_table(metrics, title), *values, reference_table(metrics)]
+
+
+def value_rows(metrics: Metrics) -> list[tuple[str, ...]]:
+    """One row per value or label of a task that has such: its name and all its scores over all folds; else none."""
+    return [
+        (name, *(f"{score:.3f}" for score in scored.values())) for name, scored in metrics.get("values", {}).items()
+    ]
+
+
+def value_table(metrics: Metrics) -> Table:
+    """`value_rows` as a `rich.table.Table`."""
+    return _rich_table(value_columns(metrics), [value_rows(metrics)], "", ["All folds and seeds pooled."])
+
+
+def value_columns(metrics: Metrics) -> tuple[str, ...]:
+    """The columns of `value_rows`."""
+    scoring = SCORINGS[metrics["task"]]
+    return ("pooled", *scoring.names.values())
 
 
 def reference_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
-    """One row of `REFERENCE_COLUMNS` per reference; the difference is over their folds, seeds averaged."""
+    """One row of `reference_columns` per reference; the difference is over their folds, seeds averaged."""
+    first, *_ = keys = [*scores(metrics)]
     return [
         (
             name,
-            spread(reference, "war"),
-            spread(reference, "uar"),
-            difference([*fold_differences(metrics["folds"], reference["folds"]).values()]),
+            *(spread(reference, key) for key in keys),
+            difference([*fold_differences(metrics["folds"], reference["folds"], first).values()]),
         )
         for name, reference in metrics["reference"].items()
     ]
@@ -80,7 +126,7 @@ def compare_table(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Ev
       runs: (name, metrics), the one to compare with first.
       evidence: by name, for intervals and tests over people in place of folds; a run may lack it.
     Returns:
-      A `rich.table.Table` with the columns `COMPARE_COLUMNS`, or, given evidence, `EVIDENCE_COLUMNS`; behind them
+      A `rich.table.Table` with the columns `compare_columns`, or, given evidence, `EVIDENCE_COLUMNS`; behind them
       `TOGETHER`, if a run has several seeds.
     Raises:
       AvjaxError: there is no run.
@@ -105,26 +151,32 @@ def compare_markdown(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str,
 
 
 def run_rows(metrics: Metrics) -> list[tuple[str, ...]]:
-    """One row of `RUN_COLUMNS` per fold and seed."""
+    """One row of `run_columns` per fold and seed; beside its epoch the head that validation chose, where it does."""
     return [
         (
-            *(str(fold[key]) for key in ("fold", "seed", "n_train", "n_val", "n_test", "best_epoch")),
-            percent(fold["war"]),
-            percent(fold["uar"]),
+            *(str(fold[key]) for key in ("fold", "seed", "n_train", "n_val", "n_test")),
+            f"{fold['best_epoch']} ({fold['head']})" if "head" in fold else str(fold["best_epoch"]),
+            *(percent(fold[key]) for key in scores(metrics)),
         )
         for fold in metrics["folds"]
     ]
 
 
 def summary_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """(name, WAR, UAR): mean ± std, pooled, of all seeds' mean answer, and the two scores that need no model."""
+    """(name, score, score): mean ± std, pooled, of all seeds' mean answer, and of classes what needs no model."""
+    together, keys = metrics.get("together"), [*scores(metrics)]
+    rows = [
+        ("mean ± std" if len(metrics["folds"]) > 1 else "single run", *(spread(metrics, key) for key in keys)),
+        ("pooled", *(percent(metrics["pooled"][key]) for key in keys)),
+        *([("seeds together", *(spread(together, key) for key in keys))] if together else []),
+    ]
+    return rows + (_without_model(metrics) if "confusion" in metrics else [])
+
+
+def _without_model(metrics: Metrics) -> list[tuple[str, str, str]]:
     support = [sum(row) for row in metrics["confusion"]]
-    together = metrics.get("together")
     chance, present = percent(1 / len(support)), sum(count > 0 for count in support)
     return [
-        ("mean ± std" if len(metrics["folds"]) > 1 else "single run", spread(metrics, "war"), spread(metrics, "uar")),
-        ("pooled", percent(metrics["pooled"]["war"]), percent(metrics["pooled"]["uar"])),
-        *([("seeds together", spread(together, "war"), spread(together, "uar"))] if together else []),
         ("chance", chance, chance),
         ("majority class", percent(max(support) / max(sum(support), 1)), percent(1 / max(present, 1))),
     ]
@@ -140,15 +192,15 @@ def run_notes(metrics: Metrics) -> list[str]:
     ]
 
 
-def fold_differences(folds: Sequence[Metrics], reference: Sequence[Metrics]) -> dict[str, float]:
-    """WAR of `folds` minus WAR of `reference` in points, fold by fold; seeds are averaged within their fold first.
+def fold_differences(folds: Sequence[Metrics], reference: Sequence[Metrics], key: str = "war") -> dict[str, float]:
+    """A score of `folds` minus that of `reference` in points, fold by fold; seeds are averaged within their fold first.
 
     Args:
-      folds, reference: dicts with "fold" and "war" (0–1); both must have the same folds.
+      folds, reference: dicts with "fold" and the score `key` (0–1); both must have the same folds.
     Returns:
       Fold → difference, in the order of `reference`.
     """
-    ours, theirs = _by_fold(folds), _by_fold(reference)
+    ours, theirs = _by_fold(folds, key), _by_fold(reference, key)
     return {fold: 100 * (ours[fold] - war) for fold, war in theirs.items()}
 
 
@@ -207,25 +259,27 @@ def _compared(
     if not runs:
         raise AvjaxError("no runs to compare: expected at least one (name, metrics)")
     first = runs[0][1]
-    folds = len(_by_fold(first["folds"]))
-    note = interval_note(folds) if evidence is None else EVIDENCE_NOTE
-    rows, notes = [], [note, "WAR and UAR: mean ± standard deviation over folds and seeds, percent."]
+    keys, called = [*scores(first)], [*scores(first).values()]
+    note = interval_note(len({fold["fold"] for fold in first["folds"]})) if evidence is None else EVIDENCE_NOTE
+    rows, notes = [], [note, f"{' and '.join(called)}: mean ± standard deviation over folds and seeds, percent."]
     for position, (name, metrics) in enumerate(runs):
         reasons = _mismatch(metrics, first)
         if reasons:
             tested = evidence is not None and name in evidence and evidence[name].difference is not None
             verdict = "stands here under another protocol than" if tested else "cannot be compared with"
             notes.append(f"{_MARK} {name} {verdict} {runs[0][0]}: {'; '.join(reasons)}.")
-        differences = [] if reasons or position == 0 else [*fold_differences(metrics["folds"], first["folds"]).values()]
+        paired = not reasons and position > 0
+        differences = [*fold_differences(metrics["folds"], first["folds"], keys[0]).values()] if paired else []
         by_fold = (difference(differences) if differences else "–", " ".join(map(points, differences)) or "–")
         more = by_fold if evidence is None else _evidence(evidence.get(name), differences)
-        rows.append((f"{name} {_MARK}" if reasons else name, spread(metrics, "war"), spread(metrics, "uar"), *more))
-    columns = COMPARE_COLUMNS if evidence is None else EVIDENCE_COLUMNS
-    together = [spread(m["together"], "war") if m.get("together") else "–" for _, m in runs]
-    if not any(m.get("together") for _, m in runs):
+        spreads = [spread(metrics, k) if k in metrics["mean"] else "–" for k in keys]
+        rows.append((f"{name} {_MARK}" if reasons else name, *spreads, *more))
+    columns = compare_columns(first) if evidence is None else EVIDENCE_COLUMNS
+    together = [m["together"] if m.get("together") and keys[0] in m["mean"] else None for _, m in runs]
+    if not any(together):
         return columns, rows, notes
-    rows = [(*row, score) for row, score in zip(rows, together, strict=True)]
-    return (*columns, TOGETHER), rows, [*notes, TOGETHER_NOTE]
+    rows = [(*row, spread(found, keys[0]) if found else "–") for row, found in zip(rows, together, strict=True)]
+    return (*columns, TOGETHER), rows, [*notes, TOGETHER_NOTE.format(called[0])]
 
 
 def _evidence(found: Evidence | None, differences: Sequence[float]) -> tuple[str, str, str]:
@@ -266,11 +320,11 @@ def _setting(metrics: Metrics) -> str:
     return f"{metrics['dataset']} · {metrics['protocol']}"
 
 
-def _by_fold(folds: Iterable[Metrics]) -> dict[str, float]:
-    scores = defaultdict(list)
+def _by_fold(folds: Iterable[Metrics], key: str) -> dict[str, float]:
+    found = defaultdict(list)
     for fold in folds:
-        scores[fold["fold"]].append(fold["war"])
-    return {fold: sum(wars) / len(wars) for fold, wars in scores.items()}
+        found[fold["fold"]].append(fold[key])
+    return {fold: sum(values) / len(values) for fold, values in found.items()}
 
 
 def _rich_table(

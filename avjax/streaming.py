@@ -1,0 +1,183 @@
+"""Training on streamed clips (`streams.Streamed`): the step, the order and the scores of `loop`, one step at a call.
+
+A run can be cut anywhere: beside the checkpoints of whole epochs, one within an epoch is written every
+`train.save_steps` steps, and a run that finds it goes on after that very step, with the same numbers.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avjax import loop, optim, pipeline, streams, tasks
+from avjax.checkpoint import Checkpoints
+from avjax.models.base import Model
+from avjax.pipeline import Lane
+from avjax.streams import Streamed
+
+FOLDER = "within_epoch"  # of the run directory
+
+
+def make(
+    model: Model,
+    config,
+    workdir: Path | None = None,
+    task: str = "single",
+    say: Callable[[str], None] = lambda line: None,
+) -> loop.Trainer:
+    """As `loop.make`, for data that are `Streamed`; an epoch is a call, whatever `train.epochs_per_call` says.
+
+    Args:
+      workdir: where checkpoints within epochs go; None for none.
+      task: its kind; say: is told of each such checkpoint, as a sign of progress.
+    Raises:
+      AvjaxError: `protocol.select` is unknown.
+    """
+    loop.check_select(config)
+    run = _Run(model, config, workdir / FOLDER if workdir else None, task, say)
+    return loop.Trainer(init=run.init, epochs=run.epochs, predict=run.predict)
+
+
+class _Run:
+    """The compiled functions of a run over lanes, and what goes on between them."""
+
+    def __init__(self, model: Model, config, folder: Path | None, task: str, say: Callable[[str], None]):
+        self._say = say
+        self._model, self._config, self._folder = model, config, folder
+        self._tx = tx = optim.transform(config.train)
+        over = functools.partial(loop.over_lanes, model)
+        self._start = jax.jit(jax.vmap(functools.partial(_start, model, tx)))
+        self._order = jax.jit(
+            jax.vmap(functools.partial(loop.epoch_order, batch_size=config.train.batch_size), (0, None))
+        )
+        step = functools.partial(_step, model, tx, config)
+        self._step = jax.jit(over(step, (0, 0, 0, 0, None, None)), donate_argnums=0)
+        self._score = jax.jit(over(functools.partial(_score, model), (0, 0, 0)))
+        end = functools.partial(_end, model, config, tasks.SCORINGS[task])
+        self._end = jax.jit(jax.vmap(end, (0, 0, None)))
+        self._answer = jax.jit(over(functools.partial(_answer, model), (0, 0)))
+
+    def init(self, lanes: Lane, data: Streamed) -> loop.State:
+        stats = streams.statistics(data, np.asarray(lanes.counted))
+        return self._start(lanes, stats, self._batch(data, lanes.train[:, :1], lanes.train_weight[:, :1]))
+
+    def epochs(self, state: loop.State, lanes: Lane, data: Streamed, first: jax.Array):
+        """One epoch; see `loop.Trainer`."""
+        epoch, live = int(first), ~np.asarray(state.stopped)
+        index, weight = jax.device_get(self._order(lanes, first))
+        found: list[dict] = []
+        with _Kept(self._folder) as kept:
+            if count := kept.count(epoch, index.shape[1]):
+                state, found = self._restored(kept, count, state, lanes, data, index, weight)
+            for batch in self._batches(data, index, weight, len(found)):
+                state, sums = self._step(state, lanes, batch, jnp.asarray(live), first, jnp.int32(len(found)))
+                found.append(sums)
+                if self._config.train.save_steps and len(found) % self._config.train.save_steps == 0:
+                    kept.save(epoch, index.shape[1], state, found)
+                    self._say(f"epoch {epoch}/{self._config.train.epochs}, step {len(found)} of {index.shape[1]}")
+        val = self._validated(state, lanes, data)
+        state, val = self._end(state, val, first)
+        train = jax.tree.map(lambda *steps: jnp.stack(steps, -1), *found)
+        sums = train | {"train_size": jnp.sum(lanes.train_weight.reshape(len(live), -1), -1)} | val | {"live": live}
+        return state, jax.tree.map(lambda v: v[:, None], sums)  # an axis of epochs
+
+    def _restored(self, kept: "_Kept", count: int, state, lanes, data, index, weight) -> tuple[loop.State, list[dict]]:
+        """The state after `count` steps of an epoch, and the sums of these."""
+        batch = self._batch(data, index[:, 0], weight[:, 0])
+        shape = jax.eval_shape(self._step, state, lanes, batch, state.stopped, jnp.int32(0), jnp.int32(0))[1]
+        one = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        held = kept.restore({"state": state, "found": [one] * count})
+        return held["state"], list(held["found"])
+
+    def predict(self, state: loop.State, lanes: Lane, data: Streamed) -> dict[str, jax.Array]:
+        parts = [self._answer(state, batch) for batch in self._parts(data, lanes.test, lanes.test_weight)]
+        whole = jax.tree.map(lambda *rows: jnp.concatenate(rows, 1), *parts)
+        return {head: logits[:, : lanes.test.shape[1]] for head, logits in whole.items()}
+
+    def _validated(self, state: loop.State, lanes: Lane, data: Streamed) -> dict[str, jax.Array]:
+        parts = [self._score(state, lanes, batch) for batch in self._parts(data, lanes.val, lanes.val_weight)]
+        return jax.tree.map(lambda *sums: sum(sums), *parts)
+
+    def _parts(self, data: Streamed, index: jax.Array, weight: jax.Array):
+        """The batches that `loop` evaluates in."""
+        return self._batches(data, *jax.device_get(jax.vmap(loop.parts)(index, weight)), 0)
+
+    def _batches(self, data: Streamed, index: np.ndarray, weight: np.ndarray, first: int):
+        """The batches of all lanes, step by step: index, weight (lanes, steps, …)."""
+        by_step = np.moveaxis(index, 1, 0)
+        for step, (numbers, rows) in enumerate(streams.batches(data, by_step, first), first):
+            yield _joined(numbers, rows, weight[:, step], len(data.label))
+
+    def _batch(self, data: Streamed, index: jax.Array, weight: jax.Array) -> dict:
+        return _joined(np.asarray(index), data.rows(np.asarray(index)), np.asarray(weight), len(data.label))
+
+
+def _joined(index: np.ndarray, rows: dict[str, np.ndarray], weight: np.ndarray, count: int) -> dict:
+    """What a compiled function takes of a batch: rows, their group, index and weight, and how many clips there are."""
+    group = rows["group"]
+    streams_of = {k: v for k, v in rows.items() if k != "group"}
+    every = np.full(len(index), count, np.int32)
+    return jax.tree.map(
+        jnp.asarray, {"rows": streams_of, "group": group, "index": index, "weight": weight, "count": every}
+    )
+
+
+def _prepared(state_stats, batch: dict) -> dict[str, jax.Array]:
+    return pipeline.prepared(
+        batch["rows"], batch["group"], state_stats, batch["index"], batch["weight"], batch["count"]
+    )
+
+
+def _start(model: Model, tx, lane: Lane, stats: pipeline.Statistics, batch: dict) -> loop.State:
+    return loop.begun(model, tx, lane, stats, _prepared(stats, batch))
+
+
+def _step(model: Model, tx, config, state: loop.State, lane: Lane, batch: dict, live, epoch, step):
+    key = loop.step_key(lane, epoch, step)
+    state, (terms, gradient) = loop.train_step(model, tx, config, state, lane, _prepared(state.stats, batch), key, live)
+    return state, {"train_terms": terms, "train_gradient": gradient}
+
+
+def _score(model: Model, state: loop.State, lane: Lane, batch: dict) -> dict[str, jax.Array]:
+    prepared = _prepared(state.stats, batch)
+    return loop.validation(model, tasks.scoring(prepared["label"]), state, prepared, lane.prior)
+
+
+def _end(model: Model, config, scoring: tasks.Scoring, state: loop.State, val: dict, epoch: jax.Array):
+    """The state after an epoch, and its validation sums."""
+    val = loop.whole(scoring, val)
+    return loop.select(model, config, state, val, scoring, epoch), val
+
+
+def _answer(model: Model, state: loop.State, batch: dict) -> dict[str, jax.Array]:
+    logits = model.module.apply(state.best, _prepared(state.stats, batch), train=False).logits
+    return loop.with_chosen(model, logits, state.best_head)
+
+
+class _Kept:
+    """The checkpoints within epochs of a run, numbered by steps since its beginning; none without a folder."""
+
+    def __init__(self, folder: Path | None):
+        self._manager = Checkpoints(folder) if folder else None
+
+    def __enter__(self) -> "_Kept":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._manager:
+            self._manager.__exit__(*exc_info)
+
+    def save(self, epoch: int, steps: int, state: loop.State, found: list[dict]) -> None:
+        if self._manager:
+            self._manager.save((epoch - 1) * steps + len(found), {"state": state, "found": found})
+
+    def count(self, epoch: int, steps: int) -> int:
+        """How many steps of an epoch had been made when the newest was written; 0 if that was in another epoch."""
+        done = (self._manager.newest() or 0) - (epoch - 1) * steps if self._manager else 0
+        return done if 0 < done <= steps else 0
+
+    def restore(self, like: dict) -> dict:
+        return self._manager.restore(like)[1]

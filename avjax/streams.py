@@ -1,0 +1,198 @@
+"""Features that do not fit on the device, read batch by batch through Grain; what does fit is `pipeline.Resident`.
+
+The order of clips is the one that resident training draws, so both see the same batches; reading it in several threads
+changes nothing, and a stream begins at any step.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avjax import pipeline
+from avjax.datasets import store
+from avjax.datasets.packed import Packed
+from avjax.datasets.store import Features
+from avjax.errors import AvjaxError
+from avjax.models.base import Model
+
+MODES = ("auto", "resident", "streamed")
+# Of the memory where data would be resident, the share that they may take.
+_SHARE = 0.4
+# Padding and decoding make of a packed view at most about so many times its size.
+_GROWS = 2
+_BLOCK = 64  # clips read at a time where all are read
+_THREADS = 4
+_AHEAD = 4  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """Clips on disk, or in the memory of the host.
+
+    Attributes:
+      clips: clip number → {batch key: array} without a batch axis, padded to the longest clip.
+      label, group: (n,) or (n, c), and (n,), as in `pipeline.Resident`.
+      groups: number of standardisation groups.
+    """
+
+    clips: Sequence[Mapping[str, np.ndarray]]
+    label: np.ndarray
+    group: np.ndarray
+    groups: int
+
+    def rows(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """The streams of the clips `index (…)`, of any shape: key → (…, …); a clip that comes twice is read once."""
+        index = np.minimum(index, len(self.label) - 1)
+        wanted, where = np.unique(index, return_inverse=True)
+        read = [self.clips[i] for i in wanted.tolist()]
+        out = {key: np.stack([clip[key] for clip in read])[where.reshape(index.shape)] for key in read[0]}
+        return out | {"label": self.label[index], "group": self.group[index]}
+
+    def resident(self, index: np.ndarray) -> pipeline.Resident:
+        """The clips `index (m,)` alone on the device, numbered from 0."""
+        rows = self.rows(np.asarray(index))
+        group = rows.pop("group")
+        return pipeline.Resident({k: jnp.asarray(v) for k, v in rows.items()}, jnp.asarray(group), self.groups)
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, pipeline.Resident]]:
+        """All clips in blocks: their numbers, and them."""
+        for index in np.array_split(np.arange(len(self.label)), range(_BLOCK, len(self.label), _BLOCK)):
+            yield index, self.resident(index)
+
+
+class _Batches:
+    """A random-access source of batches: the clips `index[k] (…)` and `index[k]` itself, for Grain."""
+
+    def __init__(self, data: Streamed, index: np.ndarray):
+        self._data, self._index = data, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, k: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return self._index[k], self._data.rows(self._index[k])
+
+
+def batches(data: Streamed, index: np.ndarray, first: int = 0) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The clips of each step of `index (steps, …)`, from step `first` on, read ahead by several threads."""
+    if first >= len(index):
+        return iter(())
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+    return iter(grain.MapDataset.source(_Batches(data, index[first:])).to_iter_dataset(options))
+
+
+def choose(features: Features, config) -> pipeline.Resident | Streamed:
+    """The data of a run: on the device, or streamed where `config.data.mode` says so or there is too much of them.
+
+    Raises:
+      AvjaxError: the mode is unknown, or as `pipeline.resident`.
+    """
+    mode = config.data.get("mode", "auto")
+    if mode not in MODES:
+        raise AvjaxError(f"data.mode is {mode!r}; choose one of {', '.join(MODES)}")
+    source, standardise = config.model.text_source, config.protocol.standardise
+    size = sum(v.nbytes for v in features.arrays.values())
+    if features.packed is None and (mode == "resident" or (mode == "auto" and size <= room())):
+        return pipeline.resident(features, source, standardise)
+    group, groups = pipeline.groups(features, standardise)
+    return Streamed(_clips(features, source), features.label, group, groups)
+
+
+def check(model: Model, data: pipeline.Resident | Streamed, preset: str) -> None:
+    """Raises AvjaxError where the features of `preset` lack a stream of the model, or are not pictures where it wants
+    them, or the reverse."""
+    _, few = next(data.blocks())
+    there = [s for s in ("text", *store.STREAMS) if s in few.streams]
+    if missing := [s for s in model.streams if s not in there]:
+        raise AvjaxError(
+            f"model.streams has {', '.join(missing)}; the features of preset {preset!r} have {', '.join(there)}: "
+            "extract with a preset that makes it, or set model.streams"
+        )
+    pictures = {s for s in model.streams if few.streams[s].ndim > 3}
+    if pictures != set(filter(None, [model.pictures])):
+        wants = f"pictures as {model.pictures}" if model.pictures else "feature sequences"
+        has = f"pictures as {', '.join(pictures)}" if pictures else "feature sequences"
+        raise AvjaxError(
+            f"the model reads {wants}, the features of preset {preset!r} are {has}: set model.settings.frames, or take "
+            "another preset"
+        )
+
+
+def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
+    """Whether a packed view is to be left on disk."""
+    if mode != "auto":
+        return mode == "streamed"
+    files = store.view(root, f"avjax_{dataset}", preset).glob("*.array_record*")
+    return _GROWS * sum(f.stat().st_size for f in files) > room()
+
+
+def room() -> float:
+    """Bytes that resident data may take: a share of the accelerator's memory, or of the machine's on a CPU."""
+    device = jax.local_devices()[0]
+    limits = device.memory_stats() if device.platform != "cpu" else None
+    whole = limits["bytes_limit"] if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _SHARE * whole
+
+
+def _clips(features: Features, text_source: str) -> Sequence[Mapping[str, np.ndarray]]:
+    if features.packed:
+        return Packed(*features.packed, features.clips, text_source)
+    host = pipeline.streams_of(features, text_source)
+    return [{key: array[i] for key, array in host.items()} for i in range(len(features.ids))]
+
+
+def statistics(data: Streamed, counted: np.ndarray) -> pipeline.Statistics:
+    """The standardisation statistics of lanes, as `pipeline.lane_statistics` has them, in two passes over the clips.
+
+    Args:
+      counted: (lanes, clips), above 0 for clips that count.
+    Returns:
+      stream → (mean, std), each (lanes, groups, d).
+    """
+    totals = _summed(data, counted, None)
+    means = {s: _divided(total, sums) for s, (total, sums) in totals.items()}
+    spreads = _summed(data, counted, means)
+    out = {}
+    for s, (total, squares) in spreads.items():
+        std = jnp.maximum(jnp.sqrt(_divided(total, squares)), pipeline.STD_FLOOR)
+        out[s] = jnp.where(total > 0, means[s], 0.0), jnp.where(total > 0, std, 1.0)
+    return out
+
+
+def _divided(total: jax.Array, sums: jax.Array) -> jax.Array:
+    return sums / jnp.maximum(total, 1.0)
+
+
+def _summed(data: Streamed, counted: np.ndarray, means) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """By stream, steps counted (lanes, groups, 1) and the sums of values, or of squares about `means`."""
+    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for index, block in data.blocks():
+        added = _block_sums(block, jnp.asarray(counted[:, index]), means)
+        found = jax.tree.map(jnp.add, found, added) if found else added
+    return found
+
+
+@jax.jit
+def _block_sums(block: pipeline.Resident, counted: jax.Array, means):
+    streams = pipeline.standardised(block)
+
+    def one(counted, means):
+        return {
+            s: pipeline.sums(
+                block.streams[s],
+                block.streams[f"{s}_mask"],
+                block.group,
+                counted,
+                block.groups,
+                None if means is None else means[s],
+            )
+            for s in streams
+        }
+
+    return jax.vmap(one, (0, None if means is None else 0))(counted, means)
