@@ -295,3 +295,11 @@ def test_convolution_over_time_is_that_of_flax(padding, kernel, channelwise):
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
     variables = jax.tree.map(lambda p: p + 0.1, variables)
     np.testing.assert_allclose(ours.apply(variables, x), theirs.apply(variables, x), atol=1e-5)
+
+
+def test_masked_max_is_that_of_real_steps_alone():
+    x = np.array([[[-1.0, 5.0], [-2.0, -3.0], [np.nan, 9.0]], [[np.nan] * 2] * 3], np.float32)
+    mask = np.array([[True, True, False], [False] * 3])
+    np.testing.assert_array_equal(layers.masked_max(x, mask), [[-1, 5], [0, 0]])
+    gradient = jax.grad(lambda x: jnp.sum(layers.masked_max(x, mask)))(x)
+    np.testing.assert_array_equal(gradient, [[[1, 1], [0, 0], [0, 0]], np.zeros((3, 2))])
