@@ -345,9 +345,18 @@ def attention(model: Model, state: State, plan: LanePlan, data, count: int = 3) 
     weights, batch = jax.device_get(jax.jit(one)(jnp.arange(len(index))))
     found = []
     for row, clip in enumerate(index.tolist()):
-        masks = {name: [batch[f"{s}_mask"][row] for s in both] for name, *both in model.pictured if name in weights}
-        found.append((clip, {name: weights[name][row][np.ix_(*both)] for name, both in masks.items()}))
+        maps = {}
+        for name, *both in model.pictured:
+            if name in weights:
+                maps[name] = _of_real_steps(weights[name][row], [batch[f"{s}_mask"][row] for s in both])
+        found.append((clip, maps))
     return found
+
+
+def _of_real_steps(weights: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Weights (q, k) of the real steps; of a stream that the model has shortened, those that have any weight."""
+    masks = [m if len(m) == weights.shape[i] else weights.any(1 - i) for i, m in enumerate(masks)]
+    return weights[np.ix_(*masks)]
 
 
 def epoch_rows(

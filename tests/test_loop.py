@@ -457,6 +457,12 @@ def test_validation_chooses_the_head_of_each_lane(headed):
     np.testing.assert_allclose(every["chosen"][:, PARTS["test"]], logits["chosen"], atol=1e-5)
 
 
+def test_attention_of_a_shortened_stream_is_that_of_its_steps_with_weight():
+    weights = np.array([[0.0, 0, 0], [0.5, 0.5, 0], [0.3, 0.7, 0]])
+    real = loop._of_real_steps(weights, [np.array([True, False, True]), np.ones(6, bool)])
+    np.testing.assert_array_equal(real, [[0, 0], [0.3, 0.7]])
+
+
 def test_rows_show_the_head_that_would_be_chosen(headed):
     among = loop.candidates(HEADS)
     both = loop.epoch_rows(headed.sums, headed.plan.names, 5, heads=among)

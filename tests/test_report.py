@@ -179,6 +179,11 @@ def test_what_was_tested_under_another_protocol_keeps_its_difference():
     assert lines_with(text, "| aided † |", "70.0–90.0 | +10.0 \\[+5.0, +15.0] | 0.010")
 
 
+def test_which_head_answers_is_no_other_protocol():
+    chosen = run() | {"protocol": f"{run()['protocol']}; head: best validation UAR"}
+    assert tables._MARK not in shown(tables.compare_table([("one", run()), ("two", chosen)]))
+
+
 def test_names_are_shown_not_obeyed():
     odd = "a|b[bold]*c*"
     assert odd in shown(tables.compare_table([(odd, run())]))
