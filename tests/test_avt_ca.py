@@ -478,7 +478,7 @@ def test_a_few_clips_are_learned(name, side):
 def test_the_entry_reads_audio_and_video_in_any_order():
     entry, (variables, apply) = avt_ca.FUSIONS["avt_ca"], compiled("full")
     assert entry.loss is base.fusion_loss
-    assert entry.pictured.keys() == apply(variables, batch_of()).attention.keys()
+    assert {name for name, *_ in entry.pictured} == apply(variables, batch_of()).attention.keys()
     assert all(map(entry.fits, (STREAMS, STREAMS[::-1])))
     assert not any(map(entry.fits, (("audio",), ("audio", "text"))))
     turned = jit(built("full", streams=STREAMS[::-1]).apply)(variables, batch_of())

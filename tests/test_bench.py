@@ -70,6 +70,7 @@ def close(ours, others, share: float = 1e-4) -> None:
 # ---- PyTorch ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_torch
 def test_the_models_have_the_same_parameters():
     params = lane(trained()[3].params)

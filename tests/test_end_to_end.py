@@ -72,6 +72,7 @@ def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
     assert "logistic regression, audio+video+text" in table
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
     classes = json.loads(assets.path("data/mafw.json").read_text())["classes"]

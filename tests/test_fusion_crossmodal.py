@@ -67,7 +67,8 @@ def test_the_first_step_sees_the_last_one_only_without_the_causal_mask(causal):
 
 def test_auxformer_weighs_three_heads_alike_and_skips_what_is_missing():
     logits = {h: jnp.float32([[1, 0, 0], [0, i, 0]]) for i, h in enumerate(("fusion", "audio", "video"))}
-    one = {"label": jnp.array([0, 1]), "audio_mask": jnp.ones((2, 3), bool), "video_mask": jnp.eye(2, 3, dtype=bool)}
+    one = {"audio_mask": jnp.ones((2, 3), bool), "video_mask": jnp.eye(2, 3, dtype=bool)}
+    one |= {"label": jnp.array([0, 1]), "weight": jnp.ones(2)}
     one["audio_mask"] = one["audio_mask"].at[0].set(False)
     terms = fusion_crossmodal.auxformer_loss(Output(logits, {}, {}), one, jnp.ones(3) / 3)
     sure = math.log(math.e + 2) - 1

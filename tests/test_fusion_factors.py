@@ -57,7 +57,7 @@ LOSSES = {name: jax.jit(fusion_factors.FUSIONS[name].loss) for name in SMALL}
 def test_terms_of_a_batch_ignore_its_padding(name):
     output = run(name)[2]
     padded = LOSSES[name](output, batch(), PRIOR)
-    first = jax.tree.map(lambda x: x[:4], (output, {k: v for k, v in batch().items() if k != "weight"}))
+    first = jax.tree.map(lambda x: x[:4], (output, batch()))
     for term, want in LOSSES[name](*first, PRIOR).items():
         assert padded[term].shape == (6,)
         np.testing.assert_allclose(padded[term][:4], want, rtol=1e-5, atol=1e-6)
@@ -111,7 +111,9 @@ def test_no_gradient_of_the_overlap_flows_through_lengths():
 
 
 def test_misa_loss_weighs_its_terms():
-    one = {"label": jnp.array([0, 1])} | {f"{s}_mask": jnp.ones((2, 1), bool) for s in ("audio", "video")}
+    one = {"label": jnp.array([0, 1]), "weight": jnp.ones(2)} | {
+        f"{s}_mask": jnp.ones((2, 1), bool) for s in ("audio", "video")
+    }
     sides, still = jnp.array([[0.0], [1.0]]), jnp.array([[0.5], [0.5]])
     features = {
         "private_audio": sides, "private_video": still, "shared_audio": sides, "shared_video": still,

@@ -23,7 +23,7 @@ SMALL = {
 def batch(missing: str = "") -> dict[str, np.ndarray]:
     """Four clips, the last of which lacks the stream `missing`."""
     rng = np.random.default_rng(0)
-    out = {"label": np.array([0, 1, 2, 0])}
+    out = {"label": np.array([0, 1, 2, 0]), "weight": np.ones(4, np.float32)}
     for s, width in STREAMS.items():
         out[s] = rng.normal(size=(4, 6, width)).astype(np.float32)
         out[f"{s}_mask"] = np.arange(6)[None] < np.array([[6], [4], [3], [0 if s == missing else 5]])
@@ -108,6 +108,7 @@ def test_vavl_fused_head_leaves_the_encoders_alone():
 def test_vavl_loss_is_hand_worked():
     one = {
         "label": jnp.array([1, 0]),
+        "weight": jnp.ones(2),
         "audio": jnp.array([[[1.0, 2.0], [3.0, 6.0]], [[9.0, 9.0], [9.0, 9.0]]]),
         "audio_mask": jnp.array([[True, True], [False, False]]),
     }

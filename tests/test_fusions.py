@@ -78,7 +78,7 @@ PARAMETERS = {
     "de_iii": 79_461_527,
     "avt_ca": 554_759,
 }
-LIGHT = ("concat", "weighted_sum", "lmf", "mag", "msaf", "ladder", "mmer_ia", "bc_lstm")
+LIGHT = ("concat", "lmf", "mag", "bc_lstm")
 LARGE = 8  # clips of the larger batch
 # Programs run once or twice here: most of the time would go into making them fast.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

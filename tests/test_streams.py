@@ -83,6 +83,7 @@ def test_streamed_and_resident_training_give_equal_parameters(whole):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_conversations_stream_too():
     features = told(lambda i: f"dialogue {i // 4}")
     runs = [Run(features, chosen(mode), model=TALK).train(last=1) for mode in ("streamed", "resident")]
@@ -116,7 +117,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5])
+@pytest.mark.parametrize("steps", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
 def test_cut_within_an_epoch_it_goes_on_bit_for_bit(tmp_path, whole, steps):
     """Killed after so many steps; what it had written then is all that the next run knows."""
     said = []

@@ -150,6 +150,7 @@ def test_every_epoch_and_lane_has_one_row(undisturbed):
     assert [(r["epoch"], r["fold"], r["seed"]) for r in rows] == expected
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_command_give_equal_files(features, undisturbed, tmp_path):
     train.train(settings(features), tmp_path)
     assert (tmp_path / "metrics.json").read_bytes() == (undisturbed / "metrics.json").read_bytes()

@@ -38,7 +38,7 @@ TABLE = {
 }
 CLASSES, BATCH, TURNS = 7, 32, 8
 # Steps and width of each stream.
-SHAPES = {"text": (20, 300), "audio": (50, 74), "video": (50, 35)}
+SHAPES = {"text": (20, 300), "audio": (50, 74), "video": (50, 35), "flow": (50, 35)}
 _RATE = 1e-4
 # The bounds on the difference of ways, as shares of the standard deviation: of logits, and of what an update changes in
 # them. Adam's first updates are as large where a gradient is rounding alone.
