@@ -8,6 +8,8 @@ from scipy import special, stats
 from sklearn import metrics as sk
 
 from avjax import losses, tasks
+from avjax.errors import AvjaxError
+from avjax.models import fusion_dialogue, fusion_factors
 
 CLASSES = 3
 KINDS = tuple(tasks.SCORINGS)
@@ -210,3 +212,11 @@ def test_options_of_classes_reach_their_loss():
     found = tasks.loss(logits, label, jnp.ones(60), smoothing=0.2, class_weight=jnp.array([1.0, 2.0, 3.0]))
     wanted = losses.cross_entropy(logits, label, smoothing=0.2, class_weight=jnp.array([1.0, 2.0, 3.0]))
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_losses_beside_the_heads_know_of_other_tasks():
+    weight = jnp.ones(2)
+    value = fusion_factors.for_clips({"label": jnp.zeros((2, 3)), "weight": weight}, jnp.float32(4))
+    np.testing.assert_array_equal(value, [4, 4])
+    with pytest.raises(AvjaxError, match="m2fnet's triplets compare classes; this is a task of regression"):
+        fusion_dialogue.m2fnet_loss(None, {"label": jnp.zeros((2, 3)), "weight": weight}, None)

@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avjax import tasks
+from avjax.errors import AvjaxError
 from avjax.layers import Dropout, PreNormBlock, Project, Recurrence, attend, enter, masked_mean
 from avjax.models.base import Fusion, Output, head_loss, heads_loss, stream_heads
 
@@ -184,8 +186,15 @@ def m2fnet_loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array
 
     The paper trains the extractors of sound and picture by the triplets, apart; features are given here, so that the
     streams' transformers take their place. In training alone does a clip's loss depend on its batch.
+
+    Raises:
+      AvjaxError: labels are no classes.
     """
     label = batch["label"]
+    if tasks.kind(label) != "single":
+        raise AvjaxError(
+            f"m2fnet's triplets compare classes; this is a task of {tasks.kind(label)}: take another model"
+        )
     terms = {"fusion": head_loss(output, batch, "fusion")}
     for s in [name for name in output.features if name != "fusion"]:
         counts = jnp.any(batch[f"{s}_mask"], -1) & (batch["weight"] > 0 if "weight" in batch else True)

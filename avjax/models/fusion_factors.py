@@ -51,7 +51,7 @@ def counted(batch: Batch, *streams: str) -> jax.Array:
 
 def for_clips(batch: Batch, value: jax.Array) -> jax.Array:
     """A value of the batch (), given to each of its clips: (b,)."""
-    return jnp.broadcast_to(value, batch["label"].shape)
+    return jnp.broadcast_to(value, batch["weight"].shape)
 
 
 # ---- MISA ---------------------------------------------------------------------------------------------------------
