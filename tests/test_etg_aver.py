@@ -155,6 +155,7 @@ def test_options_of_classes_are_refused_on_other_tasks(change):
         loss(Output({"fusion": jnp.zeros((4, 2))}, {}, {}), one, jnp.ones(2) / 2)
 
 
+@pytest.mark.slow
 def test_even_weights_change_nothing():
     """Without any text the cosines are all 0, so the reweighted streams equal the plain ones."""
     model, variables, _ = compiled_variant("full")

@@ -66,6 +66,7 @@ def _compare(tmp_path, monkeypatch, *args: str) -> None:
     evaluate.main(configs.parse_flags(argv))
 
 
+@pytest.mark.slow
 def test_rows_are_trained_and_compared(compare, tmp_path, capsys):
     synthetic.write_store(tmp_path / "F", synthetic.make())
     compare("--markdown", "--rows=concat,weighted_sum,lmf")

@@ -369,6 +369,7 @@ def kill_and_compare(moments, data, undisturbed, tmp_path):
     assert not list(scratch.iterdir())
 
 
+@pytest.mark.slow
 def test_killed_during_media_it_goes_on(whole, tmp_path):
     kill_and_compare(["media"], *whole, tmp_path)
 

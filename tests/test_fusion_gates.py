@@ -93,6 +93,7 @@ def test_msaf_drops_whole_blocks():
     assert 0 < kept.mean() < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("mmtm", marks=pytest.mark.slow), "msaf"])
 def test_towers_hear_each_other_through_the_gate_alone(name):
     """A tower of one layer has no gate: then the picture leaves the sound's part of the joined vector as it is."""

@@ -141,6 +141,7 @@ def test_time_and_precision_are_recorded(packed):
         assert 0.99999 < about["cosine_to_float32"]["least"] <= about["cosine_to_float32"]["mean"] <= 1 + 1e-9
 
 
+@pytest.mark.slow
 def test_accelerators_get_batches_and_clips_the_same_features(packed, data, preset, tmp_path, monkeypatch):
     _, alone = packed
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
