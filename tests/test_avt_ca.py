@@ -414,6 +414,7 @@ def test_gradients_are_finite_and_reach_every_parameter(name, side):
         assert finite(gradient(name, without(batch, *missing)))
 
 
+@pytest.mark.slow
 def test_masked_frames_change_neither_gradients_nor_statistics():
     """In bfloat16, and by the batch's statistics, towards which the running ones move."""
     batch = batch_of(side=32)

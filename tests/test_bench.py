@@ -78,6 +78,7 @@ def test_the_models_have_the_same_parameters():
     assert sum(p.numel() for p in model.parameters()) == sum(v.size for v in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 @needs_torch
 def test_logits_loss_and_gradient_are_the_same():
     import torch

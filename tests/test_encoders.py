@@ -275,6 +275,7 @@ def test_layers_above_are_not_kept(kind):
     assert any(name.startswith("block_") for name in enc._params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["distilbert", "whisper"])  # one for each axis that may be padded
 def test_compilations_are_one_for_each_bucket(kind):
     enc, config = of_random_params(kind)

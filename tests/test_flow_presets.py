@@ -72,6 +72,7 @@ def packed(data, flowing, tmp_path_factory):  # noqa: F811
 EITHER = pytest.mark.parametrize("name", ["dis", pytest.param("moved", marks=pytest.mark.slow)])
 
 
+@pytest.mark.slow
 @EITHER
 def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
     out, made = packed(name)

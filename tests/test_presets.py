@@ -305,6 +305,7 @@ def test_preset_etg_at_true_size_from_a_local_folder(data, tmp_path, monkeypatch
     assert voiced["text"]["both"].shape[1] == 768
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_preset_open_on_a_clip(data, tmp_path):
     for name in ("vit_s14", "whisper_base", "minilm"):

@@ -143,6 +143,7 @@ def test_cut_within_an_epoch_it_goes_on_bit_for_bit(tmp_path, whole, steps):
     assert resumed.rows == whole.rows[(epoch - 1) * per_epoch :]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_epoch_is_not_taken(tmp_path):
     Run(workdir=tmp_path).train(last=1)
     said = []
