@@ -37,7 +37,7 @@ def obtain(config, console: Console) -> Features:
         datasets.index(dataset, root)  # also where its features are there already
     if not store.is_finished(place, config.preset) and (root or assets.data_root(dataset).is_dir()):
         extraction.extract(dataset, config.preset, root=root, out=str(place), random=config.weights.random)
-    on_disk = streams.too_large(place, dataset, config.preset, config.data.get("mode", "auto"))
+    on_disk = streams.too_large(place, dataset, config.preset, config.data.mode)
     return store.load(place, config.preset, on_disk=on_disk)
 
 

@@ -93,6 +93,28 @@ def check_select(config) -> None:
         raise AvjaxError(f"protocol.select is {config.protocol.select!r}; choose one of {', '.join(SELECT)}")
 
 
+def check_streams(model: Model, few: Resident, preset: str) -> None:
+    """Raises AvjaxError where features lack a stream of the model, or are not pictures where it wants them.
+
+    Args:
+      few: at least one clip; preset: how the features are called.
+    """
+    there = sorted(s for s in few.streams if f"{s}_mask" in few.streams and s != "surface")
+    if missing := [s for s in model.streams if s not in there]:
+        raise AvjaxError(
+            f"model.streams has {', '.join(missing)}; the features of preset {preset!r} have {', '.join(there)}: "
+            "extract with a preset that makes it, or set model.streams"
+        )
+    pictures = {s for s in model.streams if few.streams[s].ndim > 3}
+    if pictures != set(filter(None, [model.pictures])):
+        wants = f"pictures as {model.pictures}" if model.pictures else "feature sequences"
+        has = f"pictures as {', '.join(pictures)}" if pictures else "feature sequences"
+        raise AvjaxError(
+            f"the model reads {wants}, the features of preset {preset!r} are {has}: set model.settings.frames, or take "
+            "another preset"
+        )
+
+
 def over_lanes(model: Model, function: Callable, axes: tuple[int | None, ...]) -> Callable:
     """`function` over the lanes of those arguments whose axis is 0: together, as `vmap` does.
 

@@ -61,6 +61,11 @@ class Resident:
     group: jax.Array
     groups: int = flax.struct.field(pytree_node=False)
 
+    @property
+    def label(self) -> jax.Array:
+        """The labels of all clips."""
+        return self.streams["label"]
+
     def resident(self, index: jax.Array) -> "Resident":
         """The clips `index (m,)` alone, numbered from 0."""
         return self.replace(streams={k: v[index] for k, v in self.streams.items()}, group=self.group[index])
@@ -247,11 +252,19 @@ def statistics(
       mean and std, (groups, d); a group without a valid step has mean 0 and std 1.
     """
     total, added = sums(x, mask, group, counted, groups)
-    safe = jnp.maximum(total, 1.0)
-    mean = added / safe
+    mean = average(total, added)
     # Two passes: the one-pass formula loses all digits where the mean is large against the spread.
-    squares = sums(x, mask, group, counted, groups, mean)[1]
-    std = jnp.maximum(jnp.sqrt(squares / safe), STD_FLOOR)
+    return moments(total, mean, sums(x, mask, group, counted, groups, mean)[1])
+
+
+def average(total: jax.Array, added: jax.Array) -> jax.Array:
+    """The mean of `total (groups, 1)` steps whose sum is `added (groups, d)`; 0 of none."""
+    return added / jnp.maximum(total, 1.0)
+
+
+def moments(total: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What `statistics` gives, out of the sums of both passes."""
+    std = jnp.maximum(jnp.sqrt(average(total, squares)), STD_FLOOR)
     return jnp.where(total > 0, mean, 0.0), jnp.where(total > 0, std, 1.0)
 
 
@@ -296,27 +309,25 @@ def gather(data: Resident, stats: Statistics, index: jax.Array, weight: jax.Arra
     count = data.group.shape[0]
     rows = jnp.minimum(index, count - 1)
     batch = {key: array[rows] for key, array in data.streams.items()}
-    return prepared(batch, data.group[rows], stats, index, weight, count)
+    there = index < count if index.ndim > 1 else weight > 0
+    return prepared(batch, data.group[rows], stats, there, weight)
 
 
 def prepared(
     rows: Mapping[str, jax.Array],
     group: jax.Array,
     stats: Statistics,
-    index: jax.Array,
+    there: jax.Array,
     weight: jax.Array,
-    count: int,
 ) -> dict[str, jax.Array]:
-    """`gather` of streams that are at hand as rows: those of the clips `index`, of which there are `count`, with their
-    standardisation `group`."""
+    """`gather` of streams that are at hand as rows with their standardisation `group`; `there` says which exist."""
     batch = dict(rows)
-    there = index < count if index.ndim > 1 else weight > 0
     for key in [k for k in batch if k.endswith("_mask")]:
         batch[key] &= there[..., None]
     for stream, (mean, std) in stats.items():
         scaled = (batch[stream] - mean[group][..., None, :]) / std[group][..., None, :]
         batch[stream] = jnp.where(batch[f"{stream}_mask"][..., None], scaled, 0)
-    return batch | {"weight": weight} | ({"turn_mask": there} if index.ndim > 1 else {})
+    return batch | {"weight": weight} | ({"turn_mask": there} if there.ndim > 1 else {})
 
 
 def alive(weight: jax.Array) -> jax.Array:

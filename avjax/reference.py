@@ -49,7 +49,7 @@ def yardsticks(data: Resident | Streamed, plan: LanePlan) -> dict[str, dict]:
       {"audio+video": {"mean": {war, uar}, "std": …, "folds": [{fold, war, uar}]}, …}, or the scores of other tasks.
     """
     vectors = pooled(data)
-    label = np.concatenate([np.asarray(block.streams["label"]) for _, block in data.blocks()])
+    label = np.asarray(data.label)
     scoring, fit = tasks.scoring(label), _FITS[tasks.kind(label)]
     lanes = jax.device_get(plan.lanes)
     first_seed = [i for i, (_, seed) in enumerate(plan.names) if seed == plan.names[0][1]]

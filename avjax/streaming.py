@@ -46,8 +46,8 @@ class _Run:
 
     def __init__(self, model: Model, config, folder: Path | None, task: str, say: Callable[[str], None]):
         self._say = say
-        self._model, self._config, self._folder = model, config, folder
-        self._tx = tx = optim.transform(config.train)
+        self._config, self._folder = config, folder
+        tx = optim.transform(config.train)
         over = functools.partial(loop.over_lanes, model)
         self._start = jax.jit(jax.vmap(functools.partial(_start, model, tx)))
         self._order = jax.jit(
@@ -116,19 +116,15 @@ class _Run:
 
 
 def _joined(index: np.ndarray, rows: dict[str, np.ndarray], weight: np.ndarray, count: int) -> dict:
-    """What a compiled function takes of a batch: rows, their group, index and weight, and how many clips there are."""
-    group = rows["group"]
-    streams_of = {k: v for k, v in rows.items() if k != "group"}
-    every = np.full(len(index), count, np.int32)
-    return jax.tree.map(
-        jnp.asarray, {"rows": streams_of, "group": group, "index": index, "weight": weight, "count": every}
-    )
+    """What a compiled function takes of a batch: the arguments of `pipeline.prepared` but the statistics."""
+    there = index < count if index.ndim > 2 else weight > 0
+    rows = dict(rows)
+    group = rows.pop("group")
+    return jax.tree.map(jnp.asarray, {"rows": rows, "group": group, "there": there, "weight": weight})
 
 
-def _prepared(state_stats, batch: dict) -> dict[str, jax.Array]:
-    return pipeline.prepared(
-        batch["rows"], batch["group"], state_stats, batch["index"], batch["weight"], batch["count"]
-    )
+def _prepared(stats: pipeline.Statistics, batch: dict) -> dict[str, jax.Array]:
+    return pipeline.prepared(stats=stats, **batch)
 
 
 def _start(model: Model, tx, lane: Lane, stats: pipeline.Statistics, batch: dict) -> loop.State:

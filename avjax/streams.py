@@ -19,7 +19,6 @@ from avjax.datasets import store
 from avjax.datasets.packed import Packed
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
-from avjax.models.base import Model
 
 MODES = ("auto", "resident", "streamed")
 # Of the memory where data would be resident, the share that they may take.
@@ -93,7 +92,7 @@ def choose(features: Features, config) -> pipeline.Resident | Streamed:
     Raises:
       AvjaxError: the mode is unknown, or as `pipeline.resident`.
     """
-    mode = config.data.get("mode", "auto")
+    mode = config.data.mode
     if mode not in MODES:
         raise AvjaxError(f"data.mode is {mode!r}; choose one of {', '.join(MODES)}")
     source, standardise = config.model.text_source, config.protocol.standardise
@@ -102,26 +101,6 @@ def choose(features: Features, config) -> pipeline.Resident | Streamed:
         return pipeline.resident(features, source, standardise)
     group, groups = pipeline.groups(features, standardise)
     return Streamed(_clips(features, source), features.label, group, groups)
-
-
-def check(model: Model, data: pipeline.Resident | Streamed, preset: str) -> None:
-    """Raises AvjaxError where the features of `preset` lack a stream of the model, or are not pictures where it wants
-    them, or the reverse."""
-    _, few = next(data.blocks())
-    there = [s for s in ("text", *store.STREAMS) if s in few.streams]
-    if missing := [s for s in model.streams if s not in there]:
-        raise AvjaxError(
-            f"model.streams has {', '.join(missing)}; the features of preset {preset!r} have {', '.join(there)}: "
-            "extract with a preset that makes it, or set model.streams"
-        )
-    pictures = {s for s in model.streams if few.streams[s].ndim > 3}
-    if pictures != set(filter(None, [model.pictures])):
-        wants = f"pictures as {model.pictures}" if model.pictures else "feature sequences"
-        has = f"pictures as {', '.join(pictures)}" if pictures else "feature sequences"
-        raise AvjaxError(
-            f"the model reads {wants}, the features of preset {preset!r} are {has}: set model.settings.frames, or take "
-            "another preset"
-        )
 
 
 def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
@@ -156,17 +135,9 @@ def statistics(data: Streamed, counted: np.ndarray) -> pipeline.Statistics:
       stream → (mean, std), each (lanes, groups, d).
     """
     totals = _summed(data, counted, None)
-    means = {s: _divided(total, sums) for s, (total, sums) in totals.items()}
+    means = {s: pipeline.average(total, added) for s, (total, added) in totals.items()}
     spreads = _summed(data, counted, means)
-    out = {}
-    for s, (total, squares) in spreads.items():
-        std = jnp.maximum(jnp.sqrt(_divided(total, squares)), pipeline.STD_FLOOR)
-        out[s] = jnp.where(total > 0, means[s], 0.0), jnp.where(total > 0, std, 1.0)
-    return out
-
-
-def _divided(total: jax.Array, sums: jax.Array) -> jax.Array:
-    return sums / jnp.maximum(total, 1.0)
+    return {s: pipeline.moments(total, means[s], squares) for s, (total, squares) in spreads.items()}
 
 
 def _summed(data: Streamed, counted: np.ndarray, means) -> dict[str, tuple[jax.Array, jax.Array]]:

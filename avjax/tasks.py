@@ -6,7 +6,6 @@ values, booleans (b, c) are yes or no. Everything counted is a table that merges
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,20 +91,19 @@ def scoring(label: Array) -> Scoring:
     return SCORINGS[kind(label)]
 
 
-def loss(logits: jax.Array, label: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:
+def loss(logits: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
     """What a head costs by clip: cross entropy, 1 − CCC, or binary cross entropy.
 
     CCC is that of the whole batch, the mean over the values (DE-III, section 3.4): every clip costs the same.
 
     Args:
       logits: (…, c); label: of one of the kinds; weight: (…), 0 for clips that do not count.
-      options: of `losses.cross_entropy`, for classes.
     Returns:
       (…) float32.
     """
     found = kind(label)
     if found == "single":
-        return losses.cross_entropy(logits, label, **options)
+        return losses.cross_entropy(logits, label)
     if found == "multilabel":
         return losses.binary_cross_entropy(logits, label)
     return jnp.broadcast_to(jnp.mean(losses.concordance(logits, label, weight)), weight.shape)

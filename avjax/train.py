@@ -68,7 +68,7 @@ def train(config, workdir: Path | None = None) -> Path:
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     clips = streams.choose(features, config)
-    streams.check(model, clips, config.preset)
+    loop.check_streams(model, clips.resident(jnp.arange(1)), config.preset)
     streamed = isinstance(clips, streams.Streamed)
     trainer = streaming.make(model, config, workdir, features.task, say) if streamed else loop.make(model, config)
     state = trainer.init(plan.lanes, clips)
@@ -116,8 +116,9 @@ def train(config, workdir: Path | None = None) -> Path:
     note = f"{dataset} · {protocol}"
     plots.answers_picture(metrics, answers, title, workdir)
     if model.pictured and (seen := loop.attention(model, state, plan, clips)):
-        clips = results.attention(features, seen)
-        plots.attention_picture(clips, model.pictured, title, workdir / "attention.png", note=note)
+        plots.attention_picture(
+            results.attention(features, seen), model.pictured, title, workdir / "attention.png", note=note
+        )
     plots.curves_picture(rundir.mean_over_lanes(rows), workdir / "curves.png", note=note)
     page.write_report(workdir, sentences=results.examples(features, answers, config.model.text_source))
     console.print(*tables.of_run(metrics, title))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_de_iii import TINY
 
 from avjax import config, models
 from avjax.benches.fusions import random_variables
@@ -34,15 +35,7 @@ SMALL = {
     "c3d_lstm": {"widths": (8, 8), "hidden": 8},
     "bc_lstm": {"hidden": 8, "width": 6},
     "m2fnet": {"width": 16, "heads": 2, "layers": 1},
-    "de_iii": {
-        "width": 8,
-        "heads": 2,
-        "depths": {"audio": 1, "video": 1, "flow": 1},
-        "kernel": 3,
-        "expansion": 2,
-        "output": 6,
-        "hidden": 16,
-    },
+    "de_iii": TINY,
     "avt_ca": {"width": 16, "heads": 2},
 }
 # Parameters of the default settings on streams of WIDTHS and seven classes.
