@@ -5,6 +5,8 @@ small pytree of indices and weights, so that `vmap` over lanes runs a whole prot
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import flax.struct
 import jax
@@ -55,11 +57,13 @@ class Resident:
       streams: batch key → (clips, …): `video`, `video_mask`, …, `label`.
       group: (clips,) the standardisation group of each clip (its speaker, or 0).
       groups: number of groups.
+      constants: batch key → what every batch has whole and all lanes share (`Features.constants`, `Model.constants`).
     """
 
     streams: dict[str, jax.Array]
     group: jax.Array
     groups: int = flax.struct.field(pytree_node=False)
+    constants: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     @property
     def label(self) -> jax.Array:
@@ -75,15 +79,20 @@ class Resident:
         yield np.arange(len(self.group)), self
 
 
-def resident(features: Features, text_source: str, standardise: str) -> Resident:
+def resident(
+    features: Features, text_source: str, standardise: str, constants: Mapping[str, Any] = MappingProxyType({})
+) -> Resident:
     """Puts all streams on the device, `text` being that of `text_source` ("" = none). What no model reads is unused.
 
+    Args:
+      constants: those of the model; those of the features stand beside them.
     Raises:
       AvjaxError: the text source is not in the store, or speakers are needed and unknown.
     """
     arrays = {"label": features.label} | streams_of(features, text_source)
     group, count = groups(features, standardise)
-    return Resident({k: jnp.asarray(v) for k, v in arrays.items()}, jnp.asarray(group), count)
+    shared = jax.tree.map(jnp.asarray, {**features.constants, **constants})
+    return Resident({k: jnp.asarray(v) for k, v in arrays.items()}, jnp.asarray(group), count, shared)
 
 
 def streams_of(features: Features, text_source: str) -> dict[str, np.ndarray]:
@@ -310,7 +319,7 @@ def gather(data: Resident, stats: Statistics, index: jax.Array, weight: jax.Arra
     rows = jnp.minimum(index, count - 1)
     batch = {key: array[rows] for key, array in data.streams.items()}
     there = index < count if index.ndim > 1 else weight > 0
-    return prepared(batch, data.group[rows], stats, there, weight)
+    return prepared(batch, data.group[rows], stats, there, weight) | data.constants
 
 
 def prepared(

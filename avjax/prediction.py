@@ -174,7 +174,7 @@ def answers_of(run: Run, clips: stores.Features) -> np.ndarray:
     """The mean over lanes of what the predicting head answers, (clips, classes) float64: probabilities, or values."""
     from scipy.special import expit, softmax
 
-    data = pipeline.resident(clips, run.text_source, "train")
+    data = pipeline.resident(clips, run.text_source, "train", run.model.constants)
     logits = loop.answers(run.model)(run.best, run.best_head, run.stats, data)[run.model.answers[0]]
     ways = {"single": lambda x: softmax(x, -1), "multilabel": expit, "regression": np.asarray}
     return ways[run.task](np.asarray(logits, np.float64)).mean(0)

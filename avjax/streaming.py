@@ -7,6 +7,7 @@ A run can be cut anywhere: beside the checkpoints of whole epochs, one within an
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,20 +50,21 @@ class _Run:
         self._config, self._folder = config, folder
         tx = optim.transform(config.train)
         over = functools.partial(loop.over_lanes, model)
-        self._start = jax.jit(jax.vmap(functools.partial(_start, model, tx)))
+        self._start = jax.jit(jax.vmap(functools.partial(_start, model, tx), (0, 0, 0, None)))
         self._order = jax.jit(
             jax.vmap(functools.partial(loop.epoch_order, batch_size=config.train.batch_size), (0, None))
         )
         step = functools.partial(_step, model, tx, config)
-        self._step = jax.jit(over(step, (0, 0, 0, 0, None, None)), donate_argnums=0)
-        self._score = jax.jit(over(functools.partial(_score, model), (0, 0, 0)))
+        self._step = jax.jit(over(step, (0, 0, 0, None, 0, None, None)), donate_argnums=0)
+        self._score = jax.jit(over(functools.partial(_score, model), (0, 0, 0, None)))
         end = functools.partial(_end, model, config, tasks.SCORINGS[task])
         self._end = jax.jit(jax.vmap(end, (0, 0, None)))
-        self._answer = jax.jit(over(functools.partial(_answer, model), (0, 0)))
+        self._answer = jax.jit(over(functools.partial(_answer, model), (0, 0, None)))
 
     def init(self, lanes: Lane, data: Streamed) -> loop.State:
         stats = streams.statistics(data, np.asarray(lanes.counted))
-        return self._start(lanes, stats, self._batch(data, lanes.train[:, :1], lanes.train_weight[:, :1]))
+        first = self._batch(data, lanes.train[:, :1], lanes.train_weight[:, :1])
+        return self._start(lanes, stats, first, data.constants)
 
     def epochs(self, state: loop.State, lanes: Lane, data: Streamed, first: jax.Array):
         """One epoch; see `loop.Trainer`."""
@@ -73,7 +75,8 @@ class _Run:
             if count := kept.count(epoch, index.shape[1]):
                 state, found = self._restored(kept, count, state, lanes, data, index, weight)
             for batch in self._batches(data, index, weight, len(found)):
-                state, sums = self._step(state, lanes, batch, jnp.asarray(live), first, jnp.int32(len(found)))
+                done = jnp.int32(len(found))
+                state, sums = self._step(state, lanes, batch, data.constants, jnp.asarray(live), first, done)
                 found.append(sums)
                 if self._config.train.save_steps and len(found) % self._config.train.save_steps == 0:
                     kept.save(epoch, index.shape[1], state, found)
@@ -87,18 +90,21 @@ class _Run:
     def _restored(self, kept: "_Kept", count: int, state, lanes, data, index, weight) -> tuple[loop.State, list[dict]]:
         """The state after `count` steps of an epoch, and the sums of these."""
         batch = self._batch(data, index[:, 0], weight[:, 0])
-        shape = jax.eval_shape(self._step, state, lanes, batch, state.stopped, jnp.int32(0), jnp.int32(0))[1]
+        zero = jnp.int32(0)
+        shape = jax.eval_shape(self._step, state, lanes, batch, data.constants, state.stopped, zero, zero)[1]
         one = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
         held = kept.restore({"state": state, "found": [one] * count})
         return held["state"], list(held["found"])
 
     def predict(self, state: loop.State, lanes: Lane, data: Streamed) -> dict[str, jax.Array]:
-        parts = [self._answer(state, batch) for batch in self._parts(data, lanes.test, lanes.test_weight)]
+        tested = self._parts(data, lanes.test, lanes.test_weight)
+        parts = [self._answer(state, batch, data.constants) for batch in tested]
         whole = jax.tree.map(lambda *rows: jnp.concatenate(rows, 1), *parts)
         return {head: logits[:, : lanes.test.shape[1]] for head, logits in whole.items()}
 
     def _validated(self, state: loop.State, lanes: Lane, data: Streamed) -> dict[str, jax.Array]:
-        parts = [self._score(state, lanes, batch) for batch in self._parts(data, lanes.val, lanes.val_weight)]
+        held = self._parts(data, lanes.val, lanes.val_weight)
+        parts = [self._score(state, lanes, batch, data.constants) for batch in held]
         return jax.tree.map(lambda *sums: sum(sums), *parts)
 
     def _parts(self, data: Streamed, index: jax.Array, weight: jax.Array):
@@ -123,22 +129,22 @@ def _joined(index: np.ndarray, rows: dict[str, np.ndarray], weight: np.ndarray, 
     return jax.tree.map(jnp.asarray, {"rows": rows, "group": group, "there": there, "weight": weight})
 
 
-def _prepared(stats: pipeline.Statistics, batch: dict) -> dict[str, jax.Array]:
-    return pipeline.prepared(stats=stats, **batch)
+def _prepared(stats: pipeline.Statistics, batch: dict, constants: dict) -> dict[str, Any]:
+    return pipeline.prepared(stats=stats, **batch) | constants
 
 
-def _start(model: Model, tx, lane: Lane, stats: pipeline.Statistics, batch: dict) -> loop.State:
-    return loop.begun(model, tx, lane, stats, _prepared(stats, batch))
+def _start(model: Model, tx, lane: Lane, stats: pipeline.Statistics, batch: dict, constants: dict) -> loop.State:
+    return loop.begun(model, tx, lane, stats, _prepared(stats, batch, constants))
 
 
-def _step(model: Model, tx, config, state: loop.State, lane: Lane, batch: dict, live, epoch, step):
-    key = loop.step_key(lane, epoch, step)
-    state, (terms, gradient) = loop.train_step(model, tx, config, state, lane, _prepared(state.stats, batch), key, live)
+def _step(model: Model, tx, config, state: loop.State, lane: Lane, batch: dict, constants: dict, live, epoch, step):
+    key, prepared = loop.step_key(lane, epoch, step), _prepared(state.stats, batch, constants)
+    state, (terms, gradient) = loop.train_step(model, tx, config, state, lane, prepared, key, live)
     return state, {"train_terms": terms, "train_gradient": gradient}
 
 
-def _score(model: Model, state: loop.State, lane: Lane, batch: dict) -> dict[str, jax.Array]:
-    prepared = _prepared(state.stats, batch)
+def _score(model: Model, state: loop.State, lane: Lane, batch: dict, constants: dict) -> dict[str, jax.Array]:
+    prepared = _prepared(state.stats, batch, constants)
     return loop.validation(model, tasks.scoring(prepared["label"]), state, prepared, lane.prior)
 
 
@@ -148,8 +154,8 @@ def _end(model: Model, config, scoring: tasks.Scoring, state: loop.State, val: d
     return loop.select(model, config, state, val, scoring, epoch), val
 
 
-def _answer(model: Model, state: loop.State, batch: dict) -> dict[str, jax.Array]:
-    logits = model.module.apply(state.best, _prepared(state.stats, batch), train=False).logits
+def _answer(model: Model, state: loop.State, batch: dict, constants: dict) -> dict[str, jax.Array]:
+    logits = model.module.apply(state.best, _prepared(state.stats, batch, constants), train=False).logits
     return loop.with_chosen(model, logits, state.best_head)
 
 

@@ -8,6 +8,8 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import grain
 import jax
@@ -38,12 +40,14 @@ class Streamed:
       clips: clip number → {batch key: array} without a batch axis, padded to the longest clip.
       label, group: (n,) or (n, c), and (n,), as in `pipeline.Resident`.
       groups: number of standardisation groups.
+      constants: as in `pipeline.Resident`.
     """
 
     clips: Sequence[Mapping[str, np.ndarray]]
     label: np.ndarray
     group: np.ndarray
     groups: int
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def rows(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """The streams of the clips `index (…)`, of any shape: key → (…, …); a clip that comes twice is read once."""
@@ -57,7 +61,8 @@ class Streamed:
         """The clips `index (m,)` alone on the device, numbered from 0."""
         rows = self.rows(np.asarray(index))
         group = rows.pop("group")
-        return pipeline.Resident({k: jnp.asarray(v) for k, v in rows.items()}, jnp.asarray(group), self.groups)
+        streams = {k: jnp.asarray(v) for k, v in rows.items()}
+        return pipeline.Resident(streams, jnp.asarray(group), self.groups, dict(self.constants))
 
     def blocks(self) -> Iterator[tuple[np.ndarray, pipeline.Resident]]:
         """All clips in blocks: their numbers, and them."""
@@ -86,9 +91,13 @@ def batches(data: Streamed, index: np.ndarray, first: int = 0) -> Iterator[tuple
     return iter(grain.MapDataset.source(_Batches(data, index[first:])).to_iter_dataset(options))
 
 
-def choose(features: Features, config) -> pipeline.Resident | Streamed:
+def choose(
+    features: Features, config, constants: Mapping[str, Any] = MappingProxyType({})
+) -> pipeline.Resident | Streamed:
     """The data of a run: on the device, or streamed where `config.data.mode` says so or there is too much of them.
 
+    Args:
+      constants: as for `pipeline.resident`.
     Raises:
       AvjaxError: the mode is unknown, or as `pipeline.resident`.
     """
@@ -98,9 +107,10 @@ def choose(features: Features, config) -> pipeline.Resident | Streamed:
     source, standardise = config.model.text_source, config.protocol.standardise
     size = sum(v.nbytes for v in features.arrays.values())
     if features.packed is None and (mode == "resident" or (mode == "auto" and size <= room())):
-        return pipeline.resident(features, source, standardise)
+        return pipeline.resident(features, source, standardise, constants)
     group, groups = pipeline.groups(features, standardise)
-    return Streamed(_clips(features, source), features.label, group, groups)
+    shared = jax.tree.map(jnp.asarray, {**features.constants, **constants})
+    return Streamed(_clips(features, source), features.label, group, groups, shared)
 
 
 def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:

@@ -67,7 +67,7 @@ def train(config, workdir: Path | None = None) -> Path:
     say(f"protocol: {protocol}")
 
     # ---- Model ----------------------------------------------------------------------------------------------------
-    clips = streams.choose(features, config)
+    clips = streams.choose(features, config, model.constants)
     loop.check_streams(model, clips.resident(jnp.arange(1)), config.preset)
     streamed = isinstance(clips, streams.Streamed)
     trainer = streaming.make(model, config, workdir, features.task, say) if streamed else loop.make(model, config)

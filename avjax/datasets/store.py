@@ -51,6 +51,7 @@ class Features:
       sentences: text source → n strings.
       counts: used, quarantined, masked_audio, masked_video.
       made_by: feature → key of its provenance record.
+      constants: batch key → what belongs to the data as a whole, such as the texts of the classes.
       packed: where the arrays were left on disk, and are empty here: root, name and preset of the view.
       random: whether encoders had weights drawn at random, so that no figure means anything.
     """
@@ -70,6 +71,7 @@ class Features:
     made_by: dict[str, str]
     random: bool = False
     task: str = "single"
+    constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     packed: tuple[Path, str, str] | None = None
 
 

@@ -42,6 +42,7 @@ class Model:
         to choose.
       pictured: (name in `Output.attention`, stream that asks, stream that answers) of weights (b, q, k) worth seeing.
       streams: the batch streams that the model reads, such as `("text", "audio", "video")`.
+      constants: batch key → what every batch is to have whole, all lanes sharing it: pretrained weights.
       turns: whether a row of its batch is a conversation: streams (b, u, n, d) with masks (b, u, n), `turn_mask`
         (b, u), and logits (b, u, c), losses (b, u).
     """
@@ -56,6 +57,8 @@ class Model:
     pictures: str = flax.struct.field(pytree_node=False, default="")
     candidates: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     pictured: tuple[tuple[str, str, str], ...] = flax.struct.field(pytree_node=False, default=())
+    # Arrays have no hash, and jit asks for one of what a function is bound to.
+    constants: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict, hash=False, compare=False)
 
     @property
     def answers(self) -> tuple[str, ...]:
