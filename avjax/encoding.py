@@ -2,7 +2,7 @@
 
 On a CPU a clip is a batch; on accelerators short clips share one. The shapes of batches are fixed, so that what a clip
 gets does not depend on which others came with it, and a resumed extraction gives what an uninterrupted one gives. Of a
-long clip memory holds a block of pictures at a time.
+long clip memory holds a block of pictures at a time. Where the preset is raw, the inputs themselves are staged.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 from avjax import encoders, features
 from avjax.datasets.store import Store
-from avjax.encoders import perceiver
+from avjax.encoders import images, perceiver
 from avjax.files import Pile
 from avjax.media import flow
 from avjax.presets import Encoding, Preset, encodings, every
@@ -196,6 +196,46 @@ class FlowGrid:
         """Nothing waits."""
 
 
+class Inputs:
+    """What stands in the place of a `Stage` where the preset is raw: it stages the inputs of an encoder, and runs none.
+
+    Args: as of a `Stage`; its raw inputs are a pile of pictures (n, h, w, 3) uint8, which it discards, or one waveform.
+    Attributes:
+      key: as of a `Stage`.
+    """
+
+    def __init__(self, feature: str, settings: Preset, store: Store, clock: Stopwatch, load: "Loader", **weights: str):
+        encoding = encodings(settings)[feature]
+        self._encoder, self._side = load(encoding, precision(settings)), encoding.side
+        self.key = store.record(features.provenance(feature, settings, **self._encoder.provenance | weights))
+        self._name, self._feature, self._store, self._clock = encoding.source, feature, store, clock
+
+    def add(self, clip_id: str, key: str, raw: Any, finish: Callable) -> None:
+        """Takes a clip's raw inputs, None where it has none, and stages what the encoder would be given."""
+        with self._clock(self._name):
+            inputs = self._framed(raw) if self._feature == "image" else self._heard(raw)
+        with self._clock("writing"):
+            self._store.put(clip_id, self._feature, key, finish(inputs, np.ones(len(inputs), bool)))
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+    def _framed(self, pile: Pile | None) -> np.ndarray:
+        """Pictures (n, h, w, 3) uint8 of the size that the encoder takes."""
+        if pile is None:
+            blank = np.zeros((1, self._side, self._side, 3), np.uint8)
+            return images.framed(blank, self._encoder.settings)[:0]
+        pictures = [images.framed(block, self._encoder.settings) for block in pile.blocks(BLOCK)]
+        pile.discard()
+        return np.concatenate(pictures)
+
+    def _heard(self, waveforms: list[np.ndarray] | None) -> np.ndarray:
+        """Prepared sound with its length first: samples (n, 1), spectra (n, bins)."""
+        inputs, _ = self._encoder.prepare(waveforms or [np.zeros(0, np.float32)])
+        steps = inputs[0].T  # a spectrum's length comes last
+        return steps if steps.ndim > 1 else steps[:, None]
+
+
 class Loader:
     """Loads the encoders of a preset, each once. `random`: see `encoders.load`."""
 
@@ -234,7 +274,15 @@ def note_precision(
     store.note(key, {"stored": np.dtype(features.ENCODED).name, "cosine_to_float32": spread})
 
 
-def stages(settings: Preset, store: Store, clock: Stopwatch, face_landmarker: str) -> dict[str, Stage | FlowGrid]:
+def precision(settings: Preset) -> str | None:
+    """What to load a preset's encoders in, None for their default: their inputs are the same whatever they compute in,
+    and so is the provenance of these."""
+    return "float32" if settings.raw else None
+
+
+def stages(
+    settings: Preset, store: Store, clock: Stopwatch, face_landmarker: str
+) -> dict[str, Stage | FlowGrid | Inputs]:
     """The encoders of picture, flow and sound that a preset has: feature → stage.
 
     Raises:
@@ -243,6 +291,8 @@ def stages(settings: Preset, store: Store, clock: Stopwatch, face_landmarker: st
     common = (settings, store, clock)
     load, made = Loader(settings.random), {}
     faces = {"face_landmarker": face_landmarker}
+    if settings.raw:
+        return {f: Inputs(f, *common, load, **(faces if f == "image" else {})) for f in encodings(settings)}
     if settings.image:
         pictures = -(-settings.frames // every(settings))
         made["image"] = Pictures("image", *common, pictures, load, **faces)

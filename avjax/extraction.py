@@ -182,6 +182,8 @@ def _finish_flow(settings, found, ends, encoded: np.ndarray, real: np.ndarray) -
 
 
 def _finish_sound(settings, seconds: float, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    if settings.raw:
+        return {"steps": encoded}
     return features.of_sound(encoded[real], seconds, settings.sound.per_second)
 
 
@@ -274,36 +276,35 @@ def encode_all(
     console: Console,
     clock: Stopwatch,
 ) -> list[Measured]:
-    """Encodes the sentences that are not staged yet; returns `measured` with the keys of the staged texts.
+    """Encodes the sentences that are not staged yet, or cuts them into tokens where the preset is raw.
 
+    Returns:
+      `measured` with the keys of the staged texts.
     Raises:
       AvjaxError: the text encoder's weights cannot be had, or the store cannot be written.
     """
     from avjax import encoding
 
     load = encoding.Loader(settings.random)
-    encoder = load(settings.text)
+    encoder = load(settings.text, encoding.precision(settings))
     made_by = store.record(features.provenance("text", settings, **encoder.provenance))
     keys = {
         i: f"{made_by}-{hashlib.sha256(repr(sorted(s.items())).encode()).hexdigest()[:12]}"
         for i, s in sentences.items()
     }
     todo = [i for i in sentences if not store.has(i, "text", keys[i])]
+    made_of = features.tokenize_texts if settings.raw else features.encode_texts
     for clip_id in progress.bar(todo, len(todo), "sentences", console):
         # One clip at a time: the last bits depend on the batch, which must not depend on where a run was stopped.
         flat = [sentences[clip_id][s] for s in features.TEXTS]
         with clock(settings.text.source):
-            tokens = features.encode_texts(encoder, flat, settings.max_tokens)
-        encoding.note_precision(
-            store,
-            made_by,
-            encoder,
-            np.concatenate(tokens),
-            functools.partial(_exact, load, flat, settings),
-        )
+            tokens = made_of(encoder, flat, settings.max_tokens)
+        if not settings.raw:
+            exact = functools.partial(_exact, load, flat, settings)
+            encoding.note_precision(store, made_by, encoder, np.concatenate(tokens), exact)
+            tokens = [x.astype(features.ENCODED) for x in tokens]
         with clock("writing"):
-            staged = {s: x.astype(features.ENCODED) for s, x in zip(features.TEXTS, tokens, strict=True)}
-            store.put(clip_id, "text", keys[clip_id], staged)
+            store.put(clip_id, "text", keys[clip_id], dict(zip(features.TEXTS, tokens, strict=True)))
     return [(clip, known | {"text": keys[clip.id]}) for clip, known in measured]
 
 

@@ -29,6 +29,8 @@ TEXTS = (*template.SOURCES, "constant")
 _ENOUGH_CLIPS = 3
 # What encoders give is stored in half precision; what is measured stays in single precision.
 ENCODED = np.float16
+# The features that are, of a preset that is `raw`, the inputs of an encoder.
+_INPUTS = ("image", "sound", "text")
 
 
 def provenance(feature: str, settings: Preset, **weights: str) -> dict[str, object]:
@@ -43,6 +45,8 @@ def provenance(feature: str, settings: Preset, **weights: str) -> dict[str, obje
         "text": ("text", "max_tokens"),
     }[feature]
     everything = dataclasses.asdict(settings)
+    if settings.raw and feature in _INPUTS:
+        used += ("raw",)
     return {
         "feature": feature,
         "code": CODE_VERSION[feature],
@@ -338,8 +342,12 @@ def describe(
 
 
 def of_frames(encoded: np.ndarray, shown: np.ndarray) -> dict[str, np.ndarray]:
-    """What is staged of encoded pictures (k, d): `steps (t, d)`, zeros where `shown (t,)` is False."""
-    steps = np.zeros((len(shown), encoded.shape[-1]), ENCODED)
+    """What is staged of encoded pictures (k, d): `steps (t, d)`, zeros where `shown (t,)` is False.
+
+    Pictures themselves, (k, h, w, 3) uint8, stay what they are.
+    """
+    dtype = np.uint8 if encoded.dtype == np.uint8 else ENCODED
+    steps = np.zeros((len(shown), *encoded.shape[1:]), dtype)
     steps[shown] = encoded
     return {"steps": steps}
 
@@ -383,6 +391,12 @@ def encode_texts(encoder, texts: Sequence[str], max_tokens: int) -> list[np.ndar
             tokens, mask = tokens[:, None], mask[:, None]
         known |= {t: x[m] for t, x, m in zip(wanted, tokens, mask, strict=True)}
     return [known[t] for t in texts]
+
+
+def tokenize_texts(encoder, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
+    """Token ids of each text, (l, 1) int32; (0, 1) for an empty one."""
+    rows = zip(texts, *encoder.tokenize(texts, max_tokens), strict=True)
+    return [ids[mask & bool(text), None] for text, ids, mask in rows]
 
 
 def example(
@@ -436,7 +450,7 @@ def _streams(settings: Preset, staged: Mapping[str, Mapping[str, np.ndarray]], s
 
 
 def _video_stream(staged: Mapping[str, Mapping[str, np.ndarray]], shown: slice, face: bool) -> np.ndarray:
-    """(t, d): the image encoder's features, the face measurements, or both side by side."""
+    """(t, d): the image encoder's features, the face measurements, or both side by side; or the encoder's pictures."""
     measured = staged["video"]["video"][shown]
     if "image" not in staged:
         return measured

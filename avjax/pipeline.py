@@ -19,7 +19,7 @@ from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
 
 STANDARDISED = ("video", "flow", "audio")  # text enters as its encoder gives it
-STANDARDISE = ("train", "speaker", "enrol")
+STANDARDISE = ("train", "speaker", "enrol", "none")
 # A dimension that hardly moves is not blown up to unit variance: features are kept at a natural scale of order 1.
 STD_FLOOR = 1e-2
 
@@ -33,7 +33,8 @@ class Lane:
         `*_weight` are 0 for padding, else 1. Or (n, u) for models that read conversations: the clips of one in the
         order of their turns, then the number of clips, which stands for no turn; the weights are 0 for what the part
         does not hold, too.
-      counted: (clips,) 1 for the clips whose features make the standardisation statistics.
+      counted: (clips,) 1 for the clips whose features make the standardisation statistics; without any, those of the
+        yardsticks.
       prior: (c,) class shares of the training clips; of other tasks, see `tasks.prior`.
       seed: () uint32, from which all random draws of the lane come.
     """
@@ -109,11 +110,11 @@ def streams_of(features: Features, text_source: str) -> dict[str, np.ndarray]:
 
 
 def groups(features: Features, standardise: str) -> tuple[np.ndarray, int]:
-    """The standardisation group of each clip, (clips,), and their number; raises as `resident`."""
+    """The standardisation group of each clip, (clips,), and their number, 0 for "none"; raises as `resident`."""
     if standardise not in STANDARDISE:
         raise AvjaxError(f"protocol.standardise is {standardise!r}; choose one of {', '.join(STANDARDISE)}")
-    if standardise == "train":
-        return np.zeros(len(features.ids), np.int32), 1
+    if standardise in ("train", "none"):
+        return np.zeros(len(features.ids), np.int32), int(standardise == "train")
     if not all(features.speakers):
         raise AvjaxError(f"protocol.standardise={standardise} needs a speaker for every clip; use 'train' without them")
     names, group = np.unique(np.array(features.speakers), return_inverse=True)
@@ -218,7 +219,7 @@ def _stack(
     fields["prior"] = np.stack([tasks.prior(features.label[p[0]], classes) for p in parts])
     counted = np.zeros((len(parts), len(features.ids)), np.float32)
     for row, (train, _, _) in zip(counted, parts, strict=True):
-        if standardise == "train":
+        if standardise in ("train", "none"):
             row[train] = 1
         else:
             row[:] = [not enrolled or i in enrolled for i in features.ids]
@@ -305,8 +306,8 @@ def lane_statistics(data: Resident, counted: jax.Array) -> Statistics:
 
 
 def standardised(data: Resident) -> list[str]:
-    """The streams that are standardised."""
-    there = [s for s in STANDARDISED if s in data.streams]
+    """The streams that are standardised: of feature sequences, and none where there are no groups."""
+    there = [s for s in STANDARDISED if s in data.streams and data.groups]
     return [s for s in there if jnp.issubdtype(data.streams[s].dtype, jnp.floating)]
 
 

@@ -85,6 +85,8 @@ class Preset:
       window: raw pictures and MFCC in the place of `video` and `audio`; None = the measurements and encoders above.
       text: encoder of the sentences; max_tokens: longer ones are cut.
       random: whether all encoders get weights drawn at random (`encoders.load`).
+      raw: the encoders' own inputs in the place of their features, so that training can move the encoders, too:
+        pictures before they are normalised, prepared sound, token ids. `face`, `flow` and `window` go with features.
     """
 
     frames: int = 16
@@ -98,6 +100,7 @@ class Preset:
     text: Encoding = Encoding("minilm")
     max_tokens: int = 128
     random: bool = False
+    raw: bool = False
 
 
 # DE-III's eyes: face expressions, in pictures of faces and in flow drawn as pictures alike.
@@ -114,19 +117,25 @@ _DEIII = Preset(
 # .13 above its end; for the picture layers 9 to 12 are alike, and the tenth spares two.
 _S14 = Encoding("vit_s14", layer=10, pool="first")
 _WHISPER = Encoding("whisper_base", layer=3, per_second=10)
+_ETG = Preset(
+    frames=8,
+    image=Encoding("vit_b16", pool="first"),
+    face=False,
+    sound=Encoding("data2vec_audio"),
+    text=Encoding("distilbert"),
+)
+# Of raw sound: a training step holds what every layer of the encoder makes of it.
+_RAW_SECONDS = 10.0
 PRESETS = {
     # Blendshapes, action units and head pose; `audio.acoustic`; MiniLM's tokens.
     "lite": Preset(),
     # Half the frames do.
     "open": Preset(image=dataclasses.replace(_S14, every=2), sound=_WHISPER),
     # The papers' (specification of the systems: section 1, "Features"; section 2; section 4).
-    "etg": Preset(
-        frames=8,
-        image=Encoding("vit_b16", pool="first"),
-        face=False,
-        sound=Encoding("data2vec_audio"),
-        text=Encoding("distilbert"),
-    ),
+    "etg": _ETG,
+    # The same encoders to be trained along with the model.
+    "open_raw": Preset(frames=8, max_seconds=_RAW_SECONDS, image=_S14, face=False, sound=_WHISPER, raw=True),
+    "etg_raw": dataclasses.replace(_ETG, max_seconds=_RAW_SECONDS, raw=True),
     "deiii": _DEIII,
     # The same with the flow that a laptop can bear.
     "deiii_dis": dataclasses.replace(_DEIII, flow=Flow("dis", _B2)),

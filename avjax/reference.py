@@ -29,8 +29,8 @@ def pooled(data: Resident | Streamed) -> dict[str, np.ndarray]:
 def _pooled(data: Resident) -> dict[str, np.ndarray]:
     out = {}
     for stream in ("surface", "audio", "video", "text"):
-        if stream not in data.streams or data.streams[stream].ndim > 3:  # pictures
-            continue
+        if stream not in data.streams or not jnp.issubdtype(data.streams[stream].dtype, jnp.floating):
+            continue  # pictures, token ids
         x, mask = data.streams[stream], data.streams[f"{stream}_mask"]
         weight = mask.astype(jnp.float32)[..., None]
         size = jnp.maximum(jnp.sum(weight, 1), 1.0)
@@ -60,7 +60,7 @@ def yardsticks(data: Resident | Streamed, plan: LanePlan) -> dict[str, dict]:
         x = np.concatenate([vectors[n] for n in names], -1)
         folds = []
         for i in first_seed:
-            z = _standardised(x, jnp.asarray(data.group), data.groups, lanes.counted[i])
+            z = _standardised(x, jnp.asarray(data.group), max(data.groups, 1), lanes.counted[i])
             train = np.concatenate(
                 [_real(lanes.train[i], lanes.train_weight[i]), _real(lanes.val[i], lanes.val_weight[i])]
             )

@@ -17,6 +17,7 @@ _STANDARDISED = {
     "train": "features standardised on the training clips",
     "speaker": "features standardised per speaker over the speaker's own unlabelled clips (transductive)",
     "enrol": "features standardised per speaker on unlabelled enrolment clips",
+    "none": "features not standardised",
 }
 
 

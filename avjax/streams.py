@@ -39,7 +39,7 @@ class Streamed:
     Attributes:
       clips: clip number → {batch key: array} without a batch axis, padded to the longest clip.
       label, group: (n,) or (n, c), and (n,), as in `pipeline.Resident`.
-      groups: number of standardisation groups.
+      groups: number of standardisation groups; 0 = nothing is standardised.
       constants: as in `pipeline.Resident`.
     """
 
@@ -144,6 +144,8 @@ def statistics(data: Streamed, counted: np.ndarray) -> pipeline.Statistics:
     Returns:
       stream → (mean, std), each (lanes, groups, d).
     """
+    if not data.groups:
+        return {}
     totals = _summed(data, counted, None)
     means = {s: pipeline.average(total, added) for s, (total, added) in totals.items()}
     spreads = _summed(data, counted, means)

@@ -4,6 +4,8 @@ Command:   python -m avjax.extract --config configs/extract_mafw.py --config.dat
 Data:      MAFW as it was downloaded: data/clips/*.mp4 and Train & Test Set/single/no_caption/set_{1..5}/.
 Variants:  lite (default): blendshapes, action units and head pose; log-mel, MFCC, pitch, energy; MiniLM tokens.
            open: Whisper-base, ViT-S/14 beside the face measurements, MiniLM: encoders that can be had without the hub.
+           open_raw: what those encoders read, for training that moves them, too: 8 face pictures, log-mel spectra of
+           the first 10 s, token ids. etg_raw: the same for those of etg, with waveforms.
            From the hub or `$AVJAX_WEIGHTS`, what the papers used:
            etg: data2vec-audio, ViT-B/16, DistilBERT (ETG-AVER).
            deiii: wav2vec 2.0 large, robust; EfficientNet-B2 of HSEmotion on the face in every frame and on its optical
@@ -23,7 +25,9 @@ from avjax.presets import DEIII_WINDOWS
 _PRESETS = (
     "lite",
     "open",
+    "open_raw",
     "etg",
+    "etg_raw",
     "deiii",
     "deiii_lite",
     "deiii_open",

@@ -221,7 +221,7 @@ INCONSISTENT = {
     "beta nan": {"beta": math.nan},
     "beta above 0": {"beta": 0},
     "a cache with modalities: 0": {"keys": {}, "alpha": {}},
-    "a cache with width: 4097; expected 1 to 4096": {"text": np.eye(4097)[:3]},
+    "a cache with width: 65537; expected 1 to 65536": {"text": np.eye(3, 65537)},
     "names are": {"origin": "x" * 1001},
 }
 

@@ -308,6 +308,7 @@ def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
         "text": (presets.Encoding("a"), {"text"}),
         "max_tokens": (7, {"text"}),
         "face": (False, set()),
+        "raw": (True, {"image", "sound", "text"}),
         "random": (True, set()),  # the weights' provenance says it
     }
     assert changes.keys() == {f.name for f in dataclasses.fields(presets.Preset)}

@@ -23,6 +23,9 @@ class Task:
     classes: tuple[str, ...]
 
 
+GENDERS = ("female", "male")
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """One clip of a data set, before anything was read from it.
@@ -31,7 +34,7 @@ class Clip:
       id: unique within the data set.
       path: the media file; audio: a separate sound file, or None when the sound is in `path`.
       label: class name; of other tasks a number for each of `Task.classes`.
-      speaker, transcript: or None where unknown.
+      speaker, transcript: or None where unknown; gender: of the speaker, one of `GENDERS`, or None.
       start, end: seconds, the part of the file that is the clip, or None for all of it.
       split: "train", "val" or "test" of an official split, or None.
       fold: name of the fold in which the clip is tested, or None.
@@ -50,6 +53,7 @@ class Clip:
     fold: str | None = None
     dialogue: str | None = None
     turn: int | None = None
+    gender: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

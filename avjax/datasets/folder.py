@@ -1,8 +1,9 @@
 r"""Any folder of clips with a `labels.csv`.
 
-Columns: `file,label[,id][,speaker][,split|fold][,transcript][,audio][,start,end]`, separated by commas, semicolons or
-tabs; files are relative to the folder, `start` and `end` are seconds. The table is UTF-8, but for names of files that
-are not: these stand in it byte for byte as on the disk, and are shown with `\xe9` for such a byte.
+Columns: `file,label[,id][,speaker][,gender][,split|fold][,transcript][,audio][,start,end]`, separated by commas,
+semicolons or tabs; files are relative to the folder, `start` and `end` are seconds, `gender` is female, male or empty.
+The table is UTF-8, but for names of files that are not: these stand in it byte for byte as on the disk, and are shown
+with `\xe9` for such a byte.
 
 In the place of `label` there may be columns of numbers, `value:<name>`, such as `value:valence`: then these are
 predicted (task "regression"); or of 1 and 0, `is:<name>`, such as `is:happy`: yes or no to each (task "multilabel").
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from avjax import source
 from avjax.datasets import labels
-from avjax.datasets.base import Clip, Corpus, Task
+from avjax.datasets.base import GENDERS, Clip, Corpus, Task
 from avjax.errors import AvjaxError
 
 _MARKS = {"regression": "value:", "multilabel": "is:"}
@@ -26,22 +27,28 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 
 
 def index(root: Path) -> Corpus:
-    """Reads `root/labels.csv`. Classes are those of `root/classes.txt`, else the label names in alphabetical order.
+    """Reads `root/labels.csv`; raises as `read`."""
+    return read(root / "labels.csv")
+
+
+def read(table: Path, *, anywhere: bool = False) -> Corpus:
+    """Reads a table of clips. Classes are those of `classes.txt` beside it, else the label names in alphabetical order.
 
     A row without a label or with one that is no class, with a file that cannot be read or leaves the folder, or with an
     id that was used before is rejected with a reason; it does not stop the rest.
 
+    Args:
+      anywhere: whether files may lie outside the table's folder: of a table that a user has written for this call.
     Raises:
-      AvjaxError: no `labels.csv`, it or `classes.txt` is not UTF-8, it is not CSV, no column `file` or `label`,
+      AvjaxError: no such table, it or `classes.txt` is not UTF-8, it is not CSV, no column `file` or `label`,
         `classes.txt` has no class or one twice, or no usable row.
     """
-    table = root / "labels.csv"
-    rows = _read(table)
+    root, rows = table.parent, _read(table)
     task, columns = _numbers(table, rows)
     classes = () if columns else _classes(root / "classes.txt")
     clips, rejected, seen = [], [], set()
     for row in rows:
-        clip, reason = _clip(root, row, task, columns)
+        clip, reason = _clip(root, row, task, columns, anywhere)
         if not reason and classes:
             reason = labels.trouble(clip.label, classes)
         if clip and clip.id in seen:
@@ -87,8 +94,8 @@ def _read(table: Path) -> list[dict[str, str]]:
     """The rows as column name → stripped text, "" where a row is short; `surplus` is what it has beyond the columns."""
     if not table.is_file():
         raise AvjaxError(
-            f"{table}: not found; a folder data set needs a labels.csv with the columns file,label"
-            "[,speaker][,split|fold][,transcript] (set --config.data.root to its folder)"
+            f"{table}: not found; expected a table with the columns file,label[,speaker][,split|fold][,transcript]; a "
+            "folder data set has it as labels.csv (set --config.data.root to its folder)"
         )
     try:
         # Foreign bytes are let through, for names of files; `_check_text` refuses them elsewhere.
@@ -135,7 +142,9 @@ def _label(row: dict[str, str], task: str, columns: tuple[str, ...]) -> tuple[st
     return numbers, ""
 
 
-def _clip(root: Path, row: dict[str, str], task: str, columns: tuple[str, ...]) -> tuple[Clip | None, str]:
+def _clip(
+    root: Path, row: dict[str, str], task: str, columns: tuple[str, ...], anywhere: bool
+) -> tuple[Clip | None, str]:
     """A row's clip, and why it cannot be used ("" if it can)."""
     if not row["file"]:
         return None, "no file name"
@@ -158,23 +167,26 @@ def _clip(root: Path, row: dict[str, str], task: str, columns: tuple[str, ...]) 
         end=end,
         split=SPLITS.get(row.get("split", "").lower()),
         fold=row.get("fold") or None,
+        gender=row.get("gender", "").lower() or None,
     )
     if unlabelled:
         return clip, unlabelled
     if row.get("split") and clip.split is None:
         return clip, f"split is {row['split']!r}; expected train, val or test"
+    if clip.gender and clip.gender not in GENDERS:
+        return clip, f"gender is {row['gender']!r}; expected {' or '.join(GENDERS)}, or nothing"
     if not 0 <= (start or 0) < (float("inf") if end is None else end):
         return clip, f"start is {start}, end is {end}; expected 0 <= start < end, in seconds"
-    if reason := _trouble(root, clip.path):
+    if reason := _trouble(root, clip.path, anywhere):
         return clip, reason
-    if audio and (reason := _trouble(root, audio)):
+    if audio and (reason := _trouble(root, audio, anywhere)):
         return clip, f"its sound file: {reason}"
     return clip, ""
 
 
-def _trouble(root: Path, file: Path) -> str:
+def _trouble(root: Path, file: Path, anywhere: bool) -> str:
     try:
-        inside = Path(os.path.realpath(file)).is_relative_to(root.resolve())
+        inside = anywhere or Path(os.path.realpath(file)).is_relative_to(root.resolve())
     except ValueError:  # a null byte, which has a reason of its own
         inside = True
     return source.trouble(file) if inside else "file lies outside the data folder"

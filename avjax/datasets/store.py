@@ -33,7 +33,7 @@ VERSION = "1.2.0"  # of the packed view's layout
 _UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
 STREAMS = ("video", "flow", "audio")  # flow where the preset has it
 _PARTS = ("train", "test", "val")
-_INDEXED = ("id", "label", "speaker", "transcript", "split", "fold", "dialogue", "turn")
+_INDEXED = ("id", "label", "speaker", "transcript", "split", "fold", "dialogue", "turn", "gender")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Features:
       task: its kind (`avjax.tasks`).
       ids, clips, label, speakers: one entry per used clip; `label` as `tasks.encoded`; a speaker is "" where unknown.
       arrays: `video`, `audio`, `flow` where there is one, `text_<source>` → (n, steps, d) float32, zeros where masked;
-        `video` may be pictures, (n, steps, h, w, 3) uint8;
+        `video` may be pictures, (n, steps, h, w, 3) uint8, and a text token ids, (n, steps, 1) int32;
         `surface` with one step, where the clips themselves were measured.
       masks: the same names → (n, steps) bool.
       sentences: text source → n strings.
@@ -432,10 +432,10 @@ def _folds(index: Mapping) -> tuple[Fold, ...]:
 def dense(steps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Pads sequences (n_i, …) to (clips, longest, …); at least one step, so that an empty set keeps its rank.
 
-    Pictures stay uint8; everything else becomes float32.
+    Pictures stay uint8 and token ids int32; everything else becomes float32.
     """
     longest = max(1, *(len(s) for s in steps))
-    dtype = np.uint8 if steps[0].dtype == np.uint8 else np.float32
+    dtype = steps[0].dtype if steps[0].dtype in (np.uint8, np.int32) else np.float32
     out = np.zeros((len(steps), longest, *steps[0].shape[1:]), dtype)
     mask = np.zeros((len(steps), longest), bool)
     for i, (step, valid) in enumerate(zip(steps, masks, strict=True)):

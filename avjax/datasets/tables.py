@@ -35,7 +35,7 @@ from avjax.errors import AvjaxError
 CODE_VERSION = 1  # raised when a change of code changes what is packed
 STREAMS = (*stores.STREAMS, "text")
 TEXT_SOURCE = "given"  # by which `model.text_source` names the stream `text`
-FACTS = ("label", "id", "speaker", "transcript", "split", "fold", "dialogue", "turn")
+FACTS = ("label", "id", "speaker", "gender", "transcript", "split", "fold", "dialogue", "turn")
 
 
 @dataclasses.dataclass(frozen=True)

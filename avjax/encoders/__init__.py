@@ -112,6 +112,25 @@ def load(
     return Encoder(family, module, params, provenance, pool=pool, files=files)
 
 
+def architecture(
+    source: str, *, layer: int | None = None, dtype: jnp.dtype | str | None = None
+) -> tuple[Any, Any, Mapping[str, Any]]:
+    """What computes an encoder, without its weights: those of a registered name need not be at hand.
+
+    Args:
+      source, layer, dtype: as for `load`.
+    Returns:
+      its family, its Flax module, and the contents of its preprocessor_config.json.
+    Raises:
+      AvjaxError: as `load`, of anything but the weights of a registered name.
+    """
+    files = _stated(source) if source in weights.REGISTRY else _found(source, None)
+    family = FAMILIES[_of_tower(files.config, None)["model_type"]]
+    module = family.build(files.config, jnp.dtype(dtype or default_dtype()), layer)
+    base.known_layer(layer, module.config.layers)
+    return family, module, files.settings
+
+
 def default_dtype() -> str:
     """What matrix products are computed in, unless asked otherwise."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -121,7 +140,10 @@ class Encoder:
     """A pretrained network with its preprocessing; `load` makes it.
 
     Attributes:
+      module, params: the Flax module and its params, on the device, which a model may train further; `pool` is not
+        part of it.
       config: the architecture, of the family's own class.
+      settings: of preprocessing, the contents of preprocessor_config.json.
       width: of the features.
       longest: the longest input, None where there is no limit.
       random: whether its weights were drawn at random.
@@ -138,7 +160,7 @@ class Encoder:
         pool: str | None = None,
         files: "base.Files | None" = None,
     ):
-        self.config = module.config
+        self.module, self.config = module, module.config
         self.width = module.config.joint if pool == "projected" else module.config.width
         self.longest = module.config.longest
         self.provenance = provenance
@@ -147,17 +169,18 @@ class Encoder:
         self._steps = module.config.steps
         self._pool = pool
         self._files = files or base.Files({}, Path("model.safetensors"))
+        self.settings = self._files.settings
         devices = jax.local_devices()
         mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
         self._devices = len(devices)
         self._shard = NamedSharding(mesh, PartitionSpec("batch"))
-        self._params = jax.device_put(_needed(module, params), NamedSharding(mesh, PartitionSpec()))
+        self.params = jax.device_put(_needed(module, params), NamedSharding(mesh, PartitionSpec()))
 
         @jax.jit
         def run(params: Mapping, inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
             features, real = module.apply({"params": params}, inputs, mask)
             features = jnp.where(real[..., None], features, 0).astype(jnp.float32)
-            return _pooled(features, real, pool)
+            return pooled(features, real, pool)
 
         self._run = run
 
@@ -191,7 +214,7 @@ class Encoder:
 
     def on_device(self, inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What a call computes, of inputs that lie on the device, left there; compiled for each new shape."""
-        return self._run(self._params, inputs, mask)
+        return self._run(self.params, inputs, mask)
 
     def padded(self, inputs: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and mask with their length padded to its bucket; arguments and errors as in a call."""
@@ -214,7 +237,7 @@ class Encoder:
         """
         if self._family.INPUTS.text:
             return self.tokenize(raw)
-        return self._family.prepare(raw, self._files.settings)
+        return self._family.prepare(raw, self.settings)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -255,8 +278,8 @@ class Encoder:
         return ids, mask
 
 
-def _pooled(features: jax.Array, mask: jax.Array, pool: str | None) -> tuple[jax.Array, jax.Array]:
-    """Features (b, s, d) and mask (b, s), or one step of them."""
+def pooled(features: jax.Array, mask: jax.Array, pool: str | None) -> tuple[jax.Array, jax.Array]:
+    """Features (b, s, d) and mask (b, s), or what `pool` (see `load`) makes of them, (b, d) and (b,)."""
     if pool in ("first", "projected"):
         return features[:, 0], mask[:, 0]
     if pool == "mean":

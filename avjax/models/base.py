@@ -42,6 +42,8 @@ class Model:
         to choose.
       pictured: (name in `Output.attention`, stream that asks, stream that answers) of weights (b, q, k) worth seeing.
       streams: the batch streams that the model reads, such as `("text", "audio", "video")`.
+      readers: names of the classifiers that read the features after training (`avjax.readouts`), the predicting
+        one first; they stand in the place of the heads then.
       constants: batch key → what every batch is to have whole, all lanes sharing it: pretrained weights.
       turns: whether a row of its batch is a conversation: streams (b, u, n, d) with masks (b, u, n), `turn_mask`
         (b, u), and logits (b, u, c), losses (b, u).
@@ -57,13 +59,14 @@ class Model:
     pictures: str = flax.struct.field(pytree_node=False, default="")
     candidates: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     pictured: tuple[tuple[str, str, str], ...] = flax.struct.field(pytree_node=False, default=())
+    readers: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     # Arrays have no hash, and jit asks for one of what a function is bound to.
     constants: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict, hash=False, compare=False)
 
     @property
     def answers(self) -> tuple[str, ...]:
         """The heads whose answers are kept; first the predicting one, "chosen" where validation chooses it."""
-        return (CHOSEN, *self.heads) if len(self.candidates) > 1 else self.heads
+        return self.readers or ((CHOSEN, *self.heads) if len(self.candidates) > 1 else self.heads)
 
 
 Loss = Callable[[Output, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]

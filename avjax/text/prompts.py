@@ -1,0 +1,49 @@
+"""EmoAsst's emotion prompts: six sentences that name a clip's label, for training alone (Wang and Yang 2024, Fig. 3).
+
+What a clip does not bring leaves no gap: without a gender the speaker is a person, without a name "the speaker",
+without a transcript "something".
+"""
+
+from avjax.errors import AvjaxError
+
+_PEOPLE = {"female": ("woman", "She is"), "male": ("man", "He is"), None: ("person", "They are")}
+FORMATS = (
+    "A {label} video.",
+    "A {label} {person} is speaking.",
+    "The speaker has a {label} face.",
+    "{they} saying {quoted} with a {label} emotion.",
+    "{speaker} is {label} in this video.",
+    "The utterance {utterance}shows the speaker's {label}.",
+)
+# Those that name nothing but the label: their mean weighs a class in the zero-shot classifier (Eq. 2).
+OF_CLASSES = (0, 2)
+
+
+def prompts(
+    label: str, utterance: str | None = None, speaker: str | None = None, gender: str | None = None
+) -> tuple[str, ...]:
+    """The six prompts of a clip, in the order of the figure.
+
+    Args:
+      utterance: what is said; speaker: by name; gender: "female", "male", or None.
+    Raises:
+      AvjaxError: the gender is none of these.
+    """
+    if gender not in _PEOPLE:
+        raise AvjaxError(f"gender is {gender!r}; expected one of {', '.join(map(repr, _PEOPLE))}")
+    person, they = _PEOPLE[gender]
+    quoted = f"“{utterance}”" if utterance else "something"
+    parts = {
+        "label": label,
+        "person": person,
+        "they": they,
+        "quoted": quoted,
+        "utterance": f"{quoted} " if utterance else "",
+        "speaker": speaker or "The speaker",
+    }
+    return tuple(text.format(**parts) for text in FORMATS)
+
+
+def of_class(label: str) -> tuple[str, ...]:
+    """The prompts that name nothing but a class."""
+    return tuple(FORMATS[i].format(label=label) for i in OF_CLASSES)
