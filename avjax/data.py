@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 
-from avjax import assets, datasets, extraction, streams
+from avjax import assets, datasets, extraction, prompting, streams
 from avjax.datasets import store, tables
 from avjax.datasets.store import Features
 from avjax.demo import corpus
@@ -21,13 +21,16 @@ STAND_INS = {"mafw": "demo"}
 
 def obtain(config, console: Console) -> Features:
     """The features of `config.dataset` with `config.preset`; extracts them first where the data are at hand, or makes
-    them of the tables that `config.tables` describes.
+    them of the tables that `config.tables` describes; with prompts where `config.prompts` asks for them.
 
     Raises:
       AvjaxError: the data root or the feature store is set and wrong, or the extraction fails.
     """
-    if "tables" in config:
-        return tables.obtain(config)
+    found = tables.obtain(config) if "tables" in config else _stored(config, console)
+    return prompting.attach(found, config, console) if "prompts" in config else found
+
+
+def _stored(config, console: Console) -> Features:
     dataset, root, place = config.dataset, config.data.root, store.place(config.dataset, config.data.features)
     if _stand_in(config, place):
         dataset, root, place = STAND_INS[dataset], str(corpus.place()), corpus.place() / "features"

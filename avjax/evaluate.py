@@ -4,6 +4,10 @@ python -m avjax.evaluate W1 W2 ... [--markdown]
 
 Finished runs: WAR, UAR, differences fold by fold to the first run, and the references of that run.
 
+python -m avjax.evaluate W1 W2 ... --heads
+
+The pooled scores of all heads of each run, weighted F1 among them: of EmoAsst the rows of its Tables 2 to 5.
+
 python -m avjax.evaluate compare --config configs/ravdess_features.py:av [--rows concat,lmf,mult] [--runs W]
 
 Trains each of `--rows`, variants of the configuration (default: every fusion that can read its streams), under the same
@@ -22,6 +26,7 @@ from avjax.errors import AvjaxError
 
 CONFIG = configs.define_flag()
 MARKDOWN = flags.DEFINE_bool("markdown", False, "Print Markdown instead of a terminal table.")
+HEADS = flags.DEFINE_bool("heads", False, "Show every head of every run, over all folds and seeds.")
 ROWS = flags.DEFINE_list("rows", None, "Variants to compare, the first is compared with; default every fusion.")
 RUNS = flags.DEFINE_string("runs", None, "Folder of the compared runs; default runs/compare-<config>-<variants>.")
 
@@ -30,6 +35,8 @@ def main(argv: list[str]) -> None:
     if argv[1] == "compare":
         return _compare(argv[2:])
     runs = [read(Path(w)) for w in argv[1:]]
+    if HEADS.value:
+        return _show_heads(runs)
     return _show([*runs, *references(*runs[0])], None, [])
 
 
@@ -83,6 +90,14 @@ def train_all(names: list[str], folder: Path) -> tuple[dict[str, Path], list[str
         except AvjaxError as error:
             failed.append(f"{name}: {error}")
     return trained, failed
+
+
+def _show_heads(runs: list[tuple[str, dict]]) -> None:
+    from rich.console import Console
+
+    from avjax.report import tables
+
+    Console(markup=False).print(tables.head_table(runs))
 
 
 def _name(config) -> str:

@@ -314,30 +314,46 @@ class SelfAttention(CrossAttention):
     With `causal(mask)` for a mask no step sees those after it, as in a decoder.
     """
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
         """Maps x (b, l, d) under mask (b, l) or (b, l, l) to (b, l, d); `heads` must divide d."""
-        return super().__call__(x, x, mask)
+        return super().__call__(x, x, mask, train)
 
 
 class PostNormBlock(nn.Module):
-    """Transformer layer that normalises after each residual sum (Vaswani et al. 2017; BERT)."""
+    """Transformer layer that normalises after each residual sum (Vaswani et al. 2017; BERT).
+
+    Given a `source`, it attends to that, too, between itself and the feed-forward layer: a decoder's layer. `dropout`
+    is the rate on attention weights, hidden units and residual branches.
+    """
 
     heads: int
     inner: int
     activation: Callable[[jax.Array], jax.Array]
     eps: float
     dtype: jnp.dtype = jnp.float32
+    dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x (b, l, d) under mask (b, l) to (b, l, d)."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        source: jax.Array | None = None,
+        source_mask: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
+        """Maps x (b, l, d) under mask (b, l), and a source (b, k, d) under its mask (b, k), to (b, l, d)."""
         # Flax computes statistics and affine in float32 here, whatever `dtype` it returns.
         norm = functools.partial(nn.LayerNorm, self.eps, self.dtype, use_fast_variance=False)
         project = functools.partial(Project, dtype=self.dtype)
-        x += SelfAttention(self.heads, self.dtype, name="attention")(x, mask)
-        x = norm(name="attention_norm")(x)
-        hidden = self.activation(project((self.inner,), name="up")(x))
-        return norm(name="norm")(x + project(x.shape[-1:], name="down")(hidden))
+        drop = Dropout(self.dropout, train)
+        attention = SelfAttention(self.heads, self.dtype, dropout=self.dropout, name="attention")
+        x = norm(name="attention_norm")(x + drop(attention(x, mask, train)))
+        if source is not None:
+            asked = CrossAttention(self.heads, self.dtype, dropout=self.dropout, name="source_attention")
+            x = norm(name="source_norm")(x + drop(asked(x, source, source_mask, train)))
+        hidden = drop(self.activation(project((self.inner,), name="up")(x)))
+        return norm(name="norm")(x + drop(project(x.shape[-1:], name="down")(hidden)))
 
 
 class PreNormBlock(nn.Module):

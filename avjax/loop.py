@@ -195,13 +195,15 @@ def train_step(
 
     Returns:
       the state, and (summed loss by term, gradient norm).
+    Raises:
+      AvjaxError: gradients are to be accumulated, but the loss or what the model keeps is of a whole batch.
     """
     total = config.train.epochs * jnp.ceil(jnp.sum(alive(lane.train_weight)) / config.train.batch_size)
     rate = optim.learning_rate(config.train, (state.step + 0.5) / total)
     if model.pictures and "augment" in config.train:
         how, draw = config.train.augment, jax.random.fold_in(key, 0)
         batch = batch | {model.pictures: augment(batch[model.pictures], draw, degrees=how.degrees, flip=how.flip)}
-    return _step(model, tx, state, batch, lane.prior, rate, key, live)
+    return _step(model, tx, config.train.accumulate, state, batch, lane.prior, rate, key, live)
 
 
 def _keys(lane: Lane, epoch) -> jax.Array:
@@ -219,22 +221,55 @@ def epoch_order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Arra
     return shuffled(_keys(lane, epoch)[0], lane.train, lane.train_weight, batch_size)
 
 
-def _step(model: Model, tx, state: State, batch, prior, rate, key, live) -> tuple[State, tuple]:
+def _step(model: Model, tx, pieces: int, state: State, batch, prior, rate, key, live) -> tuple[State, tuple]:
     """(state, batch) → (state, (summed loss by term, gradient norm))."""
     size = jnp.sum(batch["weight"])
+    gradient = functools.partial(_gradient, model, state, prior, jnp.maximum(size, 1.0))
+    if pieces > 1:
+        _check_divisible(model, state, batch, pieces)
+        (grads, sums), running = _accumulated(gradient, *optim.cut(batch, pieces), key), state.running
+    else:
+        grads, (sums, running) = gradient(batch, key)
+    directions, moments = tx.update(grads, state.moments, state.params)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
+    moved = state.replace(params=params, moments=moments, running=running, step=state.step + 1)
+    return _where(live & (size > 0), moved, state), (sums, optax.global_norm(grads))
+
+
+def _gradient(model: Model, state: State, prior, size, batch, key) -> tuple[dict, tuple]:
+    """Of the loss summed over a batch and divided by `size`; and (summed loss by term, what the model keeps)."""
 
     def mean_loss(params):
         variables, mutable = {"params": params, **state.running}, list(state.running)
         output, running = model.module.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=mutable)
         terms = model.loss(output, batch, prior)
         sums = {name: jnp.sum(term * batch["weight"]) for name, term in terms.items()}
-        return sum(sums.values()) / jnp.maximum(size, 1.0), (sums, running)
+        return sum(sums.values()) / size, (sums, running)
 
-    grads, (sums, running) = jax.grad(mean_loss, has_aux=True)(state.params)
-    directions, moments = tx.update(grads, state.moments, state.params)
-    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
-    moved = state.replace(params=params, moments=moments, running=running, step=state.step + 1)
-    return _where(live & (size > 0), moved, state), (sums, optax.global_norm(grads))
+    return jax.grad(mean_loss, has_aux=True)(state.params)
+
+
+def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) -> tuple[dict, dict]:
+    """The sums of the gradients, and of the losses by term, of the pieces (`optim.cut`) that a batch was cut into."""
+
+    def one(total, item):
+        number, piece = item
+        grads, (sums, _) = gradient(whole | piece, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+    first = jax.tree.map(lambda v: v[0], rows)
+    grads, (sums, _) = jax.eval_shape(lambda: gradient(whole | first, key))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
+    return jax.lax.scan(one, zero, (jnp.arange(len(rows["weight"])), rows))[0]
+
+
+def _check_divisible(model: Model, state: State, batch, pieces: int) -> None:
+    if model.whole or state.running or tasks.scoring(batch["label"]).loss:
+        what = "the statistics of its norms" if state.running else "its loss"
+        raise AvjaxError(
+            f"train.accumulate is {pieces}, but the model learns by whole batches ({what}): set it to 1, and "
+            "train.batch_size to what memory holds"
+        )
 
 
 def _variables(state: State) -> dict:

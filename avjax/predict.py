@@ -2,8 +2,8 @@
 
 python -m avjax.predict --workdir W clip.mp4 [more clips or folders] [--json]
 
-Measured and answered as in extraction and training, by the mean of all lanes. Files that cannot be used get a line on
-standard error; the others go on.
+Measured and answered as in extraction and training, by the mean of all lanes; with --cache by a cache that
+avjax.adapt has taught. Files that cannot be used get a line on standard error; the others go on.
 """
 
 import sys
@@ -17,29 +17,33 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of a
 FOLD = flags.DEFINE_string("fold", None, "Answer by the lanes of this fold alone.")
 SEED = flags.DEFINE_integer("seed", None, "Answer by the lanes of this seed alone.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object on standard output, and nothing else there.")
+CACHE = flags.DEFINE_string("cache", None, "Answer by this cache, which avjax.adapt has filled.")
 CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds within which a clip must be measured.", 0.001)
 
 
 def main(argv: list[str]) -> None:
     from rich.console import Console
 
-    from avjax import prediction
+    from avjax import adaptation, prediction
     from avjax.errors import AvjaxError
     from avjax.report import predictions
 
     cli.use_compile_cache()
+    if CACHE.value and (FOLD.value is not None or SEED.value is not None):
+        raise AvjaxError("--cache is of all lanes together; leave out --fold and --seed")
     run = prediction.read_run(Path(WORKDIR.value), FOLD.value, SEED.value)
+    cache = adaptation.taught(Path(CACHE.value), run) if CACHE.value else None
     clips = prediction.find_clips(argv[1:])
     progress = Console(stderr=True, soft_wrap=True, markup=False)
-    answers, rejected = prediction.predict(run, clips, progress, clip_seconds=CLIP_SECONDS.value)
+    answers, rejected = prediction.predict(run, clips, progress, clip_seconds=CLIP_SECONDS.value, cache=cache)
     for file, reason in rejected:
         print(f"{file}: {reason}", file=sys.stderr)
     if not answers:
         raise AvjaxError(f"none of the {len(clips)} files can be used")
     if JSON.value:
-        print(predictions.as_json(run, answers, rejected))
+        print(predictions.as_json(run, answers, rejected, cache))
     else:
-        Console(markup=False).print(predictions.as_table(run, answers))
+        Console(markup=False).print(predictions.as_table(run, answers, cache))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from avjax import checkpoint, extraction, features, loop, models, pipeline, presets, rundir
+from avjax import cache as caches
+from avjax import checkpoint, extraction, features, loop, models, pipeline, presets, prompting, readouts, rundir
+from avjax.cache import Cache
 from avjax.datasets import store as stores
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
@@ -43,6 +45,7 @@ class Run:
       lanes: (fold, seed) of each.
       made_by: how the features were made that it was trained on (`extraction.made_by`).
       random: whether those came from encoders with weights drawn at random.
+      caches: of each lane, of a model whose features are read by a cache.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Run:
     made_by: Mapping[str, str]
     random: bool = False
     task: str = "single"
+    caches: tuple[Cache, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +88,24 @@ class Prediction:
         return sorted(self.answers.items(), key=lambda item: -item[1])
 
 
-def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) -> Run:
+def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *, new_clips: bool = True) -> Run:
     """Reads a finished run; of its lanes those of `fold` and `seed` where given.
 
+    Args:
+      new_clips: whether it is to answer for such; then a run that cannot is refused.
     Raises:
       AvjaxError: no finished run there, one of its files is damaged, it has no such fold or seed, or it standardises
         features per speaker, which takes more than a clip.
     """
     config = _config(workdir)
-    if "tables" in config:
+    if new_clips and "tables" in config:
         raise AvjaxError(f"{workdir}: trained on features from tables, which avjax cannot measure in a clip")
     if not rundir.is_finished(workdir):
         raise AvjaxError(f"{workdir}: an unfinished run; start its avjax.train command again, which goes on to the end")
     metrics = _json(workdir / "metrics.json")
     try:
-        _check_standardise(workdir, config.protocol.standardise)
+        if new_clips:
+            _check_standardise(workdir, config.protocol.standardise)
         names = [(lane["fold"], lane["seed"]) for lane in metrics["folds"]]
         about = {key: metrics[key] for key in ("dataset", "protocol", "task")}
         classes = tuple(metrics["classes"])
@@ -115,8 +122,11 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None) ->
     there = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
     if there != {len(names)}:
         raise AvjaxError(f"{workdir}: metrics.json has {len(names)} lanes, checkpoints/ {there}; train again")
-    name = shown(workdir.resolve().name)
-    return Run(name, **about, model=model, **_take(saved, chosen), lanes=tuple(names[i] for i in chosen))
+    lanes = tuple(names[i] for i in chosen)
+    if model.readers:
+        about["caches"] = tuple(readouts.read_caches(workdir, lanes))
+        model = model.replace(constants={"classes": about["caches"][0].text})
+    return Run(shown(workdir.resolve().name), **about, model=model, **_take(saved, chosen), lanes=lanes)
 
 
 def find_clips(arguments: Iterable[str]) -> list[Clip]:
@@ -132,7 +142,12 @@ def find_clips(arguments: Iterable[str]) -> list[Clip]:
 
 
 def predict(
-    run: Run, clips: Sequence[Clip], console: Console, *, clip_seconds: float = extraction.CLIP_SECONDS
+    run: Run,
+    clips: Sequence[Clip],
+    console: Console,
+    *,
+    clip_seconds: float = extraction.CLIP_SECONDS,
+    cache: Cache | None = None,
 ) -> tuple[list[Prediction], list[tuple[str, str]]]:
     """Measures clips and answers for all that can be used; progress goes to `console`.
 
@@ -140,8 +155,33 @@ def predict(
     one exception: where the data had a column of speakers, "high" and "low" in a stored sentence are judged against the
     speaker's usual pitch, and here, for want of a speaker, against fixed bounds; a transcript is not known here either.
 
+    Args:
+      cache: answers in the place of the run's own (`avjax.adaptation`).
     Returns:
       the answers, and (file, reason) of each clip that cannot be used, both in the order of the clips.
+    Raises:
+      AvjaxError: what `measure` raises.
+    """
+    found, missing, rejected = measure(run, clips, console, clip_seconds=clip_seconds)
+    if found is None:
+        return [], rejected
+    shares = answers_of(run, found, cache)
+    sentences = found.sentences.get(run.text_source, [""] * len(found.ids))
+    answers = [
+        Prediction(clip_id, dict(zip(run.classes, map(float, row), strict=True)), sentence, lacking)
+        for clip_id, row, sentence, lacking in zip(found.ids, shares, sentences, missing, strict=True)
+    ]
+    return answers, rejected
+
+
+def measure(
+    run: Run, clips: Sequence[Clip], console: Console, *, clip_seconds: float = extraction.CLIP_SECONDS
+) -> tuple[stores.Features | None, list[dict[str, str]], list[tuple[str, str]]]:
+    """The features of clips, made as those were that the run was trained on.
+
+    Returns:
+      features of the clips that can be used, None where there is none; what each of them lacks
+      (`Prediction.missing`); and (file, reason) of the others.
     Raises:
       AvjaxError: what extraction raises, or the run was trained on features of another kind than are made now.
     """
@@ -151,29 +191,36 @@ def predict(
         clock = Stopwatch()
         measured, rejected = extraction.measure_all(clips, settings, store, console, clock, clip_seconds=clip_seconds)
         if not measured:
-            return [], rejected
+            return None, [], rejected
         sentences = extraction.describe_all(measured, store)
         measured = extraction.encode_all(measured, sentences, settings, store, console, clock)
         _check_made_by(run, extraction.made_by(measured[0]))
         examples = list(extraction.examples(measured, sentences, settings, store))
         missing = [_missing(m, run, sentences, store) for m in measured]
-    shares = answers_of(run, _features(run, [c for c, _ in measured], examples))
-    answers = [
-        Prediction(
-            file=clip.id,
-            answers=dict(zip(run.classes, map(float, row), strict=True)),
-            sentence=sentences[clip.id].get(run.text_source, ""),
-            missing=lacking,
-        )
-        for (clip, _), row, lacking in zip(measured, shares, missing, strict=True)
-    ]
-    return answers, rejected
+    return _features(run, [c for c, _ in measured], examples), missing, rejected
 
 
-def answers_of(run: Run, clips: stores.Features) -> np.ndarray:
-    """The mean over lanes of what the predicting head answers, (clips, classes) float64: probabilities, or values."""
+def represented(run: Run, clips: stores.Features) -> dict[str, np.ndarray]:
+    """What a cache reads of clips: modality → (lanes, clips, d)."""
+    data = pipeline.resident(clips, run.text_source, "train", run.model.constants)
+    return readouts.represent(run.model, run, data)
+
+
+def answers_of(run: Run, clips: stores.Features, cache: Cache | None = None) -> np.ndarray:
+    """The mean over lanes of what the predicting head answers, (clips, classes) float64: probabilities, or values.
+
+    Args:
+      cache: of all lanes together (`readouts.joined`), to answer in the place of theirs.
+    """
     from scipy.special import expit, softmax
 
+    if run.caches:
+        found = represented(run, clips)
+        if cache is not None:
+            return softmax(caches.predict(cache, readouts.joined(found)) / caches.TEMPERATURE, -1)
+        lanes = [{m: v[i] for m, v in found.items()} for i in range(len(run.lanes))]
+        scores = [caches.predict(own, lane) for own, lane in zip(run.caches, lanes, strict=True)]
+        return softmax(np.stack(scores) / caches.TEMPERATURE, -1).mean(0)
     data = pipeline.resident(clips, run.text_source, "train", run.model.constants)
     logits = loop.answers(run.model)(run.best, run.best_head, run.stats, data)[run.model.answers[0]]
     ways = {"single": lambda x: softmax(x, -1), "multilabel": expit, "regression": np.asarray}
@@ -197,7 +244,7 @@ def _json(path: Path) -> dict:
 
 
 def _check_standardise(workdir: Path, way: str) -> None:
-    if way != "train":
+    if way not in ("train", "none"):
         raise AvjaxError(
             f"{workdir}: protocol.standardise is {way!r}; such a run needs the feature statistics of the speaker, "
             "which a new clip does not bring. Train one without speaker_norm or enrol"
@@ -229,6 +276,10 @@ def _paths(path: Path) -> list[Path]:
 def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> stores.Features:
     """New clips as a feature store would give them, without labels."""
     arrays, masks = stores.stacked(examples)
+    if run.text_source == prompting.UTTERANCE:  # of a new clip nobody knows what is said
+        width = arrays["text_both"].shape[-1]
+        arrays["text_utterance"] = np.zeros((len(clips), 1, width), np.float32)
+        masks["text_utterance"] = np.zeros((len(clips), 1), bool)
     return stores.Features(
         dataset=run.dataset,
         classes=run.classes,
@@ -248,7 +299,7 @@ def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> s
 
 def _missing(measured: extraction.Measured, run: Run, sentences: Mapping, store: stores.Store) -> dict[str, str]:
     clip, keys = measured
-    silent = run.text_source and not sentences[clip.id][run.text_source]
+    silent = run.text_source and not sentences[clip.id].get(run.text_source)
     why = {
         "picture": str(store.get(clip.id, "video", keys["video"], "why")["why"]),
         "sound": str(store.get(clip.id, "audio", keys["audio"], "why")["why"]),

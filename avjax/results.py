@@ -109,9 +109,15 @@ def measure(
         "pooled": _scores(scoring, pooled),
         **({"together": together} if together else {}),
         **_particulars(features, pooled),
-        "heads": {h: _scores(scoring, table(h, every)) for h in heads},
+        "heads": {h: _of_head(scoring, table(h, every), features.task) for h in heads},
         "reference": dict(reference),
     }
+
+
+def _of_head(scoring: tasks.Scoring, table: np.ndarray, task: str) -> dict[str, float]:
+    """Its pooled scores; of classes weighted F1, too."""
+    more = {"f1": float(metrics.f1(table)["weighted"])} if task == "single" else {}
+    return _scores(scoring, table) | more
 
 
 def _particulars(features: Features, pooled: np.ndarray) -> dict[str, object]:

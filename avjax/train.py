@@ -34,7 +34,21 @@ def train(config, workdir: Path | None = None) -> Path:
     import jax.numpy as jnp
     from rich.console import Console
 
-    from avjax import data, datasets, loop, models, pipeline, reference, results, rundir, streaming, streams, tasks
+    from avjax import (
+        data,
+        datasets,
+        finetuning,
+        loop,
+        models,
+        pipeline,
+        readouts,
+        reference,
+        results,
+        rundir,
+        streaming,
+        streams,
+        tasks,
+    )
     from avjax.checkpoint import Checkpoints
     from avjax.datasets.base import natural_folds
     from avjax.files import write_text
@@ -64,6 +78,8 @@ def train(config, workdir: Path | None = None) -> Path:
     plan = pipeline.plan(features, folds, config.train.seeds, config.protocol, model.turns)
     chosen, heads = model.heads[0] if len(model.candidates) > 1 else "", loop.candidates(model)
     protocol = results.protocol_name(folds_name, plan, config.protocol, features.random, features.task, chosen)
+    if model.readers:
+        protocol += f"; {readouts.described(plan, config.model.settings)}"
     say(f"protocol: {protocol}")
 
     # ---- Model ----------------------------------------------------------------------------------------------------
@@ -101,15 +117,22 @@ def train(config, workdir: Path | None = None) -> Path:
 
     # ---- Test -----------------------------------------------------------------------------------------------------
     logits = jax.device_get(trainer.predict(state, plan.lanes, clips))
+    about, remarks = {"best_epoch": state.best_epoch.tolist()}, {}
+    if model.readers:
+        found = readouts.represent(model, state, clips)
+        read = readouts.of_lanes(found, features, plan, config.model.settings, readouts.origin(found))
+        readouts.write(workdir, read, found, features, plan)
+        logits, about = logits | read.logits, about | read.about
+        remarks = readouts.remarks(model, state, plan, clips, features)
     ordered = {head: logits[head] for head in model.answers}  # jit sorts names; the predicting head stays first
     answers = results.predictions(features, plan, ordered)
-    about = {"best_epoch": state.best_epoch.tolist()}
     if chosen:
         about["head"] = [model.heads[i] for i in state.best_head.tolist()]
     yardsticks = reference.yardsticks(clips, plan)
-    metrics = results.measure(features, plan, answers, about, protocol, yardsticks)
+    metrics = results.measure(features, plan, answers, about, protocol, yardsticks) | remarks
 
     # ---- Report ---------------------------------------------------------------------------------------------------
+    finetuning.write_merged(workdir / "merged", model, state.best, plan.names)
     results.write_predictions(workdir / "predictions.npz", answers)
     write_text(workdir / "metrics.json", json.dumps(metrics, indent=1))
     title = f"{config.name} {config.variants or 'full'}"

@@ -11,12 +11,16 @@ Here:      frozen encoders; not measured: the data set was not at hand. Demo cor
 Variants:  the rows of Tables III–VI and Figure 3 (`avjax.models.etg_aver.VARIANTS`), the protocols and the presets
            below (the words of the extraction: `configs/extract_mafw.py`);
            several are joined by commas: `configs/etg_mafw.py:no_hlo,speaker_norm`.
+           finetune: the paper's training, encoders and all, from pictures, waveforms and tokens; wants an accelerator.
+           lora: the same with low-rank changes of the encoders' attention, which the run writes out merged.
+           With the encoders that can be had without the hub: `finetune,open_raw`, `lora,open_raw`.
 """
 
 from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
 from avjax.models.etg_aver import VARIANTS
+from avjax.models.tuning import Lora
 
 PROTOCOLS = {
     # Feature statistics of each speaker's own clips, without labels. Transductive: always named beside the scores.
@@ -29,12 +33,29 @@ PROTOCOLS = {
 # The features, by the words under which they were extracted.
 PRESETS = module("configs/extract_mafw.py").PRESETS | {
     "etg": {"preset": "etg", "model.width": 768, "model.summary": "first"},
+    "etg_raw": {"preset": "etg_raw", "model.width": 768, "model.summary": "first"},
+    "open_raw": {"preset": "open_raw", "model.width": 384, "model.summary": "mean"},
 }
-TABLE = {name: {f"model.{k}": v for k, v in row.items()} for name, row in VARIANTS.items()} | PROTOCOLS | PRESETS
+_RAW = PRESETS["etg_raw"] | {
+    "model.name": "etg_aver_raw",
+    "protocol.standardise": "none",  # the encoders' inputs are prepared as they were in pretraining
+    "train.seeds": (42,),
+    "train.batch_size": 4,
+    "train.epochs": 25,
+    "train.epochs_per_call": 1,
+    "train.weight_decay": 1e-2,
+}
+TUNED = {
+    # The layers near the input are to keep what they know (Bao et al. 2022); not stated in the paper.
+    "finetune": _RAW | {"train.learning_rate": 1e-5, "train.layer_decay": 0.75},
+    "lora": _RAW | {"model.encoders.tune": "lora", "train.learning_rate": 1e-4},
+}
+ROWS = {name: {f"model.{k}": v for k, v in row.items()} for name, row in VARIANTS.items()}
+TABLE = ROWS | PROTOCOLS | PRESETS | TUNED
 
 
 def base() -> ConfigDict:
-    return ConfigDict(
+    config = ConfigDict(
         {
             "name": "etg_mafw",
             "variants": "",
@@ -65,11 +86,18 @@ def base() -> ConfigDict:
                 "imbalance": "none",  # none | class_weights | logit_adjustment
                 "smoothing": 0.0,
                 "dtype": "float32",
+                # Of `etg_aver_raw`: those of the preset, trained along.
+                "encoders": {
+                    "tune": "full",  # full: all weights but the frozen | lora: low-rank changes of the targets
+                    "frozen": (),  # patterns of paths such as video/block_0/attention/query/kernel, ^text/, /words/
+                    "lora": {"rank": Lora.rank, "alpha": Lora.alpha, "targets": Lora.targets},
+                    "remat": True,  # on accelerators, blocks are computed once more for gradients: less memory
+                },
             },
             "protocol": {
                 "folds": "auto",  # auto | given | speaker | stratified
                 "fold_count": 5,  # of `stratified`, and of `speaker` when there are more speakers than that
-                "standardise": "train",  # train | speaker | enrol
+                "standardise": "train",  # train | speaker | enrol | none
                 "enrol_clips": 16,
                 "validation": 0.1,  # share of the training clips (of the training speakers where known); 0 = none
                 "select": "val",  # val: best epoch on validation | last
@@ -80,16 +108,22 @@ def base() -> ConfigDict:
                 "optimizer": "adamw",  # adamw | adam | sgd
                 "batch_size": 8,
                 "learning_rate": 1e-3,
+                "rates": (),  # (pattern of paths, factor of the learning rate), the first that is found counts
+                "layer_decay": 1.0,  # factor from each block of an encoder to the one below it; 1.0 = none
+                "accumulate": 1,  # pieces that a batch is cut into: less memory, and the update of the whole
                 "weight_decay": 1e-2,
                 "warmup": 0.05,  # share of all steps
                 "schedule": "cosine",  # cosine | constant
-                "clip_norm": 1.0,
+                "clip_norm": 1.0,  # 0 = gradients are not clipped
                 "patience": 10,  # epochs without a better validation score; 0 = never stop early
                 "save_steps": 200,  # of streamed data: steps between checkpoints within an epoch; 0 = none
                 "epochs_per_call": 5,  # epochs in one compiled call; checkpoints are written between calls
             },
         }
     )
+    config.model.encoders.preset = config.get_ref("preset")
+    config.model.encoders.random = config.weights.get_ref("random")
+    return config
 
 
 def get_config(variants: str = "") -> ConfigDict:

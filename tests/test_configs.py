@@ -15,12 +15,15 @@ from avjax.errors import AvjaxError
 from avjax.models import fusions
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-PRESETS = ["lite", "open", "etg", "deiii", "flow_dis", "flow_perceiver", "deiii_lite", "deiii_open",
-           "avtca", "avtca_112", "avtca_faulty", "emoasst"]  # fmt: skip
+PRESETS = ["lite", "open", "open_raw", "etg", "etg_raw", "deiii", "flow_dis", "flow_perceiver", "deiii_lite",
+           "deiii_open", "avtca", "avtca_112", "avtca_faulty", "emoasst"]  # fmt: skip
 TABLE_4 = ["w3s1", "w5s1", "w7s1", "w3s3", "w5s5", "w7s7", "flow_dinov2"]
 ETG = ["full", "no_hlo", "concat_text", "concat", "no_etg", "no_tmfef", "fusion_concat", "fusion_additive",
        "weights_equal", "weights_fusion", "text_audio", "text_video", "audio_only", "video_only", "text_only",
-       "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", *PRESETS]  # fmt: skip
+       "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", "finetune", "lora",
+       *PRESETS]  # fmt: skip
+EMOASST = ["speaker_norm", "enrol", "all_clips", "best_epoch", "emoasst", "lite", "open", "small", "utterance", "told",
+           "untold", "visual_supcon", "video", "audio", "zero", "tuned"]  # fmt: skip
 FUSIONS = [*fusions.variants()]
 WITHOUT_TEXT = [name for name in FUSIONS if name not in ("mag", "mag_recipe")]
 STREAMS = ["audio", "video", "text", "ta", "tv", "av", "tav"]
@@ -39,6 +42,13 @@ EXPECTED = {
     "configs/deiii_folder.py": ("deiii_folder", "folder", [*DEIII, "paper", "concat"]),
     "configs/deiii_msp_improv.py": ("deiii_msp_improv", "folder", DEIII),
     "configs/deiii_ravdess.py": ("deiii_ravdess", "ravdess", DEIII),
+    "configs/emoasst_folder.py": ("emoasst_folder", "folder", [*EMOASST, "paper"]),
+    "configs/emoasst_meld.py": ("emoasst_meld", "meld", EMOASST),
+    "configs/emoasst_ravdess.py": (
+        "emoasst_ravdess",
+        "ravdess_features",
+        [*(name for name in EMOASST if name not in ("lite", "open", "emoasst")), "paper"],
+    ),
     "configs/etg_folder.py": ("etg_folder", "folder", ETG),
     "configs/etg_mafw.py": ("etg_mafw", "mafw", ETG),
     "configs/extract_folder.py": ("extract_folder", "folder", [*PRESETS, *TABLE_4]),
@@ -86,17 +96,21 @@ def _plain_keys(config):
 
 def _build(config):
     """Whatever a configuration names must exist."""
-    from avjax import datasets, features, models, pipeline
+    from avjax import datasets, features, models, pipeline, prompting
     from avjax.datasets import tables
 
     texts = features.TEXTS
     if "tables" in config:
         described = tables.Description.of(config.tables)
-        assert set(config.model.streams) <= set(described.streams)
+        assert set(config.model.streams) <= {*described.streams, *(["text"] if "prompts" in config else [])}
         texts = (tables.TEXT_SOURCE,) if "text" in described.streams else ("",)
+        if "prompts" in config:
+            texts = (prompting.UTTERANCE,)
     else:
         assert config.dataset in datasets.REGISTRY
         presets.preset(config.preset)
+        if "prompts" in config:
+            texts = (*texts, prompting.UTTERANCE)
     if "model" in config:
         models.build(config.model, 7)
         assert config.protocol.standardise in pipeline.STANDARDISE

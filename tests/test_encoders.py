@@ -271,8 +271,8 @@ def test_default_mask_is_all_true(kind):
 def test_layers_above_are_not_kept(kind):
     enc, _ = of_random_params(kind)
     low, _ = of_random_params(kind, layer=0)
-    assert not any(name.startswith("block_") for name in low._params)
-    assert any(name.startswith("block_") for name in enc._params)
+    assert not any(name.startswith("block_") for name in low.params)
+    assert any(name.startswith("block_") for name in enc.params)
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ from test_encoders import asked, of_random_params
 enc, config = of_random_params(sys.argv[1])
 inputs, mask = asked(sys.argv[1], config)
 assert jax.local_device_count() == 6
-leaf = jax.tree.leaves(enc._params)[0]
+leaf = jax.tree.leaves(enc.params)[0]
 assert len(leaf.sharding.device_set) == 6
 shard = jax.device_put(np.zeros((12, 3)), enc._shard).addressable_shards[0].data.shape
 assert shard == (2, 3), shard

@@ -13,7 +13,7 @@ from avjax.errors import AvjaxError
 
 def settings(**changes) -> ConfigDict:
     base = {"learning_rate": 0.1, "weight_decay": 0.02, "warmup": 0.2, "schedule": "cosine", "clip_norm": 1.0}
-    return ConfigDict(base | {"optimizer": "adamw"} | changes)
+    return ConfigDict(base | {"optimizer": "adamw", "rates": (), "layer_decay": 1.0} | changes)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def run(wars=(0.7, 0.8, 0.6), seeds=(0, 1), gain=0.0, **other) -> dict:
         **summary(folds),
         "pooled": {"war": 0.725, "uar": 0.7167},
         "confusion": CONFUSION,
-        "heads": {"fusion": {"war": 0.725, "uar": 0.7167}, "audio": {"war": 0.5, "uar": 0.45}},
+        "heads": {"fusion": {"war": 0.725, "uar": 0.7167, "f1": 0.72}, "audio": {"war": 0.5, "uar": 0.45, "f1": 0.4}},
         "reference": {"audio+video": summary(reference)},
         **other,
     }
@@ -505,7 +505,7 @@ def test_page_stands_alone(tmp_path):
 def test_page_escapes_what_media_and_files_say(tmp_path):
     evil = "<script>alert('x')</script>"
     example = {"clip_id": evil, "label": evil, "predicted": "joy", "sentence": evil}
-    text = rendered(tmp_path, run(dataset=evil, heads={evil: {"war": 0.5, "uar": 0.5}}), sentences=[example])
+    text = rendered(tmp_path, run(dataset=evil, heads={evil: {"war": 0.5, "uar": 0.5, "f1": 0.5}}), sentences=[example])
     assert "<script" not in text
     assert text.count("&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;") >= 5
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from avjax import assets
-from avjax.datasets import coded, folder, mafw
+from avjax.datasets import coded, folder, mafw, meld
 from avjax.datasets.base import Corpus, Index
 from avjax.errors import AvjaxError
 
@@ -18,6 +18,7 @@ REGISTRY: dict[str, Index] = {
     "demo": _demo,
     "folder": folder.index,
     "mafw": mafw.index,
+    "meld": meld.index,
     "ravdess": coded.ravdess,
 }
 # What stands on tables and pictures; every other data set stands there by its name.

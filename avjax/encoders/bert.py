@@ -90,12 +90,14 @@ _KEYS = {
 class Bert(nn.Module):
     """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products.
 
-    `layer` is how many blocks are computed; None = all.
+    `layer` is how many blocks are computed; None = all. With `remat` a gradient computes what is in them once more,
+    which memory then need not hold.
     """
 
     config: BertConfig
     dtype: jnp.dtype = jnp.float32
     layer: int | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -113,9 +115,10 @@ class Bert(nn.Module):
         if c.types:
             x += nn.Embed(c.types, c.width, name="types")(jnp.zeros((1, 1), jnp.int32))
         x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="embedding_norm")(x)
+        block = nn.remat(PostNormBlock) if self.remat else PostNormBlock
         for i in range(base.known_layer(self.layer, c.layers)):
             activation = base.activation(c.activation)
-            x = PostNormBlock(c.heads, c.inner, activation, c.eps, self.dtype, name=f"block_{i}")(x, mask)
+            x = block(c.heads, c.inner, activation, c.eps, self.dtype, name=f"block_{i}")(x, mask)
         return x, mask
 
 

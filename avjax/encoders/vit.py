@@ -105,12 +105,14 @@ def _check(config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
 class ViT(nn.Module):
     """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products.
 
-    `layer` is how many blocks are computed; None = all, and the last normalisation.
+    `layer` is how many blocks are computed; None = all, and the last normalisation. With `remat` a gradient computes
+    what is in them once more, which memory then need not hold.
     """
 
     config: ViTConfig
     dtype: jnp.dtype = jnp.float32
     layer: int | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, pictures: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,7 +147,8 @@ class ViT(nn.Module):
         unbiased = () if c.biased else ("query", "key", "value")
         scaled = c.model_type == "dinov2"
         activation = base.activation(c.activation)
-        return PreNormBlock(c.heads, c.inner, activation, c.eps, self.dtype, unbiased, scaled, name=f"block_{i}")
+        block = nn.remat(PreNormBlock) if self.remat else PreNormBlock
+        return block(c.heads, c.inner, activation, c.eps, self.dtype, unbiased, scaled, name=f"block_{i}")
 
 
 def _grid(config: ViTConfig, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -159,12 +159,14 @@ class RowNorm(nn.Module):
 class Wav2Vec2(nn.Module):
     """The encoder without quantiser and heads. Params are float32; `dtype` is that of the products.
 
-    `layer` is how many blocks are computed; None = all.
+    `layer` is how many blocks are computed; None = all. With `remat` a gradient computes what is in them once more,
+    which memory then need not hold.
     """
 
     config: Wav2Vec2Config
     dtype: jnp.dtype = jnp.float32
     layer: int | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, waves: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -183,8 +185,9 @@ class Wav2Vec2(nn.Module):
         x = jnp.where(mask[..., None], x, 0)
         x += self._positions(x, mask)
         if not c.stable:
-            x = self._norm(c.eps, name="norm")(x)
+            x = self._norm(c.eps, name="position_norm")(x)
         block = PreNormBlock if c.stable else PostNormBlock
+        block = nn.remat(block) if self.remat else block
         for i in range(depth):
             activation = base.activation(c.activation)
             x = block(c.heads, c.inner, activation, c.eps, self.dtype, name=f"block_{i}")(x, mask)
@@ -245,6 +248,8 @@ _NAMES = {
     "conv_norm": "feature_extractor.conv_layers.{}.layer_norm",
     "feature_norm": "feature_projection.layer_norm",
     "project": "feature_projection.projection",
+    # One norm of two places: before the blocks, or after them where these normalise before their branches.
+    "position_norm": "encoder.layer_norm",
     "norm": "encoder.layer_norm",
     "block/attention/query": "encoder.layers.{}.attention.q_proj",
     "block/attention/key": "encoder.layers.{}.attention.k_proj",

@@ -77,12 +77,14 @@ _KEYS = {
 class Whisper(nn.Module):
     """The encoder without the decoder. Params are float32; `dtype` is that of the matrix products.
 
-    `layer` is how many blocks are computed; None = all.
+    `layer` is how many blocks are computed; None = all. With `remat` a gradient computes what is in them once more,
+    which memory then need not hold.
     """
 
     config: WhisperConfig
     dtype: jnp.dtype = jnp.float32
     layer: int | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, spectra: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,10 +106,10 @@ class Whisper(nn.Module):
         mask = mask[:, ::2]
         x += nn.Embed(c.positions, c.width, self.dtype, name="positions")(jnp.arange(x.shape[1]))[None]
         layers = base.known_layer(self.layer, c.layers)
+        block = nn.remat(PreNormBlock) if self.remat else PreNormBlock
         for i in range(layers):
             activation = base.activation(c.activation)
-            block = PreNormBlock(c.heads, c.inner, activation, _EPS, self.dtype, ("key",), name=f"block_{i}")
-            x = block(x, mask)
+            x = block(c.heads, c.inner, activation, _EPS, self.dtype, ("key",), name=f"block_{i}")(x, mask)
         if layers == c.layers:
             x = nn.LayerNorm(_EPS, self.dtype, use_fast_variance=False, name="norm")(x)
         return x, mask

@@ -3,10 +3,22 @@
 from typing import Any
 
 from avjax.errors import AvjaxError
-from avjax.models import etg_aver, fusions
+from avjax.models import emoasst, etg_aver, fusions
 from avjax.models.base import Build, Model
 
-REGISTRY: dict[str, Build] = {"etg_aver": etg_aver.build} | dict.fromkeys(fusions.FUSIONS, fusions.build)
+
+def _end_to_end(config: Any, classes: int) -> Model:
+    # Models know arrays; this one brings pretrained encoders, which know files.
+    from avjax import finetuning
+
+    return finetuning.build(config, classes)
+
+
+REGISTRY: dict[str, Build] = {
+    "emoasst": emoasst.build,
+    "etg_aver": etg_aver.build,
+    "etg_aver_raw": _end_to_end,
+} | dict.fromkeys(fusions.FUSIONS, fusions.build)
 
 
 def build(config: Any, classes: int) -> Model:

@@ -44,6 +44,7 @@ class Model:
       streams: the batch streams that the model reads, such as `("text", "audio", "video")`.
       readers: names of the classifiers that read the features after training (`avjax.readouts`), the predicting
         one first; they stand in the place of the heads then.
+      whole: whether a clip's loss depends on the others of its batch, so that no batch may be cut into pieces.
       constants: batch key → what every batch is to have whole, all lanes sharing it: pretrained weights.
       turns: whether a row of its batch is a conversation: streams (b, u, n, d) with masks (b, u, n), `turn_mask`
         (b, u), and logits (b, u, c), losses (b, u).
@@ -60,6 +61,7 @@ class Model:
     candidates: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
     pictured: tuple[tuple[str, str, str], ...] = flax.struct.field(pytree_node=False, default=())
     readers: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    whole: bool = flax.struct.field(pytree_node=False, default=False)
     # Arrays have no hash, and jit asks for one of what a function is bound to.
     constants: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict, hash=False, compare=False)
 

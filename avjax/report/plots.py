@@ -132,6 +132,30 @@ def labels_picture(tables: np.ndarray, names: Sequence[str], title: str, path: P
     _save(figure, path)
 
 
+def adaptation_picture(points: Sequence[Mapping[str, Any]], title: str, path: Path, *, note: str = "") -> None:
+    """Draws what labelled clips of a person bring: a thin line for each person, their mean with its spread over people.
+
+    Args:
+      points: in the order of `shots`, each with `mean`, `std` and `uar` by person, shares of 1.
+    """
+    figure = _figure(6.4, 4.4)
+    axes = figure.add_subplot()
+    shots = [point["shots"] for point in points]
+    for person in points[0]["uar"]:
+        axes.plot(shots, [100 * point["uar"][person] for point in points], color=_FAINT, alpha=0.35, linewidth=0.8)
+    mean, spread = (np.array([100 * point[key] for point in points]) for key in ("mean", "std"))
+    axes.fill_between(shots, mean - spread, mean + spread, color=_BLUE, alpha=0.12, linewidth=0)
+    axes.plot(shots, mean, color=_BLUE, marker="o", linewidth=2)
+    for x, y in zip(shots, mean, strict=True):
+        axes.annotate(f"{y:.1f}", (x, y), (0, 7), textcoords="offset points", ha="center", color=_INK, fontsize=9)
+    axes.set_xticks(shots)
+    axes.set_xlabel("labelled clips per class of a person not seen in training")
+    axes.set_ylabel("UAR of the person's other clips, %")
+    axes.set_title(title, fontsize=12, fontweight="bold")
+    figure.supxlabel(textwrap.fill(note, 95), fontsize=8, color=_FAINT)
+    _save(figure, path)
+
+
 def answers_picture(metrics: Mapping[str, Any], rows: Mapping[str, np.ndarray], title: str, workdir: Path) -> None:
     """Draws the answers of a run in the way of its task into `workdir`, under the name of `page.ANSWERS`.
 

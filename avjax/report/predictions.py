@@ -14,14 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from avjax.adaptation import Point
+    from avjax.cache import Cache
     from avjax.prediction import Prediction, Run
 
 _DETAILED = 8  # beyond so many clips a row each
 _BAR = 40  # columns of the terminal
 
 
-def as_json(run: Run, answers: Iterable[Prediction], rejected: Iterable[tuple[str, str]]) -> str:
-    """The answers as one JSON object: run, dataset, protocol, lanes, clips, rejected."""
+def as_json(
+    run: Run, answers: Iterable[Prediction], rejected: Iterable[tuple[str, str]], cache: Cache | None = None
+) -> str:
+    """The answers as one JSON object: run, dataset, protocol, lanes, clips, rejected, maybe cache_entries."""
     clips = [
         {
             "file": a.file,
@@ -32,6 +36,7 @@ def as_json(run: Run, answers: Iterable[Prediction], rejected: Iterable[tuple[st
         for a in answers
     ]
     about = {"run": run.name, "dataset": run.dataset, "protocol": run.protocol, "lanes": len(run.lanes)}
+    about |= {"cache_entries": len(cache.ids)} if cache else {}
     refused = [{"file": file, "reason": reason} for file, reason in rejected]
     return json.dumps(about | {"clips": clips, "rejected": refused}, indent=1)
 
@@ -46,14 +51,47 @@ def _answer(run: Run, answer: Prediction) -> dict[str, object]:
     }
 
 
-def as_table(run: Run, answers: Sequence[Prediction]) -> RenderableType:
+def as_table(run: Run, answers: Sequence[Prediction], cache: Cache | None = None) -> RenderableType:
     """The answers for a terminal: each with its sentence and all classes, or, where there are many, one row each."""
     if run.task != "single":
         parts = [_numbers(run, answers)]
     else:
         parts = [_rows(answers)] if len(answers) > _DETAILED else [_details(a) for a in answers]
     lanes = "one lane" if len(run.lanes) == 1 else f"mean of {len(run.lanes)} lanes (fold × seed)"
-    return Group(*parts, Text(f"{run.name}: {lanes}. {run.dataset} · {run.protocol}", "dim"))
+    by = f", by a cache of {len(cache.ids)} entries" if cache else ""
+    return Group(*parts, Text(f"{run.name}: {lanes}{by}. {run.dataset} · {run.protocol}", "dim"))
+
+
+def cache_table(cache: Cache, name: str, begun: Cache) -> Table:
+    """What is in a cache: a row for each class, how many entries are of the run, and the ids of those entered since.
+
+    Args:
+      begun: what a new cache of the same run has.
+    """
+    ratios = ", ".join(f"alpha of {m} {ratio:g}" for m, ratio in cache.alpha.items())
+    table = Table(title=Text(name), caption=Text(f"{len(cache.ids)} entries; {ratios}; beta {cache.beta:g}"))
+    for column in ("class", "of the run", "entered"):
+        table.add_column(column, justify="right" if column == "of the run" else "left", overflow="fold")
+    first = set(zip(begun.ids, begun.label.tolist(), strict=True))
+    for place, label in enumerate(cache.classes):
+        ids = [i for i, entry in zip(cache.ids, cache.label, strict=True) if entry == place]
+        entered = [i for i in ids if (i, place) not in first]
+        table.add_row(*map(Text, (label, str(len(ids) - len(entered)), ", ".join(entered))))
+    return table
+
+
+def curve_table(points: Sequence[Point], run: Run, draws: int) -> Table:
+    """What labelled clips of a person bring, a row for each number of them (`adaptation.curve`)."""
+    lanes = f"{len(run.lanes)} lanes × {draws} draws; mean ± standard deviation over {len(points[0].uar)} people"
+    table = Table(title=Text(run.name), caption=Text(f"{lanes}. {run.dataset} · {run.protocol}"))
+    for column in ("labelled per class", "UAR", "to none", "people above none"):
+        table.add_column(column, justify="right")
+    for point in points:
+        gain = f"{100 * (point.mean - points[0].mean):+.1f}" if point.shots else ""
+        above = f"{_percent(point.better)} %" if point.shots else ""
+        spread = f"{_percent(point.mean)} ± {_percent(point.spread)}"
+        table.add_row(*map(Text, (str(point.shots), spread, gain, above)))
+    return table
 
 
 def _details(answer: Prediction) -> RenderableType:

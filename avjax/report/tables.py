@@ -82,7 +82,45 @@ def reference_table(metrics: Metrics) -> Table:
 def of_run(metrics: Metrics, title: str) -> list[Table]:
     """All tables of a run."""
     values = [value_table(metrics)] if value_rows(metrics) else []
-    return [run_table(metrics, title), *values, reference_table(metrics)]
+    heads = [head_table([(title, metrics)])] if "beta" in metrics["folds"][0] else []
+    return [run_table(metrics, title), *values, *heads, reference_table(metrics)]
+
+
+def head_columns(metrics: Metrics) -> tuple[str, ...]:
+    """The columns of `head_rows`."""
+    return ("head, pooled", *scores(metrics).values(), *(["weighted F1"] if metrics["task"] == "single" else []))
+
+
+def head_rows(metrics: Metrics) -> list[tuple[str, ...]]:
+    """One row per head, or classifier that reads the features: its scores over all folds and seeds."""
+    keys = [*scores(metrics), *(["f1"] if metrics["task"] == "single" else [])]
+    return [(head, *(percent(scored[key]) for key in keys)) for head, scored in metrics["heads"].items()]
+
+
+def head_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
+    """The heads of runs below each other, with a column for the run.
+
+    Raises:
+      AvjaxError: the runs are of different tasks.
+    """
+    first = runs[0][1]
+    if apart := [name for name, metrics in runs if metrics["task"] != first["task"]]:
+        raise AvjaxError(f"{', '.join(apart)}: another task than {runs[0][0]}; show their heads apart")
+    sections = [[(name, *row) for row in head_rows(metrics)] for name, metrics in runs]
+    notes = [f"{name}: {_setting(metrics)}" for name, metrics in runs]
+    notes += [note for _, metrics in runs for note in query_notes(metrics)]
+    return _rich_table(("run", *head_columns(first)), sections, "", notes)
+
+
+def query_notes(metrics: Metrics) -> list[str]:
+    """What became of features in training that were asked for with their label, where there are such."""
+    if "query" not in metrics:
+        return []
+    told, not_told = (percent(metrics["query"][key]) for key in ("told", "not_told"))
+    return [
+        "In training the query names the label, and nowhere else: zero-shot UAR of pictures on training clips is "
+        f"{told} with it and {not_told} without."
+    ]
 
 
 def value_rows(metrics: Metrics) -> list[tuple[str, ...]]:

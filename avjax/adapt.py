@@ -1,0 +1,98 @@
+"""Teaches the cache of a finished EmoAsst run new people, and shows what that brings.
+
+python -m avjax.adapt --workdir W --labels corrections.csv --cache C
+
+enters the clips of a table `file,label[,id]` into the cache file C, which is made out of the run where it is not there;
+`python -m avjax.predict --workdir W --cache C` answers by it from then on. Nothing is trained. A clip that is in the
+cache already takes its new label. Rows that cannot be used get a line on standard error; the others are entered.
+
+python -m avjax.adapt --workdir W --cache C [--remove ID,ID] [--fit]
+
+lists what is in C, without some entries where asked, with alpha and beta chosen anew where asked.
+
+python -m avjax.adapt --workdir W --curve 1,2,4
+
+measures what so many labelled clips per class of a person bring, for people whom the run's lanes have not seen, and
+writes W/adaptation.json and W/adaptation.png.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from avjax import cli
+from avjax.errors import AvjaxError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of avjax.train.", required=True)
+CACHE = flags.DEFINE_string("cache", None, "The cache file.")
+LABELS = flags.DEFINE_string("labels", None, "A table file,label[,id] of clips to enter.")
+REMOVE = flags.DEFINE_list("remove", [], "Ids of entries to take out.")
+FIT = flags.DEFINE_bool("fit", False, "Choose alpha and beta anew, leaving out one entry after the other.")
+CURVE = flags.DEFINE_list("curve", [], "Numbers of labelled clips per class, such as 1,2,4.")
+DRAWS = flags.DEFINE_integer("draws", 20, "Draws of labelled clips for each person and lane of the curve.", 1)
+CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds within which a clip must be measured.", 0.001)
+
+
+def main(_: list[str]) -> None:
+    from avjax import prediction
+
+    if bool(CURVE.value) == bool(CACHE.value):
+        raise AvjaxError("give --cache, to fill or list it, or --curve 1,2,4, to see what labelled clips bring")
+    if CURVE.value and (LABELS.value or REMOVE.value or FIT.value):
+        raise AvjaxError("--labels, --remove and --fit change a cache; give them with --cache, not with --curve")
+    cli.use_compile_cache()
+    workdir = Path(WORKDIR.value)
+    run = prediction.read_run(workdir, new_clips=not CURVE.value)
+    if CURVE.value:
+        _curve(workdir, run)
+    else:
+        _edit(workdir, run, Path(CACHE.value))
+
+
+def _edit(workdir: Path, run, path: Path) -> None:
+    from rich.console import Console
+
+    from avjax import adaptation
+    from avjax import cache as caches
+    from avjax.report import predictions
+
+    cache = adaptation.opened(path, workdir, run)
+    before, rejected = cache, []
+    if LABELS.value:
+        clips, rejected = adaptation.corrections(Path(LABELS.value), run)
+        progress = Console(stderr=True, soft_wrap=True, markup=False)
+        cache, unusable = adaptation.enter(cache, run, clips, progress, clip_seconds=CLIP_SECONDS.value)
+        rejected += unusable
+    cache = caches.remove(cache, REMOVE.value) if REMOVE.value else cache
+    cache = caches.fit(cache) if FIT.value else cache
+    for clip_id, reason in rejected:
+        print(f"{clip_id}: {reason}", file=sys.stderr)
+    if cache is not before or not path.exists():
+        caches.save(cache, path)
+    Console(markup=False).print(predictions.cache_table(cache, str(path), adaptation.begun(workdir, run)))
+
+
+def _curve(workdir: Path, run) -> None:
+    from rich.console import Console
+
+    from avjax import adaptation
+    from avjax.files import write_text
+    from avjax.report import plots, predictions
+
+    try:
+        shots = [int(k) for k in CURVE.value]
+    except ValueError as error:
+        raise AvjaxError(f"--curve is {','.join(CURVE.value)}; expected numbers such as 1,2,4") from error
+    points = adaptation.curve(workdir, run, shots, DRAWS.value)
+    about = {"dataset": run.dataset, "protocol": run.protocol, "draws": DRAWS.value}
+    rows = [{"shots": p.shots, "mean": p.mean, "std": p.spread, "better": p.better, "uar": p.uar} for p in points]
+    write_text(workdir / "adaptation.json", json.dumps(about | {"points": rows}, indent=1))
+    plots.adaptation_picture(rows, run.name, workdir / "adaptation.png", note=f"{run.dataset} · {run.protocol}")
+    Console(markup=False).print(predictions.curve_table(points, run, DRAWS.value))
+    print(f"written to {workdir}: adaptation.json, adaptation.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,65 @@
+"""ETG-AVER with its encoders in front: from pictures, sound and token ids to emotions, and gradients all the way back.
+
+The pretrained weights come with the batch, under `PRETRAINED`: one copy for all lanes. The params of the module are the
+core's and those that are trained of each encoder (`avjax.models.tuning`), under the name of its stream.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.traverse_util import flatten_dict
+
+from avjax.models import tuning
+from avjax.models.base import Output
+from avjax.models.etg_aver import EtgAver
+
+PRETRAINED = "pretrained"
+# Clips that are encoded at once where no gradient is asked for: evaluation takes larger batches than training.
+_AT_ONCE = 4
+
+# (params, raw inputs (b, n, …), mask (b, n)) → features (b, s, d) and their mask (b, s).
+Encode = Callable[[Mapping[str, Any], jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class EndToEnd(nn.Module):
+    """The core behind the encoders of its streams.
+
+    Attributes:
+      core: reads what the encoders make.
+      encoders: (stream, how it is encoded) of each.
+      tuning: what of them is trained.
+    """
+
+    core: EtgAver
+    encoders: tuple[tuple[str, Encode], ...]
+    tuning: tuning.Tuning
+
+    @nn.compact
+    def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
+        """Reads `<stream> (b, n, …)` as the encoder takes it, `<stream>_mask (b, n)`, and {stream: params} under
+        `PRETRAINED`."""
+        if self.is_initializing():
+            self.tuning.check(batch[PRETRAINED])
+        encoded = dict(batch)
+        for stream, encode in self.encoders:
+            params = self._params(stream, batch[PRETRAINED][stream])
+            raw, mask = batch[stream], batch[f"{stream}_mask"]
+            features, real = encode(params, raw, mask) if train else _few_at_once(encode, params, raw, mask)
+            encoded |= {stream: features, f"{stream}_mask": real}
+        return self.core(encoded, train)
+
+    def _params(self, stream: str, pretrained: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not self.tuning.chosen(stream, flatten_dict(pretrained, sep="/")):
+            return pretrained
+        trained = self.param(stream, tuning.begun, self.tuning, stream, pretrained)
+        return tuning.merged(self.tuning, pretrained, trained)
+
+
+def _few_at_once(encode: Encode, params: Mapping[str, Any], raw: jax.Array, mask: jax.Array):
+    def one(clip: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        features, real = encode(params, clip[0][None], clip[1][None])
+        return features[0], real[0]
+
+    return jax.lax.map(one, (raw, mask), batch_size=_AT_ONCE)

@@ -1,0 +1,110 @@
+"""Which weights of a pretrained encoder are trained, and how: themselves, or by low-rank changes of their kernels.
+
+What is trained has the layout of the encoder's params without the leaves that stay as they are. Under LoRA (Hu et al.
+2022, "LoRA: low-rank adaptation of large language models", section 4.1) the two factors of its change stand in the
+place of a kernel. Paths are names joined by "/", beginning with the stream: `video/block_0/attention/query/kernel`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from avjax.errors import AvjaxError
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A kernel W of the `targets` (patterns of paths) becomes W + (alpha / rank) · down · up, and W itself stays.
+
+    `down` and `up` are the paper's A and B, transposed as kernels are here: (inputs, rank) and (rank, outputs).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = (r"/attention/(query|key|value|out)/kernel$",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What of pretrained weights is trained: no leaf whose path one of the patterns `frozen` is found in; of the others
+    every one, or where there is a `lora` its targets."""
+
+    frozen: tuple[str, ...] = ()
+    lora: Lora | None = None
+
+    def chosen(self, stream: str, paths: Iterable[str]) -> list[str]:
+        """Those among the paths of a stream's encoder that are trained."""
+        free = [path for path in paths if not _found(self.frozen, f"{stream}/{path}")]
+        return [path for path in free if _found(self.lora.targets, f"{stream}/{path}")] if self.lora else free
+
+    def check(self, pretrained: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises AvjaxError where a pattern is found in no path of the params of any stream."""
+        paths = [f"{stream}/{path}" for stream, params in pretrained.items() for path in flatten_dict(params, sep="/")]
+        keys = {"frozen": self.frozen, "lora.targets": self.lora.targets if self.lora else ()}
+        for key, pattern in ((key, pattern) for key, patterns in keys.items() for pattern in patterns):
+            if not any(re.search(pattern, path) for path in paths):
+                raise AvjaxError(
+                    f"model.encoders.{key}: {pattern!r} is found in no path of the encoders; they look like {paths[0]}"
+                )
+
+
+def _found(patterns: Iterable[str], path: str) -> bool:
+    return any(re.search(pattern, path) for pattern in patterns)
+
+
+def begun(key: jax.Array, tuning: Tuning, stream: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What is trained of a stream's encoder with the pretrained `params`, as it begins: the encoder is not changed yet.
+
+    Raises:
+      AvjaxError: a target of LoRA is no kernel.
+    """
+    flat = flatten_dict(params, sep="/")
+    chosen = tuning.chosen(stream, flat)
+    if not tuning.lora:
+        return unflatten_dict({path: flat[path] for path in chosen}, sep="/")
+    keys = jax.random.split(key, max(1, len(chosen)))
+    pairs = {
+        path: _factors(k, f"{stream}/{path}", flat[path].shape, tuning.lora.rank)
+        for k, path in zip(keys, chosen, strict=False)
+    }
+    return unflatten_dict(pairs, sep="/")
+
+
+def _factors(key: jax.Array, path: str, shape: tuple[int, ...], rank: int) -> dict[str, jax.Array]:
+    """Gaussian and zero, as in the paper, which leaves the variance open: here the products with inputs keep theirs."""
+    if len(shape) < 2:
+        raise AvjaxError(
+            f"model.encoders.lora.targets names {path} of shape {shape}, which is no kernel: "
+            "end the pattern in '/kernel$'"
+        )
+    inputs, outputs = _sides(shape)
+    return {
+        "down": jax.random.normal(key, (inputs, rank), jnp.float32) / math.sqrt(inputs),
+        "up": jnp.zeros((rank, outputs), jnp.float32),
+    }
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The numbers of inputs and outputs of a kernel: heads split the axis of either, and where cannot be told by shape
+    alone; but the matrix of an attention projection is square, so the split that is nearest to that is taken."""
+    splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
+    return min(splits, key=lambda sides: max(sides) / min(sides))
+
+
+def merged(tuning: Tuning, params: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain params of an encoder: the pretrained ones with all that is trained in their place or added to them."""
+    flat, ours = flatten_dict(params, sep="/"), flatten_dict(trained, sep="/")
+    if not tuning.lora:
+        return unflatten_dict(flat | ours, sep="/")
+    scale = tuning.lora.alpha / tuning.lora.rank
+    for path in {path.rpartition("/")[0] for path in ours}:
+        # Small beside all else, so never in less than float32.
+        change = jnp.matmul(ours[f"{path}/down"], ours[f"{path}/up"], precision="highest")
+        flat[path] = flat[path] + scale * change.reshape(flat[path].shape)
+    return unflatten_dict(flat, sep="/")

@@ -1,0 +1,115 @@
+"""Emotion prompts as features: six texts that name each clip's label, and the texts of the classes (EmoAsst).
+
+They are added to the features of a run, not to the feature store: they depend on labels, which belong to training.
+Beside the stream `prompts` comes a text source "utterance", what is said in a clip and nothing else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from avjax import assets, encoding, features, presets, progress
+from avjax.datasets.base import Clip
+from avjax.datasets.store import Features
+from avjax.encoders import Encoder
+from avjax.errors import AvjaxError
+from avjax.files import replacing
+from avjax.text import prompts
+
+UTTERANCE = "utterance"
+_AT_ONCE = 32  # texts
+
+
+def attach(found: Features, config, console: Console) -> Features:
+    """Features with `prompts` (n, 6, d), `text_utterance` (n, 1, d), masked where nothing is said, and `classes`.
+
+    The last (c, d), a constant of all batches, are the means of the prompts that name nothing but a class (Eq. 2), of
+    length 1.
+
+    Texts are encoded by the text encoder of the preset `config.prompts.preset`, "" = the features' own, a vector each;
+    the vectors are kept under `$AVJAX_CACHE/prompts`.
+
+    Raises:
+      AvjaxError: the task has no classes, the features were left on disk, the text encoder cannot be had, or a file of
+        vectors is damaged.
+    """
+    if found.task != "single":
+        raise AvjaxError(f"prompts name one class per clip; the labels of these data are of the task {found.task!r}")
+    if found.packed is not None:
+        raise AvjaxError(
+            "prompts stand beside features in memory, and these were left on disk (data.mode=streamed, or auto and too "
+            "large); set data.mode=resident, or take a preset with fewer steps"
+        )
+    settings = presets.preset(config.prompts.preset or config.preset, random=config.weights.random)
+    encoder = encoding.Loader(settings.random)(settings.text)
+    length = _counter(encoder)
+    texts = [fitted(clip, length, settings.max_tokens) for clip in found.clips]
+    spoken = [clip.transcript or "" for clip in found.clips]
+    classes = [prompts.of_class(name) for name in found.classes]
+    wanted = sorted({t for row in (*texts, spoken, *classes) for t in row if t})
+    known = dict(zip(wanted, _encoded(encoder, wanted, settings.max_tokens, console), strict=True))
+    nothing = np.zeros(encoder.width, np.float32)
+    said = np.array([bool(s) for s in spoken])[:, None]
+    return dataclasses.replace(
+        found,
+        arrays=found.arrays
+        | {
+            "prompts": np.stack([np.stack([known[t] for t in row]) for row in texts]),
+            f"text_{UTTERANCE}": np.stack([known.get(s, nothing)[None] for s in spoken]),
+        },
+        masks=found.masks | {"prompts": np.ones((len(texts), len(prompts.FORMATS)), bool), f"text_{UTTERANCE}": said},
+        sentences=found.sentences | {UTTERANCE: spoken},
+        constants={"classes": _unit(np.stack([np.mean([_unit(known[t]) for t in row], 0) for row in classes]))},
+    )
+
+
+def fitted(clip: Clip, length: Callable[[str], int], limit: int) -> tuple[str, ...]:
+    """The prompts of a clip; of a long utterance words are left out at its end, so that no label is cut off.
+
+    Args:
+      length: counts the tokens of a text, special ones included; limit: the most that an encoder takes.
+    """
+    words = (clip.transcript or "").split()
+    while True:
+        texts = prompts.prompts(clip.label, " ".join(words), clip.speaker, clip.gender)
+        if not words or max(map(length, texts)) <= limit:
+            return texts
+        words.pop()
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def _counter(encoder: Encoder) -> Callable[[str], int]:
+    tokenizer = encoder.tokenizer
+    tokenizer.no_truncation()
+    return lambda text: len(tokenizer.encode(text).ids)
+
+
+def _encoded(encoder: Encoder, texts: Sequence[str], max_tokens: int, console: Console) -> np.ndarray:
+    """A vector for each text, (n, d) float32: what the encoder pools, else the mean of its tokens."""
+    key = hashlib.sha256(json.dumps([encoder.provenance, max_tokens, texts]).encode()).hexdigest()[:16]
+    path = assets.cache() / "prompts" / f"{key}.npz"
+    if not path.is_file():
+        blocks = [texts[i : i + _AT_ONCE] for i in range(0, len(texts), _AT_ONCE)]
+        rows = []
+        for block in progress.bar(blocks, len(blocks), "prompts", console):
+            rows += [tokens.mean(0) for tokens in features.encode_texts(encoder, block, max_tokens)]
+        _keep(path, np.stack(rows).astype(features.ENCODED))
+    try:
+        with path.open("rb") as raw, np.load(raw) as file:
+            return file["vectors"].astype(np.float32)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise AvjaxError(f"{path}: cannot be read ({error}); delete it, and it is made anew") from error
+
+
+def _keep(path: Path, vectors: np.ndarray) -> None:
+    with replacing(path, "wb") as file:
+        np.savez(file, vectors=vectors)
