@@ -173,7 +173,7 @@ def tune(cache: Cache, features: Mapping[str, np.ndarray], label: np.ndarray, st
     """
     own = np.ones((len(label), len(cache.ids)), bool)
     for m, key in cache.keys.items():
-        own &= (features[m][:, None] == key[None]).all(-1)
+        own &= np.stack([(features[m] == entry[None]).all(-1) for entry in key], 1)
     zero = caches.zero_shot(cache, features)
     values = np.eye(len(cache.classes), dtype=np.float32)[cache.label]
     alpha = {m: np.float32(a) for m, a in cache.alpha.items()}

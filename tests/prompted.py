@@ -1,0 +1,87 @@
+"""Made-up features with prompts for tests, and small EmoAsst runs on them."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+from ml_collections import ConfigDict
+
+from avjax import config as configs
+from avjax import loop, models, pipeline, readouts, streams
+from avjax.datasets.base import Fold
+from avjax.datasets.store import Features
+
+SMALL = {"told": True, "width": 8, "heads": 2, "inner": 8, "shots": 2, "tune_steps": 5}
+
+
+def make(**more) -> Features:
+    """`synthetic.make` with prompts that say the class, and `classes`."""
+    made = synthetic.make(**more)
+    rng, width = np.random.default_rng(1), synthetic.SIZES["text"][1]
+    classes = np.eye(len(made.classes), width, dtype=np.float32)
+    prompts = classes[made.label][:, None] + 0.2 * rng.normal(size=(len(made.ids), 6, width)).astype(np.float32)
+    there = np.ones(prompts.shape[:2], bool)
+    return dataclasses.replace(
+        made,
+        arrays=made.arrays | {"prompts": prompts},
+        masks=made.masks | {"prompts": there},
+        constants={"classes": classes},
+    )
+
+
+def folds(ids: list[str]) -> tuple[Fold, ...]:
+    """Of 48 clips: unequal training parts, so that the second lane is padded; its validation part is made of them."""
+    return (
+        Fold("long", tuple(ids[:26]), tuple(ids[36:]), tuple(ids[26:36])),
+        Fold("short", tuple(ids[:12]), tuple(ids[38:]), ()),
+    )
+
+
+def settings(**more):
+    chosen = {f"model__settings__{k}": v for k, v in SMALL.items()}
+    chosen |= {"train__epochs": 2, "train__epochs_per_call": 2, "train__batch_size": 8, "train__seeds": (1,)}
+    return configs.load("configs/emoasst_folder.py", **chosen | more)
+
+
+@functools.cache
+def compiled(chosen: str, classes: int):
+    """The model and the trainer of a configuration, compiled once for all runs of equal settings."""
+    config = ConfigDict(json.loads(chosen))
+    model = models.build(config.model, classes)
+    return model, loop.make(model, config)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Programs of a few clips are compiled in half the time where nothing is optimised; for modules that import it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+class Run:
+    """A protocol that is trained in one call."""
+
+    def __init__(self, features: Features, **more):
+        self.config, self.features = settings(**more), features
+        self.model, self.trainer = compiled(self.config.to_json(), len(features.classes))
+        protocol = self.config.protocol
+        self.plan = pipeline.plan(features, folds(features.ids), self.config.train.seeds, protocol)
+        self.data = streams.choose(features, self.config, self.model.constants)
+        self.state = self.trainer.init(self.plan.lanes, self.data)
+
+    def train(self) -> "Run":
+        self.state, self.sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(1))
+        return self
+
+    def represented(self, data=None, **how) -> dict[str, np.ndarray]:
+        return readouts.represent(self.model, self.state, self.data if data is None else data, **how)
+
+
+def equal(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
