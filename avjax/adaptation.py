@@ -122,12 +122,13 @@ def curve(workdir: Path, run: Run, shots: Sequence[int], draws: int, seed: int =
     """What labelled clips of a person whom a lane has not seen bring, beginning with none of them.
 
     For each lane, each person among its test clips and each draw, as many clips of each class as the largest of `shots`
-    asks for are drawn and set aside, fewer where a class has no more: one always stays. The first of them enter the
+    asks for are drawn and set aside, fewer where a class has no more: one always stays, and people with no more than
+    one clip of every class are left out. The first of them enter the
     lane's cache, and the others of the person are recognised: the same clips at every point. Alpha and beta are the
     lane's own, fitted without this person.
 
     Raises:
-      AvjaxError: shots or draws are not positive, speakers are unknown, or no class of a person has two clips.
+      AvjaxError: shots or draws are not positive, speakers are unknown, or nobody has two clips of a class.
     """
     _check_readable(run)
     shots = sorted(set(shots))
@@ -145,6 +146,8 @@ def curve(workdir: Path, run: Run, shots: Sequence[int], draws: int, seed: int =
                 rng = np.random.default_rng([seed, lane, draw])
                 for k, score in _drawn(cache, found, kept, own, shots, rng):
                     scores[k].setdefault(person, []).append(score)
+    if not scores[0]:
+        raise AvjaxError(f"{workdir}: nobody has two clips of a class, one to label and one to test")
     return _points(scores)
 
 
@@ -155,7 +158,7 @@ def _drawn(cache: Cache, found, kept, own: np.ndarray, shots: Sequence[int], rng
     by_class = {c: [i for i in order if label[i] == c] for c in np.unique(label[own]).tolist()}
     aside = {c: members[: min(shots[-1], len(members) - 1)] for c, members in by_class.items()}
     if not any(aside.values()):
-        raise AvjaxError(f"a person has one clip of each class, {ids[own[0]]} among them; one to label and one to test")
+        return
     rest = np.array([i for c, members in by_class.items() for i in members[len(aside[c]) :]])
     for k in (0, *shots):
         chosen = np.array([i for members in aside.values() for i in members[:k]], int)

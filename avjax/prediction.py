@@ -166,7 +166,7 @@ def predict(
     if found is None:
         return [], rejected
     shares = answers_of(run, found, cache)
-    sentences = found.sentences.get(run.text_source, [""] * len(found.ids))
+    sentences = found.sentences[run.text_source] if run.text_source else [""] * len(found.ids)
     answers = [
         Prediction(clip_id, dict(zip(run.classes, map(float, row), strict=True)), sentence, lacking)
         for clip_id, row, sentence, lacking in zip(found.ids, shares, sentences, missing, strict=True)
@@ -197,7 +197,10 @@ def measure(
         _check_made_by(run, extraction.made_by(measured[0]))
         examples = list(extraction.examples(measured, sentences, settings, store))
         missing = [_missing(m, run, sentences, store) for m in measured]
-    return _features(run, [c for c, _ in measured], examples), missing, rejected
+    found = _features(run, [c for c, _ in measured], examples)
+    if run.text_source == prompting.UTTERANCE:
+        found = prompting.attach_utterances(found, run.preset, run.random, console)
+    return found, missing, rejected
 
 
 def represented(run: Run, clips: stores.Features) -> dict[str, np.ndarray]:
@@ -276,10 +279,6 @@ def _paths(path: Path) -> list[Path]:
 def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> stores.Features:
     """New clips as a feature store would give them, without labels."""
     arrays, masks = stores.stacked(examples)
-    if run.text_source == prompting.UTTERANCE:  # of a new clip nobody knows what is said
-        width = arrays["text_both"].shape[-1]
-        arrays["text_utterance"] = np.zeros((len(clips), 1, width), np.float32)
-        masks["text_utterance"] = np.zeros((len(clips), 1), bool)
     return stores.Features(
         dataset=run.dataset,
         classes=run.classes,
@@ -299,11 +298,15 @@ def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> s
 
 def _missing(measured: extraction.Measured, run: Run, sentences: Mapping, store: stores.Store) -> dict[str, str]:
     clip, keys = measured
-    silent = run.text_source and not sentences[clip.id].get(run.text_source)
+    if run.text_source == prompting.UTTERANCE:
+        unsaid = "" if clip.transcript else "nobody has told what is said"
+    else:
+        silent = run.text_source and not sentences[clip.id][run.text_source]
+        unsaid = "nothing to say: no face and no voice was measured" if silent else ""
     why = {
         "picture": str(store.get(clip.id, "video", keys["video"], "why")["why"]),
         "sound": str(store.get(clip.id, "audio", keys["audio"], "why")["why"]),
-        "sentence": "nothing to say: no face and no voice was measured" if silent else "",
+        "sentence": unsaid,
     }
     return {what: reason for what, reason in why.items() if reason}
 

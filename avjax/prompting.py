@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,36 +36,43 @@ def attach(found: Features, config, console: Console) -> Features:
     the vectors are kept under `$AVJAX_CACHE/prompts`.
 
     Raises:
-      AvjaxError: the task has no classes, the features were left on disk, the text encoder cannot be had, or a file of
-        vectors is damaged.
+      AvjaxError: the task has no classes, the text encoder cannot be had, or a file of vectors is damaged.
     """
     if found.task != "single":
         raise AvjaxError(f"prompts name one class per clip; the labels of these data are of the task {found.task!r}")
-    if found.packed is not None:
-        raise AvjaxError(
-            "prompts stand beside features in memory, and these were left on disk (data.mode=streamed, or auto and too "
-            "large); set data.mode=resident, or take a preset with fewer steps"
-        )
     settings = presets.preset(config.prompts.preset or config.preset, random=config.weights.random)
     encoder = encoding.Loader(settings.random)(settings.text)
     length = _counter(encoder)
     texts = [fitted(clip, length, settings.max_tokens) for clip in found.clips]
-    spoken = [clip.transcript or "" for clip in found.clips]
     classes = [prompts.of_class(name) for name in found.classes]
-    wanted = sorted({t for row in (*texts, spoken, *classes) for t in row if t})
-    known = dict(zip(wanted, _encoded(encoder, wanted, settings.max_tokens, console), strict=True))
-    nothing = np.zeros(encoder.width, np.float32)
-    said = np.array([bool(s) for s in spoken])[:, None]
+    known = _known(encoder, [*texts, *classes, _spoken(found)], settings.max_tokens, console)
+    found = _with_utterances(found, known, encoder.width)
     return dataclasses.replace(
         found,
-        arrays=found.arrays
-        | {
-            "prompts": np.stack([np.stack([known[t] for t in row]) for row in texts]),
-            f"text_{UTTERANCE}": np.stack([known.get(s, nothing)[None] for s in spoken]),
-        },
-        masks=found.masks | {"prompts": np.ones((len(texts), len(prompts.FORMATS)), bool), f"text_{UTTERANCE}": said},
-        sentences=found.sentences | {UTTERANCE: spoken},
+        arrays=found.arrays | {"prompts": np.stack([np.stack([known[t] for t in row]) for row in texts])},
+        masks=found.masks | {"prompts": np.ones((len(texts), len(prompts.FORMATS)), bool)},
         constants={"classes": _unit(np.stack([np.mean([_unit(known[t]) for t in row], 0) for row in classes]))},
+    )
+
+
+def attach_utterances(found: Features, preset: str, random: bool, console: Console) -> Features:
+    """Features with `text_utterance` alone, as `attach` makes it; raises as that."""
+    settings = presets.preset(preset, random=random)
+    encoder = encoding.Loader(random)(settings.text)
+    return _with_utterances(found, _known(encoder, [_spoken(found)], settings.max_tokens, console), encoder.width)
+
+
+def _spoken(found: Features) -> list[str]:
+    return [clip.transcript or "" for clip in found.clips]
+
+
+def _with_utterances(found: Features, known: Mapping[str, np.ndarray], width: int) -> Features:
+    name, spoken, nothing = f"text_{UTTERANCE}", _spoken(found), np.zeros(width, np.float32)
+    return dataclasses.replace(
+        found,
+        arrays=found.arrays | {name: np.stack([known.get(s, nothing)[None] for s in spoken])},
+        masks=found.masks | {name: np.array([bool(s) for s in spoken])[:, None]},
+        sentences=found.sentences | {UTTERANCE: spoken},
     )
 
 
@@ -91,6 +98,14 @@ def _counter(encoder: Encoder) -> Callable[[str], int]:
     tokenizer = encoder.tokenizer
     tokenizer.no_truncation()
     return lambda text: len(tokenizer.encode(text).ids)
+
+
+def _known(encoder: Encoder, rows: Iterable[Iterable[str]], max_tokens: int, console: Console) -> dict[str, np.ndarray]:
+    """Text → its vector (d,), for all texts of the rows but empty ones."""
+    wanted = sorted({text for row in rows for text in row if text})
+    if not wanted:
+        return {}
+    return dict(zip(wanted, _encoded(encoder, wanted, max_tokens, console), strict=True))
 
 
 def _encoded(encoder: Encoder, texts: Sequence[str], max_tokens: int, console: Console) -> np.ndarray:

@@ -70,6 +70,20 @@ class Streamed:
             yield index, self.resident(index)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Beside:
+    """Clips on disk, and what of all of them is held in memory."""
+
+    disk: Packed
+    held: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.disk)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self.disk[i] | {key: array[i] for key, array in self.held.items()}
+
+
 class _Batches:
     """A random-access source of batches: the clips `index[k] (…)` and `index[k]` itself, for Grain."""
 
@@ -131,7 +145,10 @@ def room() -> float:
 
 def _clips(features: Features, text_source: str) -> Sequence[Mapping[str, np.ndarray]]:
     if features.packed:
-        return Packed(*features.packed, features.clips, text_source)
+        here = f"text_{text_source}" in features.arrays
+        disk = Packed(*features.packed, features.clips, "" if here else text_source)
+        held = pipeline.streams_of(features, text_source if here else "")
+        return _Beside(disk, held) if held else disk
     host = pipeline.streams_of(features, text_source)
     return [{key: array[i] for key, array in host.items()} for i in range(len(features.ids))]
 

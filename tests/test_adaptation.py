@@ -300,9 +300,12 @@ def test_a_curve_needs_people_and_clips(tmp_path):
     np.savez(tmp_path / readouts.REPRESENTATIONS, **kept | {"speaker": np.array(unknown.speakers)})
     with pytest.raises(AvjaxError, match="its clips have no speakers"):
         adaptation.curve(tmp_path, run, (1,), 1)
+    someone = np.array(["q", *kept["speaker"][1:]])
+    np.savez(tmp_path / readouts.REPRESENTATIONS, **kept | {"speaker": someone})
+    assert all(sorted(point.uar) == sorted(set(kept["speaker"])) for point in adaptation.curve(tmp_path, run, (1,), 1))
     alone = np.array([f"q{i}" for i in range(PEOPLE * CLIPS)])
     np.savez(tmp_path / readouts.REPRESENTATIONS, **kept | {"speaker": alone})
-    with pytest.raises(AvjaxError, match="one clip of each class, p0/00 among them"):
+    with pytest.raises(AvjaxError, match="nobody has two clips of a class"):
         adaptation.curve(tmp_path, run, (1,), 1)
 
 

@@ -1,7 +1,6 @@
 """Emotion prompts: the words of the figure, what fits into an encoder, and the features that are made of them."""
 
 import dataclasses
-import pathlib
 
 import numpy as np
 import pytest
@@ -235,6 +234,18 @@ def test_each_text_is_encoded_once_and_kept(encoder, tmp_path):
     assert kept.is_file()
 
 
+def test_utterances_of_new_clips_are_those_of_the_data(encoder):
+    found = told()
+    whole, alone = attached(found), prompting.attach_utterances(found, "lite", False, Console(quiet=True))
+    name = f"text_{prompting.UTTERANCE}"
+    assert alone.arrays.keys() == found.arrays.keys() | {name}
+    np.testing.assert_array_equal(alone.arrays[name], whole.arrays[name])
+    np.testing.assert_array_equal(alone.masks[name], whole.masks[name])
+    assert alone.sentences[prompting.UTTERANCE] == [clip.transcript or "" for clip in found.clips]
+    silent = dataclasses.replace(found, clips=[dataclasses.replace(c, transcript=None) for c in found.clips])
+    assert not prompting.attach_utterances(silent, "lite", False, Console(quiet=True)).masks[name].any()
+
+
 def test_a_kept_file_that_is_damaged_is_told(encoder, tmp_path):
     attached(told())
     (kept,) = (tmp_path / "prompts").iterdir()
@@ -256,11 +267,6 @@ def test_the_encoder_is_that_of_the_preset(encoder, monkeypatch):
 def test_other_tasks_have_no_prompts(encoder):
     with pytest.raises(AvjaxError, match="one class per clip; the labels of these data are of the task 'regression'"):
         attached(synthetic.values(40))
-
-
-def test_clips_on_disk_have_no_prompts(encoder):
-    with pytest.raises(AvjaxError, match=r"left on disk .*set data\.mode=resident"):
-        attached(told(packed=(pathlib.Path("F"), "avjax_folder", "lite")))
 
 
 @pytest.mark.weights

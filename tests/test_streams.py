@@ -113,6 +113,21 @@ def test_packed_clips_are_those_of_the_whole_set(root):
         Packed(root, "avjax_synthetic", "lite", FEATURES.clips, "smell")
 
 
+def test_what_is_in_memory_stands_beside_the_clips_on_disk(root):
+    rng = np.random.default_rng(0)
+    held = {name: rng.normal(size=(48, n, 5)).astype(np.float32) for name, n in (("prompts", 6), ("text_said", 1))}
+    masks = {name: np.ones(array.shape[:2], bool) for name, array in held.items()}
+    left, whole = (store.load(root, "lite", on_disk=on_disk) for on_disk in (True, False))
+    left, whole = (dataclasses.replace(f, arrays=f.arrays | held, masks=f.masks | masks) for f in (left, whole))
+    for source, texts in (("said", held["text_said"]), ("audio", whole.arrays["text_audio"])):
+        disk, memory = (streams.choose(f, chosen(model__text_source=source)) for f in (left, whole))
+        index = np.array([[3, 0], [47, 3]])
+        equal(disk.rows(index), memory.rows(index))
+        np.testing.assert_array_equal(disk.rows(index)["prompts"], held["prompts"][index])
+        np.testing.assert_array_equal(disk.rows(index)["text"], texts[index])
+        assert len(disk.clips) == 48
+
+
 class Killed(Exception):
     pass
 
