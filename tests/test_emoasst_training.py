@@ -111,6 +111,7 @@ def test_features_are_made_without_prompts_and_labels(whole):
     equal(told["audio"], plain["audio"])
 
 
+@pytest.mark.slow
 def test_features_are_those_of_each_lanes_best_parameters(whole):
     found = whole.represented()
     index = jnp.array([47, 3, 5, 30])
@@ -125,6 +126,7 @@ def test_features_are_those_of_each_lanes_best_parameters(whole):
     assert not found["video"][:, 5].any()
 
 
+@pytest.mark.slow
 def test_streamed_clips_have_the_same_features(whole):
     config = prompted.settings(data__mode="streamed")
     data = streams.choose(FEATURES, config, whole.model.constants)

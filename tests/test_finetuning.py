@@ -154,6 +154,7 @@ def test_neighbours_and_padding_change_no_answer(preset):
         close(whole[head], padded[head], atol=2e-5, err_msg=head)
 
 
+@pytest.mark.slow
 @every_sound
 def test_a_missing_modality_costs_no_gradient_and_brings_no_nan(preset):
     """Clip 3 lacks sound, 5 a face, 7 its sentence; each alone, with rubbish in the place of what is not there."""
@@ -178,6 +179,7 @@ def test_a_missing_modality_costs_no_gradient_and_brings_no_nan(preset):
             assert moves == (stream != lacking), (lacking, stream)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close():
     model, one, variables = started("lora")
     half, _ = built("lora", model__dtype="bfloat16")
@@ -217,12 +219,14 @@ def low() -> Trained:
     return Trained("lora", model__encoders__frozen=("^text/",), train__accumulate=2, **FREE)
 
 
+@pytest.mark.slow
 def test_loss_falls_from_raw_inputs(low):
     losses = [row["train_loss"] for row in low.rows]
     assert np.mean(losses[-2:]) < 0.4 * np.mean(losses[:2])
     assert low.trainer.epochs._cache_size() == 1, "nothing is traced again"
 
 
+@pytest.mark.slow
 def test_what_is_frozen_does_not_move_and_the_rest_does(low):
     begun, ended = (flatten_dict(state.params, sep="/") for state in (low.begun, low.state))
     assert not [path for path in ended if path.startswith("text/")]
@@ -231,6 +235,7 @@ def test_what_is_frozen_does_not_move_and_the_rest_does(low):
     assert {path.split("/")[0] for path in ended} == {"core", "audio", "video"}
 
 
+@pytest.mark.slow
 def test_merged_weights_answer_as_the_run_does(low, tmp_path):
     """Each lane's encoders as plain params, of a model that trains none of them."""
     finetuning.write_merged(tmp_path / "merged", low.model, low.state.best, low.plan.names)
@@ -250,6 +255,7 @@ def test_merged_weights_answer_as_the_run_does(low, tmp_path):
     assert not np.allclose(low.answers["fusion"][0], low.answers["fusion"][1], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_files_say_what_they_were_made_of(low, tmp_path):
     from safetensors import safe_open
 
@@ -294,6 +300,7 @@ REMATTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [k if k == "tiny_text" else pytest.param(k, marks=pytest.mark.slow) for k in REMATTED])
 def test_remat_gives_the_same_and_holds_less_for_the_gradient(kind):
     """What is held between an encoder and its gradient, its params aside; on a CPU the compiler undoes the rest."""
