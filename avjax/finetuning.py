@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -24,6 +25,7 @@ from avjax.presets import Encoding
 
 FAMILIES = (bert, vit, wav2vec2, whisper)
 TUNE = ("full", "lora")
+_EPS = 1e-5
 
 
 class Pretrained(Mapping):
@@ -61,7 +63,8 @@ class Pretrained(Mapping):
 def build(config, classes: int) -> Model:
     """Makes ETG-AVER with the encoders of `config.encoders.preset`; `config` is the `model` part of a configuration.
 
-    Steps of sound are kept as the encoder gives them: the core averages them to segments of its own.
+    Steps of sound are kept as the encoder gives them: the core averages them to segments of its own. Features of a
+    middle layer, which come before the encoder's last norm, are brought to mean 0 and variance 1 in each step.
 
     Raises:
       AvjaxError: the preset does not stage raw inputs of all streams, a setting does not fit, or as `etg_aver.build`.
@@ -108,6 +111,9 @@ def _encode(encoding: Encoding, dtype: str, remat: bool) -> Encode:
 
     def run(params: Mapping[str, Any], inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         features, real = encoders.pooled(*module.apply({"params": params}, inputs, mask), encoding.pool)
+        if encoding.layer is not None:
+            wide = features.astype(jnp.float32)
+            features = jax.nn.standardize(wide, variance=jnp.var(wide, -1, keepdims=True), epsilon=_EPS)
         return (features[:, None], real[:, None]) if encoding.pool else (features, real)
 
     def of_pictures(params, raw, mask):

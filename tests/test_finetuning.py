@@ -84,6 +84,8 @@ def test_begins_as_the_core_on_the_features_of_the_encoders(preset):
             encoded, real = encoded.reshape(*mask.shape, -1), real.reshape(mask.shape)
         else:
             encoded, real = encoder(raw.swapaxes(1, 2) if raw.shape[-1] == 6 else raw[..., 0], mask)
+        if e.layer is not None:
+            encoded = (encoded - encoded.mean(-1, keepdims=True)) / np.sqrt(encoded.var(-1, keepdims=True) + 1e-5)
         features |= {stream: encoded, f"{stream}_mask": real}
     core = {"params": variables["params"]["core"]}
     expected = jax.jit(full.module.core.apply)(core, features).logits
