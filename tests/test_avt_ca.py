@@ -267,6 +267,7 @@ def test_transformer_block_by_loops():
         np.testing.assert_allclose(ours[real], block(np.float64(one[real]), exact(variables)[0]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_between_the_layers_of_the_feed_forward_network():
     """Eq. 5b: with an output map that only passes on, a value is gone or divided by 1 − p; nothing else is."""
     x = STEPS[..., :4]
@@ -328,6 +329,7 @@ def same(got, want) -> None:
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [(), ("audio",), ("video",)])
 @ALL
 def test_a_clip_by_loops(name, side, missing):
@@ -397,6 +399,7 @@ def test_padding_and_neighbours_change_no_answer(name, side):
     np.testing.assert_allclose(answer(name, larger(batch, rubbish))[2:], want, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "side"),
     [("it4", 0), ("ct4", 0), ("full", 0), ("softhard", 0), ("full", 32)]
@@ -431,6 +434,7 @@ def test_dropout_acts_in_training_and_only_in_self_blocks():
         assert (np.abs(one - other).max() > 1e-4) == acts, name
 
 
+@pytest.mark.slow
 def test_softhard_draws_four_kinds_of_clips_in_training_only():
     count = 400
     one = {k: np.repeat(v[:1], count, 0) for k, v in batch_of().items()}

@@ -107,6 +107,7 @@ def test_logits_loss_and_gradient_are_the_same():
         np.testing.assert_allclose(parameter.grad, expected[name], rtol=0, atol=1e-4 * everything, err_msg=name)
 
 
+@pytest.mark.slow
 @needs_torch
 def test_what_lies_under_a_mask_is_not_read():
     torch_etg, model, streams, run = in_torch(lane(trained()[3].params))

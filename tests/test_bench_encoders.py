@@ -119,6 +119,7 @@ def test_the_ways_are_timed_in_turn():
     assert timed == 3 * ["avjax", "pytorch"]
 
 
+@pytest.mark.slow
 def test_sound_is_measured_against_its_own_length(no_torch):
     rows, _ = measured("sound")
     for row, seconds in zip(rows, (0.05, 2 * 0.0375), strict=True):

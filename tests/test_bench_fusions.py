@@ -63,6 +63,7 @@ def measured(name: str, repeats: int = 2) -> tuple[dict, list[str]]:
 # ---- Rows ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_torch
 def test_row():
     row, said = measured("lmf")

@@ -187,7 +187,7 @@ def test_folder_with_file_names_that_are_not_utf8(folder, tmp_path):
 def test_folder_without_table_and_missing_roots(tmp_path, monkeypatch):
     with pytest.raises(AvjaxError, match=r"labels\.csv: not found; .* columns file,label"):
         datasets.index("folder", str(tmp_path))
-    with pytest.raises(AvjaxError, match="the registry has crema_d, demo, folder, mafw, ravdess"):
+    with pytest.raises(AvjaxError, match="the registry has crema_d, demo, folder, mafw, meld, ravdess"):
         datasets.index("mawf")
     monkeypatch.setenv("AVJAX_DATA", str(tmp_path))
     with pytest.raises(AvjaxError, match=rf"{tmp_path}/mafw: no such folder; set --config.data.root"):

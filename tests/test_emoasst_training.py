@@ -100,6 +100,7 @@ def test_prompts_of_training_clips_are_read_in_training(whole):
     assert np.abs(other.state.params["query"] - whole.state.params["query"]).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_features_are_made_without_prompts_and_labels(whole):
     blind = dataclasses.replace(changed(prompts=spoilt(slice(0, 48))), label=np.zeros(48, np.int32))
     data = streams.choose(blind, whole.config, whole.model.constants)

@@ -93,6 +93,7 @@ def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
         assert changes.mean() > 0.8 / stride
 
 
+@pytest.mark.slow
 def test_the_store_gives_flow_to_those_who_ask(packed):
     out, made = packed("dis")
     whole = stores.load(out, "dis")

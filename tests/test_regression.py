@@ -120,6 +120,7 @@ def agreement(y: np.ndarray, x: np.ndarray) -> float:
 # ---- Values -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["linear", pytest.param("de_iii", marks=pytest.mark.slow)])
 def test_a_planted_relation_is_recovered(run, request):
     metrics, _ = measured(request.getfixturevalue(run))
