@@ -21,8 +21,6 @@ from avjax.errors import AvjaxError
 from avjax.models.emoasst import modalities
 from avjax.prediction import Run
 
-SHOTS = 16  # entries of each class that a new cache begins with
-
 
 @dataclasses.dataclass(frozen=True)
 class Point:
@@ -69,7 +67,7 @@ def _check_readable(run: Run) -> None:
 
 
 def begun(workdir: Path, run: Run) -> Cache:
-    """A new cache of a run: up to SHOTS of its clips of each class; alpha and beta are the medians of its lanes'.
+    """A new cache of a run: as many of its clips of each class as a lane has; alpha and beta are the lanes' medians.
 
     Raises:
       AvjaxError: the run is not read by a cache, or its features are missing or damaged.
@@ -80,7 +78,8 @@ def begun(workdir: Path, run: Run) -> Cache:
     ids, label = kept["clip_id"].tolist(), kept["label"]
     text = readouts.joined({"text": np.stack([c.text for c in run.caches])})["text"]
     cache = caches.empty(run.classes, text, tuple(found), run.caches[0].origin)
-    chosen = caches.few(label, ids, len(run.classes), SHOTS, 0)
+    shots = max(int(np.bincount(c.label).max()) for c in run.caches)
+    chosen = caches.few(label, ids, len(run.classes), shots, 0)
     names = [run.classes[i] for i in label[chosen]]
     cache = caches.add(cache, [ids[i] for i in chosen], names, {m: v[chosen] for m, v in found.items()})
     alpha = {m: float(np.median([c.alpha[m] for c in run.caches])) for m in found}

@@ -237,11 +237,14 @@ def _logistic(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int
     return np.maximum(out, -100.0)  # a class without training clips, and what float32 cannot tell from it
 
 
-def remarks(model: Model, state: loop.State, plan: LanePlan, data, features: Features) -> dict[str, object]:
+def remarks(
+    model: Model, state: loop.State, plan: LanePlan, data, features: Features, found: Mapping[str, np.ndarray]
+) -> dict[str, object]:
     """What `metrics.json` is to say of a run beside its scores: `query`, where pictures were asked with their label."""
     if not (model.module.told and model.module.prompt and "video" in model.streams):
         return {}
-    return {"query": query_mismatch(model, state, plan, data, features)}
+    told = represent(model, state, data, told=True)
+    return {"query": query_mismatch(plan, features, told["video"], found["video"])}
 
 
 def described(plan: LanePlan, settings) -> str:
@@ -255,16 +258,18 @@ def described(plan: LanePlan, settings) -> str:
     return f"head: {settings.shots}-shot cache{tuned}, alpha and beta {how}"
 
 
-def query_mismatch(model: Model, state: loop.State, plan: LanePlan, data, features: Features) -> dict[str, float]:
+def query_mismatch(plan: LanePlan, features: Features, told: np.ndarray, not_told: np.ndarray) -> dict[str, float]:
     """UAR of the zero-shot classifier of pictures on training clips, the query told their label and not.
 
     The query is told in training and never after it, so the first number is what training saw, and the difference is
     what it learned to copy. Means over lanes.
+
+    Args:
+      told, not_told: (lanes, clips, d), features of pictures by either query.
     """
     lanes = jax.device_get(plan.lanes)
     scores = {}
-    for name, told in (("told", True), ("not_told", False)):
-        found = represent(model, state, data, told)["video"]
+    for name, found in (("told", told), ("not_told", not_told)):
         text = np.asarray(features.constants["classes"])
         lane_scores = []
         for i in range(len(plan.names)):

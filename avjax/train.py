@@ -123,7 +123,7 @@ def train(config, workdir: Path | None = None) -> Path:
         read = readouts.of_lanes(found, features, plan, config.model.settings, readouts.origin(found))
         readouts.write(workdir, read, found, features, plan)
         logits, about = logits | read.logits, about | read.about
-        remarks = readouts.remarks(model, state, plan, clips, features)
+        remarks = readouts.remarks(model, state, plan, clips, features, found)
     ordered = {head: logits[head] for head in model.answers}  # jit sorts names; the predicting head stays first
     answers = results.predictions(features, plan, ordered)
     if chosen:

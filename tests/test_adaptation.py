@@ -85,7 +85,7 @@ def without_caches(run: prediction.Run) -> prediction.Run:
 def test_a_new_cache_has_clips_of_the_run_and_the_middle_of_its_lanes(whole):
     workdir, run = whole
     cache = adaptation.begun(workdir, run)
-    assert np.bincount(cache.label).tolist() == [adaptation.SHOTS] * 3
+    assert np.bincount(cache.label).tolist() == [SETTINGS.shots] * 3
     assert (cache.classes, cache.origin) == (CLASSES, run.caches[0].origin)
     assert cache.beta == np.median([c.beta for c in run.caches])
     for m in ("video", "audio"):

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 from avjax.benches.fusions import random_variables
-from avjax.errors import AvjaxError
-from avjax.models import avt_ca, base
+from avjax.models import avt_ca
 from avjax.models.avt_ca import VARIANTS, AvtCa
 
 CLASSES, WIDTH, HEADS = 3, 8, 2
@@ -475,30 +474,3 @@ def test_a_few_clips_are_learned(name, side):
         params = optax.apply_updates(params, updates)
     logits = compiled(name, side)[1]({"params": params, **running}, batch).logits["fusion"]
     assert (np.argmax(logits, -1) == batch["label"]).mean() > 0.8
-
-
-# ---- What it is told -----------------------------------------------------------------------------------------------
-
-
-def test_the_entry_reads_audio_and_video_in_any_order():
-    entry, (variables, apply) = avt_ca.FUSIONS["avt_ca"], compiled("full")
-    assert entry.loss is base.fusion_loss
-    assert {name for name, *_ in entry.pictured} == apply(variables, batch_of()).attention.keys()
-    assert all(map(entry.fits, (STREAMS, STREAMS[::-1])))
-    assert not any(map(entry.fits, (("audio",), ("audio", "text"))))
-    turned = jit(built("full", streams=STREAMS[::-1]).apply)(variables, batch_of())
-    same(turned.logits["fusion"], answer("full", batch_of()))
-
-
-@pytest.mark.parametrize(
-    ("settings", "side", "message"),
-    [
-        ({"blocks": "none"}, 0, "blocks is 'none'; choose one of both, self, cross"),
-        ({}, 32, r"shape \(4, 5, 32, 32, 3\); AVT-CA with frames=False reads features .* set frames to True"),
-        ({"frames": True}, 0, r"shape \(4, 5, 6\); AVT-CA with frames=True reads pictures .* set frames to False"),
-        ({"frames": True}, 31, "pictures of 31 x 31 pixels .* even sides, such as 112 x 112"),
-    ],
-)
-def test_what_does_not_fit_is_named(settings, side, message):
-    with pytest.raises(AvjaxError, match=message):
-        jax.eval_shape(built("full", **settings).init, jax.random.key(0), batch_of(side=side))

@@ -380,8 +380,8 @@ def test_cosines_of_joined_features_are_the_means_over_lanes():
 def test_the_mismatch_of_queries_is_measured_on_training_clips():
     """Of a run that was not trained: with and without the label, by an independent count."""
     run = prompted.Run(prompted.make(signal=1.0))
-    found = readouts.query_mismatch(run.model, run.state, run.plan, run.data, run.features)
-    assert readouts.remarks(run.model, run.state, run.plan, run.data, run.features) == {"query": found}
+    given = (run.model, run.state, run.plan, run.data, run.features, run.represented())
+    found = readouts.remarks(*given)["query"]
     lanes = jax.device_get(run.plan.lanes)
     for name, told in (("told", True), ("not_told", False)):
         x, scores = run.represented(told=told)["video"], []
@@ -391,4 +391,4 @@ def test_the_mismatch_of_queries_is_measured_on_training_clips():
             scores.append(uar(answers, run.features.label[train]))
         assert found[name] == pytest.approx(np.mean(scores))
     silent = run.model.replace(module=run.model.module.clone(told=False))
-    assert readouts.remarks(silent, run.state, run.plan, run.data, run.features) == {}
+    assert readouts.remarks(silent, *given[1:]) == {}
