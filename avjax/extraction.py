@@ -20,6 +20,7 @@ from avjax.datasets import store as stores
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
 from avjax.files import write_text
+from avjax.media import audio
 from avjax.media.faces import FaceTracker
 from avjax.presets import Preset
 from avjax.progress import Stopwatch
@@ -125,6 +126,9 @@ def measure_all(
     todo = [job for job in lacking if job[2]]
     if len(todo) < len(planned):
         console.print(f"{len(planned)} clips, {len(planned) - len(todo)} measured already")
+    if todo:
+        # Workers that compile librosa's functions side by side leave a file of them that crashes whoever loads it.
+        audio.analyse(np.sin(np.arange(audio.SAMPLE_RATE, dtype=np.float32)))
     done = workers.each(
         _measure_one,
         todo,
