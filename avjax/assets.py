@@ -28,8 +28,8 @@ def names(*folders: str) -> list[str]:
 
 
 def data_root(dataset: str) -> Path:
-    """The default place of a data set: `$AVJAX_DATA/<dataset>`, else `~/avjax_data/<dataset>`."""
-    return Path(os.environ.get("AVJAX_DATA", "~/avjax_data")).expanduser() / dataset
+    """The default place of a data set, or of `corpus:target`: `$AVJAX_DATA/<corpus>`, else `~/avjax_data/<corpus>`."""
+    return Path(os.environ.get("AVJAX_DATA", "~/avjax_data")).expanduser() / dataset.partition(":")[0]
 
 
 def cache() -> Path:

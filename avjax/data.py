@@ -38,10 +38,10 @@ def _stored(config, console: Console) -> Features:
         corpus.make(corpus.place(), console)
     elif root:
         datasets.index(dataset, root)  # also where its features are there already
-    if not store.is_finished(place, config.preset) and (root or assets.data_root(dataset).is_dir()):
+    if not store.is_finished(place, config.preset, dataset) and (root or assets.data_root(dataset).is_dir()):
         extraction.extract(dataset, config.preset, root=root, out=str(place), random=config.weights.random)
     on_disk = streams.too_large(place, dataset, config.preset, config.data.mode)
-    return store.load(place, config.preset, on_disk=on_disk)
+    return store.load(place, config.preset, dataset, on_disk=on_disk)
 
 
 def _stand_in(config, place: Path) -> bool:

@@ -57,7 +57,7 @@ def extract(
     console, clock, begun = Console(soft_wrap=True, markup=False), Stopwatch(), time.perf_counter()
     place = stores.place(dataset, out)
     settings = presets.preset(preset, random=random)
-    with stores.Store(place).locked(dataset) as store:
+    with stores.Store(place, dataset).locked() as store:
         # ---- Picture and sound ------------------------------------------------------------------------------------
         if only_text:
             corpus, measured = store.read_measured(preset)
@@ -78,7 +78,7 @@ def extract(
         with clock("packing"):
             _pack(corpus, measured, rejected, sentences, settings, store, preset, console)
         _report(measured, store, preset, clock, time.perf_counter() - begun, console)
-    index = stores.read_index(place)["presets"][preset]
+    index = stores.read_index(place, dataset)["presets"][preset]
     counts = index["counts"]
     console.print(
         f"{place}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "

@@ -131,7 +131,7 @@ def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
     """Whether a packed view is to be left on disk."""
     if mode != "auto":
         return mode == "streamed"
-    files = store.view(root, f"avjax_{dataset}", preset).glob("*.array_record*")
+    files = store.view(root, store.view_name(dataset), preset).glob("*.array_record*")
     return _GROWS * sum(f.stat().st_size for f in files) > room()
 
 

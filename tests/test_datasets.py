@@ -1,18 +1,18 @@
 """Data sets: labels.csv as people write it, MAFW's lists, folds, and what is held out for validation."""
 
 import dataclasses
-import json
 import os
 from collections import Counter
 
 import pytest
 from conftest import REAL
 
-from avjax import assets, datasets
+from avjax import datasets
+from avjax.datasets.about import about
 from avjax.datasets.base import Clip, Fold, hold_out, natural_folds
 from avjax.errors import AvjaxError
 
-CLASSES = json.loads(assets.path("data/mafw.json").read_text())["classes"]
+CLASSES = list(about("mafw").classes)
 
 # ---- folder ----------------------------------------------------------------------------------------------------------
 
@@ -336,7 +336,7 @@ def test_mafw_real_lists(tmp_path):
                 (clips / line.split()[0]).write_bytes(b"x")
                 tested[line.split()[0]] += 1
     corpus = datasets.index("mafw", str(tmp_path))
-    assert len(corpus.clips) == 9172 == json.loads(assets.path("data/mafw.json").read_text())["clips"]
+    assert len(corpus.clips) == 9172 == about("mafw").clips
     assert set(tested.values()) == {1}
     assert len(tested) == 9172
     assert [len(f.test) for f in corpus.folds] == [1839, 1837, 1833, 1832, 1831]

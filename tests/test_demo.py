@@ -8,6 +8,7 @@ from rich.console import Console
 
 from avjax import features, files
 from avjax.datasets import mafw
+from avjax.datasets.about import about
 from avjax.demo import corpus, face, voice
 from avjax.errors import AvjaxError
 from avjax.media import audio, faces, video
@@ -90,11 +91,8 @@ def test_a_clip_that_cannot_be_made_is_a_plain_error(tmp_path, monkeypatch):
 
 
 def test_every_emotion_is_one_of_mafw_with_units_that_exist():
-    import json
 
-    from avjax import assets
-
-    assert list(corpus.EMOTIONS) == json.loads(assets.path("data/mafw.json").read_text())["classes"]
+    assert list(corpus.EMOTIONS) == list(about("mafw").classes)
     assert all(set(units) <= set(face.UNITS) for units, _ in corpus.EMOTIONS.values())
     # No two classes look and sound alike.
     assert len({(tuple(sorted(u.items())), m) for u, m in corpus.EMOTIONS.values()}) == 11

@@ -12,7 +12,7 @@ import clips
 import numpy as np
 import pytest
 
-from avjax import assets
+from avjax.datasets.about import about
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 METRICS = {"dataset", "protocol", "task", "counts", "folds", "mean", "std", "pooled"}
@@ -75,7 +75,7 @@ def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.weights
 def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
-    classes = json.loads(assets.path("data/mafw.json").read_text())["classes"]
+    classes = list(about("mafw").classes)
     root = tmp_path / "MAFW"
     one = clips.write_mp4(root / "data/clips/00001.mp4", seconds=0.5)
     for i in range(2, 23):

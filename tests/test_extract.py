@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from conftest import REAL
 
-from avjax import assets, datasets, extraction, features
+from avjax import datasets, extraction, features
 from avjax.datasets import store as stores
+from avjax.datasets.about import about
 from avjax.errors import AvjaxError
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -277,7 +278,7 @@ def test_clip_that_takes_too_long_is_quarantined(whole, tmp_path):
 
 
 def test_mafw_miniature(tmp_path):
-    data, classes = tmp_path / "data", json.loads(assets.path("data/mafw.json").read_text())["classes"]
+    data, classes = tmp_path / "data", list(about("mafw").classes)
     one = clips.write_mp4(tmp_path / "one.mp4", seconds=0.5, hz=None)
     names = [f"{i:05d}" for i in range(1, 12)]
     (data / "data/clips").mkdir(parents=True)

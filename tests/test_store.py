@@ -42,7 +42,7 @@ def example(clip, steps=3):
 
 def pack(root, data=None, preset="lite", make=example):
     data = data or corpus()
-    with stores.Store(root).locked(data.name) as store:
+    with stores.Store(root, data.name).locked() as store:
         staged = {c.id: {"video": "v", "audio": "a", "text": "t"} for c in data.clips}
         recipe = stores.recipe(data, data.clips, staged)
         about = {"counts": {"used": len(data.clips)}, "staged": staged, "made_by": {}}
@@ -230,7 +230,7 @@ def test_a_store_has_one_writer_and_one_data_set(tmp_path):
     code = f"""
         import pathlib, sys
         from avjax.datasets import store
-        with store.Store(pathlib.Path({str(tmp_path)!r})).locked("folder"):
+        with store.Store(pathlib.Path({str(tmp_path)!r}), "folder").locked():
             print("locked", flush=True)
             sys.stdin.read()
     """
@@ -238,13 +238,13 @@ def test_a_store_has_one_writer_and_one_data_set(tmp_path):
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(AvjaxError, match="another process is writing here"), stores.Store(tmp_path).locked("x"):
+        with pytest.raises(AvjaxError, match="another process is writing here"), stores.Store(tmp_path, "x").locked():
             pass
     finally:
         other.kill()
         other.communicate()
     pack(tmp_path)
-    with pytest.raises(AvjaxError, match="holds features of folder, not mafw"), stores.Store(tmp_path).locked("mafw"):
+    with pytest.raises(AvjaxError, match="holds features of folder, not mafw"), stores.Store(tmp_path, "mafw").locked():
         pass
 
 
@@ -256,7 +256,7 @@ def test_leftovers_of_killed_writers_are_swept_before_and_after(tmp_path):
         (tmp_path / "tfds/avjax_folder/lite/incomplete.ABC_1.0.0/file").write_bytes(b"half")
 
     litter()
-    with stores.Store(tmp_path).locked("folder"):
+    with stores.Store(tmp_path, "folder").locked():
         assert not leftovers(tmp_path)
         litter()
     assert not leftovers(tmp_path)

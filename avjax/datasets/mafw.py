@@ -3,13 +3,13 @@
 Its descriptive captions are annotators' words about the emotion, and never an input.
 """
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
 
-from avjax import assets, source
+from avjax import source
 from avjax.datasets import labels as labelling
+from avjax.datasets.about import about
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 
@@ -29,10 +29,10 @@ def index(root: Path) -> Corpus:
         no label is one of the eleven, no clip is there, or the lists contradict each other: two labels for a clip, a
         clip twice in one fold, or not tested exactly once over all folds.
     """
-    about = json.loads(assets.path("data/mafw.json").read_text())
+    known = about("mafw")
     lists = {
         (fold, part): root / _LISTS / f"set_{fold}" / f"{part}.txt"
-        for fold in range(1, about["folds"] + 1)
+        for fold in range(1, known.folds + 1)
         for part in ("train", "test")
     }
     missing = [str(p.relative_to(root)) for p in (root / "data" / "clips", *lists.values()) if not p.exists()]
@@ -43,8 +43,8 @@ def index(root: Path) -> Corpus:
         )
     labels: dict[str, str] = {}
     parts = {key: _read_list(path, labels) for key, path in lists.items()}
-    _check_folds(root / _LISTS, parts, about["folds"])
-    classes = about["classes"]
+    _check_folds(root / _LISTS, parts, known.folds)
+    classes = tuple(known.classes)
     if not any(label in classes for label in labels.values()):
         raise AvjaxError(f"{root / _LISTS}: not one label of these lists is one of {', '.join(classes)}")
     clips = {name: root / "data" / "clips" / f"{name}.mp4" for name in sorted(labels)}
@@ -57,11 +57,11 @@ def index(root: Path) -> Corpus:
         )
     folds = tuple(
         Fold(str(f), *(tuple(n for n in parts[f, p] if n in there) for p in ("train", "test")))
-        for f in range(1, about["folds"] + 1)
+        for f in range(1, known.folds + 1)
     )
     return Corpus(
         "mafw",
-        Task("single", tuple(classes)),
+        Task("single", classes),
         tuple(Clip(id=n, path=p, label=labels[n]) for n, p in clips.items() if n in there),
         folds,
         tuple((n, reason) for n, reason in reasons.items() if reason),

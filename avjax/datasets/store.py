@@ -6,7 +6,8 @@
     F/sentences.csv                       the sentences, to be read and edited
     F/quarantine.csv                      clip_id,reason
     F/tfds/avjax_<dataset>/<preset>/      the packed view (array_record; no TensorFlow)
-    F/index.json                          written last: a store without it is unfinished
+    F/index.json                          written last: a store without it is unfinished; index-<target>.json for
+                                          other labels of the same clips (`crema_d:crowd`), which share what is staged
 
 Every file is written beside its place and moved there in one step, so a killed run leaves nothing half-written.
 """
@@ -25,6 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from avjax import assets, tasks
+from avjax.datasets.about import corpus as corpus_of
+from avjax.datasets.about import target as target_of
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 from avjax.files import only_writer, replacing, write_text
@@ -76,23 +79,24 @@ class Features:
 
 
 class Store:
-    """A feature store at `root`, for writing."""
+    """A feature store at `root`, for writing data set `dataset` (its target says which index it has)."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, dataset: str = ""):
         self.root = root
+        self.dataset = dataset
         self.scratch = root / "scratch"  # for what is measured and not yet encoded
 
     @contextlib.contextmanager
-    def locked(self, dataset: str) -> Iterator["Store"]:
-        """Holds the store for one writer of `dataset`, and clears away what killed ones left.
+    def locked(self) -> Iterator["Store"]:
+        """Holds the store for one writer, and clears away what killed ones left.
 
         Raises:
           AvjaxError: another process is writing to it, it holds another data set, or it cannot be written.
         """
         with only_writer(self.root, "choose another --out"):
-            index = read_index(self.root)
-            if index and index["dataset"] != dataset:
-                raise AvjaxError(f"{self.root}: holds features of {index['dataset']}, not {dataset}; use another --out")
+            there = {json.loads(path.read_text())["dataset"] for path in self.root.glob("index*.json")}
+            if other := [name for name in sorted(there) if corpus_of(name) != corpus_of(self.dataset)]:
+                raise AvjaxError(f"{self.root}: holds features of {other[0]}, not {self.dataset}; use another --out")
             self._sweep()
             try:
                 yield self
@@ -170,7 +174,7 @@ class Store:
 
     def is_packed(self, preset: str, recipe: str) -> bool:
         """Whether the packed view of `preset` was made from `recipe`, a hash of all that goes into it."""
-        index = read_index(self.root)
+        index = read_index(self.root, self.dataset)
         return bool(index) and index["presets"].get(preset, {}).get("recipe") == recipe
 
     def read_measured(self, preset: str) -> tuple[Corpus, list[tuple[Clip, dict[str, str]]]]:
@@ -179,7 +183,7 @@ class Store:
         Raises:
           AvjaxError: there was none.
         """
-        index = read_index(self.root)
+        index = read_index(self.root, self.dataset)
         staged = index["presets"].get(preset, {}).get("staged", {}) if index else {}
         if not staged or any(c["id"] not in staged for c in index["clips"]):
             raise AvjaxError(
@@ -209,25 +213,25 @@ class Store:
           about: further entries of this preset in the index, such as counts and provenance.
         """
         data = _described(corpus, clips)
-        index = read_index(self.root)
+        index = read_index(self.root, self.dataset)
         if index:
             for name, entry in index["presets"].items():
                 # Unfinished from here until the last line, but still known to `read_measured`.
                 if name == preset or any(index[k] != v for k, v in data.items()):
                     entry |= {"recipe": None, "content": None}
-            write_text(self.root / "index.json", json.dumps(index))
+            write_text(index_path(self.root, self.dataset), json.dumps(index))
         digest = hashlib.sha256()
-        name = f"avjax_{corpus.name}"
+        name = view_name(corpus.name)
         shutil.rmtree(self.root / "tfds" / name / preset, ignore_errors=True)
         _build(self.root / "tfds", name, preset, corpus.task.classes, _hashed(examples, digest), len(clips))
         presets = (index["presets"] if index else {}) | {
             preset: {"recipe": recipe, "content": digest.hexdigest(), **about}
         }
-        write_text(self.root / "index.json", json.dumps({"presets": presets, **data}, indent=1))
+        write_text(index_path(self.root, self.dataset), json.dumps({"presets": presets, **data}, indent=1))
 
 
 def place(dataset: str, given: str = "") -> Path:
-    """Where a feature store is: as given, by default `$AVJAX_CACHE/features/<dataset>`.
+    """Where a feature store is: as given, by default `$AVJAX_CACHE/features/<corpus>`.
 
     Raises:
       AvjaxError: nothing is given for a folder of clips: there are many such, and they must not share a store.
@@ -237,30 +241,39 @@ def place(dataset: str, given: str = "") -> Path:
             "no feature store named; give a folder data set its own, with --out of avjax.extract and "
             "--config.data.features of avjax.train"
         )
-    return Path(given).expanduser() if given else assets.cache() / "features" / dataset
+    return Path(given).expanduser() if given else assets.cache() / "features" / corpus_of(dataset)
 
 
-def read_index(root: Path) -> dict | None:
-    """The store's index, or None where there is none yet."""
-    path = root / "index.json"
+def index_path(root: Path, dataset: str = "") -> Path:
+    """The index of `dataset` in the store at `root`."""
+    target = target_of(dataset)
+    return root / (f"index-{target}.json" if target else "index.json")
+
+
+def read_index(root: Path, dataset: str = "") -> dict | None:
+    """The store's index of `dataset`, or None where there is none yet."""
+    path = index_path(root, dataset)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def is_finished(root: Path, preset: str) -> bool:
-    """Whether the store at `root` holds a whole packed view of `preset`."""
-    index = read_index(root)
+def is_finished(root: Path, preset: str, dataset: str = "") -> bool:
+    """Whether the store at `root` holds a whole packed view of `preset` with the labels of `dataset`."""
+    index = read_index(root, dataset)
     return bool(index) and bool(index["presets"].get(preset, {}).get("content"))
 
 
-def load(root: Path, preset: str, *, on_disk: bool = False) -> Features:
+def load(root: Path, preset: str, dataset: str = "", *, on_disk: bool = False) -> Features:
     """Reads the packed view of `preset` from the store at `root`, or leaves its arrays `on_disk` (`packed.Packed`).
+
+    Args:
+      dataset: which index counts where a corpus has several targets.
 
     Raises:
       AvjaxError: no finished store there, or it lacks the preset or its packed view; the message says what to run.
     """
-    index = read_index(root)
-    if not is_finished(root, preset):
-        there = ", ".join(name for name in (index["presets"] if index else {}) if is_finished(root, name))
+    index = read_index(root, dataset)
+    if not is_finished(root, preset, dataset):
+        there = ", ".join(name for name in (index["presets"] if index else {}) if is_finished(root, name, dataset))
         raise AvjaxError(
             f"{root}: no finished feature store with preset {preset!r}"
             + (f" (it has: {there})" if there else "")
@@ -268,11 +281,11 @@ def load(root: Path, preset: str, *, on_disk: bool = False) -> Features:
             f"--config.data.root=YOUR_DATA --out {root}"
         )
     about = index["presets"][preset]
-    name = f"avjax_{index['dataset']}"
+    name = view_name(index["dataset"])
     if not view(root, name, preset).is_dir():
         raise AvjaxError(
-            f"{view(root, name, preset)}: the packed view is gone; delete {root / 'index.json'} and run avjax.extract "
-            "again (what is staged is not measured anew)"
+            f"{view(root, name, preset)}: the packed view is gone; delete {index_path(root, dataset)} and run "
+            "avjax.extract again (what is staged is not measured anew)"
         )
     clips = _clips(index)
     rows, arrays, masks = [], {}, {}
@@ -319,6 +332,11 @@ def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[st
         tokens = [e["text"][source] for e in examples]
         arrays[f"text_{source}"], masks[f"text_{source}"] = dense(tokens, [np.ones(len(t), bool) for t in tokens])
     return arrays, masks
+
+
+def view_name(dataset: str) -> str:
+    """What a packed view is called among TFDS data sets."""
+    return f"avjax_{dataset.replace(':', '_')}"
 
 
 def view(root: Path, name: str, preset: str) -> Path:

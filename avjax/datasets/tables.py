@@ -166,9 +166,9 @@ def obtain(config) -> stores.Features:
     root = Path(config.data.root).expanduser() if config.data.root else assets.data_root(config.dataset)
     if root.is_dir():
         make(config.dataset, config.preset, Description.of(config.tables.to_dict()), root, place)
-    elif config.data.root or not stores.is_finished(place, config.preset):
+    elif config.data.root or not stores.is_finished(place, config.preset, config.dataset):
         raise AvjaxError(f"{root}: no such folder; set --config.data.root to where the {config.dataset} tables are")
-    return stores.load(place, config.preset)
+    return stores.load(place, config.preset, config.dataset)
 
 
 def make(name: str, preset: str, description: Description, root: Path, place: Path) -> None:
@@ -177,9 +177,9 @@ def make(name: str, preset: str, description: Description, root: Path, place: Pa
     Raises:
       AvjaxError: see `read`; or the store holds another data set or cannot be written.
     """
-    if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise AvjaxError(f"dataset is {name!r}; expected small letters, digits and underscores")
-    with stores.Store(place).locked(name) as store:
+    if not re.fullmatch("[a-z][a-z0-9_]*(:[a-z0-9_]+)?", name):
+        raise AvjaxError(f"dataset is {name!r}; expected small letters, digits and underscores, and perhaps :target")
+    with stores.Store(place, name).locked() as store:
         sources = {path: _sha256(root, path) for path in _all_paths(description)}
         about = {"code": CODE_VERSION, "description": dataclasses.asdict(description), "sources": sources}
         recipe = hashlib.sha256(json.dumps([stores.VERSION, about]).encode()).hexdigest()
