@@ -341,7 +341,7 @@ def _pack(corpus, measured, rejected: list, sentences: dict, settings, store, pr
         for f, mask in masks.items()
     }
     records = examples(measured, sentences, settings, store)
-    about = {"counts": counts, "staged": staged, "made_by": made_by(measured[0]), "random": settings.random}
+    about = {"counts": counts, "rejected": rejected, "staged": staged, "made_by": made_by(measured[0]), "random": settings.random}
     store.pack(corpus, clips, preset, records, recipe, about)
 
 

@@ -13,34 +13,6 @@ from avjax.files import replacing
 from avjax.pipeline import LanePlan
 from avjax.reference import summary
 
-_STANDARDISED = {
-    "train": "features standardised on the training clips",
-    "speaker": "features standardised per speaker over the speaker's own unlabelled clips (transductive)",
-    "enrol": "features standardised per speaker on unlabelled enrolment clips",
-    "none": "features not standardised",
-}
-
-
-def protocol_name(
-    folds: str, plan: LanePlan, config, random: bool = False, task: str = "single", chosen: str = ""
-) -> str:
-    """One line that says how the figures came about; it stands beside every figure.
-
-    Args:
-      task: its kind; chosen: the head that predicts where validation cannot choose among several, "" for no choice.
-      folds: the name of the division; config: the `protocol` part of a configuration; random: whether the features
-        come from weights drawn at random.
-    """
-    held_out = {c["n_val"] > 0 for c in plan.counts} if config.select == "val" else {False}
-    scoring = tasks.SCORINGS[task]
-    ways = {True: f"best validation {scoring.names[scoring.picks]}", False: "last epoch"}
-    select = " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
-    ways[False] = chosen
-    head = " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
-    warning = ["RANDOM WEIGHTS in the encoders: the figures mean nothing"] if random else []
-    heads = [f"head: {head}"] if chosen else []
-    return "; ".join([*warning, folds, *plan.notes, f"epoch: {select}", *heads, _STANDARDISED[config.standardise]])
-
 
 def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The rows of `predictions.npz`, one per lane and test clip.

@@ -1,6 +1,6 @@
 """The run directory: what is in it, whether it belongs to this run, and its files written so that a kill costs nothing.
 
-W/config.json environment.json metrics.jsonl checkpoints/ events.*    while the run goes on
+W/config.json environment.json protocol.json metrics.jsonl checkpoints/ events.*    while the run goes on
 W/predictions.npz metrics.json confusion.png curves.png report.html   when it is done; report.html last
 """
 

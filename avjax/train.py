@@ -41,6 +41,7 @@ def train(config, workdir: Path | None = None) -> Path:
         loop,
         models,
         pipeline,
+        protocol,
         readouts,
         reference,
         results,
@@ -50,7 +51,6 @@ def train(config, workdir: Path | None = None) -> Path:
         tasks,
     )
     from avjax.checkpoint import Checkpoints
-    from avjax.datasets.base import natural_folds
     from avjax.files import write_text
     from avjax.report import page, plots, tables
 
@@ -73,14 +73,15 @@ def train(config, workdir: Path | None = None) -> Path:
         return workdir
 
     # ---- Protocol -------------------------------------------------------------------------------------------------
-    folds, folds_name = natural_folds(features.clips, features.folds, config.protocol.folds, config.protocol.fold_count)
+    folds, folds_name = protocol.folds(features, config.protocol)
     model, scoring = models.build(config.model, len(features.classes)), tasks.SCORINGS[features.task]
     plan = pipeline.plan(features, folds, config.train.seeds, config.protocol, model.turns)
     chosen, heads = model.heads[0] if len(model.candidates) > 1 else "", loop.candidates(model)
-    protocol = results.protocol_name(folds_name, plan, config.protocol, features.random, features.task, chosen)
+    says = protocol.line(folds_name, plan, config.protocol, features.random, features.task, chosen)
     if model.readers:
-        protocol += f"; {readouts.described(plan, config.model.settings)}"
-    say(f"protocol: {protocol}")
+        says += f"; {readouts.described(plan, config.model.settings)}"
+    write_text(workdir / "protocol.json", json.dumps(protocol.record(features, plan, config.protocol, says), indent=1))
+    say(f"protocol: {says}")
 
     # ---- Model ----------------------------------------------------------------------------------------------------
     clips = streams.choose(features, config, model.constants)
@@ -129,14 +130,14 @@ def train(config, workdir: Path | None = None) -> Path:
     if chosen:
         about["head"] = [model.heads[i] for i in state.best_head.tolist()]
     yardsticks = reference.yardsticks(clips, plan)
-    metrics = results.measure(features, plan, answers, about, protocol, yardsticks) | remarks
+    metrics = results.measure(features, plan, answers, about, says, yardsticks) | remarks
 
     # ---- Report ---------------------------------------------------------------------------------------------------
     finetuning.write_merged(workdir / "merged", model, state.best, plan.names)
     results.write_predictions(workdir / "predictions.npz", answers)
     write_text(workdir / "metrics.json", json.dumps(metrics, indent=1))
     title = f"{config.name} {config.variants or 'full'}"
-    note = f"{dataset} · {protocol}"
+    note = f"{dataset} · {says}"
     plots.answers_picture(metrics, answers, title, workdir)
     if model.pictured and (seen := loop.attention(model, state, plan, clips)):
         plots.attention_picture(

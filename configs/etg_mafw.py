@@ -97,6 +97,9 @@ def base() -> ConfigDict:
             "protocol": {
                 "folds": "auto",  # auto | given | speaker | stratified
                 "fold_count": 5,  # of `stratified`, and of `speaker` when there are more speakers than that
+                "only": "",  # one fold by its name, such as one of folds that overlap; "" = all
+                # A division that is not the data set's own may put speakers on both sides; every result then says so.
+                "allow_speaker_overlap": False,
                 "standardise": "train",  # train | speaker | enrol | none
                 "enrol_clips": 16,
                 "validation": 0.1,  # share of the training clips (of the training speakers where known); 0 = none

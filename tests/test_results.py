@@ -92,56 +92,6 @@ def test_answers_that_are_not_finite_are_refused_with_their_clips(measured):
         results.predictions(features, plan, {"fusion": logits})
 
 
-@pytest.mark.parametrize(
-    ("changes", "held_out", "notes", "expected"),
-    [
-        ({}, [4], ["held out"], "F; held out; epoch: best validation UAR; features standardised on the training clips"),
-        ({"select": "last"}, [4], [], "F; epoch: last epoch; features standardised on the training clips"),
-        ({}, [0], ["no validation part"], "F; no validation part; epoch: last epoch; features standardised on"),
-        ({}, [0], ["no validation part (too few clips)"], "F; no validation part (too few clips); epoch: last epoch; "),
-        ({}, [4, 0], ["n"], "F; n; epoch: best validation UAR or, where nothing is held out, last epoch; features"),
-        ({"standardise": "speaker"}, [4], [], "F; epoch: best validation UAR; features standardised per speaker over"),
-        (
-            {"standardise": "enrol"},
-            [4],
-            ["n"],
-            "F; n; epoch: best validation UAR; features standardised per speaker on",
-        ),
-    ],
-)
-def test_the_protocols_name_says_how_the_figures_came_about(changes, held_out, notes, expected):
-    chosen = PROTOCOL.copy_and_resolve_references()
-    chosen.update(changes)
-    plan = pipeline.LanePlan(lanes=None, names=[], counts=[{"n_val": n} for n in held_out], notes=notes)
-    assert results.protocol_name("F", plan, chosen).startswith(expected)
-    stamped = results.protocol_name("F", plan, chosen, random=True)
-    assert stamped.startswith(f"RANDOM WEIGHTS in the encoders: the figures mean nothing; {expected}")
-
-
-@pytest.mark.parametrize(
-    ("task", "select", "held_out", "expected"),
-    [
-        ("regression", "val", [4], "F; epoch: best validation CCC; head: best validation CCC; features"),
-        ("multilabel", "val", [4], "F; epoch: best validation weighted accuracy; head: best validation weighted acc"),
-        ("single", "last", [4], "F; epoch: last epoch; head: video; features"),
-        ("single", "val", [0], "F; epoch: last epoch; head: video; features"),
-        (
-            "single",
-            "val",
-            [4, 0],
-            "F; epoch: best validation UAR or, where nothing is held out, last epoch; "
-            "head: best validation UAR or, where nothing is held out, video; features",
-        ),
-    ],
-)
-def test_the_protocols_name_says_how_the_head_was_chosen(task, select, held_out, expected):
-    config = PROTOCOL.copy_and_resolve_references()
-    config.select = select
-    plan = pipeline.LanePlan(lanes=None, names=[], counts=[{"n_val": n} for n in held_out], notes=[])
-    assert results.protocol_name("F", plan, config, task=task, chosen="video").startswith(expected)
-    assert "head:" not in results.protocol_name("F", plan, config, task=task)
-
-
 def test_examples_show_tested_clips_once_with_their_answer(measured):
     features, _, rows, _ = measured
     shown = results.examples(features, rows, "both", count=5)

@@ -52,7 +52,7 @@ class Features:
         `surface` with one step, where the clips themselves were measured.
       masks: the same names → (n, steps) bool.
       sentences: text source → n strings.
-      counts: used, quarantined, masked_audio, masked_video.
+      counts: used, quarantined, masked_audio, masked_video; rejected: (clip id, reason) of what is not used.
       made_by: feature → key of its provenance record.
       constants: batch key → what belongs to the data as a whole, such as the texts of the classes.
       packed: where the arrays were left on disk, and are empty here: root, name and preset of the view.
@@ -76,6 +76,7 @@ class Features:
     task: str = "single"
     constants: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     packed: tuple[Path, str, str] | None = None
+    rejected: tuple[tuple[str, str], ...] = ()
 
 
 class Store:
@@ -310,6 +311,7 @@ def load(root: Path, preset: str, dataset: str = "", *, on_disk: bool = False) -
         random=about.get("random", False),
         task=index["task"],
         packed=(root, name, preset) if on_disk else None,
+        rejected=tuple(map(tuple, about.get("rejected", ()))),
     )
 
 

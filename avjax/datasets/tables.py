@@ -192,7 +192,7 @@ def make(name: str, preset: str, description: Description, root: Path, place: Pa
         }
         made_by = {s: store.record({"feature": s, **about}) for s in description.streams}
         records = map(_example, corpus.clips, steps)
-        store.pack(corpus, corpus.clips, preset, records, recipe, {"counts": counts, "made_by": made_by})
+        store.pack(corpus, corpus.clips, preset, records, recipe, {"counts": counts, "rejected": corpus.rejected, "made_by": made_by})
 
 
 def _all_paths(description: Description) -> list[str]:
