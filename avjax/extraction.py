@@ -3,14 +3,16 @@
 Each stage stages its work clip by clip in the feature store, so a killed extraction goes on where it was.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -33,6 +35,91 @@ Measured = tuple[Clip, dict[str, str]]
 _MEDIA = ("av", "mediapipe", "pebble")  # packages of avjax[media] without which nothing can be measured
 
 
+# A clip that lacks something: the clip, the keys of all its features, and the features that are not staged.
+Job = tuple[Clip, dict[str, str], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What measures clips on one machine.
+
+    Attributes:
+      settings: the preset; store: where features are staged; clock: is told the seconds spent.
+      landmarker: the face model; stages: encoder by feature; made_by: feature → key of its provenance record.
+    """
+
+    settings: Preset
+    store: stores.Store
+    clock: Stopwatch
+    landmarker: Path
+    stages: Mapping[str, Any]
+    made_by: Mapping[str, str]
+
+
+# (jobs, bench, processes, clip_seconds, console) → (clip id, why it cannot be used, "" if it can) of each job, in any
+# order, its features staged; `processes`, `clip_seconds` as in `extract`.
+Runner = Callable[[Sequence[Job], Bench, int, float, Console], Iterator[tuple[str, str]]]
+
+
+def bench(settings: Preset, store: stores.Store, clock: Stopwatch) -> Bench:
+    """Loads what measures clips.
+
+    Raises:
+      AvjaxError: a package or weights are missing.
+    """
+    need_media()
+    from avjax import encoding  # here: it brings JAX, which the workers do not need
+    from avjax.encoders import weights
+
+    model = features.landmarker()
+    landmarker = weights.sha256(model)
+    stages = encoding.stages(settings, store, clock, landmarker)
+    made_by = {
+        "video": store.record(features.provenance("video", settings, face_landmarker=landmarker)),
+        "audio": store.record(features.provenance("audio", settings)),
+    }
+    if settings.window:
+        made_by["window"] = store.record(features.provenance("window", settings, face_landmarker=landmarker))
+    made_by |= {feature: stage.key for feature, stage in stages.items()}
+    return Bench(settings, store, clock, model, stages, made_by)
+
+
+def measured(jobs: Sequence[Job], on: Bench, processes: int, clip_seconds: float) -> Iterator[tuple[str, str]]:
+    """Does jobs in worker processes of this machine, which decode and measure while this one encodes; see `Runner`."""
+    if not jobs:
+        return
+    # Workers that compile librosa's functions side by side leave a file of them that crashes whoever loads it.
+    audio.analyse(np.sin(np.arange(audio.SAMPLE_RATE, dtype=np.float32)))
+    done = workers.each(
+        _measure_one,
+        jobs,
+        count=processes or os.cpu_count() or 1,
+        seconds=clip_seconds,
+        setup=_set_up,
+        arguments=(on.store.root, on.settings, on.landmarker),
+    )
+    for (clip, keys, lacks), answer in done:
+        if isinstance(answer, workers.Failure):
+            yield clip.id, answer.reason
+            continue
+        made, seconds = answer
+        on.clock.update(seconds)
+        for feature in on.stages.keys() & set(lacks):
+            raw, known = made[feature]
+            finish = functools.partial(_FINISH[feature], on.settings, *known)
+            on.stages[feature].add(clip.id, keys[feature], raw, finish)
+        yield clip.id, ""
+    for stage in on.stages.values():
+        stage.close()
+
+
+def here(
+    jobs: Sequence[Job], on: Bench, processes: int, clip_seconds: float, console: Console
+) -> Iterator[tuple[str, str]]:
+    """The `Runner` of one machine, under a progress bar."""
+    return progress.bar(measured(jobs, on, processes, clip_seconds), len(jobs), "picture and sound", console)
+
+
 def extract(
     dataset: str,
     preset: str,
@@ -41,6 +128,7 @@ def extract(
     out: str = "",
     processes: int = 0,
     clip_seconds: float = CLIP_SECONDS,
+    runner: Runner = here,
     only_text: bool = False,
     random: bool = False,
 ) -> Path:
@@ -49,6 +137,7 @@ def extract(
     Args:
       root: where the data are, out: where the store is; "" = the data set's default places.
       processes: 0 = one per core; clip_seconds: time limit of one clip, which is quarantined beyond it.
+      runner: what measures and encodes the clips that lack something.
       only_text: encode the sentences of `sentences.csv` again, without opening any media.
       random: give the encoders weights drawn at random; whatever is made of such features says so.
     Raises:
@@ -64,7 +153,9 @@ def extract(
             rejected = [(r["clip_id"], r["reason"]) for r in store.read_table("quarantine.csv", ("clip_id", "reason"))]
         else:
             corpus = datasets.index(dataset, root)
-            measured, failed = measure_all(corpus.clips, settings, store, console, clock, processes, clip_seconds)
+            measured, failed = measure_all(
+                corpus.clips, settings, store, console, clock, processes, clip_seconds, runner
+            )
             rejected = [*corpus.rejected, *failed]
             store.write_table("quarantine.csv", ("clip_id", "reason"), rejected)
         # ---- Sentences --------------------------------------------------------------------------------------------
@@ -97,58 +188,23 @@ def measure_all(
     clock: Stopwatch,
     processes: int = 0,
     clip_seconds: float = CLIP_SECONDS,
+    runner: Runner = here,
 ) -> tuple[list[Measured], list[tuple[str, str]]]:
-    """Measures and encodes picture and sound of what is not staged yet; `processes`, `clip_seconds` as in `extract`.
-
-    Worker processes decode and measure while this one encodes. `clock` is told the seconds of all of them, added up.
+    """Measures and encodes picture and sound of what is not staged yet; arguments as of `extract`.
 
     Returns:
       what was measured, and (clip id, reason) of each clip that cannot be used, both in the order of the clips.
     Raises:
       AvjaxError: a package or weights are missing, or the store cannot be written.
     """
-    need_media()
-    from avjax import encoding  # here: it brings JAX, which the workers do not need
-    from avjax.encoders import weights
-
-    model = features.landmarker()
-    landmarker = weights.sha256(model)
-    stages = encoding.stages(settings, store, clock, landmarker)
-    made_by = {
-        "video": store.record(features.provenance("video", settings, face_landmarker=landmarker)),
-        "audio": store.record(features.provenance("audio", settings)),
-    }
-    if settings.window:
-        made_by["window"] = store.record(features.provenance("window", settings, face_landmarker=landmarker))
-    made_by |= {feature: stage.key for feature, stage in stages.items()}
-    planned, reasons = _planned(clips, made_by)
+    on = bench(settings, store, clock)
+    planned, reasons = _planned(clips, on.made_by)
     lacking = [(clip, keys, [f for f in keys if not store.has(clip.id, f, keys[f])]) for clip, keys in planned]
-    todo = [job for job in lacking if job[2]]
-    if len(todo) < len(planned):
-        console.print(f"{len(planned)} clips, {len(planned) - len(todo)} measured already")
-    if todo:
-        # Workers that compile librosa's functions side by side leave a file of them that crashes whoever loads it.
-        audio.analyse(np.sin(np.arange(audio.SAMPLE_RATE, dtype=np.float32)))
-    done = workers.each(
-        _measure_one,
-        todo,
-        count=processes or os.cpu_count() or 1,
-        seconds=clip_seconds,
-        setup=_set_up,
-        arguments=(store.root, settings, model),
-    )
-    for (clip, keys, lacks), answer in progress.bar(done, len(todo), "picture and sound", console):
-        if isinstance(answer, workers.Failure):
-            reasons[clip.id] = answer.reason
-        else:
-            made, seconds = answer
-            clock.update(seconds)
-            for feature in stages.keys() & set(lacks):
-                raw, known = made[feature]
-                finish = functools.partial(_FINISH[feature], settings, *known)
-                stages[feature].add(clip.id, keys[feature], raw, finish)
-    for stage in stages.values():
-        stage.close()
+    jobs = [job for job in lacking if job[2]]
+    if len(jobs) < len(planned):
+        console.print(f"{len(planned)} clips, {len(planned) - len(jobs)} measured already")
+    answers = runner(jobs, on, processes, clip_seconds, console)
+    reasons |= {clip_id: reason for clip_id, reason in answers if reason}
     # In the order of the clips, not in that of the workers, so that the same run gives the same tables.
     rejected = [(clip.id, reasons[clip.id]) for clip in clips if clip.id in reasons]
     return [p for p in planned if p[0].id not in reasons], rejected
@@ -341,7 +397,13 @@ def _pack(corpus, measured, rejected: list, sentences: dict, settings, store, pr
         for f, mask in masks.items()
     }
     records = examples(measured, sentences, settings, store)
-    about = {"counts": counts, "rejected": rejected, "staged": staged, "made_by": made_by(measured[0]), "random": settings.random}
+    about = {
+        "counts": counts,
+        "rejected": rejected,
+        "staged": staged,
+        "made_by": made_by(measured[0]),
+        "random": settings.random,
+    }
     store.pack(corpus, clips, preset, records, recipe, about)
 
 

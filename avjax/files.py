@@ -1,9 +1,15 @@
-"""Files that are written whole: a reader, or a run that goes on after a kill, sees the old file or the new one."""
+"""Files that are written whole: a reader, or a run that goes on after a kill, sees the old file or the new one.
+
+Places such as `gs://bucket/features` are paths of `etils.epath`; an object there appears whole by itself.
+"""
 
 import contextlib
 import dataclasses
 import fcntl
+import io
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +19,40 @@ import numpy as np
 
 from avjax.errors import AvjaxError
 
+_CLOUD = re.compile(r"(gs|s3|az)://")
+
+
+def place(text: str) -> Path:
+    """The path that `text` names: on this machine, or on cloud storage (`gs://`, `s3://`, `az://`).
+
+    Raises:
+      AvjaxError: the package that reaches that storage is missing.
+    """
+    found = _CLOUD.match(text)
+    if not found:
+        return Path(text).expanduser()
+    from etils import epath
+
+    package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}[found[1]]
+    try:
+        (out := epath.Path(text)).exists()
+    except ImportError as error:
+        raise AvjaxError(f"{text}: needs the package {package} (pip install {package})") from error
+    return out
+
+
+def is_local(path: Path) -> bool:
+    """Whether a path is on this machine."""
+    return isinstance(path, Path)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies the files of a folder, flat, from or to any place."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        with path.open("rb") as old, (target / path.name).open("wb") as new:
+            shutil.copyfileobj(old, new)
+
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str) -> Iterator[IO]:
@@ -20,6 +60,13 @@ def replacing(path: Path, mode: str) -> Iterator[IO]:
 
     The file beside it is named `.<name>.<process>.part`, so that two writers do not share one.
     """
+    if not is_local(path):
+        # Held until it is whole: a stream that is closed by an error would leave a part of it there.
+        with io.BytesIO() if "b" in mode else io.StringIO(newline="") as held:
+            yield held
+            content = held.getvalue()
+        path.write_bytes(content if "b" in mode else content.encode())
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
@@ -36,11 +83,16 @@ def replacing(path: Path, mode: str) -> Iterator[IO]:
 def only_writer(folder: Path, otherwise: str) -> Iterator[None]:
     """Holds `folder` for one process, and clears away what killed ones left beside the files in and below it.
 
+    On cloud storage nothing is held: there are no locks there, and whoever writes second wins.
+
     Args:
       otherwise: what a user can do where that fails, for the error.
     Raises:
       AvjaxError: another process holds it, or it cannot be written.
     """
+    if not is_local(folder):
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avjax import pipeline
-from avjax.datasets import store
+from avjax.datasets import view
 from avjax.datasets.packed import Packed
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
@@ -131,7 +131,7 @@ def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
     """Whether a packed view is to be left on disk."""
     if mode != "auto":
         return mode == "streamed"
-    files = store.view(root, store.view_name(dataset), preset).glob("*.array_record*")
+    files = view.folder(root, dataset, preset).glob("*.array_record*")
     return _GROWS * sum(f.stat().st_size for f in files) > room()
 
 

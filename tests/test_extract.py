@@ -17,6 +17,7 @@ from conftest import REAL
 
 from avjax import datasets, extraction, features
 from avjax.datasets import store as stores
+from avjax.datasets import view
 from avjax.datasets.about import about
 from avjax.errors import AvjaxError
 
@@ -68,7 +69,7 @@ def entry(out):
     return stores.read_index(out)["presets"]["lite"]
 
 
-def decoded(out, name="avjax_folder"):
+def decoded(out, name="folder"):
     """All packed examples, flattened, by clip id."""
 
     def flat(value, prefix=""):
@@ -76,7 +77,7 @@ def decoded(out, name="avjax_folder"):
             return {prefix: value if isinstance(value, bytes) else np.asarray(value).tolist()}
         return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}/{key}").items()}
 
-    return {e["clip_id"].decode(): flat(e) for e in stores.read_examples(out, name, "lite")}
+    return {e["clip_id"].decode(): flat(e) for e in view.read(out, name, "lite")}
 
 
 def stamps(out):

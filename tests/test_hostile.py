@@ -22,6 +22,7 @@ import tiny_run
 from conftest import REAL
 
 from avjax.datasets import store as stores
+from avjax.datasets import view
 
 pytestmark = pytest.mark.weights
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -255,7 +256,7 @@ def test_quarantined_with_a_plain_reason(store, case):
 @pytest.fixture(scope="module")
 def measured(store):
     """Clip id → its packed record, and why it lacks what it lacks."""
-    records = {e["clip_id"].decode(): e for e in stores.read_examples(store, "avjax_folder", "lite")}
+    records = {e["clip_id"].decode(): e for e in view.read(store, "folder", "lite")}
     staged = stores.read_index(store)["presets"]["lite"]["staged"]
     for clip_id, keys in staged.items():
         for feature in ("video", "audio"):

@@ -16,6 +16,7 @@ import pytest
 
 from avjax import config, encoding, extraction, features, prediction, presets, train
 from avjax.datasets import store as stores
+from avjax.datasets import view
 from avjax.demo import corpus
 from avjax.encoders import weights
 
@@ -92,7 +93,7 @@ def preset(tiny, monkeypatch):
 
 def extract(data, out, preset="tiny"):
     extraction.extract("folder", preset, root=str(data), out=str(out), processes=2)
-    return {e["clip_id"].decode(): e for e in stores.read_examples(out, "avjax_folder", preset)}
+    return {e["clip_id"].decode(): e for e in view.read(out, "folder", preset)}
 
 
 @pytest.fixture(scope="module")

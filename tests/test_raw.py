@@ -160,7 +160,7 @@ def test_loaded_and_read_from_disk_they_keep_their_types(packed):
     assert loaded.arrays["text_both"].dtype == np.int32
     assert loaded.arrays["audio"].dtype == np.float32
     together = pipeline.streams_of(loaded, "both")
-    read = Packed(out, "avjax_folder", "raw", loaded.clips, "both")
+    read = Packed(out, "folder", "raw", loaded.clips, "both")
     for i, clip_id in enumerate(loaded.ids):
         for key, array in read[i].items():
             assert array.dtype == together[key].dtype, key

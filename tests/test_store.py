@@ -12,6 +12,7 @@ import pytest
 
 from avjax import features, presets
 from avjax.datasets import store as stores
+from avjax.datasets import view
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
 
@@ -102,7 +103,7 @@ def test_pictures_stay_bytes(tmp_path):
     for i, clip in enumerate(corpus().clips):
         np.testing.assert_array_equal(video[i][mask[i]], with_pictures(clip)["video"][[0, 2][: mask[i].sum()]])
     assert not video[~mask].any(), "zeros where masked"
-    record = next(r for r in stores.read_examples(tmp_path, "avjax_folder", "lite") if r["clip_id"] == b"sub/clip 2")
+    record = next(r for r in view.read(tmp_path, "folder", "lite") if r["clip_id"] == b"sub/clip 2")
     assert record["video"].dtype == np.uint8
 
 
@@ -142,7 +143,7 @@ def test_labels_of_other_tasks_are_given_back(tmp_path, kind, labels, dtype):
 
 def test_packed_record_has_all_that_the_design_names(tmp_path):
     pack(tmp_path)
-    record = next(r for r in stores.read_examples(tmp_path, "avjax_folder", "lite") if r["clip_id"] == b"sub/clip 2")
+    record = next(r for r in view.read(tmp_path, "folder", "lite") if r["clip_id"] == b"sub/clip 2")
     assert set(record) == {"clip_id", "label", "speaker", "duration", "video", "video_mask", "au", "times", "audio",
                            "audio_mask", "prosody", "surface", "sentence", "text"}  # fmt: skip
     assert record["duration"] == np.float32(2.5)
@@ -180,8 +181,8 @@ def test_load_says_what_is_missing(tmp_path):
         stores.load(tmp_path, "other")
     with pytest.raises(AvjaxError, match=r"not all clips are measured with preset 'other'"):
         stores.Store(tmp_path).read_measured("other")
-    view = tmp_path / "tfds/avjax_folder/lite" / stores.VERSION
-    view.rename(tmp_path / "gone")
+    packed = view.folder(tmp_path, "folder", "lite")
+    packed.rename(tmp_path / "gone")
     with pytest.raises(AvjaxError, match=r"lite/[\d.]+: the packed view is gone; delete .*index\.json and run"):
         stores.load(tmp_path, "lite")
 

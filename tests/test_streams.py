@@ -100,7 +100,7 @@ def test_from_disk_is_as_from_memory(root, whole):
 
 
 def test_packed_clips_are_those_of_the_whole_set(root):
-    packed = Packed(root, "avjax_synthetic", "lite", FEATURES.clips, "audio")
+    packed = Packed(root, "synthetic", "lite", FEATURES.clips, "audio")
     loaded = store.load(root, "lite")
     together = pipeline.streams_of(loaded, "audio")
     assert len(packed) == len(FEATURES.ids)
@@ -110,7 +110,7 @@ def test_packed_clips_are_those_of_the_whole_set(root):
         for key, array in clip.items():
             np.testing.assert_array_equal(array, together[key][i], err_msg=key)
     with pytest.raises(AvjaxError, match=r"model\.text_source is 'smell'; the feature store has "):
-        Packed(root, "avjax_synthetic", "lite", FEATURES.clips, "smell")
+        Packed(root, "synthetic", "lite", FEATURES.clips, "smell")
 
 
 def test_what_is_in_memory_stands_beside_the_clips_on_disk(root):

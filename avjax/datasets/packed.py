@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avjax.datasets import store
+from avjax.datasets import store, view
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
 from avjax.files import write_text
@@ -25,10 +25,10 @@ class Packed:
       AvjaxError: the view has no such text.
     """
 
-    def __init__(self, root: Path, name: str, preset: str, clips: Sequence[Clip], text_source: str):
+    def __init__(self, root: Path, dataset: str, preset: str, clips: Sequence[Clip], text_source: str):
         import tensorflow_datasets as tfds
 
-        folder = store.view(root, name, preset)
+        folder = view.readable(root, dataset, preset)
         self._source = tfds.builder_from_directory(str(folder)).as_data_source("clips")
         scanned = _scanned(folder, self._source)
         self._place = [scanned["places"][clip.id] for clip in clips]

@@ -19,21 +19,21 @@ import hashlib
 import io
 import json
 import shutil
+import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from avjax import assets, tasks
+from avjax import assets, files, tasks
+from avjax.datasets import view
 from avjax.datasets.about import corpus as corpus_of
 from avjax.datasets.about import target as target_of
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.errors import AvjaxError
-from avjax.files import only_writer, replacing, write_text
+from avjax.files import is_local, only_writer, replacing, write_text
 
-VERSION = "1.2.0"  # of the packed view's layout
-_UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
 STREAMS = ("video", "flow", "audio")  # flow where the preset has it
 _PARTS = ("train", "test", "val")
 _INDEXED = ("id", "label", "speaker", "transcript", "split", "fold", "dialogue", "turn", "gender")
@@ -55,7 +55,7 @@ class Features:
       counts: used, quarantined, masked_audio, masked_video; rejected: (clip id, reason) of what is not used.
       made_by: feature → key of its provenance record.
       constants: batch key → what belongs to the data as a whole, such as the texts of the classes.
-      packed: where the arrays were left on disk, and are empty here: root, name and preset of the view.
+      packed: where the arrays were left on disk, and are empty here: root, data set and preset of the view.
       random: whether encoders had weights drawn at random, so that no figure means anything.
     """
 
@@ -85,7 +85,8 @@ class Store:
     def __init__(self, root: Path, dataset: str = ""):
         self.root = root
         self.dataset = dataset
-        self.scratch = root / "scratch"  # for what is measured and not yet encoded
+        # For what is measured and not yet encoded: it is mapped into memory, and so on this machine.
+        self.scratch = root / "scratch" if is_local(root) else _scratch(root)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator["Store"]:
@@ -106,7 +107,7 @@ class Store:
 
     def _sweep(self) -> None:
         shutil.rmtree(self.scratch, ignore_errors=True)
-        for unfinished in self.root.glob(f"tfds/*/*/*{_UNFINISHED}*"):
+        for unfinished in self.root.glob(f"tfds/*/*/*{view.UNFINISHED}*"):
             shutil.rmtree(unfinished)
 
     def _staged(self, clip_id: str, feature: str, key: str) -> Path:
@@ -129,7 +130,7 @@ class Store:
 
     def get(self, clip_id: str, feature: str, key: str, *names: str) -> dict[str, np.ndarray]:
         """Reads the arrays `names` of a staged feature, by default all."""
-        with np.load(self._staged(clip_id, feature, key)) as file:
+        with self._staged(clip_id, feature, key).open("rb") as raw, np.load(raw) as file:
             return {name: file[name] for name in names or file.files}
 
     def record(self, provenance: Mapping[str, object]) -> str:
@@ -165,7 +166,7 @@ class Store:
         if not path.is_file():
             return []
         try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
+            with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
                 rows = csv.DictReader(file, restval="")
                 if missing := set(columns) - set(rows.fieldnames or ()):
                     raise AvjaxError(f"{path}: no column {', '.join(sorted(missing))}; expected {','.join(columns)}")
@@ -221,13 +222,9 @@ class Store:
                 if name == preset or any(index[k] != v for k, v in data.items()):
                     entry |= {"recipe": None, "content": None}
             write_text(index_path(self.root, self.dataset), json.dumps(index))
-        digest = hashlib.sha256()
-        name = view_name(corpus.name)
-        shutil.rmtree(self.root / "tfds" / name / preset, ignore_errors=True)
-        _build(self.root / "tfds", name, preset, corpus.task.classes, _hashed(examples, digest), len(clips))
-        presets = (index["presets"] if index else {}) | {
-            preset: {"recipe": recipe, "content": digest.hexdigest(), **about}
-        }
+        view.remove(self.root, corpus.name, preset)
+        content = view.pack(self.root, corpus.name, preset, corpus.task, examples, len(clips))
+        presets = (index["presets"] if index else {}) | {preset: {"recipe": recipe, "content": content, **about}}
         write_text(index_path(self.root, self.dataset), json.dumps({"presets": presets, **data}, indent=1))
 
 
@@ -242,13 +239,17 @@ def place(dataset: str, given: str = "") -> Path:
             "no feature store named; give a folder data set its own, with --out of avjax.extract and "
             "--config.data.features of avjax.train"
         )
-    return Path(given).expanduser() if given else assets.cache() / "features" / corpus_of(dataset)
+    return files.place(given) if given else assets.cache() / "features" / corpus_of(dataset)
 
 
 def index_path(root: Path, dataset: str = "") -> Path:
     """The index of `dataset` in the store at `root`."""
     target = target_of(dataset)
     return root / (f"index-{target}.json" if target else "index.json")
+
+
+def _scratch(root: Path) -> Path:
+    return Path(tempfile.gettempdir()) / f"avjax-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
 
 
 def read_index(root: Path, dataset: str = "") -> dict | None:
@@ -282,16 +283,16 @@ def load(root: Path, preset: str, dataset: str = "", *, on_disk: bool = False) -
             f"--config.data.root=YOUR_DATA --out {root}"
         )
     about = index["presets"][preset]
-    name = view_name(index["dataset"])
-    if not view(root, name, preset).is_dir():
+    name = index["dataset"]
+    if not view.folder(root, name, preset).is_dir():
         raise AvjaxError(
-            f"{view(root, name, preset)}: the packed view is gone; delete {index_path(root, dataset)} and run "
+            f"{view.folder(root, name, preset)}: the packed view is gone; delete {index_path(root, dataset)} and run "
             "avjax.extract again (what is staged is not measured anew)"
         )
     clips = _clips(index)
     rows, arrays, masks = [], {}, {}
     if not on_disk:
-        examples = {e["clip_id"].decode(): e for e in read_examples(root, name, preset)}
+        examples = {e["clip_id"].decode(): e for e in view.read(root, name, preset)}
         rows = [examples[c.id] for c in clips]
         arrays, masks = stacked(rows)
     return Features(
@@ -336,102 +337,15 @@ def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[st
     return arrays, masks
 
 
-def view_name(dataset: str) -> str:
-    """What a packed view is called among TFDS data sets."""
-    return f"avjax_{dataset.replace(':', '_')}"
-
-
-def view(root: Path, name: str, preset: str) -> Path:
-    """The folder of a packed view."""
-    return root / "tfds" / name / preset / VERSION
-
-
 def recipe(corpus: Corpus, clips: Sequence[Clip], ingredients: object) -> str:
     """A hash of all that goes into a packed view: the data's description and `ingredients`, anything JSON can hold."""
-    return hashlib.sha256(json.dumps([VERSION, _described(corpus, clips), ingredients]).encode()).hexdigest()
-
-
-def read_examples(root: Path, name: str, preset: str) -> Iterator[dict]:
-    """The examples of a packed view, as TFDS gives them (strings as bytes), in no particular order."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(str(view(root, name, preset)))
-    source = builder.as_data_source("clips")
-    return (source[i] for i in range(len(source)))
+    return hashlib.sha256(json.dumps([view.VERSION, _described(corpus, clips), ingredients]).encode()).hexdigest()
 
 
 def safe_name(clip_id: str) -> str:
     """A file name for any clip id: percent-encoded, and hashed where that would be too long."""
     name = urllib.parse.quote(clip_id, safe=" ").replace(".", "%2E")
     return name if len(name) <= 200 else "long-" + hashlib.sha256(clip_id.encode()).hexdigest()
-
-
-def _hashed(examples: Iterable[Mapping[str, object]], digest) -> Iterator[tuple[str, Mapping[str, object]]]:
-    for example in examples:
-        _digest(digest, example)
-        yield example["clip_id"], example
-
-
-def _digest(digest, value) -> None:
-    if isinstance(value, Mapping):
-        for key in sorted(value):
-            digest.update(key.encode())
-            _digest(digest, value[key])
-    else:
-        array = np.asarray(value)
-        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-
-
-def _build(data_dir: Path, name: str, preset: str, classes: Sequence[str], examples, count: int) -> None:
-    import tensorflow_datasets as tfds
-
-    examples = iter(examples)
-    first = next(examples)
-    spec = _feature_spec(tfds, first[1], classes)
-
-    class Info(tfds.core.DatasetInfo):
-        def initialize_from_bucket(self):
-            """Looks for nothing published: TFDS's way of looking leaves a temporary folder behind every time."""
-
-    # TFDS's ready-made ad-hoc builder would need TensorFlow. Registered, this one could pack but once per process.
-    class Packed(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(VERSION)
-        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=preset),)
-
-        def _info(self):
-            about = f"Features of {count} clips, packed by avjax from its feature store."
-            return Info(builder=self, features=spec, description=about)
-
-        def _split_generators(self, dl_manager):
-            return {"clips": self._generate_examples()}
-
-        def _generate_examples(self):
-            yield first
-            yield from examples
-
-    Packed.name = name
-    tfds.disable_progress_bar()
-    builder = Packed(data_dir=str(data_dir), config=preset, file_format="array_record")
-    # It announces a download and makes a folder for it, and there is none: one that `Store.locked` sweeps away.
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(download_dir=str(data_dir / name / preset / f"download.{_UNFINISHED}"))
-
-
-def _feature_spec(tfds, example: Mapping[str, object], classes: Sequence[str]):
-    """The TFDS description of an example: arrays have one free axis, the first."""
-
-    def spec(name: str, value):
-        if isinstance(value, Mapping):
-            return {k: spec(k, v) for k, v in value.items()}
-        if name == "label" and isinstance(value, str):
-            return tfds.features.ClassLabel(names=list(classes))
-        if isinstance(value, str):
-            return tfds.features.Text()
-        array = np.asarray(value)
-        shape = (None, *array.shape[1:]) if array.ndim else ()
-        return tfds.features.Tensor(shape=shape, dtype=array.dtype) if array.ndim else array.dtype.type
-
-    return tfds.features.FeaturesDict(spec("", example))
 
 
 def _described(corpus: Corpus, clips: Sequence[Clip]) -> dict[str, object]:
