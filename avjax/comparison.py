@@ -71,7 +71,8 @@ def read(workdir: Path) -> Units:
 def units(rows: Mapping[str, np.ndarray]) -> Units:
     """The units of predictions, as `avjax.results.predictions` gives them; the first logits are the predicting ones."""
     logits = next(v for k, v in rows.items() if k.startswith("logits_"))
-    hit = np.argmax(logits, -1) == rows["label"]
+    label = rows["label"] if rows["label"].ndim == 1 else np.argmax(rows["label"], -1)  # of shares the largest
+    hit = np.argmax(logits, -1) == label
     clips, first, which = np.unique(rows["clip_id"], return_index=True, return_inverse=True)
     share = np.bincount(which, hit) / np.bincount(which)
     speakers = rows["speaker"][first]

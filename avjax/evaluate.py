@@ -63,7 +63,7 @@ def references(name: str, metrics: dict) -> Iterator[tuple[str, dict]]:
 
 
 def _compare(surplus: list[str]) -> None:
-    from avjax import comparison
+    from avjax import comparison, tasks
     from avjax.models.fusions import comparable
 
     if surplus or not CONFIG.value:
@@ -74,7 +74,7 @@ def _compare(surplus: list[str]) -> None:
     if not trained:
         raise AvjaxError(f"no row could be trained: {'; '.join(failed)}")
     runs = [read(workdir) for workdir in trained.values()]
-    evidence = comparison.of_runs(trained) if runs[0][1]["task"] == "single" else None
+    evidence = comparison.of_runs(trained) if runs[0][1]["task"] in tasks.ONE_CLASS else None
     _show([*runs, *references(*runs[0])], evidence, failed)
 
 

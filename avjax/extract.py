@@ -2,9 +2,11 @@
 
 python -m avjax.extract --config configs/extract_folder.py --config.data.root=R --out F
 
-Stopped and started again it goes on. A file that cannot be used goes to F/quarantine.csv with a reason and never stops
-the run. Sentences are in F/sentences.csv: edit them, then run with --only text.
+Stopped and started again it goes on, whoever does it (--runner). A file that cannot be used goes to F/quarantine.csv
+with a reason and never stops the run. Sentences are in F/sentences.csv: edit them, then run with --only text.
 """
+
+import shlex
 
 from absl import flags
 
@@ -14,6 +16,16 @@ from avjax import config as configs
 CONFIG = configs.require_flag()
 OUT = flags.DEFINE_string("out", None, "Feature store; default $AVJAX_CACHE/features/<dataset>.")
 ONLY = flags.DEFINE_enum("only", None, ["text"], "Only encode the sentences of F/sentences.csv again; opens no media.")
+RUNNER = flags.DEFINE_string(
+    "runner",
+    "local",
+    "Who does it: local (worker processes), or a Beam runner, such as DirectRunner, DataflowRunner, FlinkRunner or "
+    "SparkRunner; the same features. The store must be where all machines reach it: --out=gs://bucket/F.",
+)
+RUNNER_OPTIONS = flags.DEFINE_string("runner_options", "", 'Options of the Beam runner: "--project=P --region=R …".')
+MEDIA = flags.DEFINE_string(
+    "media", "", "Where the machines of a Beam runner find the files of the data root, such as gs://bucket/mafw."
+)
 
 
 def main(_: list[str]) -> None:
@@ -28,9 +40,25 @@ def main(_: list[str]) -> None:
         out=OUT.value or "",
         processes=config.workers,
         clip_seconds=config.clip_seconds,
+        runner=_runner(config),
         only_text=ONLY.value == "text",
         random=config.weights.random,
     )
+
+
+def _runner(config):
+    """The runner that the flags ask for."""
+    from avjax import datasets, extraction
+    from avjax.errors import AvjaxError
+
+    if RUNNER.value == "local":
+        if RUNNER_OPTIONS.value or MEDIA.value:
+            raise AvjaxError("--runner_options and --media are of a Beam runner; name it with --runner")
+        return extraction.here
+    from avjax import beam_runner
+
+    root = datasets.root_of(config.dataset, config.data.root)
+    return beam_runner.runner(RUNNER.value, shlex.split(RUNNER_OPTIONS.value), root, MEDIA.value)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from avjax.source import trouble
 from avjax.text import template
 
 CLIP_SECONDS = 120.0
+_PART = 256  # clips in a file of the packed view
 # A clip, and the keys under which its features are staged: feature → key.
 Measured = tuple[Clip, dict[str, str]]
 _MEDIA = ("av", "mediapipe", "pebble")  # packages of avjax[media] without which nothing can be measured
@@ -167,7 +168,7 @@ def extract(
         measured = encode_all(measured, sentences, settings, store, console, clock)
         # ---- Packed view ------------------------------------------------------------------------------------------
         with clock("packing"):
-            _pack(corpus, measured, rejected, sentences, settings, store, preset, console)
+            _pack(corpus, measured, rejected, sentences, settings, store, preset, processes, console)
         _report(measured, store, preset, clock, time.perf_counter() - begun, console)
     index = stores.read_index(place, dataset)["presets"][preset]
     counts = index["counts"]
@@ -385,26 +386,21 @@ def examples(
         yield features.example(clip, settings, staged, sentences[clip.id])
 
 
-def _pack(corpus, measured, rejected: list, sentences: dict, settings, store, preset: str, console) -> None:
+def _pack(corpus, measured, rejected, sentences, settings, store, preset: str, processes: int, console) -> None:
     clips, staged = [c for c, _ in measured], {c.id: keys for c, keys in measured}
-    recipe = stores.recipe(corpus, clips, [len(rejected), staged, settings.face])
+    recipe = stores.recipe(corpus, clips, [rejected, staged, settings.face])
     if store.is_packed(preset, recipe):
         return
     console.print(f"packing {len(clips)} clips")
-    masks = {"audio": "audio_mask", "video": "video_mask"}
-    counts = {"used": len(clips), "quarantined": len(rejected)} | {
-        f"masked_{f}": sum(not store.get(c.id, f, keys[f], mask)[mask].any() for c, keys in measured)
-        for f, mask in masks.items()
-    }
-    records = examples(measured, sentences, settings, store)
-    about = {
-        "counts": counts,
-        "rejected": rejected,
-        "staged": staged,
-        "made_by": made_by(measured[0]),
-        "random": settings.random,
-    }
-    store.pack(corpus, clips, preset, records, recipe, about)
+    parts = []
+    for at in range(0, len(measured), _PART):
+        some = measured[at : at + _PART]
+        parts.append(functools.partial(examples, some, {c.id: sentences[c.id] for c, _ in some}, settings, store))
+    about = {"rejected": rejected, "staged": staged, "made_by": made_by(measured[0]), "random": settings.random}
+    # A process more is worth its start from the second part on.
+    side_by_side = min(len(parts), processes or os.cpu_count() or 1)
+    shown = functools.partial(progress.bar, total=len(parts), what="packing", console=console, unit="parts")
+    store.pack(corpus, clips, preset, parts, recipe, about, processes=side_by_side, shown=shown)
 
 
 def made_by(measured: Measured) -> dict[str, str]:

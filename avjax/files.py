@@ -50,8 +50,13 @@ def copy_folder(source: Path, target: Path) -> None:
     """Copies the files of a folder, flat, from or to any place."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        with path.open("rb") as old, (target / path.name).open("wb") as new:
-            shutil.copyfileobj(old, new)
+        copy(path, target / path.name)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a file from or to any place."""
+    with source.open("rb") as old, target.open("wb") as new:
+        shutil.copyfileobj(old, new)
 
 
 @contextlib.contextmanager

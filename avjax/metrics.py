@@ -125,6 +125,45 @@ def rmse(moments: Array) -> Array:
     return (total / moments[..., 0].clip(_TINY)).clip(0) ** 0.5
 
 
+# What `sentiment_sums` adds up: two tables (no, yes) x (no, yes), three sums, and `moments`.
+_HAS0, _NON0, _HITS5, _HITS7, _APART, _MOMENTS = slice(0, 4), slice(4, 8), 8, 9, 10, slice(11, 17)
+
+
+def sentiment_sums(label: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """What `sentiment` is computed from: (n,) sentiments, −3 to 3, → (17,) float64. Add them to merge sets."""
+    y, x = (v.astype(np.float64) for v in (label, predicted))
+    polar = y != 0
+    hits = [np.sum(np.rint(y.clip(-top, top)) == np.rint(x.clip(-top, top))) for top in (2, 3)]
+    return np.concatenate(
+        [
+            count((y >= 0).astype(int), (x >= 0).astype(int), 2).reshape(-1),
+            count((y > 0)[polar].astype(int), (x > 0)[polar].astype(int), 2).reshape(-1),
+            hits,
+            [np.abs(x - y).sum()],
+            moments(y[:, None], x[:, None], np.ones(len(y)))[0],
+        ]
+    )
+
+
+def sentiment(sums: np.ndarray) -> dict[str, float]:
+    """The measures of CMU-MOSI and CMU-MOSEI (Zadeh et al. 2018), as MMSA (Mao et al. 2022) computes them.
+
+    `has0`: negative against the rest, over all clips; `non0`: negative against positive, over those that are not 0;
+    accuracy (acc2) and weighted F1 of either. acc5, acc7: accuracy of the number rounded within −2 to 2, and −3 to 3;
+    mae: mean absolute error; corr: Pearson's correlation.
+    """
+    size = max(sums[_MOMENTS][0], _TINY)
+    tables = {name: sums[place].reshape(2, 2) for name, place in (("has0", _HAS0), ("non0", _NON0))}
+    return {
+        **{f"acc2_{name}": float(war(table)) for name, table in tables.items()},
+        **{f"f1_{name}": float(f1(table)["weighted"]) for name, table in tables.items()},
+        "acc5": float(sums[_HITS5] / size),
+        "acc7": float(sums[_HITS7] / size),
+        "mae": float(sums[_APART] / size),
+        "corr": float(pearson(sums[_MOMENTS])),
+    }
+
+
 def _spread(moments: Array) -> tuple[Array, ...]:
     """Means, variances and covariance of x and y; no (co)variance of values that are the same to within rounding."""
     x, y, xx, yy, xy = (moments[..., i] / moments[..., 0].clip(_TINY) for i in range(1, 6))

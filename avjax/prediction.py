@@ -6,6 +6,7 @@ the mean of the lanes' probabilities.
 """
 
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -226,8 +227,8 @@ def answers_of(run: Run, clips: stores.Features, cache: Cache | None = None) -> 
         return softmax(np.stack(scores) / caches.TEMPERATURE, -1).mean(0)
     data = pipeline.resident(clips, run.text_source, "train", run.model.constants)
     logits = loop.answers(run.model)(run.best, run.best_head, run.stats, data)[run.model.answers[0]]
-    ways = {"single": lambda x: softmax(x, -1), "multilabel": expit, "regression": np.asarray}
-    return ways[run.task](np.asarray(logits, np.float64)).mean(0)
+    ways = {"multilabel": expit, "regression": np.asarray}
+    return ways.get(run.task, functools.partial(softmax, axis=-1))(np.asarray(logits, np.float64)).mean(0)
 
 
 def _config(workdir: Path) -> ConfigDict:

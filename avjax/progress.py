@@ -9,8 +9,8 @@ from rich import progress
 from rich.console import Console
 
 
-def bar(items: Iterable, total: int, what: str, console: Console) -> Iterator:
-    """Passes `items` on under a bar with clips/s and time left; no bar where there is nothing to do."""
+def bar(items: Iterable, total: int, what: str, console: Console, unit: str = "clips") -> Iterator:
+    """Passes `items` on under a bar with `unit`/s and time left; no bar where there is nothing to do."""
     if not total:
         return
     columns = (
@@ -26,7 +26,7 @@ def bar(items: Iterable, total: int, what: str, console: Console) -> Iterator:
             yield item
             shown.advance(task)
             speed = shown.tasks[0].speed
-            shown.update(task, rate=f"{speed:.1f} clips/s" if speed else "")
+            shown.update(task, rate=f"{speed:.1f} {unit}/s" if speed else "")
 
 
 class Stopwatch(collections.Counter):

@@ -121,4 +121,9 @@ def _values(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int) 
         return Ridge(1 / _STRENGTH).fit(x, label).predict(x_test).reshape(-1, classes)
 
 
-_FITS = {"single": _classes, "multilabel": _labels, "regression": _values}
+def _shares(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int) -> np.ndarray:
+    """As `_classes`, of the class of the largest share."""
+    return _classes(x, label.argmax(-1), x_test, classes)
+
+
+_FITS = {"single": _classes, "soft": _shares, "multilabel": _labels, "regression": _values}

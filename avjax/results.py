@@ -81,6 +81,7 @@ def measure(
         "pooled": _scores(scoring, pooled),
         **({"together": together} if together else {}),
         **_particulars(features, pooled),
+        **_sentiment(features, rows["label"], rows[f"logits_{heads[0]}"]),
         "heads": {h: _of_head(scoring, table(h, every), features.task) for h in heads},
         "reference": dict(reference),
     }
@@ -88,19 +89,26 @@ def measure(
 
 def _of_head(scoring: tasks.Scoring, table: np.ndarray, task: str) -> dict[str, float]:
     """Its pooled scores; of classes weighted F1, too."""
-    more = {"f1": float(metrics.f1(table)["weighted"])} if task == "single" else {}
+    more = {"f1": float(metrics.f1(table)["weighted"])} if task in tasks.ONE_CLASS else {}
     return _scores(scoring, table) | more
 
 
 def _particulars(features: Features, pooled: np.ndarray) -> dict[str, object]:
     """What the pooled table says beyond its scores: by class, value or label."""
-    if features.task == "single":
+    if features.task in tasks.ONE_CLASS:
         return {
             "f1": {k: float(v) for k, v in metrics.f1(pooled).items()},
             "confusion": pooled.astype(int).tolist(),
         }
     scoring = tasks.SCORINGS[features.task]
     return {"values": {n: _scores(scoring, row[None]) for n, row in zip(features.classes, pooled, strict=True)}}
+
+
+def _sentiment(features: Features, label: np.ndarray, answer: np.ndarray) -> dict[str, object]:
+    """`sentiment` over all folds and seeds, where that is what is predicted."""
+    if features.task != "regression" or features.classes != ("sentiment",):
+        return {}
+    return {"sentiment": metrics.sentiment(metrics.sentiment_sums(label[:, 0], answer[:, 0]))}
 
 
 def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, task: str) -> dict | None:
@@ -116,12 +124,14 @@ def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, task: s
     for fold in dict.fromkeys(name for name, _ in plan.names):
         seeds = [(rows["fold"] == fold) & (rows["seed"] == seed) for name, seed in plan.names if name == fold]
         answers = [rows[f"logits_{head}"][chosen].astype(np.float64) for chosen in seeds]
-        mean = np.mean([softmax(a, -1) if task == "single" else a for a in answers], 0)
+        mean = np.mean([softmax(a, -1) if task in tasks.ONE_CLASS else a for a in answers], 0)
         folds.append({"fold": fold, **_scores(scoring, scoring.count(rows["label"][seeds[0]], mean))})
     return summary(folds, scoring.names)
 
 
 def _plain(label: np.ndarray) -> np.ndarray:
+    if tasks.kind(label) == "soft":
+        return np.asarray(tasks.shares(label))
     return label.astype(np.int64) if label.dtype == np.int32 else label
 
 
@@ -132,8 +142,9 @@ def attention(features: Features, found: Sequence[tuple[int, Mapping[str, np.nda
 
 def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, count: int = 12) -> list[dict[str, str]]:
     """Test clips with their sentence, label and answer, for the report: `count` of them, evenly spaced in the set."""
-    if source not in features.sentences or features.task != "single":
+    if source not in features.sentences or features.task not in tasks.ONE_CLASS:
         return []
+    label = features.label if features.task == "single" else features.label.argmax(-1)
     head = next(k for k in rows if k.startswith("logits_"))
     first = {clip: at for at, clip in reversed(list(enumerate(rows["clip_id"].tolist())))}
     tested = [i for i, clip in enumerate(features.ids) if clip in first]
@@ -144,7 +155,7 @@ def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, co
         out.append(
             {
                 "clip_id": features.ids[i],
-                "label": features.classes[features.label[i]],
+                "label": features.classes[label[i]],
                 "predicted": features.classes[answer],
                 "sentence": features.sentences[source][i],
             }

@@ -131,7 +131,7 @@ def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
     """Whether a packed view is to be left on disk."""
     if mode != "auto":
         return mode == "streamed"
-    files = view.folder(root, dataset, preset).glob("*.array_record*")
+    files = view.readable(root, dataset, preset).glob("*.array_record*")
     return _GROWS * sum(f.stat().st_size for f in files) > room()
 
 

@@ -215,3 +215,41 @@ def test_perfect_answers_score_one_and_opposite_ones_minus_one():
         np.testing.assert_allclose(score(same), 1, rtol=1e-12)
         np.testing.assert_allclose(score(opposite), -1, rtol=1e-12)
     np.testing.assert_array_equal(metrics.rmse(same), 0)
+
+
+# ---- Sentiment ----------------------------------------------------------------------------------------------------
+
+# By hand: 8 clips, two of them at 0.
+FEELING = np.array([-3.0, -1.2, -0.4, 0.0, 0.0, 0.6, 1.6, 3.0])
+GUESSED = np.array([-2.2, 0.4, -0.1, -0.3, 0.2, 0.7, 2.4, 3.9])
+
+
+def test_sentiment_by_hand():
+    found = metrics.sentiment(metrics.sentiment_sums(FEELING, GUESSED))
+    # 0 counts as positive: the answers to -1.2 and to the first 0 are wrong.
+    assert found["acc2_has0"] == pytest.approx(6 / 8)
+    assert found["acc2_non0"] == pytest.approx(5 / 6)
+    # Of has0: negative 2 of 3 found, 3 said; the rest 4 of 5 found, 5 said.
+    assert found["f1_has0"] == pytest.approx((3 * 2 / 3 + 5 * 4 / 5) / 8)
+    # Of non0: negative 2 of 3 found, 2 said; positive 3 of 3 found, 4 said.
+    assert found["f1_non0"] == pytest.approx((3 * 4 / 5 + 3 * 6 / 7) / 6)
+    # Rounded within 2: -2 -1 0 0 0 1 2 2 against -2 0 0 0 0 1 2 2; within 3: -3 ... 2 3 against -2 ... 2 3.
+    assert found["acc5"] == pytest.approx(7 / 8)
+    assert found["acc7"] == pytest.approx(6 / 8)
+    assert found["mae"] == pytest.approx((0.8 + 1.6 + 0.3 + 0.3 + 0.2 + 0.1 + 0.8 + 0.9) / 8)
+    assert found["corr"] == pytest.approx(stats.pearsonr(FEELING, GUESSED).statistic)
+
+
+def test_sums_of_sentiment_merge_by_addition():
+    rng = np.random.default_rng(0)
+    label, answer = rng.integers(-9, 10, 500) / 3, rng.normal(0, 2, 500)
+    parts = [metrics.sentiment_sums(label[part], answer[part]) for part in (slice(0, 100), slice(100, 500))]
+    np.testing.assert_allclose(sum(parts), metrics.sentiment_sums(label, answer), rtol=1e-12)
+    found, polar = metrics.sentiment(sum(parts)), label != 0
+    assert found["f1_has0"] == pytest.approx(sk.f1_score(label >= 0, answer >= 0, average="weighted"))
+    assert found["f1_non0"] == pytest.approx(sk.f1_score(label[polar] > 0, answer[polar] > 0, average="weighted"))
+    assert found["acc2_non0"] == pytest.approx(sk.accuracy_score(label[polar] > 0, answer[polar] > 0))
+
+
+def test_sentiment_of_nothing_is_zero():
+    assert set(metrics.sentiment(metrics.sentiment_sums(np.zeros(0), np.zeros(0))).values()) == {0.0}

@@ -7,6 +7,8 @@ import os
 import pathlib
 import pickle
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -50,7 +52,6 @@ def same(a, b):
     if isinstance(b, np.ndarray):
         assert type(a) is np.ndarray
         assert (a.shape, a.dtype.newbyteorder("=")) == (b.shape, b.dtype.newbyteorder("="))
-        assert a.flags.writeable
         for x, y in zip(a.ravel(), b.ravel(), strict=True):
             same(x, y)
     elif isinstance(b, dict):
@@ -206,6 +207,9 @@ def test_many_references_to_one_list_cost_nothing(tmp_path):
         b"h\x05.",
         b"((dd.",
         b"c__builtin__\nbytes\n(I1000000000000\ntR.",
+        b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"N.",
+        b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b"N.",
+        b"T" + struct.pack("<i", -1) + b".",
     ],
 )
 def test_a_broken_pickle_is_a_clear_error(tmp_path, data):
@@ -220,3 +224,29 @@ def test_sizes_are_limited_and_files_must_exist(tmp_path, monkeypatch):
         pickles.load(path)
     with pytest.raises(AvjaxError, match=r"nowhere\.pkl: no such file"):
         pickles.load(tmp_path / "nowhere.pkl")
+
+
+PEAK = """
+import re, sys, pathlib
+from avjax.datasets import pickles
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+before = peak()
+value = pickles.load(pathlib.Path(sys.argv[1]))
+print(peak() - before, value["train"]["text"].sum())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of memory is read from Linux's /proc")
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_large_file_is_in_memory_once(tmp_path, protocol):
+    arrays = {name: np.ones((100, 250, 500), np.float32) for name in ("text", "audio", "vision", "more")}
+    path = write(tmp_path, pickle.dumps({"train": arrays, "id": [f"a$_${i}" for i in range(1000)]}, protocol))
+    assert path.stat().st_size > 200e6
+    done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True)
+    kilobytes, total = map(float, done.stdout.split())
+    assert total == 12.5e6
+    assert 1024 * kilobytes < 1.15 * path.stat().st_size

@@ -46,8 +46,8 @@ def pack(root, data=None, preset="lite", make=example):
     with stores.Store(root, data.name).locked() as store:
         staged = {c.id: {"video": "v", "audio": "a", "text": "t"} for c in data.clips}
         recipe = stores.recipe(data, data.clips, staged)
-        about = {"counts": {"used": len(data.clips)}, "staged": staged, "made_by": {}}
-        store.pack(data, data.clips, preset, map(make, data.clips), recipe, about)
+        about = {"rejected": (), "staged": staged, "made_by": {}}
+        store.pack(data, data.clips, preset, [lambda: map(make, data.clips)], recipe, about)
         assert store.is_packed(preset, recipe)
         assert not store.is_packed(preset, "other")
     return stores.read_index(root)["presets"][preset]["content"]

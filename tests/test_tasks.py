@@ -22,6 +22,9 @@ def made(kind: str, clips: int = 60, seed: int = 0) -> tuple[np.ndarray, np.ndar
     if kind == "single":
         label = rng.permutation(np.arange(clips) % CLASSES).astype(np.int32)
         return label, noise + np.eye(CLASSES, dtype=np.float32)[label]
+    if kind == "soft":
+        label = rng.dirichlet((1, 0.7, 0.4), clips)
+        return tasks.encoded([tuple(row) for row in label], ("a", "b", "c"), kind), noise + label.astype(np.float32)
     if kind == "multilabel":
         label = rng.random((clips, CLASSES)) < (0.5, 0.2, 0.8)
         return label, noise + label
@@ -41,8 +44,8 @@ def agreement(label: np.ndarray, answer: np.ndarray) -> float:
 
 
 def expected(kind: str, label: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-    if kind == "single":
-        answer = logits.argmax(-1)
+    if kind in tasks.ONE_CLASS:
+        label, answer = label if kind == "single" else label.argmax(-1), logits.argmax(-1)
         return {"war": sk.accuracy_score(label, answer), "uar": sk.balanced_accuracy_score(label, answer)}
     columns = list(zip(label.T, logits.T, strict=True))
     by_name = {
@@ -84,7 +87,7 @@ def test_scores_are_those_of_scipy_and_scikit_learn(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_validation_picks_by_is_larger_for_better_answers(kind):
     scoring, (label, logits) = tasks.SCORINGS[kind], made(kind)
-    right = {"single": np.eye(CLASSES)[label] if kind == "single" else 0, "multilabel": 2.0 * label - 1}
+    right = {"single": np.eye(CLASSES)[label] if kind == "single" else 0, "multilabel": 2.0 * label - 1, "soft": label}
     best = scoring.scores(scoring.count(label, right.get(kind, label)))[scoring.picks]
     assert best == pytest.approx(1)
     assert best > scoring.scores(scoring.count(label, logits))[scoring.picks]
@@ -134,6 +137,7 @@ def test_the_loss_of_a_whole_set_is_that_of_its_table():
     [
         (np.int32, "single"),
         (np.uint8, "single"),
+        (np.uint32, "soft"),
         (bool, "multilabel"),
         (np.float32, "regression"),
         (jnp.bfloat16, "regression"),
@@ -150,6 +154,12 @@ def test_the_dtype_of_labels_says_the_kind(dtype, kind):
     [
         ("single", ["b", "a", "b", "b"], np.array([1, 0, 1, 1], np.int32), [0.25, 0.75, 0]),
         ("regression", [(0.5, 1, -1), (0, 1, 0)], np.array([[0.5, 1, -1], [0, 1, 0]], np.float32), [0.25, 1, -0.5]),
+        (
+            "soft",
+            [(0.75, 0.25, 0), (0.25, 0.25, 0.5)],
+            np.array([[75, 25, 0], [25, 25, 50]], np.uint32) * np.uint32(10_000),
+            [0.5, 0.25, 0.25],
+        ),
         ("multilabel", [(1.0, 0.0, 1.0), (0.0, 0.0, 1.0)], np.array([[1, 0, 1], [0, 0, 1]], bool), [0.5, 0, 1]),
     ],
 )
@@ -169,6 +179,8 @@ def by_hand(kind: str, label: np.ndarray, logits: np.ndarray) -> np.ndarray:
     logits = logits.astype(np.float64)
     if kind == "single":
         return -np.take_along_axis(special.log_softmax(logits, -1), label[:, None], 1)[:, 0]
+    if kind == "soft":
+        return -(label / label.sum(-1, keepdims=True) * special.log_softmax(logits, -1)).sum(-1)
     if kind == "multilabel":
         return -np.where(label, special.log_expit(logits), special.log_expit(-logits)).mean(-1)
     return np.full(len(label), 1 - np.mean([agreement(y, x) for y, x in zip(label.T, logits.T, strict=True)]))
@@ -195,6 +207,23 @@ def test_what_has_weight_0_does_not_change_the_loss_of_the_others_nor_their_grad
     found, pull = jax.vjp(lambda x: tasks.loss(x, jnp.asarray(label), weight)[real], broken)
     np.testing.assert_allclose(found, by_hand(kind, label[real], logits[real]), rtol=1e-4, atol=1e-5)
     assert np.isfinite(pull(jnp.ones(real.sum()))[0][real]).all()
+
+
+def test_shares_of_one_class_cost_to_the_bit_what_the_class_costs():
+    label, logits = made("single")
+    shares = tasks.encoded([tuple(row) for row in np.eye(CLASSES)[label]], ("a", "b", "c"), "soft")
+    soft, hard = (tasks.loss(jnp.asarray(logits), jnp.asarray(y), jnp.ones(60)) for y in (shares, label))
+    np.testing.assert_array_equal(soft, hard)
+    for count in ("count", "table"):
+        more = () if count == "count" else (jnp.ones(60),)
+        tables = (getattr(tasks.SCORINGS[k], count)(y, logits, *more) for k, y in (("soft", shares), ("single", label)))
+        np.testing.assert_array_equal(*tables)
+
+
+def test_thirds_add_up_to_one():
+    label = tasks.encoded([(1 / 3,) * 3], ("a", "b", "c"), "soft")
+    np.testing.assert_allclose(tasks.shares(label).sum(-1), 1, rtol=1e-7)
+    np.testing.assert_allclose(tasks.loss(jnp.zeros((1, 3)), jnp.asarray(label), jnp.ones(1)), np.log(3), rtol=1e-6)
 
 
 def test_concordance_is_the_whole_batchs_and_the_same_for_every_clip():

@@ -14,8 +14,8 @@ class Task:
     """What is predicted.
 
     Attributes:
-      kind: "single" (one of the classes per clip), "multilabel" (yes or no to each), "regression" (a number for each);
-        see `avjax.tasks`.
+      kind: "single" (one of the classes per clip), "soft" (a share of each class), "multilabel" (yes or no to each),
+        "regression" (a number for each); see `avjax.tasks`.
       classes: names of the classes, labels or values.
     """
 
@@ -76,6 +76,8 @@ class Corpus:
       clips: all clips of the protocol, in a stable order.
       folds: official folds, or () where the protocol makes them from the clips.
       rejected: (clip id, reason) of rows that name no usable clip.
+      overlapping: whether official folds test some clips twice: one is then to be chosen by `protocol.only`, and
+        figures of several are never pooled.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Corpus:
     clips: tuple[Clip, ...]
     folds: tuple[Fold, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
+    overlapping: bool = False
 
 
 Index = Callable[[Path], Corpus]

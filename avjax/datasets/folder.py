@@ -6,14 +6,14 @@ The table is UTF-8, but for names of files that are not: these stand in it byte 
 with `\xe9` for such a byte.
 
 In the place of `label` there may be columns of numbers, `value:<name>`, such as `value:valence`: then these are
-predicted (task "regression"); or of 1 and 0, `is:<name>`, such as `is:happy`: yes or no to each (task "multilabel").
+predicted (task "regression"); or of 1 and 0, `is:<name>`, such as `is:happy`: yes or no to each (task "multilabel"); or
+of votes or shares, `share:<name>`, such as `share:happy`: each clip is shared out among the classes (task "soft").
 
 Any label is a class, unless a file `classes.txt` stands beside the table: one class per line, in the order wanted. Rows
 with another label are then rejected.
 """
 
 import csv
-import math
 import os
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from avjax.datasets import labels
 from avjax.datasets.base import GENDERS, Clip, Corpus, Task
 from avjax.errors import AvjaxError
 
-_MARKS = {"regression": "value:", "multilabel": "is:"}
+_MARKS = {"regression": "value:", "multilabel": "is:", "soft": "share:"}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
@@ -72,7 +72,8 @@ def _numbers(table: Path, rows: list[dict[str, str]]) -> tuple[str, tuple[str, .
     found = {kind: names for kind, names in columns.items() if names}
     if len(found) > 1 or (found and "label" in rows[0]):
         there = ", ".join(c for c in rows[0] if c == "label" or c.startswith(tuple(_MARKS.values())))
-        raise AvjaxError(f"{table}: columns {there}; expected one kind of label: label, value:<name> or is:<name>")
+        marks = ", ".join(f"{mark}<name>" for mark in _MARKS.values())
+        raise AvjaxError(f"{table}: columns {there}; expected one kind of label: label, {marks}")
     return next(iter(found.items()), ("single", ()))
 
 
@@ -131,15 +132,7 @@ def _label(row: dict[str, str], task: str, columns: tuple[str, ...]) -> tuple[st
     """A row's label, and why it is none ("" if it is one)."""
     if not columns:
         return row["label"], "" if row["label"] else "no label"
-    try:
-        numbers = tuple(float(row[c]) for c in columns)
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(map(math.isfinite, numbers)):
-        return (), f"{', '.join(columns)}: {', '.join(row[c] or 'nothing' for c in columns)}; expected numbers"
-    if task == "multilabel" and not set(numbers) <= {0.0, 1.0}:
-        return (), f"{', '.join(columns)}: {', '.join(row[c] for c in columns)}; expected 1 or 0"
-    return numbers, ""
+    return labels.numbers(task, {column: row[column] for column in columns})
 
 
 def _clip(

@@ -4,21 +4,24 @@ A pickle is a program. This reader refuses by name whatever is none of: dict, li
 None, and numpy's arrays and scalars of plain numbers and text. It does so in two passes: the opcodes are read without
 running them, then run with stand-ins for numpy's own functions, which trust what they are given (a dtype that lies
 about itself turns bytes into pointers).
+
+Both passes read from the file, and arrays are not copied: in memory is what the file holds, once. Only protocols 0 to 2
+write arrays as text, which is then there beside them.
 """
 
-import io
 import math
 import pickle
 import pickletools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from avjax.errors import AvjaxError
 
-MOST_BYTES = 2**30
+MOST_BYTES = 2**34
 _DEEPEST = 32
 # Opcodes that make plain values and containers, keep and recall them, or call what `_ADMITTED` names. Not among them:
 # those that make instances of classes, look names up in registries, or take bytes from outside the file.
@@ -32,6 +35,8 @@ _OPCODES = {
     "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET",
     "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
 }  # fmt: skip
+# Opcodes of long data → how many bytes their length takes. The first pass steps over the data.
+_LONG = {"BINSTRING": 4, "BINUNICODE": 4, "BINUNICODE8": 8, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8, "FRAME": 8}
 _DTYPE = re.compile(r"[?]|[bBhHiIlLqQefdgO]|b1|[iu][1248]|f(2|4|8|16)|c(8|16)|[USO][1-9]\d{0,6}")
 
 
@@ -39,8 +44,8 @@ def load(path: Path) -> object:
     """Reads a pickle of arrays and plain containers, written by any Python and any numpy.
 
     Returns:
-      the value; arrays are fresh `np.ndarray`s, those of objects hold plain values; byte strings of Python 2 are text
-      (Latin-1), a bytearray is bytes.
+      the value; arrays are `np.ndarray`s in this machine's byte order, not to be written to where they are the file's
+      own bytes; those of objects hold plain values; byte strings of Python 2 are text (Latin-1), a bytearray is bytes.
     Raises:
       AvjaxError: there is no such file, it is larger than `MOST_BYTES`, holds anything else (the message names it), is
         nested too deeply or in itself, or is no whole pickle.
@@ -49,10 +54,11 @@ def load(path: Path) -> object:
         raise AvjaxError(f"{path}: no such file")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise AvjaxError(f"{path}: {size:,} bytes; at most {MOST_BYTES:,} are read. Convert it to .npz or .h5")
-    data = path.read_bytes()
     try:
-        _inspect(data)
-        return _plain(_Reader(io.BytesIO(data), encoding="latin1").load(), {}, 0)
+        with path.open("rb") as file:
+            _inspect(file, size)
+            file.seek(0)
+            return _plain(_Reader(file, encoding="latin1").load(), {}, 0)
     except _Refused as error:
         raise AvjaxError(f"{path}: refused: {error}. Only numpy arrays and plain containers are read from pickles; "
                          "convert the file to .npz where you trust it") from error  # fmt: skip
@@ -68,9 +74,9 @@ class _Refused(Exception):
     """What a pickle asks for and does not get."""
 
 
-def _inspect(data: bytes) -> None:
+def _inspect(file: BinaryIO, size: int) -> None:
     """Refuses opcodes, names and places in the memo before any of them is executed."""
-    for count, (name, argument, at) in enumerate(_opcodes(data), 1):
+    for count, (name, argument, at) in enumerate(_opcodes(file, size), 1):
         if name not in _OPCODES:
             raise _Refused(f"the opcode {name} at byte {at}")
         if name == "GLOBAL":
@@ -80,9 +86,12 @@ def _inspect(data: bytes) -> None:
             raise _Refused(f"place {argument} of the memo after {count} opcodes")
 
 
-def _opcodes(data: bytes) -> Iterator[tuple[str, object, int]]:
-    """(name, argument, place) of each opcode; `pickletools.genops` fails at bytes in Python 2's protocol 0."""
-    file, name = io.BytesIO(data), ""
+def _opcodes(file: BinaryIO, size: int) -> Iterator[tuple[str, object, int]]:
+    """(name, argument, place) of each opcode; `pickletools.genops` fails at bytes in Python 2's protocol 0.
+
+    There is no argument where it is long: it is only seen to lie within the `size` bytes of the file.
+    """
+    name = ""
     while name != "STOP":
         at, code = file.tell(), file.read(1)
         if not code:
@@ -90,8 +99,21 @@ def _opcodes(data: bytes) -> Iterator[tuple[str, object, int]]:
         if not (known := pickletools.code2op.get(code.decode("latin1"))):
             raise ValueError(f"no opcode {code!r}, at byte {at}")
         name = known.name
-        reader = io.BytesIO.readline if name == "STRING" else known.arg and known.arg.reader
-        yield name, reader(file) if reader else None, at
+        if name in _LONG:
+            _step_over(file, name, size)
+            yield name, None, at
+        else:
+            reader = type(file).readline if name == "STRING" else known.arg and known.arg.reader
+            yield name, reader(file) if reader else None, at
+
+
+def _step_over(file: BinaryIO, name: str, size: int) -> None:
+    """A hostile length would ask for as much memory in the second pass, so none may lead out of the file."""
+    length = int.from_bytes(file.read(_LONG[name]), "little")
+    if file.tell() + length > size:
+        raise EOFError(f"{name} of {length} bytes, of which it has {size - file.tell()}")
+    if name != "FRAME":  # which holds the opcodes that follow
+        file.seek(length, 1)
 
 
 def _admitted(module: str, name: str) -> Callable:
@@ -177,8 +199,7 @@ def _of_bytes(data: object, dtype: object, shape: tuple, order: str) -> np.ndarr
     data = data.encode("latin1") if isinstance(data, str) else data  # a byte string of Python 2
     if min(shape, default=0) < 0 or math.prod(shape) * made.itemsize != len(data):
         raise _Refused(f"an array {shape} of {made} in {len(data)} bytes")
-    # A copy, so that it can be written to and is in this machine's byte order.
-    return np.frombuffer(data, made).reshape(shape, order=order).astype(made.newbyteorder("="))
+    return np.frombuffer(data, made).reshape(shape, order=order).astype(made.newbyteorder("="), copy=False)
 
 
 def _of_objects(values: list, shape: tuple, order: str) -> np.ndarray:

@@ -128,6 +128,10 @@ class Store:
         except OSError as error:
             raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); mend that and start again") from error
 
+    def drop(self, clip_id: str, feature: str, key: str) -> None:
+        """Removes a staged feature, if there is one."""
+        self._staged(clip_id, feature, key).unlink(missing_ok=True)
+
     def get(self, clip_id: str, feature: str, key: str, *names: str) -> dict[str, np.ndarray]:
         """Reads the arrays `names` of a staged feature, by default all."""
         with self._staged(clip_id, feature, key).open("rb") as raw, np.load(raw) as file:
@@ -201,18 +205,19 @@ class Store:
         corpus: Corpus,
         clips: Sequence[Clip],
         preset: str,
-        examples: Iterable[Mapping[str, object]],
+        parts: Sequence[view.Part],
         recipe: str,
         about: Mapping[str, object],
+        **how: object,
     ) -> None:
-        """Packs `examples`, one per clip of `clips`, into the TFDS view, and writes the index.
+        """Packs the examples of `parts`, one per clip of `clips`, into the TFDS view, and writes the index.
 
         All presets of a store describe the same clips: those packed from other ones are unfinished from then on.
 
         Args:
           corpus: gives name, classes and official folds.
-          examples: see `avjax.features.example`.
-          about: further entries of this preset in the index, such as counts and provenance.
+          how: further arguments of `view.pack`.
+          about: further entries of this preset in the index, such as provenance; `rejected` (clip id, reason).
         """
         data = _described(corpus, clips)
         index = read_index(self.root, self.dataset)
@@ -223,8 +228,12 @@ class Store:
                     entry |= {"recipe": None, "content": None}
             write_text(index_path(self.root, self.dataset), json.dumps(index))
         view.remove(self.root, corpus.name, preset)
-        content = view.pack(self.root, corpus.name, preset, corpus.task, examples, len(clips))
-        presets = (index["presets"] if index else {}) | {preset: {"recipe": recipe, "content": content, **about}}
+        content, masked = view.pack(self.root, corpus.name, preset, corpus.task, parts, **how)
+        counts = {"used": len(clips), "quarantined": len(about["rejected"])}
+        counts |= {f"masked_{stream}": masked.get(stream, len(clips)) for stream in ("audio", "video")}
+        presets = (index["presets"] if index else {}) | {
+            preset: {"recipe": recipe, "content": content, "counts": counts, **about}
+        }
         write_text(index_path(self.root, self.dataset), json.dumps({"presets": presets, **data}, indent=1))
 
 

@@ -8,150 +8,32 @@ A configuration describes them under `tables` (`Description`), in plain values:
         "facts": {"label": {"of": "face:emotion"}, "speaker": {"of": "key", "pattern": r"(\d+)_.*"}},
         "splits": (("train", "train"), ("dev", "val"), ("test", "test"))}
 
-`.csv`, `.tsv`, `.txt`, `.npz`, `.h5` and pickles (`avjax.datasets.pickles`) are read. Rows of different files meet by
-their keys. What cannot be used is counted and has its reason in `quarantine.csv`.
+All that is said there: `avjax.datasets.described`. What is read: `avjax.datasets.readers`, and what others publish:
+`avjax.datasets.importers`. Rows of different files meet by their keys. What cannot be used is counted and has its
+reason in `quarantine.csv`.
 """
 
-import csv
 import dataclasses
+import functools
 import hashlib
 import json
-import math
 import re
-import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from avjax import assets
-from avjax.datasets import pickles
+from avjax.datasets import labels, readers, view
 from avjax.datasets import store as stores
 from avjax.datasets.base import Clip, Corpus, Task
+from avjax.datasets.described import FORMATS, Description, Fact, File, Format, text_of
 from avjax.datasets.folder import SPLITS
 from avjax.errors import AvjaxError
 
 CODE_VERSION = 1  # raised when a change of code changes what is packed
-STREAMS = (*stores.STREAMS, "text")
 TEXT_SOURCE = "given"  # by which `model.text_source` names the stream `text`
-FACTS = ("label", "id", "speaker", "gender", "transcript", "split", "fold", "dialogue", "turn")
-
-
-@dataclasses.dataclass(frozen=True)
-class File:
-    """One table, or one for each split.
-
-    Attributes:
-      path: below the data root. `{split}` in it stands for each word of `Description.splits`; `#a/b` at its end goes to
-        the entry b of the entry a of a pickle or an HDF5 file.
-      key: the column of the rows' keys; or "file:column" of another file with as many rows in the same order; or "*"
-        where the names in the file are the keys, each with an array (column "value") or with arrays by name; or ""
-        where the rows' numbers from 0 are the keys, "train-0" with splits.
-      pattern: a regular expression; its first group is the key.
-      header: whether the first line of a CSV file names the columns; else these are called "0", "1", ….
-      padding: "zeros" where a step of zeros alone is none; "" where every step counts.
-    """
-
-    path: str
-    key: str = ""
-    pattern: str = ""
-    header: bool = True
-    padding: str = ""
-
-    def keys_of(self) -> str:
-        """The other file that has the keys, or ""."""
-        return self.key.partition(":")[0] if ":" in self.key else ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """Where something about a clip is found, and how it is read; steps that are not given are left out.
-
-    Attributes:
-      of: "file:column", or "key".
-      at_least: a number becomes "1" from here on, "0" below.
-      pattern: a regular expression for the whole; its first group is taken.
-      names: pairs of what is there and what it is called. For the label they give the order of the classes.
-    """
-
-    of: str
-    at_least: float | None = None
-    pattern: str = ""
-    names: tuple[tuple[str, str], ...] = ()
-
-    def read(self, value: object) -> tuple[str, str]:
-        """The fact, and why there is none ("" if there is)."""
-        text = _text(value)
-        if self.at_least is not None:
-            number = _number(text)
-            if not math.isfinite(number):
-                return "", f"is {text!r}; expected a number"
-            text = str(int(number >= self.at_least))
-        if self.pattern:
-            match = re.fullmatch(self.pattern, text)
-            if not match:
-                return "", f"is {text!r}; expected {self.pattern}"
-            text = match[1]
-        if self.names and text not in (names := dict(self.names)):
-            return "", f"is {text!r}; expected one of {', '.join(names)}"
-        return (names[text] if self.names else text), ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What is where.
-
-    Attributes:
-      files: name → `File`.
-      streams: one of `STREAMS` → references that are put side by side: "file:column" or "file:first..last", columns of
-        numbers, or arrays (rows, d) of one step or (rows, steps, d).
-      facts: one of `FACTS` → `Fact`; `label` must be there, `dialogue` and `turn` come together.
-      splits: pairs of the word in file names and train, val or test.
-    """
-
-    files: Mapping[str, File]
-    streams: Mapping[str, tuple[str, ...]]
-    facts: Mapping[str, Fact]
-    splits: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def of(cls, plain: Mapping) -> "Description":
-        """Checks a description in plain values, such as a part of a configuration.
-
-        Raises:
-          AvjaxError: a key or a name in it is unknown or missing.
-        """
-        try:
-            entries = dict(plain)
-            files = {name: File(**entry) for name, entry in entries.pop("files").items()}
-            facts = {name: Fact(**entry) for name, entry in entries.pop("facts").items()}
-            description = cls(files, dict(entries.pop("streams")), facts, **entries)
-        except (TypeError, KeyError) as error:
-            raise AvjaxError(f"tables: {error} does not fit; see avjax.datasets.tables.Description") from error
-        _known("streams", description.streams, STREAMS)
-        _known("facts", facts, FACTS)
-        if "label" not in facts or ("dialogue" in facts) != ("turn" in facts) or not description.streams:
-            raise AvjaxError("tables: expected a stream, the fact label, and dialogue and turn both or neither")
-        _known("files", [*description.used, *filter(None, map(File.keys_of, files.values()))], files)
-        return description
-
-    @property
-    def used(self) -> list[str]:
-        """The files that streams and facts are read from; an entry that no reference names is not opened."""
-        references = [r for each in self.streams.values() for r in each]
-        references += [fact.of for fact in self.facts.values() if fact.of != "key"]
-        return list(dict.fromkeys(r.partition(":")[0] for r in references))
-
-    def paths(self, name: str) -> dict[str, str]:
-        """The paths of a file by their word for the split, "" where there is but one."""
-        path = self.files[name].path
-        return {word: path.format(split=word) for word, _ in self.splits} if "{split}" in path else {"": path}
-
-
-def _known(what: str, given: Iterable[str], there: Iterable[str]) -> None:
-    if unknown := [name for name in given if name not in there]:
-        raise AvjaxError(f"tables.{what}: {', '.join(map(repr, unknown))} is unknown; expected {', '.join(there)}")
 
 
 def obtain(config) -> stores.Features:
@@ -180,26 +62,42 @@ def make(name: str, preset: str, description: Description, root: Path, place: Pa
     if not re.fullmatch("[a-z][a-z0-9_]*(:[a-z0-9_]+)?", name):
         raise AvjaxError(f"dataset is {name!r}; expected small letters, digits and underscores, and perhaps :target")
     with stores.Store(place, name).locked() as store:
-        sources = {path: _sha256(root, path) for path in _all_paths(description)}
+        sources = {path: _sha256(root, path) for path in _all_paths(description, root)}
         about = {"code": CODE_VERSION, "description": dataclasses.asdict(description), "sources": sources}
-        recipe = hashlib.sha256(json.dumps([stores.VERSION, about]).encode()).hexdigest()
+        recipe = hashlib.sha256(json.dumps([view.VERSION, about]).encode()).hexdigest()
         if store.is_packed(preset, recipe):
             return
         corpus, steps = read(name, description, root)
         store.write_table("quarantine.csv", ("clip_id", "reason"), corpus.rejected)
-        counts = {"used": len(corpus.clips), "quarantined": len(corpus.rejected)} | {
-            f"masked_{s}": sum(not (s in each and each[s][1].any()) for each in steps) for s in ("audio", "video")
-        }
         made_by = {s: store.record({"feature": s, **about}) for s in description.streams}
-        records = map(_example, corpus.clips, steps)
-        store.pack(corpus, corpus.clips, preset, records, recipe, {"counts": counts, "rejected": corpus.rejected, "made_by": made_by})
+        parts = [lambda: map(_example, corpus.clips, steps)]
+        store.pack(corpus, corpus.clips, preset, parts, recipe, {"rejected": corpus.rejected, "made_by": made_by})
 
 
-def _all_paths(description: Description) -> list[str]:
+def _all_paths(description: Description, root: Path) -> list[str]:
     """The files to be read, without the entry in them."""
     names = description.used
     names = [*names, *(other for n in names if (other := description.files[n].keys_of()))]
-    return list(dict.fromkeys(p.partition("#")[0] for n in names for p in description.paths(n).values()))
+    paths = dict.fromkeys(
+        found
+        for name in names
+        for path in description.paths(name).values()
+        for found in _read_for(root, path.partition("#")[0], description.files[name].form)
+    )
+    return list(paths)
+
+
+def _read_for(root: Path, path: str, form: Format) -> list[str]:
+    """The files that are read for a path of a description."""
+    if "{key}" in path:
+        return _of_clips(root, path)
+    beside = [Path(path).with_name(name).as_posix() for name in form.beside]
+    return [path, *(other for other in beside if (root / other).is_file())]
+
+
+def _of_clips(root: Path, path: str) -> list[str]:
+    places = [place for place in readers.each(root, path).values() if readers.inside(root, place)]
+    return [file.relative_to(root).as_posix() for place in places for file in readers.files_of(place)]
 
 
 def _sha256(root: Path, path: str) -> str:
@@ -211,6 +109,8 @@ def _sha256(root: Path, path: str) -> str:
 
 # A stream (or a key) → steps (n, d) float32 and their mask (n,).
 Steps = dict[str, tuple[np.ndarray, np.ndarray]]
+# (place, format, header) → what a file holds.
+Load = Callable[[Path, str, bool], object]
 
 
 def _example(clip: Clip, steps: Steps) -> dict[str, object]:
@@ -219,7 +119,7 @@ def _example(clip: Clip, steps: Steps) -> dict[str, object]:
     text = {TEXT_SOURCE: steps["text"][0][steps["text"][1]]} if "text" in steps else {}
     return {
         "clip_id": clip.id,
-        "label": clip.label,
+        "label": clip.label if isinstance(clip.label, str) else np.array(clip.label, np.float32),
         "speaker": clip.speaker or "",
         **{s: x for s, (x, _) in streams.items()},
         **{f"{s}_mask": mask for s, (_, mask) in streams.items()},
@@ -230,18 +130,23 @@ def _example(clip: Clip, steps: Steps) -> dict[str, object]:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A file that was read: column → one value per row; `row` key → its number; `split` key → its word, if any."""
+    """A file that was read, or one for each clip.
+
+    `columns` → one value per row; `row` key → its number; `split` key → its word, if any; `broken` key → why its file
+    cannot be read.
+    """
 
     columns: Mapping[str, Sequence]
     row: Mapping[str, int]
     split: Mapping[str, str]
+    broken: Mapping[str, str]
 
 
 def read(name: str, description: Description, root: Path) -> tuple[Corpus, list[Steps]]:
     """Reads all tables and joins their rows.
 
-    A row is rejected with a reason where a stream or the label of its key is missing, a number is not finite, or a fact
-    is not as described.
+    A row is rejected with a reason where a stream or the label of its key is missing, a number is not finite, a fact
+    is not as described, or the file that it has to itself cannot be read.
 
     Returns:
       the corpus (clips in the order of their keys in the files), and the streams of each clip.
@@ -249,10 +154,11 @@ def read(name: str, description: Description, root: Path) -> tuple[Corpus, list[
       AvjaxError: a file is missing, cannot be read or has no such column, a key stands in it twice, two clips have one
         id or one turn, or no row can be used.
     """
-    tables = {n: _table(description, n, root) for n in description.used}
-    streams = {s: [(r, _stream(description, tables, r)) for r in each] for s, each in description.streams.items()}
+    load = functools.cache(_load)
+    tables = {n: _table(description, n, root, load) for n in description.used}
+    streams = {s: [_stream(description, tables, r) for r in each] for s, each in description.streams.items()}
     clips, steps, rejected = [], [], []
-    for key in dict.fromkeys(k for table in tables.values() for k in table.row):
+    for key in dict.fromkeys(k for table in tables.values() for k in (*table.row, *table.broken)):
         clip, reason = _clip(description, tables, key)
         if not reason:
             made, reason = _steps(streams, key)
@@ -265,8 +171,14 @@ def read(name: str, description: Description, root: Path) -> tuple[Corpus, list[
         raise AvjaxError(f"{root}: none of {len(rejected)} rows can be used; the first: {': '.join(rejected[0])}")
     _check_unique("id", (c.id for c in clips))
     _check_unique("dialogue and turn", ((c.dialogue, c.turn) for c in clips if c.dialogue))
-    classes = tuple(dict.fromkeys(n for _, n in description.facts["label"].names)) or sorted({c.label for c in clips})
-    return Corpus(name, Task("single", tuple(classes)), tuple(clips), rejected=tuple(rejected)), steps
+    return Corpus(name, _task(description, clips), tuple(clips), rejected=tuple(rejected)), steps
+
+
+def _task(description: Description, clips: Sequence[Clip]) -> Task:
+    if description.values:
+        return Task(description.task, tuple(description.values))
+    named = tuple(dict.fromkeys(name for _, name in description.facts["label"].names))
+    return Task("single", named or tuple(sorted({c.label for c in clips})))
 
 
 def _check_unique(what: str, values: Iterable) -> None:
@@ -276,7 +188,11 @@ def _check_unique(what: str, values: Iterable) -> None:
 
 def _clip(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[Clip | None, str]:
     """The clip of a key, or why it cannot be used."""
+    if broken := [table.broken[key] for table in tables.values() if key in table.broken]:
+        return None, broken[0]
     facts, reason = _facts(description, tables, key)
+    if not reason and description.values:
+        facts["label"], reason = _values(description, tables, key)
     if reason:
         return None, reason
     split, turn = facts["split"], facts.get("turn")
@@ -290,7 +206,14 @@ def _clip(description: Description, tables: Mapping[str, _Table], key: str) -> t
     return Clip(path=Path(), **facts), ""
 
 
-def _facts(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[dict[str, str | None], str]:
+def _values(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[tuple[float, ...], str]:
+    found = {name: _fact(fact, tables, key) for name, fact in description.values.items()}
+    if reasons := [f"{name} {reason}" for name, (_, reason) in found.items() if reason]:
+        return (), reasons[0]
+    return labels.numbers(description.task, {name: text for name, (text, _) in found.items()})
+
+
+def _facts(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[dict[str, object], str]:
     """What is known of a key, None where a cell is empty, and why something cannot be known ("" if all can)."""
     words = {t.split[key] for t in tables.values() if key in t.split}
     if len(words) > 1:
@@ -312,37 +235,73 @@ def _fact(fact: Fact, tables: Mapping[str, _Table], key: str) -> tuple[str, str]
     return ("", f"has no row in {file}") if row is None else fact.read(values[row])
 
 
-def _steps(streams: Mapping[str, Sequence[tuple[str, Steps]]], key: str) -> tuple[Steps, str]:
+@dataclasses.dataclass(frozen=True)
+class _Stream:
+    """What a `reference` names: the columns `picked` of a table, side by side; a row is made when it is asked for."""
+
+    reference: str
+    file: File
+    table: _Table
+    picked: Sequence[Sequence[np.ndarray]]
+    count: Sequence[int] | None  # steps of each row, or None for all
+    there: Sequence[np.ndarray] | None  # which steps of each row there are, or None for all
+
+    def row(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """The steps (n, d) of a key and their mask."""
+        at = self.table.row[key]
+        parts = [np.atleast_2d(column[at]) for column in self.picked]
+        x = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
+        if self.count is not None:
+            x = x[: self.count[at]]
+        if self.file.missing == "zeros":
+            x = np.where(np.isfinite(x), x, 0)
+        if self.there is not None:
+            return x, self.there[at]
+        return x, x.any(-1) if self.file.padding == "zeros" else np.ones(len(x), bool)
+
+
+def _steps(streams: Mapping[str, Sequence[_Stream]], key: str) -> tuple[Steps, str]:
     """The streams of a key, or why it cannot be used."""
     steps = {}
     for name, parts in streams.items():
-        if lacking := [reference for reference, rows in parts if key not in rows]:
+        if lacking := [part.reference for part in parts if key not in part.table.row]:
             return {}, f"{name} has no row in {', '.join(lacking)}"
-        read = [rows[key] for _, rows in parts]
+        read = [part.row(key) for part in parts]
         if len({len(x) for x, _ in read}) > 1:
-            counts = ", ".join(f"{len(x)} in {reference}" for (reference, _), (x, _) in zip(parts, read, strict=True))
+            counts = ", ".join(f"{len(x)} in {part.reference}" for part, (x, _) in zip(parts, read, strict=True))
             return {}, f"{name} has {counts} steps; expected as many in each"
         x, mask = np.concatenate([x for x, _ in read], -1), np.all([mask for _, mask in read], 0)
         if bad := np.count_nonzero(~np.isfinite(x)):
             return {}, f"{name} has {bad} values that are no finite numbers"
         steps[name] = np.where(mask[:, None], x, 0), mask
-    return steps, ""
+    return steps, "" if any(mask.any() for _, mask in steps.values()) else "no stream has a step"
 
 
-def _stream(description: Description, tables: Mapping[str, _Table], reference: str) -> Steps:
-    """What a reference names: key → steps and their mask."""
-    file, _, columns = reference.partition(":")
-    table, zeros = tables[file], description.files[file].padding == "zeros"
+def _stream(description: Description, tables: Mapping[str, _Table], reference: str) -> _Stream:
+    name, _, columns = reference.partition(":")
+    file, table = description.files[name], tables[name]
+    names = _range(table.columns, name, columns)
     try:
-        picked = [_numbers(table.columns[c]) for c in _range(table.columns, file, columns)]
+        picked = [_numbers(table.columns[c]) for c in names]
     except (TypeError, ValueError) as error:
         raise AvjaxError(f"{reference}: {error}; expected numbers") from error
     if all(np.ndim(c[0]) == 0 for c in picked):
         picked = [np.stack(picked, -1)]
-    rows = [np.concatenate([np.atleast_2d(c[i]) for c in picked], -1) for i in range(len(picked[0]))]
-    if len(shapes := {(x.ndim, x.shape[-1]) for x in rows}) > 1 or shapes.pop()[0] != 2:
-        raise AvjaxError(f"{reference}: rows such as {rows[0].shape}; expected (d,) or (steps, d) with one d")
-    return {k: (rows[i], rows[i].any(-1) if zeros else np.ones(len(rows[i]), bool)) for k, i in table.row.items()}
+    for column in picked:
+        forms = {(max(np.ndim(x), 1), np.shape(x)[-1] if np.ndim(x) else 1) for x in column}
+        if len({width for _, width in forms}) > 1 or any(dims > 2 for dims, _ in forms):
+            raise AvjaxError(f"{reference}: rows such as {np.shape(column[0])}; expected (d,) or (steps, d) with one d")
+    lengths = [length for c, length in dict(file.lengths).items() if c in names]
+    count = _counts(reference, _column(table.columns, name, lengths[0])) if lengths else None
+    mask = file.form.mask
+    return _Stream(reference, file, table, picked, count, table.columns[mask] if mask else None)
+
+
+def _counts(reference: str, column: Sequence) -> list[int]:
+    counts = [text_of(value) for value in column]
+    if odd := [text for text in counts if not text.isdecimal()]:
+        raise AvjaxError(f"{reference}: a length of {odd[0]!r} steps; expected whole numbers")
+    return list(map(int, counts))
 
 
 def _range(columns: Mapping[str, Sequence], file: str, reference: str) -> list[str]:
@@ -362,49 +321,34 @@ def _column(columns: Mapping[str, Sequence], file: str, name: str) -> Sequence:
 
 
 def _numbers(column: Sequence) -> Sequence[np.ndarray]:
-    """Rows as float32; text that is no number, and what is too large for one, is not finite."""
+    """Rows as float32, without a copy where they are; text that is no number, and what is too large, is not finite."""
     with np.errstate(over="ignore"):
         if all(isinstance(v, str) for v in column):
-            return np.array([_number(v) for v in column]).astype(np.float32)
-        if len({np.shape(v) for v in column}) == 1:
-            return np.asarray(column).astype(np.float32, casting="same_kind")
-        return [np.asarray(v).astype(np.float32, casting="same_kind") for v in column]
+            return np.array([readers.number(v) for v in column]).astype(np.float32)
+        rows = [np.asarray(v).astype(np.float32, casting="same_kind", copy=False) for v in column]
+        return rows if rows[0].ndim else np.stack(rows)
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bytes):
-        return value.decode()
-    whole = isinstance(value, float | np.floating) and float(value).is_integer()
-    return str(int(value) if whole else value).strip()
-
-
-def _table(description: Description, name: str, root: Path) -> _Table:
+def _table(description: Description, name: str, root: Path, load: Load) -> _Table:
     """Reads a file, or its files for all splits, and gives its rows their keys."""
     file = description.files[name]
-    columns, words = _columns(description, name, root)
+    columns, words, keys, broken = _columns(description, name, root, load)
     own = words
     if other := file.keys_of():
-        others, own = _columns(description, other, root)
+        others, own, *_ = _columns(description, other, root, load)
         keys = _column(others, other, file.key.partition(":")[2])
     elif file.key:
         keys = _column(columns, name, file.key)
-    else:
-        keys = [f"{word}-{i}".strip("-") for word in dict.fromkeys(words) for i in range(words.count(word))]
     if own != words:
         raise AvjaxError(
             f"{name}: rows {dict(Counter(words))}, but {dict(Counter(own))} in {file.key}; expected as many"
         )
-    keys = [_key(name, file.pattern, _text(key)) for key in keys]
+    keys = [_key(name, file.pattern, text_of(key)) for key in keys]
     if twice := [k for k, n in Counter(keys).items() if n > 1]:
         raise AvjaxError(f"{name}: {len(twice)} keys stand there twice, such as {twice[0]!r}; expected each once")
-    return _Table(columns, {k: i for i, k in enumerate(keys)}, {k: w for k, w in zip(keys, words, strict=True) if w})
+    split = {k: w for k, w in zip(keys, words, strict=True) if w}
+    broken = {_key(name, file.pattern, key): reason for key, reason in broken.items()}
+    return _Table(columns, {k: i for i, k in enumerate(keys)}, split, broken)
 
 
 def _key(name: str, pattern: str, text: str) -> str:
@@ -414,36 +358,39 @@ def _key(name: str, pattern: str, text: str) -> str:
     return match[1]
 
 
-def _columns(description: Description, name: str, root: Path) -> tuple[dict[str, Sequence], list[str]]:
-    """The columns of a file, those of all splits one after the other, and each row's word for its split."""
-    file = description.files[name]
-    parts = {word: _read(root, path, file) for word, path in description.paths(name).items()}
+# The columns of a file, each row's word for its split, the rows' own keys, and key → why its file cannot be read.
+Rows = tuple[dict[str, Sequence], list[str], list[str], dict[str, str]]
+
+
+def _columns(description: Description, name: str, root: Path, load: Load) -> Rows:
+    """The columns of a file, those of all splits one after the other."""
+    file, paths = description.files[name], description.paths(name)
+    whole = "{key}" not in file.path
+    broken: dict[str, str] = {}
+    parts = {w: _read(root, p, file, load) if whole else _clips(root, p, file, load, broken) for w, p in paths.items()}
     first = next(iter(parts.values()))
-    counts = {word: len(next(iter(part.values()), ())) for word, part in parts.items()}
     for word, part in parts.items():
         if list(part) != list(first):
             raise AvjaxError(f"{name}: its files do not have the same columns ({word}: {', '.join(list(part)[:8])})")
+    counts = {word: len(next(iter(part.values()), ())) for word, part in parts.items()}
     if not (words := [word for word, count in counts.items() for _ in range(count)]):
-        raise AvjaxError(f"{name}: no rows in {', '.join(description.paths(name).values())}")
-    return {c: [row for part in parts.values() for row in part[c]] for c in first}, words
+        raise AvjaxError(f"{name}: no rows in {', '.join(paths.values())}")
+    columns = {c: [row for part in parts.values() for row in part[c]] for c in first}
+    numbered = [f"{word}-{i}".strip("-") for word, count in counts.items() for i in range(count)]
+    return columns, words, numbered if whole else columns["*"], broken
 
 
-def _read(root: Path, path: str, file: File) -> dict[str, Sequence]:
+def _load(place: Path, form: str, header: bool) -> object:
+    return FORMATS[form].read(place) if form else readers.load(place, header)
+
+
+def _read(root: Path, path: str, file: File, load: Load) -> dict[str, Sequence]:
     """Column → one value per row of one file."""
-    place, entry = root / path.partition("#")[0], path.partition("#")[2]
-    if place.suffix in (".csv", ".tsv", ".txt"):
-        return _read_csv(place, file.header)
-    if place.suffix not in _READERS:
-        raise AvjaxError(f"{place}: expected .csv, .tsv, .txt, {', '.join(_READERS)}")
-    value = _READERS[place.suffix](place)
-    for name in filter(None, entry.split("/")):
-        if not isinstance(value, Mapping) or name not in value:
-            raise AvjaxError(f"{place}: no entry {name!r} in it")
-        value = value[name]
-    if not isinstance(value, Mapping):
-        raise AvjaxError(f"{place}: holds {type(value).__name__}; expected arrays by name")
+    path, _, entry = path.partition("#")
+    place = root / path
+    value = readers.entry(place, load(place, file.format, file.header), entry)
     columns = _by_name(place, value) if file.key == "*" else dict(value)
-    if len(lengths := {len(c) if isinstance(c, list) or np.ndim(c) else -1 for c in columns.values()}) > 1:
+    if len(lengths := {len(c) if isinstance(c, list | tuple) or np.ndim(c) else -1 for c in columns.values()}) > 1:
         raise AvjaxError(f"{place}: arrays of {', '.join(map(str, sorted(lengths)))} rows; expected as many in each")
     return columns
 
@@ -456,44 +403,29 @@ def _by_name(place: Path, value: Mapping[str, object]) -> dict[str, list]:
     return {"*": list(value)} | {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
-def _read_csv(path: Path, header: bool) -> dict[str, Sequence[str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            rows = [row for row in csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise AvjaxError(f"{path}: {error}; expected a table in UTF-8, its cells separated by , ; or tabs") from error
+def _clips(root: Path, path: str, file: File, load: Load, broken: dict[str, str]) -> dict[str, list]:
+    """The columns of one file for each clip, "*" for the keys; those that cannot be read go into `broken`."""
+    path, _, entry = path.partition("#")
+    rows = {}
+    for key, place in readers.each(root, path).items():
+        try:
+            if not readers.inside(root, place):
+                raise AvjaxError(f"{place}: lies outside the data folder")
+            value = readers.entry(place, load(place, file.format, file.header), entry)
+            rows[key] = {name: _of_steps(column) for name, column in value.items()}
+        except AvjaxError as error:
+            broken[key] = str(error)
     if not rows:
-        raise AvjaxError(f"{path}: is empty")
-    names = [n.strip() for n in rows.pop(0)] if header else [str(i) for i in range(len(rows[0]))]
-    if len(set(names)) < len(names):
-        raise AvjaxError(f"{path}: two columns have one name; set header to False if it has no names")
-    for number, row in enumerate(rows, 1 + header):
-        if len(row) != len(names):
-            raise AvjaxError(f"{path}, row {number}: {len(row)} cells; expected {len(names)}")
-    return dict(zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True))
+        raise AvjaxError(f"{root / path}: {next(iter(broken.values()), 'no such file')}")
+    forms = {key: [(name, np.ndim(v), np.shape(v)[1:]) for name, v in row.items()] for key, row in rows.items()}
+    usual = Counter(map(tuple, forms.values())).most_common(1)[0][0]
+    for key in [key for key in rows if tuple(forms[key]) != usual]:
+        broken[key] = f"{path.replace('{key}', key)}: holds other columns or widths than the most of these files"
+        del rows[key]
+    return {"*": list(rows)} | {name: [row[name] for row in rows.values()] for name, *_ in usual}
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with path.open("rb") as raw, np.load(raw) as file:
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise AvjaxError(f"{path}: {error}; expected an .npz of numbers and text") from error
-
-
-def _read_h5(path: Path) -> dict[str, object]:
-    import h5py
-
-    def plain(group) -> dict[str, object]:
-        return {name: plain(item) if isinstance(item, h5py.Group) else item[()] for name, item in group.items()}
-
-    try:
-        with h5py.File(path) as file:
-            return plain(file)
-    except (OSError, KeyError) as error:
-        raise AvjaxError(f"{path}: {error}; expected an HDF5 file") from error
-
-
-_READERS = {".npz": _read_npz, ".h5": _read_h5, ".pkl": pickles.load}
+def _of_steps(column: object) -> object:
+    """The texts of a table whose rows are steps as numbers (steps, 1)."""
+    texts = isinstance(column, tuple)
+    return np.array([readers.number(text) for text in column], np.float32)[:, None] if texts else column

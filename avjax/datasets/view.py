@@ -3,25 +3,26 @@
 In a store on cloud storage it is made on this machine and copied there, and read from a copy in the cache.
 """
 
-import contextlib
+import dataclasses
 import hashlib
-import io
+import itertools
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from avjax import assets
+from avjax import assets, workers
 from avjax.datasets.about import about
 from avjax.datasets.base import Task
+from avjax.errors import AvjaxError
 from avjax.files import copy_folder, is_local
 
-VERSION = "1.2.0"  # of the packed view's layout
+VERSION = "1.3.0"  # of the packed view's layout
 UNFINISHED = "incomplete"  # how TFDS names a folder that it is still writing
-# Records that TFDS holds in memory before it sorts them on disk; its own limit is 1 GB.
-_HELD = 64 * 2**20
+_SECONDS = 3600.0  # for a part
 
 
 def name(dataset: str) -> str:
@@ -70,25 +71,98 @@ def remove(root: Path, dataset: str, preset: str) -> None:
         place.rmtree()
 
 
+# Gives a part of the examples (`avjax.features.example`), in the order of the clips.
+Part = Callable[[], Iterable[Mapping[str, object]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """A file of records: how many, their bytes, the digest of each, and stream → how many have no step of it."""
+
+    count: int
+    size: int
+    digests: bytes
+    masked: Mapping[str, int]
+
+
 def pack(
-    root: Path, dataset: str, preset: str, task: Task, examples: Iterable[Mapping[str, object]], count: int
-) -> str:
-    """Packs `examples` (`avjax.features.example`), `count` of them, and returns the hash of all their values."""
-    digest = hashlib.sha256()
-    hashed = _hashed(examples, digest)
-    if is_local(root):
-        _build(root / "tfds", dataset, preset, task, hashed, count)
+    root: Path,
+    dataset: str,
+    preset: str,
+    task: Task,
+    parts: Sequence[Part],
+    processes: int = 1,
+    shown: Callable[[Iterator], Iterable] = iter,
+) -> tuple[str, dict[str, int]]:
+    """Packs examples, each part into a file of its own.
+
+    TFDS's own writer holds all records in memory and sorts them, which beyond 1 GB takes TensorFlow; here a process
+    holds one example.
+
+    Args:
+      processes: above 1, that many pack side by side, and parts must be picklable; shown: passes parts on that are
+        done, under a progress bar.
+    Returns:
+      the hash of all values, and stream → number of clips without any step of it.
+    """
+    with tempfile.TemporaryDirectory() as elsewhere:
+        place = folder(root if is_local(root) else Path(elsewhere), dataset, preset)
+        unfinished = place.with_name(f"{UNFINISHED}.{VERSION}")
+        unfinished.mkdir(parents=True)
+        shards = _written(unfinished, dataset, parts, task.classes, processes, shown)
+        _describe(unfinished, dataset, preset, task, parts, shards)
+        unfinished.rename(place)
+        if not is_local(root):
+            copy_folder(place, folder(root, dataset, preset))
+    digest = hashlib.sha256(b"".join(s.digests for s in shards)).hexdigest()
+    return digest, {stream: sum(s.masked[stream] for s in shards) for stream in shards[0].masked}
+
+
+def _written(place: Path, dataset: str, parts: Sequence[Part], classes, processes: int, shown) -> list[_Shard]:
+    template = _template(place, dataset)
+    paths = [str(template.sharded_filepath(shard_index=i, num_shards=len(parts))) for i in range(len(parts))]
+    jobs = list(zip(paths, parts, itertools.repeat(tuple(classes)), strict=False))
+    if processes == 1:
+        done = ((job, _write_shard(job)) for job in jobs)
     else:
-        with tempfile.TemporaryDirectory() as place:
-            _build(Path(place) / "tfds", dataset, preset, task, hashed, count)
-            copy_folder(folder(Path(place), dataset, preset), folder(root, dataset, preset))
-    return digest.hexdigest()
+        done = workers.each(_write_shard, jobs, count=processes, seconds=_SECONDS, setup=_nothing)
+    found = {}
+    for (path, *_), shard in shown(done):
+        if isinstance(shard, workers.Failure):
+            raise AvjaxError(f"{path}: cannot be packed: {shard.reason}")
+        found[path] = shard
+    return [found[path] for path in paths]
 
 
-def _hashed(examples: Iterable[Mapping[str, object]], digest) -> Iterator[tuple[str, Mapping[str, object]]]:
-    for example in examples:
-        _digest(digest, example)
-        yield example["clip_id"], example
+def _nothing() -> None:
+    """What a process needs before it packs."""
+
+
+def _write_shard(job: tuple[str, Part, tuple[str, ...]]) -> _Shard:
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    path, part, classes = job
+    spec, size, digests, masked = None, 0, [], Counter()
+    writer = ArrayRecordWriter(path, "group_size:1")
+    for example in part():
+        if spec is None:
+            spec = _feature_spec(tfds, example, classes)
+            serializer = tfds.core.example_serializer.ExampleSerializer(spec.get_serialized_info())
+        record = serializer.serialize_example(spec.encode_example(example))
+        writer.write(record)
+        size += len(record)
+        digests.append(_digest_of(example))
+        masked.update({name: int(not np.any(mask)) for name, mask in example.items() if name.endswith("_mask")})
+    writer.close()
+    streams = {name.removesuffix("_mask"): n for name, n in masked.items()}
+    return _Shard(len(digests), size, b"".join(digests), streams)
+
+
+def _digest_of(example: Mapping[str, object]) -> bytes:
+    digest = hashlib.sha256()
+    _digest(digest, example)
+    return digest.digest()
 
 
 def _digest(digest, value) -> None:
@@ -101,49 +175,43 @@ def _digest(digest, value) -> None:
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
 
 
-def _build(data_dir: Path, dataset: str, preset: str, task: Task, examples, count: int) -> None:
+def _template(place: Path, dataset: str):
     import tensorflow_datasets as tfds
 
-    examples = iter(examples)
-    first = next(examples)
-    spec = _feature_spec(tfds, first[1], task.classes)
-
-    class Info(tfds.core.DatasetInfo):
-        def initialize_from_bucket(self):
-            """Looks for nothing published: TFDS's way of looking leaves a temporary folder behind every time."""
-
-    # TFDS's ready-made ad-hoc builder would need TensorFlow. Registered, this one could pack but once per process.
-    class Packed(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version(VERSION)
-        BUILDER_CONFIGS = (tfds.core.BuilderConfig(name=preset),)
-
-        def _info(self):
-            return Info(builder=self, features=spec, **_described(dataset, task, count))
-
-        def _split_generators(self, dl_manager):
-            return {"clips": self._generate_examples()}
-
-        def _generate_examples(self):
-            yield first
-            yield from examples
-
-    Packed.name = name(dataset)
-    tfds.disable_progress_bar()
-    builder = Packed(data_dir=str(data_dir), config=preset, file_format="array_record")
-    # It announces a download and makes a folder for it, and there is none: one that `Store.locked` sweeps away.
-    with contextlib.redirect_stdout(io.StringIO()), _holding_little():
-        builder.download_and_prepare(download_dir=str(data_dir / name(dataset) / preset / f"download.{UNFINISHED}"))
+    return tfds.core.ShardedFileTemplate(
+        data_dir=place,
+        dataset_name=name(dataset),
+        split="clips",
+        filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
 
 
-@contextlib.contextmanager
-def _holding_little() -> Iterator[None]:
-    from tensorflow_datasets.core import shuffle
+def _describe(place: Path, dataset: str, preset: str, task: Task, parts: Sequence[Part], shards) -> None:
+    """Writes what TFDS reads a view by."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import dataset_info
 
-    before, shuffle.MAX_MEM_BUFFER_SIZE = shuffle.MAX_MEM_BUFFER_SIZE, _HELD
-    try:
-        yield
-    finally:
-        shuffle.MAX_MEM_BUFFER_SIZE = before
+    spec = _feature_spec(tfds, next(iter(parts[0]())), task.classes)
+    split = tfds.core.SplitInfo(
+        name="clips",
+        shard_lengths=[s.count for s in shards],
+        num_bytes=sum(s.size for s in shards),
+        filename_template=_template(place, dataset),
+    )
+    identity = dataset_info.DatasetIdentity(
+        name=name(dataset),
+        version=tfds.core.Version(VERSION),
+        data_dir=str(place),
+        module_name="avjax",
+        config_name=preset,
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=spec, **_described(dataset, task, sum(s.count for s in shards))
+    )
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.splits.SplitDict([split]))
+    info.write_to_directory(place)
 
 
 def _described(dataset: str, task: Task, count: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from avjax import metrics
 from avjax.errors import AvjaxError
-from avjax.tasks import SCORINGS
+from avjax.tasks import ONE_CLASS, SCORINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,10 +74,9 @@ def curves_picture(history: Sequence[Mapping[str, Any]], path: Path, *, note: st
     if not history:
         raise AvjaxError("no epochs to draw: expected a history with at least one")
     panels = [("loss", [("train_loss", "training", _BLUE, 1), ("val_loss", "validation", _ORANGE, 1)])]
-    for scoring in SCORINGS.values():
-        key = f"val_{scoring.picks}"
-        if _series(history, key)[0]:
-            panels.append((f"validation {scoring.names[scoring.picks]}, %", [(key, "validation", _ORANGE, 100)]))
+    for score, name in {scoring.picks: scoring.names[scoring.picks] for scoring in SCORINGS.values()}.items():
+        if _series(history, f"val_{score}")[0]:
+            panels.append((f"validation {name}, %", [(f"val_{score}", "validation", _ORANGE, 100)]))
     figure = _figure(4.6 * len(panels), 3.2)
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_lines(axes, history, lines)
@@ -164,7 +163,7 @@ def answers_picture(metrics: Mapping[str, Any], rows: Mapping[str, np.ndarray], 
     """
     classes, note = metrics["classes"], f"{metrics['dataset']} · {metrics['protocol']}"
     answer = next(v for k, v in rows.items() if k.startswith("logits_"))
-    if metrics["task"] == "single":
+    if metrics["task"] in ONE_CLASS:
         confusion_picture(metrics["confusion"], classes, title, workdir / "confusion.png", note=note)
     elif metrics["task"] == "regression":
         scatter_picture(rows["label"], answer, classes, title, workdir / "scatter.png", note=note)

@@ -13,6 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from avjax.tasks import ONE_CLASS
+
 if TYPE_CHECKING:
     from avjax.adaptation import Point
     from avjax.cache import Cache
@@ -53,7 +55,7 @@ def _answer(run: Run, answer: Prediction) -> dict[str, object]:
 
 def as_table(run: Run, answers: Sequence[Prediction], cache: Cache | None = None) -> RenderableType:
     """The answers for a terminal: each with its sentence and all classes, or, where there are many, one row each."""
-    if run.task != "single":
+    if run.task not in ONE_CLASS:
         parts = [_numbers(run, answers)]
     else:
         parts = [_rows(answers)] if len(answers) > _DETAILED else [_details(a) for a in answers]

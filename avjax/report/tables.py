@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from avjax.errors import AvjaxError
-from avjax.tasks import SCORINGS
+from avjax.tasks import ONE_CLASS, SCORINGS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,12 +88,12 @@ def of_run(metrics: Metrics, title: str) -> list[Table]:
 
 def head_columns(metrics: Metrics) -> tuple[str, ...]:
     """The columns of `head_rows`."""
-    return ("head, pooled", *scores(metrics).values(), *(["weighted F1"] if metrics["task"] == "single" else []))
+    return ("head, pooled", *scores(metrics).values(), *(["weighted F1"] if metrics["task"] in ONE_CLASS else []))
 
 
 def head_rows(metrics: Metrics) -> list[tuple[str, ...]]:
     """One row per head, or classifier that reads the features: its scores over all folds and seeds."""
-    keys = [*scores(metrics), *(["f1"] if metrics["task"] == "single" else [])]
+    keys = [*scores(metrics), *(["f1"] if metrics["task"] in ONE_CLASS else [])]
     return [(head, *(percent(scored[key]) for key in keys)) for head, scored in metrics["heads"].items()]
 
 
@@ -227,6 +227,19 @@ def run_notes(metrics: Metrics) -> list[str]:
         f"{counts['used']} clips used, {counts['quarantined']} quarantined; "
         f"sound masked in {counts['masked_audio']}, picture masked in {counts['masked_video']}.",
         _speakers(metrics["folds"]),
+        *_sentiment(metrics.get("sentiment")),
+    ]
+
+
+def _sentiment(found: Mapping[str, float] | None) -> list[str]:
+    """The measures of a sentiment (`avjax.metrics.sentiment`), where there is one."""
+    if not found:
+        return []
+    shares = {k: percent(v) for k, v in found.items()}
+    return [
+        f"Sentiment, pooled: accuracy of two {shares['acc2_has0']} (0 counts as positive), {shares['acc2_non0']} "
+        f"(without 0), weighted F1 {shares['f1_has0']}, {shares['f1_non0']}; of five {shares['acc5']}, of seven "
+        f"{shares['acc7']}; mean absolute error {found['mae']:.3f}, correlation {found['corr']:.3f}."
     ]
 
 
