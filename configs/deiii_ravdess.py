@@ -18,6 +18,7 @@ CREMA_D = module("configs/deiii_crema_d.py")
 def base() -> ConfigDict:
     config = CREMA_D.base()
     config.name, config.dataset = "deiii_ravdess", "ravdess"
+    config.protocol.update(folds="speaker")
     return config
 
 

@@ -1,16 +1,19 @@
-"""Corpora whose file names say everything, on miniatures of their downloads."""
+"""RAVDESS, whose file names say everything, on miniatures of its download; what all readers do with files."""
 
+import gzip
+import itertools
+import os
 from collections import Counter
 
 import pytest
+from conftest import REAL
 
-from avjax import datasets
+from avjax import datasets, source
 from avjax.datasets.base import Clip, natural_folds
 from avjax.errors import AvjaxError
 
-RAVDESS = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
-CODES = ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")
-CREMA_D = ("anger", "disgust", "fear", "happiness", "neutral", "sadness")
+CLASSES = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
 
 
 def write(path, content=b"x"):
@@ -21,29 +24,87 @@ def write(path, content=b"x"):
 
 @pytest.fixture
 def ravdess(tmp_path):
-    """All emotions of two actors, and what lies beside them: songs, films without sound, sound alone."""
+    """All emotions of two actors, and what lies beside them: songs, films without sound, sound alone, macOS's files."""
     for actor in (1, 12):
         folder = tmp_path / f"Actor_{actor:02d}"
         for emotion in range(1, 9):
-            for kind in ("01-01", "01-02", "02-01"):
+            for kind in ("01-01", "01-02", "02-01", "._01-01"):
                 write(folder / f"{kind}-{emotion:02d}-01-02-01-{actor:02d}.mp4")
             write(folder / f"03-01-{emotion:02d}-01-02-01-{actor:02d}.wav")
+        write(folder / ".DS_Store")
+    write(tmp_path / ".Trash/01-01-01-01-01-01-07.mp4")
     return tmp_path
 
 
 def test_ravdess(ravdess):
     corpus = datasets.index("ravdess", str(ravdess))
-    assert (corpus.name, corpus.task.kind, corpus.task.classes) == ("ravdess", "single", RAVDESS)
+    assert (corpus.name, corpus.task.kind, corpus.task.classes) == ("ravdess", "single", CLASSES)
     assert len(corpus.clips) == 16, "speech with picture and sound alone"
     assert {c.id[:5] for c in corpus.clips} == {"01-01"}
     assert corpus.clips[5] == Clip(
-        "01-01-06-01-02-01-01", ravdess / "Actor_01/01-01-06-01-02-01-01.mp4", "fearful", speaker="01"
+        "01-01-06-01-02-01-01",
+        ravdess / "Actor_01/01-01-06-01-02-01-01.mp4",
+        "fearful",
+        speaker="01",
+        gender="male",
+        transcript="Dogs are sitting by the door",
     )
-    assert [c.label for c in corpus.clips] == [*RAVDESS, *RAVDESS]
-    assert Counter(c.speaker for c in corpus.clips) == {"01": 8, "12": 8}
+    assert [c.label for c in corpus.clips] == [*CLASSES, *CLASSES]
+    assert Counter((c.speaker, c.gender) for c in corpus.clips) == {("01", "male"): 8, ("12", "female"): 8}
     assert corpus.rejected == corpus.folds == ()
     folds, _ = natural_folds(corpus.clips, (), "speaker")
     assert [len(f.test) for f in folds] == [8, 8]
+
+
+def takes():
+    """The names of all speech without their modality: neutral has one intensity, all others two."""
+    for actor, emotion, level, said, again in itertools.product(range(1, 25), range(1, 9), (1, 2), (1, 2), (1, 2)):
+        if emotion > 1 or level == 1:
+            yield f"01-{emotion:02d}-{level:02d}-{said:02d}-{again:02d}-{actor:02d}"
+
+
+@pytest.mark.parametrize("folder", ["Actor_{}", "ACTOR{}", "Video_Speech_Actor_{0}/Actor_{0}"])
+def test_all_of_ravdess(tmp_path, folder):
+    for take in takes():
+        actor = folder.format(take[-2:])
+        write(tmp_path / actor / f"01-{take}.{'MP4' if take.endswith('24') else 'mp4'}")
+        write(tmp_path / actor / f"02-{take}.mp4")
+        write(tmp_path / "Audio_Speech_Actors_01-24" / f"Actor_{take[-2:]}" / f"03-{take}.wav")
+    corpus = datasets.index("ravdess", str(tmp_path))
+    assert (len(corpus.clips), len({c.id for c in corpus.clips}), corpus.rejected) == (1440, 1440, ())
+    assert Counter(c.label for c in corpus.clips) == {name: 96 if name == "neutral" else 192 for name in CLASSES}
+    assert Counter(c.gender for c in corpus.clips) == {"male": 720, "female": 720}
+    assert Counter(c.transcript[:4] for c in corpus.clips) == {"Kids": 720, "Dogs": 720}
+    assert {c.audio for c in corpus.clips} == {None}
+
+
+def test_picture_and_sound_in_two_files_are_one_clip(ravdess):
+    folder = ravdess / "Actor_12"
+    for take in ("01-03-01-02-01-12", "01-04-01-02-01-12"):
+        (folder / f"01-{take}.mp4").unlink()
+    (folder / "03-01-04-01-02-01-12.wav").unlink()
+    corpus = datasets.index("ravdess", str(ravdess))
+    (pair,) = [c for c in corpus.clips if c.audio]
+    assert (pair.id, pair.label) == ("02-01-03-01-02-01-12", "happy")
+    assert (pair.path, pair.audio) == (folder / f"{pair.id}.mp4", folder / f"03{pair.id[2:]}.wav")
+    assert len(corpus.clips) == 15, "a picture without sound is no clip"
+    pair.audio.write_bytes(POINTER)
+    ((name, reason),) = datasets.index("ravdess", str(ravdess)).rejected
+    assert (name, reason[:36]) == (pair.id, "its sound file: a Git LFS pointer, n")
+
+
+def test_real_list_of_ravdess(tmp_path):
+    lists = REAL / "dfew_mafw_msp_ravdess_folds/HiCMAE/ravdess/audio_visual"
+    if not lists.is_dir():
+        pytest.skip(f"HiCMAE's lists are not at {lists}")
+    for path in lists.glob("split*/test.csv.gz"):
+        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+            pictures, sound, _ = line.split()
+            write(tmp_path / "Video" / f"{pictures.split('/')[-1]}.mp4")
+            write(tmp_path / "Audio" / sound.split("/")[-1])
+    corpus = datasets.index("ravdess", str(tmp_path))
+    assert (len(corpus.clips), len({c.audio for c in corpus.clips}), corpus.rejected) == (1440, 1440, ())
+    assert {c.id[3:] for c in corpus.clips} == {*takes()}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +112,7 @@ def test_ravdess(ravdess):
     [
         "01-01-09-01-02-01-01.mp4",
         "01-01-00-01-02-01-01.mp4",
+        "01-01-03-01-03-01-01.mp4",
         "01-01-03-01-02-01.mp4",
         "01-01-03-01-02-01-01-01.mp4",
         "01-01-03-01-02-01-01 (1).mp4",
@@ -75,7 +137,7 @@ def test_a_file_that_cannot_be_read_is_rejected_with_a_reason(ravdess):
         ("01-01-01-01-02-01-01", "an empty file"),
         ("01-01-01-01-02-01-12", "no such file"),
     )
-    assert corpus.task.classes == RAVDESS
+    assert corpus.task.classes == CLASSES
 
 
 def test_a_second_copy_of_a_clip_is_rejected(ravdess):
@@ -85,46 +147,51 @@ def test_a_second_copy_of_a_clip_is_rejected(ravdess):
     assert corpus.rejected == (("01-01-03-01-02-01-01", "duplicate clip id: another file has this name"),)
 
 
-@pytest.fixture
-def crema_d(tmp_path):
-    """All emotions of two actors and two clips that lists of faulty ones name; sound beside all films but one."""
-    names = [f"{actor}_DFA_{emotion}_XX" for actor in (1001, 1091) for emotion in CODES]
-    names += ["1076_MTI_NEU_XX", "1064_IEO_DIS_MD", "1040_ITH_SAD_X", "1001_IEO_HAP_LO", "1001_IEO_HAP_HI"]
-    for name in names:
-        write(tmp_path / "VideoFlash" / f"{name}.flv")
-        write(tmp_path / "AudioWAV" / f"{name}.wav")
-    (tmp_path / "AudioWAV/1091_DFA_SAD_XX.wav").unlink()
-    return tmp_path
-
-
-def test_crema_d(crema_d):
-    corpus = datasets.index("crema_d", str(crema_d))
-    clips = {c.id: c for c in corpus.clips}
-    assert (corpus.name, corpus.task.kind, corpus.task.classes) == ("crema_d", "single", CREMA_D)
-    assert len(clips) == 17
-    assert [clips[f"1091_DFA_{e}_XX"].label for e in CODES] == list(CREMA_D)
-    name = "1076_MTI_NEU_XX"
-    film, sound = crema_d / f"VideoFlash/{name}.flv", crema_d / f"AudioWAV/{name}.wav"
-    assert clips[name] == Clip(name, film, "neutral", audio=sound, speaker="1076")
-    assert (clips["1064_IEO_DIS_MD"].label, clips["1064_IEO_DIS_MD"].speaker) == ("disgust", "1064")
-    assert (clips["1040_ITH_SAD_X"].label, clips["1001_IEO_HAP_HI"].label) == ("sadness", "happiness")
-    assert clips["1091_DFA_SAD_XX"].audio is None, "the sound of the film"
-    assert corpus.rejected == corpus.folds == ()
-
-
-def test_films_of_crema_d_that_are_no_clips(crema_d):
-    for name in ("1001_DFA_ANG", "1001_DFA_JOY_XX", "1001_DFA_ANG_XXX", "101_DFA_ANG_XX", "notes"):
-        write(crema_d / "VideoFlash" / f"{name}.flv")
-    write(crema_d / "VideoFlash/1001_DFA_ANG_XX.flv", b"")
-    corpus = datasets.index("crema_d", str(crema_d))
-    assert len(corpus.clips) == 16
-    assert corpus.rejected == (("1001_DFA_ANG_XX", "an empty file"),)
-
-
 @pytest.mark.parametrize(
-    ("name", "lacking"), [("ravdess", "no Actor_01/01-01-….mp4"), ("crema_d", "no VideoFlash/1001_DFA_ANG_XX.flv")]
+    ("name", "lacking"),
+    [
+        ("ravdess", "no Actor_01/01-01-….mp4"),
+        ("crema_d", "no VideoFlash/1001_DFA_ANG_XX.flv"),
+        ("java_sed", "no dataset-resize/01-01-01_01.mp4"),
+        ("msp_improv", "no Evalution.txt"),
+    ],
 )
 def test_a_folder_without_such_files_says_what_was_expected(tmp_path, name, lacking):
     write(tmp_path / "VideoFlash/film.flv")
     with pytest.raises(AvjaxError, match=f"{tmp_path}: {lacking}; set --config.data.root"):
         datasets.index(name, str(tmp_path))
+
+
+def test_a_clone_without_its_large_files_says_so(ravdess):
+    for path in ravdess.rglob("01-01*.mp4"):
+        path.write_bytes(POINTER)
+    with pytest.raises(AvjaxError, match=r"none of 16 clips can be used; the first: 01-.*: a Git LFS pointer, not the"):
+        datasets.index("ravdess", str(ravdess))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (POINTER, "a Git LFS pointer, not the file: fetch it with git lfs pull"),
+        (POINTER.replace(b"v1", b"v2"), "a Git LFS pointer, not the file: fetch it with git lfs pull"),
+        (POINTER + b"x" * 1000, ""),
+        (b"\n" + POINTER, ""),
+        (POINTER[:20], ""),
+        (b"", "an empty file"),
+    ],
+)
+def test_pointers_of_git_lfs(tmp_path, content, reason):
+    assert source.trouble(write(tmp_path / "film.mp4", content)) == reason
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "film.mp4")
+    assert source.trouble(tmp_path / "film.mp4") == "not a file but a pipe, a socket or a device"
+
+
+def test_files_below_a_folder(tmp_path):
+    for name in ("b/2.MP4", "b/1.mp4", "a.mp4", "a.avi", "a.mp4.part", "._a.mp4", "b/.hidden.mp4", ".b/3.mp4"):
+        write(tmp_path / name)
+    assert source.files(tmp_path, ".mp4") == [tmp_path / name for name in ("a.mp4", "b/1.mp4", "b/2.MP4")]
+    assert source.files(tmp_path, ".avi", ".mp4")[0] == tmp_path / "a.avi"
+    assert source.files(tmp_path / "nowhere", ".mp4") == []

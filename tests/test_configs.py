@@ -38,9 +38,9 @@ EXPECTED = {
     "configs/avtca_folder.py": ("avtca_folder", "folder", [*AVTCA, "avtca", "paper"]),
     "configs/avtca_mosei.py": ("avtca_mosei", "folder", AVTCA),
     "configs/avtca_ravdess.py": ("avtca_ravdess", "ravdess", AVTCA),
-    "configs/deiii_crema_d.py": ("deiii_crema_d", "crema_d", DEIII),
+    "configs/deiii_crema_d.py": ("deiii_crema_d", "crema_d", ["crowd", "soft", *DEIII]),
     "configs/deiii_folder.py": ("deiii_folder", "folder", [*DEIII, "paper", "concat"]),
-    "configs/deiii_msp_improv.py": ("deiii_msp_improv", "folder", DEIII),
+    "configs/deiii_msp_improv.py": ("deiii_msp_improv", "msp_improv", ["sessions", *DEIII]),
     "configs/deiii_ravdess.py": ("deiii_ravdess", "ravdess", DEIII),
     "configs/emoasst_folder.py": ("emoasst_folder", "folder", [*EMOASST, "paper"]),
     "configs/emoasst_meld.py": ("emoasst_meld", "meld", EMOASST),
@@ -49,13 +49,19 @@ EXPECTED = {
         "ravdess_features",
         [*(name for name in EMOASST if name not in ("lite", "open", "emoasst")), "paper"],
     ),
+    "configs/etg_dfew.py": ("etg_dfew", "dfew", ETG),
     "configs/etg_folder.py": ("etg_folder", "folder", ETG),
-    "configs/etg_mafw.py": ("etg_mafw", "mafw", ETG),
+    "configs/etg_mafw.py": ("etg_mafw", "mafw", ["compound", *ETG]),
     "configs/extract_folder.py": ("extract_folder", "folder", [*PRESETS, *TABLE_4]),
     "configs/extract_mafw.py": ("extract_mafw", "mafw", [*PRESETS, *TABLE_4]),
     "configs/fusion_folder.py": ("fusion_folder", "folder", FUSION),
     "configs/fusion_mafw.py": ("fusion_mafw", "mafw", FUSION),
     "configs/mmmo.py": ("mmmo", "mmmo", ["audio", "video", "av", "all_clips", *WITHOUT_TEXT]),
+    "configs/mosei.py": (
+        "mosei",
+        "mosei:sentiment",
+        ["unaligned", "emotions", "audio", "video", "text", "av", "tav", "all_clips", *FUSIONS],
+    ),
     "configs/mosi_utterance.py": (
         "mosi_utterance",
         "mosi_utterance",
@@ -133,6 +139,24 @@ def test_rows_of_the_papers_are_settings_of_their_models():
     assert (repo.model.name, repo.preset, repo.train.optimizer) == ("avtca_released", "avtca_faulty", "sgd")
     assert configs.load("configs/avtca_folder.py").preset == "avtca_112"
     assert configs.load("configs/avtca_folder.py:it1").model.settings.blocks == "self"
+
+
+@pytest.mark.parametrize(
+    ("file", "dataset", "folds"),
+    [
+        ("configs/deiii_crema_d.py", "crema_d", "given"),
+        ("configs/deiii_crema_d.py:crowd", "crema_d:crowd", "given"),
+        ("configs/deiii_crema_d.py:soft", "crema_d:soft", "given"),
+        ("configs/deiii_ravdess.py", "ravdess", "speaker"),
+        ("configs/deiii_msp_improv.py", "msp_improv", "speaker"),
+        ("configs/deiii_msp_improv.py:sessions", "msp_improv", "given"),
+        ("configs/etg_mafw.py:compound", "mafw:compound", "auto"),
+        ("configs/etg_dfew.py", "dfew", "auto"),
+    ],
+)
+def test_targets_and_folds(file, dataset, folds):
+    config = configs.load(file)
+    assert (config.dataset, config.protocol.folds) == (dataset, folds)
 
 
 @pytest.mark.parametrize("file", ["configs/fusion_folder.py", "configs/fusion_mafw.py", "configs/mosi_utterance.py"])

@@ -1,18 +1,17 @@
-"""Data sets: labels.csv as people write it, MAFW's lists, folds, and what is held out for validation."""
+"""Data sets: labels.csv as people write it, folds, and what is held out for validation."""
 
 import dataclasses
 import os
 from collections import Counter
 
 import pytest
-from conftest import REAL
 
 from avjax import datasets
-from avjax.datasets.about import about
 from avjax.datasets.base import Clip, Fold, hold_out, natural_folds
 from avjax.errors import AvjaxError
 
-CLASSES = list(about("mafw").classes)
+NAMES = ["crema_d", "crema_d:crowd", "crema_d:soft", "demo", "dfew", "folder", "java_sed", "mafw", "mafw:compound",
+         "meld", "msp_improv", "ravdess"]  # fmt: skip
 
 # ---- folder ----------------------------------------------------------------------------------------------------------
 
@@ -187,7 +186,7 @@ def test_folder_with_file_names_that_are_not_utf8(folder, tmp_path):
 def test_folder_without_table_and_missing_roots(tmp_path, monkeypatch):
     with pytest.raises(AvjaxError, match=r"labels\.csv: not found; .* columns file,label"):
         datasets.index("folder", str(tmp_path))
-    with pytest.raises(AvjaxError, match="the registry has crema_d, demo, folder, mafw, meld, ravdess"):
+    with pytest.raises(AvjaxError, match=f"the registry has {', '.join(NAMES)}$"):
         datasets.index("mawf")
     monkeypatch.setenv("AVJAX_DATA", str(tmp_path))
     with pytest.raises(AvjaxError, match=rf"{tmp_path}/mafw: no such folder; set --config.data.root"):
@@ -197,151 +196,6 @@ def test_folder_without_table_and_missing_roots(tmp_path, monkeypatch):
 def test_folder_on_real_clips(java_sed):
     corpus = datasets.index("folder", str(java_sed))
     assert (len(corpus.clips), len(corpus.task.classes), len({c.speaker for c in corpus.clips})) == (96, 6, 4)
-
-
-# ---- mafw ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def mafw(tmp_path):
-    """A miniature of MAFW's layout: 5 folds, 2 clips of each of the 11 classes, each tested once."""
-    names = [f"{i:05d}" for i in range(1, 23)]
-    (tmp_path / "data/clips").mkdir(parents=True)
-    for name in names:
-        (tmp_path / "data/clips" / f"{name}.mp4").write_bytes(b"x")
-    for fold in range(5):
-        for part in ("train", "test"):
-            path = listed(tmp_path, fold + 1, part)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [f"{n}.mp4 {CLASSES[i % 11]}" for i, n in enumerate(names) if (i % 5 == fold) == (part == "test")]
-            path.write_bytes("\r\n".join([*lines, ""]).encode())
-    return tmp_path
-
-
-def listed(root, fold, part):
-    return root / "Train & Test Set/single/no_caption" / f"set_{fold}" / f"{part}.txt"
-
-
-def test_mafw_index(mafw):
-    corpus = datasets.index("mafw", str(mafw))
-    assert corpus.task.classes == tuple(CLASSES)
-    assert len(CLASSES) == 11
-    assert [c.id for c in corpus.clips] == [f"{i:05d}" for i in range(1, 23)]
-    assert corpus.clips[12] == Clip("00013", mafw / "data/clips/00013.mp4", "disgust")
-    assert [(f.name, len(f.train), len(f.test)) for f in corpus.folds][:2] == [("1", 17, 5), ("2", 17, 5)]
-    assert sorted(i for f in corpus.folds for i in f.test) == [c.id for c in corpus.clips]
-    folds, name = natural_folds(corpus.clips, corpus.folds)
-    assert tuple(folds) == corpus.folds
-    assert name == "5 folds of the data set"
-
-
-def test_mafw_clip_that_is_not_on_disk_is_stated_and_leaves_its_folds(mafw):
-    (mafw / "data/clips/00003.mp4").unlink()
-    corpus = datasets.index("mafw", str(mafw))
-    assert corpus.rejected == (("00003", "no such file"),)
-    assert len(corpus.clips) == 21
-    assert not any("00003" in f.train + f.test for f in corpus.folds)
-
-
-def relabel(root, change):
-    for path in root.rglob("t*.txt"):
-        path.write_text("\n".join(map(change, path.read_text().splitlines())))
-
-
-def test_mafw_clip_with_an_unknown_label_is_stated_and_leaves_its_folds(mafw):
-    relabel(
-        mafw, lambda line: {"00003.mp4 fear": "00003.mp4 feer", "00004.mp4 happiness": "00004.mp4 quux"}.get(line, line)
-    )
-    corpus = datasets.index("mafw", str(mafw))
-    assert [i for i, _ in corpus.rejected] == ["00003", "00004"]
-    assert corpus.rejected[0][1] == "label 'feer'; did you mean 'fear'?"
-    assert corpus.rejected[1][1].startswith("label 'quux'; expected one of anger, disgust, fear")
-    assert len(corpus.clips) == 20
-    assert not any({"00003", "00004"} & {*f.train, *f.test} for f in corpus.folds)
-    assert corpus.task.classes == tuple(CLASSES)
-
-
-def test_mafw_lists_of_another_set_of_labels(mafw):
-    relabel(mafw, lambda line: line.split()[0] + " 3")
-    with pytest.raises(AvjaxError, match="not one label of these lists is one of anger, disgust"):
-        datasets.index("mafw", str(mafw))
-
-
-def test_mafw_missing_parts_are_all_named(mafw):
-    listed(mafw, 4, "test").unlink()
-    (mafw / "data/clips").rename(mafw / "data/klips")
-    with pytest.raises(AvjaxError, match=r"missing: data/clips, .*set_4/test\.txt\. Set --config\.data\.root"):
-        datasets.index("mafw", str(mafw))
-    with pytest.raises(AvjaxError, match=r"no MAFW here; missing: data/clips, .*set_1/train"):
-        datasets.index("mafw", str(mafw / "data"))
-
-
-def test_mafw_lists_without_any_clip(mafw):
-    for clip in (mafw / "data/clips").iterdir():
-        clip.unlink()
-    with pytest.raises(AvjaxError, match="holds none of the 22 clips"):
-        datasets.index("mafw", str(mafw))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"../x.mp4 anger", "line 6: '../x.mp4 anger'; expected a clip and its label"),
-        (b"/etc/passwd anger", "expected a clip and its label"),
-        (b"a/b.mp4 anger", "expected a clip and its label"),
-        (b"..\\x.mp4 anger", "expected a clip and its label"),
-        (b"00003.mp4", "expected a clip and its label"),
-        (b"00003.mp4 anger management", "expected a clip and its label"),
-        (b"00003.mp4 rage", "00003 is 'rage', but another list says 'fear'"),
-        (b"00003.mp4 anger", "00003 is 'anger', but another list says 'fear'"),
-        (b"00003.mp4 fear", "set_1: in train and test of one fold, or listed twice: 00003"),
-        (b"00001.mp4 anger", "set_1: in train and test of one fold, or listed twice: 00001"),
-        (b"00099.mp4 \xe4rger", "not UTF-8"),
-    ],
-)
-def test_mafw_refuses_a_line(mafw, line, message):
-    path = listed(mafw, 1, "test")
-    path.write_bytes(path.read_bytes() + line + b"\r\n")
-    with pytest.raises(AvjaxError, match=message.replace("\\", "\\\\")):
-        datasets.index("mafw", str(mafw))
-
-
-def test_mafw_clip_must_be_tested_once(mafw):
-    one, two = listed(mafw, 1, "test"), listed(mafw, 2, "test")
-    was = one.read_text()
-    first, rest = was.split("\n", 1)
-    one.write_text(rest)
-    with pytest.raises(AvjaxError, match="tested in no fold: 00001"):
-        datasets.index("mafw", str(mafw))
-    one.write_text(was)
-    train = listed(mafw, 2, "train")
-    train.write_text(train.read_text().replace(first + "\n", ""))
-    two.write_text(two.read_text() + first)
-    with pytest.raises(AvjaxError, match="tested in two folds, or listed twice: 00001"):
-        datasets.index("mafw", str(mafw))
-
-
-def test_mafw_real_lists(tmp_path):
-    source = REAL / "dfew_mafw_msp_ravdess_folds/S2D/MAFW/anno/single/no_caption"
-    if not source.is_dir():
-        pytest.skip(f"MAFW's fold lists are not at {source}")
-    clips = tmp_path / "data/clips"
-    clips.mkdir(parents=True)
-    (tmp_path / "Train & Test Set/single").mkdir(parents=True)
-    (tmp_path / "Train & Test Set/single/no_caption").symlink_to(source)
-    tested = Counter()
-    for fold in range(1, 6):
-        for line in (source / f"set_{fold}/test.txt").read_text().split("\n"):
-            if line:
-                (clips / line.split()[0]).write_bytes(b"x")
-                tested[line.split()[0]] += 1
-    corpus = datasets.index("mafw", str(tmp_path))
-    assert len(corpus.clips) == 9172 == about("mafw").clips
-    assert set(tested.values()) == {1}
-    assert len(tested) == 9172
-    assert [len(f.test) for f in corpus.folds] == [1839, 1837, 1833, 1832, 1831]
-    assert all(len(f.train) + len(f.test) == 9172 for f in corpus.folds)
-    assert Counter(c.label for c in corpus.clips)["contempt"] == 236
 
 
 # ---- folds -----------------------------------------------------------------------------------------------------------

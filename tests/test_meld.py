@@ -1,10 +1,12 @@
-"""MELD, on a miniature of its download."""
+"""MELD, on miniatures of its download."""
 
 import csv
+from collections import Counter
 
 import pytest
 
 from avjax import datasets
+from avjax.datasets.about import about
 from avjax.datasets.base import Clip, natural_folds
 from avjax.errors import AvjaxError
 
@@ -28,13 +30,14 @@ def write(root, part, table):
 
 @pytest.fixture
 def meld(tmp_path):
-    """Three parts whose numbers of dialogues begin anew, and a stray film of the download."""
+    """Three parts whose numbers of dialogues begin anew, and stray files of the download."""
     for part, folder in FOLDERS.items():
         (tmp_path / folder).mkdir()
         write(tmp_path, part, rows(part))
         for row in rows(part):
             (tmp_path / folder / f"dia{row[5]}_utt{row[6]}.mp4").write_bytes(b"x")
-    (tmp_path / FOLDERS["test"] / "final_videos_testdia0_utt0.mp4").write_bytes(b"x")
+    for stray in ("final_videos_testdia0_utt0.mp4", "._dia0_utt0.mp4", ".DS_Store", "dia99_utt0.mp4"):
+        (tmp_path / FOLDERS["test"] / stray).write_bytes(b"x")
     return tmp_path
 
 
@@ -69,6 +72,63 @@ def test_films_that_are_missing_are_named_and_the_rest_goes_on(meld):
     assert "did you mean 'anger'" in corpus.rejected[1][1]
     assert len(corpus.folds[0].train) == COUNTS["train"] - 1
     assert len(corpus.folds[0].val) == COUNTS["dev"] - 1
+
+
+@pytest.mark.parametrize(
+    ("part", "dialogue", "turn", "reason"),
+    [("train", 125, 3, "cannot be decoded"), ("dev", 110, 7, "the film is missing"), ("test", 125, 3, "")],
+)
+def test_films_that_are_known_to_be_broken_are_left_out_even_if_they_are_there(meld, part, dialogue, turn, reason):
+    table = rows(part)
+    table[1][5:7] = dialogue, turn
+    write(meld, part, table)
+    (meld / FOLDERS[part] / f"dia{dialogue}_utt{turn}.mp4").write_bytes(b"x")
+    corpus = datasets.index("meld", str(meld))
+    assert corpus.rejected == (((f"{part}/dia{dialogue}_utt{turn}", reason),) if reason else ())
+    assert len(corpus.clips) == sum(COUNTS.values()) - bool(reason)
+
+
+def test_a_table_does_not_lead_out_of_the_folder_of_films(meld):
+    (meld / "dia0_utt0.mp4").write_bytes(b"x")
+    table = rows("dev")
+    table[0][5] = "/../../dia0"
+    write(meld, "dev", table)
+    ((_, reason),) = datasets.index("meld", str(meld)).rejected
+    assert reason == "Dialogue_ID or Utterance_ID is no number"
+
+
+def test_blanks_in_the_header(meld):
+    before = datasets.index("meld", str(meld))
+    path = meld / "dev_sent_emo.csv"
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8").replace(",Emotion,", ", Emotion ,"), encoding="utf-8")
+    assert datasets.index("meld", str(meld)) == before
+
+
+def test_films_that_were_not_fetched(meld):
+    (meld / "train_splits/dia0_utt0.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    ((name, reason),) = datasets.index("meld", str(meld)).rejected
+    assert (name, reason[:21]) == ("train/dia0_utt0", "a Git LFS pointer, no")
+
+
+def test_the_published_counts(tmp_path):
+    """As many rows as the real tables have, with the two films that nobody has."""
+    counts = {"train": 9989, "dev": 1109, "test": 2610}
+    labels = [name for name, count in about("meld").classes.items() for _ in range(count)]
+    film = tmp_path / "film"
+    film.write_bytes(b"x" * 1000)
+    for part, count in counts.items():
+        folder = tmp_path / FOLDERS[part]
+        folder.mkdir()
+        table = [[i, "x", "Joey", labels.pop(), "x", i // 9, i % 9, 1] for i in range(count)]
+        write(tmp_path, part, table)
+        for row in table:
+            (folder / f"dia{row[5]}_utt{row[6]}.mp4").hardlink_to(film)
+    corpus = datasets.index("meld", str(tmp_path))
+    (fold,) = corpus.folds
+    assert (len(fold.train), len(fold.val), len(fold.test)) == (9988, 1108, 2610)
+    assert {name for name, _ in corpus.rejected} == {"train/dia125_utt3", "dev/dia110_utt7"}
+    assert len(corpus.clips) + 2 == about("meld").clips
+    assert sum((Counter(about("meld").classes) - Counter(c.label for c in corpus.clips)).values()) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from avjax import assets
-from avjax.datasets import coded, folder, mafw, meld
+from avjax.datasets import coded, crema_d, dfew, folder, mafw, meld, msp_improv
 from avjax.datasets.base import Corpus, Index
 from avjax.errors import AvjaxError
 
@@ -14,11 +14,17 @@ def _demo(root: Path) -> Corpus:
 
 
 REGISTRY: dict[str, Index] = {
-    "crema_d": coded.crema_d,
+    "crema_d": crema_d.intended,
+    "crema_d:crowd": crema_d.crowd,
+    "crema_d:soft": crema_d.soft,
     "demo": _demo,
+    "dfew": dfew.index,
     "folder": folder.index,
+    "java_sed": coded.java_sed,
     "mafw": mafw.index,
+    "mafw:compound": mafw.compound,
     "meld": meld.index,
+    "msp_improv": msp_improv.index,
     "ravdess": coded.ravdess,
 }
 # What stands on tables and pictures; every other data set stands there by its name.
@@ -30,15 +36,20 @@ def title(name: str) -> str:
     return _TITLES.get(name, name)
 
 
+def root_of(name: str, root: str = "") -> Path:
+    """Where data set `name` is: `root`, by default `$AVJAX_DATA/<corpus>`."""
+    return Path(root).expanduser() if root else assets.data_root(name)
+
+
 def index(name: str, root: str = "") -> Corpus:
-    """Indexes data set `name` at `root`, by default `$AVJAX_DATA/<name>`.
+    """Indexes data set `name` at `root`, by default `$AVJAX_DATA/<corpus>`.
 
     Raises:
       AvjaxError: no data set has that name, the root does not exist, or its layout is another.
     """
     if name not in REGISTRY:
         raise AvjaxError(f"dataset is {name!r}; the registry has {', '.join(sorted(REGISTRY))}")
-    place = Path(root).expanduser() if root else assets.data_root(name)
+    place = root_of(name, root)
     if not place.is_dir():
         raise AvjaxError(f"{place}: no such folder; set --config.data.root to where the {name} data are")
     return REGISTRY[name](place)

@@ -1,0 +1,200 @@
+"""CREMA-D: twelve sentences by 91 actors, with the emotions they intended and those a crowd saw (Cao et al. 2014).
+
+The two kinds of labels agree on 82.2 % of the clips that have both, and are data sets of their own: `crema_d`,
+`crema_d:crowd`, and `crema_d:soft`, the crowd's shares of votes.
+"""
+
+import bisect
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from avjax import source
+from avjax.datasets import lists
+from avjax.datasets.about import about
+from avjax.datasets.base import GENDERS, Clip, Corpus, Fold
+from avjax.datasets.coded import gathered
+from avjax.datasets.labels import numbers
+from avjax.errors import AvjaxError
+
+# Of each class, in their order: its code in file names, letter in tables of votes, column in lists of shares.
+_CODES = ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")
+_LETTERS = ("A", "D", "F", "H", "N", "S")
+_COLUMNS = ("angry", "disgust", "fear", "happy", "neutral", "sad")
+_SENTENCES = {
+    "IEO": "It's eleven o'clock",
+    "TIE": "That is exactly what happened",
+    "IOM": "I'm on my way to the meeting",
+    "IWW": "I wonder what this is about",
+    "TAI": "The airplane is almost full",
+    "MTI": "Maybe tomorrow it will be cold",
+    "IWL": "I would like a new alarm clock",
+    "ITH": "I think I have a doctor's appointment",
+    "DFA": "Don't forget a jacket",
+    "ITS": "I think I've seen this before",
+    "TSI": "The surface is slick",
+    "WSI": "We'll stop in a couple of minutes",
+}
+# Actor, sentence, emotion, intensity.
+_NAME = re.compile(
+    rf"(10(?:0[1-9]|[1-8]\d|9[01]))_({'|'.join(_SENTENCES)})_({'|'.join(_CODES)})_(?:LO|MD|HI|XX)", re.ASCII
+)
+# The last actors of the first four blocks, of 18 each; the fifth has the 19 others.
+_BLOCK_ENDS = ("1018", "1036", "1054", "1072")
+_PARTITIONS = ("1", "2", "3", "4", "5")
+_PARTS = {"train": "train", "development": "val", "test": "test"}
+
+# Of the classes, summing to 1.
+Shares = tuple[float, ...]
+
+
+def intended(root: Path) -> Corpus:
+    """CREMA-D as it was downloaded, `VideoFlash/*.flv` beside `AudioWAV/*.wav`, with the intended emotions.
+
+    The sound is that of the WAV file where there is one, else that of the film. `VideoDemographics.csv`, anywhere below
+    `root`, says the actors' genders. Folds are the five blocks of actors of HiCMAE's public lists (Sun et al. 2024),
+    which are in the order of actors: 7,437 clips.
+
+    Raises:
+      AvjaxError: there is no such film, or none can be used.
+    """
+    return gathered("crema_d", _clips(root, None), {}, f"{root}: no VideoFlash/1001_DFA_ANG_XX.flv")
+
+
+def crowd(root: Path) -> Corpus:
+    """CREMA-D with the emotion that most of the crowd saw and heard, in the five partitions of VAVL.
+
+    They are the files `label_consensus_{1..5}.csv` (Gonçalves et al. 2024), anywhere below `root`, with training,
+    development and test parts of disjoint actors: 5,820 clips. The partitions overlap: 55 actors are tested in 70
+    places. A clip without a film, without shares or without one largest share is rejected with a reason. These lists
+    count the clips that are left out of `intended`.
+
+    Raises:
+      AvjaxError: a list is missing or there twice, is not such a table, has another part, or two lists differ in their
+        clips or shares; or no clip can be used.
+    """
+    return _partitioned(root, "crema_d:crowd", "single", _majority)
+
+
+def soft(root: Path) -> Corpus:
+    """CREMA-D with the shares of the crowd's votes, a number for each class, which sum to 1; else as `crowd`."""
+    return _partitioned(root, "crema_d:soft", "soft", lambda classes, shares: (shares, ""))
+
+
+def votes(table: Path) -> dict[str, dict[str, float]]:
+    """What the crowd voted for, of picture and sound together, by `processedResults/summaryTable.csv`.
+
+    Returns:
+      id of each of the 7,442 clips → {emotion: share}: the emotion with most votes has 1, those of a tie equal
+      shares; {} where the table names none.
+    Raises:
+      AvjaxError: it is not such a table.
+    """
+    names = dict(zip(_LETTERS, about("crema_d").classes, strict=True))
+    found = {row["FileName"]: row["MultiModalVote"] for row in lists.table(table, ("FileName", "MultiModalVote"))}
+    most = {name: [names[letter] for letter in vote.split(":") if letter in names] for name, vote in found.items()}
+    return {name: dict.fromkeys(emotions, 1 / max(len(emotions), 1)) for name, emotions in most.items()}
+
+
+def _clips(root: Path, names: Iterable[str] | None) -> list[Clip]:
+    """The clips of `names`, or of all films that are there, with the intended emotions and the blocks of actors."""
+    films, sounds = _by_id(root / "VideoFlash", ".flv"), _by_id(root / "AudioWAV", ".wav")
+    emotion_of, genders = dict(zip(_CODES, about("crema_d").classes, strict=True)), _genders(root)
+    clips = []
+    for name in films if names is None else names:
+        if not (match := _NAME.fullmatch(name)):
+            continue
+        actor, sentence, code = match.groups()
+        clip = Clip(
+            id=name,
+            path=films.get(name, root / "VideoFlash" / f"{name}.flv"),
+            label=emotion_of[code],
+            audio=sounds.get(name),
+            speaker=actor,
+            gender=genders.get(actor),
+            transcript=_SENTENCES[sentence],
+            fold=str(1 + bisect.bisect_left(_BLOCK_ENDS, actor)),
+        )
+        clips.append(clip)
+    return clips
+
+
+def _by_id(folder: Path, suffix: str) -> dict[str, Path]:
+    # One file of the download is called 1040_ITH_SAD_X.
+    return {re.sub("_X$", "_XX", p.stem): p for p in source.files(folder, suffix)}
+
+
+def _genders(root: Path) -> dict[str, str]:
+    """Actor → gender, by the first VideoDemographics.csv, if there is one."""
+    tables = [p for p in source.files(root, ".csv") if p.name == "VideoDemographics.csv"]
+    rows = lists.table(tables[0], ("ActorID", "Sex")) if tables else []
+    return {row["ActorID"]: row["Sex"].lower() for row in rows if row["Sex"].lower() in GENDERS}
+
+
+def _partitioned(
+    root: Path, name: str, kind: str, label: Callable[[Sequence[str], Shares], tuple[str | Shares, str]]
+) -> Corpus:
+    """The clips of VAVL's lists; `label`: classes, shares → the label, and why it is none ("" if it is one)."""
+    shares, parts = _partitions(root)
+    classes = tuple(about(name).classes)
+    labels = {n: ((), reason) if reason else label(classes, s) for n, (s, reason) in shares.items()}
+    strange = tuple((source.shown(n), "no name of a clip of CREMA-D") for n in shares if not _NAME.fullmatch(n))
+    clips = [dataclasses.replace(c, label=labels[c.id][0], fold=None) for c in _clips(root, shares)]
+    corpus = gathered(
+        name, clips, {n: reason for n, (_, reason) in labels.items()}, f"{root}: lists without clips", kind
+    )
+    there = {c.id for c in corpus.clips}
+    folds = tuple(
+        Fold(
+            f, *(tuple(n for n, part in part_of.items() if part == p and n in there) for p in ("train", "test", "val"))
+        )
+        for f, part_of in parts.items()
+    )
+    return dataclasses.replace(corpus, folds=folds, rejected=corpus.rejected + strange, overlapping=True)
+
+
+def _majority(classes: Sequence[str], shares: Shares) -> tuple[str, str]:
+    best = [name for name, share in zip(classes, shares, strict=True) if share == max(shares)]
+    return (best[0], "") if len(best) == 1 else ("", f"no majority: {' and '.join(best)} have as many votes")
+
+
+def _partitions(root: Path) -> tuple[dict[str, tuple[Shares, str]], dict[str, dict[str, str]]]:
+    """Clip → shares and why they are none ("" if they are some); and partition → clip → its part."""
+    tables = source.files(root, ".csv")
+    shares, parts = {}, {}
+    for name in _PARTITIONS:
+        path = _one(root, [p for p in tables if p.name.endswith(f"label_consensus_{name}.csv")], name)
+        rows = _rows(path)
+        shares[name] = {clip: numbers("soft", {c: row[c] for c in _COLUMNS}) for clip, row in rows.items()}
+        parts[name] = {clip: _part(path, row) for clip, row in rows.items()}
+        for clip in sorted(shares["1"].keys() | shares[name].keys()):
+            if shares["1"].get(clip) != shares[name].get(clip):
+                raise AvjaxError(f"{path}: {clip} is not as in partition 1; expected one kind of shares in all five")
+    return shares["1"], parts
+
+
+def _one(root: Path, found: Sequence[Path], name: str) -> Path:
+    if len(found) != 1:
+        got = " and ".join(map(str, found)) or "none"
+        raise AvjaxError(
+            f"{root}: got {got}; expected one list label_consensus_{name}.csv below this folder. The five lists are in "
+            "github.com/ilucasgoncalves/VAVL, VAVL/data/CREMA-D/labels_consensus_6class_M: put them beside VideoFlash"
+        )
+    return found[0]
+
+
+def _rows(path: Path) -> dict[str, dict[str, str]]:
+    """Clip → its row."""
+    table = lists.table(path, ("FileName", *_COLUMNS, "Split_Set"))
+    rows = {row["FileName"].removesuffix(".wav"): row for row in table}
+    if len(rows) < len(table):
+        raise AvjaxError(f"{path}: {len(table)} rows of {len(rows)} clips; expected each clip once")
+    return rows
+
+
+def _part(path: Path, row: Mapping[str, str]) -> str:
+    if (word := row["Split_Set"].lower()) not in _PARTS:
+        got = f"Split_Set of {row['FileName']} is {row['Split_Set']!r}"
+        raise AvjaxError(f"{path}: {got}; expected Train, Development or Test")
+    return _PARTS[word]
