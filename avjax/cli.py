@@ -17,12 +17,13 @@ _QUIET = {"GLOG_minloglevel": "2", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARA
 _interrupted = threading.Event()
 
 
-def run(main: Callable[[list[str]], int | None], *, takes: str = "") -> None:
+def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: bool = True) -> None:
     """Runs an entry point: a user's mistake is one line on standard error and exit status 2.
 
     Args:
       main: gets the program's name and the arguments that are no flags.
-      takes: what these arguments are, at least one of them; "" where an entry point has flags alone.
+      takes: what these arguments are; "" where an entry point has flags alone.
+      needed: whether at least one is.
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
@@ -32,7 +33,7 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "") -> None:
         signal.signal(signal.SIGINT, _interrupt)
 
     def begin(argv: list[str]) -> int | None:
-        if takes and len(argv) < 2:
+        if takes and needed and len(argv) < 2:
             raise AvjaxError(f"nothing to do; expected {takes}, see --help")
         if not takes and len(argv) > 1:
             raise AvjaxError(f"unexpected arguments: {' '.join(argv[1:])}; flags start with --, see --help")

@@ -417,8 +417,9 @@ def test_pictures_of_other_tasks_repeat_to_the_byte(tmp_path):
 
 @pytest.mark.parametrize("task", list(page.ANSWERS))
 def test_each_task_has_its_picture_of_answers(tmp_path, task):
-    label = {"single": np.array([0, 1] * 10), "regression": TRUTH, "multilabel": TRUTH > 0.5}[task]
-    metrics = (run(classes=["a", "b"]) if task == "single" else values_run(task)) | {"confusion": [[5, 5], [5, 5]]}
+    answers = {"regression": TRUTH, "multilabel": TRUTH > 0.5}
+    metrics = values_run(task) if task in answers else run(classes=["a", "b"])
+    metrics, label = metrics | {"confusion": [[5, 5], [5, 5]]}, answers.get(task, np.array([0, 1] * 10))
     plots.answers_picture(metrics, {"label": label, "logits_fusion": GUESS}, "t", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [page.ANSWERS[task]]
 

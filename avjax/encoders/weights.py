@@ -36,19 +36,42 @@ def fetch(name: str, weights_dir: str | os.PathLike | None = None) -> Path:
       AvjaxError: the name is unknown; a local or cached file has another checksum or is missing; or no source gave
         the files: the message has every source's reason and what to do.
     """
+    entry = _entry(name)
+    folder, reason = _folder(name, weights_dir)
+    if reason:
+        _fill(entry, folder, [f"local folder: {reason}"])
+    _check_all(entry, folder)
+    return folder / next(iter(entry.files)) if len(entry.files) == 1 else folder
+
+
+def is_there(name: str) -> bool:
+    """Whether `fetch` has all files of a registry entry at hand, with the right checksums; fetches nothing.
+
+    Raises:
+      AvjaxError: as `fetch`, of a file that is there and is another one, or of an incomplete folder of the user's own.
+    """
+    entry = _entry(name)
+    folder, reason = _folder(name)
+    if reason and not all((folder / file).exists() for file in entry.files):
+        return False
+    _check_all(entry, folder)
+    return True
+
+
+def _entry(name: str) -> Entry:
     if name not in REGISTRY:
         raise AvjaxError(f"{name!r}: no such pretrained weights; registered are: {', '.join(sorted(REGISTRY))}")
-    entry = REGISTRY[name]
+    return REGISTRY[name]
+
+
+def _folder(name: str, weights_dir: str | os.PathLike | None = None) -> tuple[Path, str]:
+    """Where the files of an entry are: the user's own folder, else that in the cache and why the former is not used."""
     local = weights_dir or os.environ.get("AVJAX_WEIGHTS")
     folder = Path(local).expanduser() / name if local else None
-    if folder is None or not folder.is_dir():
-        reason = f"{folder} is not there" if folder else "none given (weights_dir, AVJAX_WEIGHTS)"
-        folder = assets.cache() / "weights" / name
-        _fill(entry, folder, [f"local folder: {reason}"])
-    kept = _kept_sums(folder)
-    for file, expected in entry.files.items():
-        _check(folder / file, expected.sha256 or kept.get(file, ""))
-    return folder / next(iter(entry.files)) if len(entry.files) == 1 else folder
+    if folder is not None and folder.is_dir():
+        return folder, ""
+    reason = f"{folder} is not there" if folder else "none given (weights_dir, AVJAX_WEIGHTS)"
+    return assets.cache() / "weights" / name, reason
 
 
 def convert(
@@ -141,6 +164,12 @@ def _kept_sums(folder: Path) -> dict[str, str]:
     """file → sha256 of the files that are not pinned here, as they arrived."""
     path = folder / _SUMS
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _check_all(entry: Entry, folder: Path) -> None:
+    kept = _kept_sums(folder)
+    for file, expected in entry.files.items():
+        _check(folder / file, expected.sha256 or kept.get(file, ""))
 
 
 def _check(path: Path, expected: str) -> None:

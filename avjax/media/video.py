@@ -101,7 +101,7 @@ def probe(path: str | Path) -> Probe:
       UnusableMedia: the file is missing or holds neither picture nor sound.
     """
     with opened(path) as container:
-        video, has_audio = _picture(container), bool(decodable(container.streams.audio))
+        video, has_audio = picture(container), bool(decodable(container.streams.audio))
         if video is None and not has_audio:
             raise UnusableMedia("neither a video nor an audio stream")
         duration = _duration(container)
@@ -225,7 +225,7 @@ def _times(path, start: float, end: float | None, max_pixels: int) -> tuple[int,
 def _around(path, start: float, end: float | None, max_pixels: int) -> Iterator[tuple[float, object]]:
     """The (time, frame) pairs of a file's picture from before `start` to some time after `end`."""
     with opened(path) as container:
-        stream = _picture(container)
+        stream = picture(container)
         if stream is None:
             raise UnusableMedia("no video stream")
         for time, frame in decoded(container, stream, start, None if end is None else end + _MARGIN):
@@ -307,7 +307,7 @@ def decodable(streams) -> list:
     return known
 
 
-def _picture(container):
+def picture(container):
     """The first video stream that moves (a cover picture is none), or None."""
     import av
 

@@ -15,7 +15,7 @@ from avjax.report import tables
 MOST_SENTENCES = 12
 _FILES = ("metrics.json", "config.json", "environment.json", "curves.png")
 # The picture of the answers, by kind of task.
-ANSWERS = {"single": "confusion.png", "regression": "scatter.png", "multilabel": "labels.png"}
+ANSWERS = {"single": "confusion.png", "soft": "confusion.png", "regression": "scatter.png", "multilabel": "labels.png"}
 
 
 def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) -> Path:
@@ -35,7 +35,7 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
     answers = ANSWERS[metrics["task"]]
     _check_there(workdir, (answers,))
     files = {"answers": answers, "curves": "curves.png", "attention": "attention.png"}
-    page = _template().render(
+    page = template("page.html.j2").render(
         name=workdir.resolve().name,
         metrics=metrics,
         tables=tables,
@@ -81,11 +81,12 @@ def _embedded(picture: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode('ascii')}"
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """The Jinja template of this folder that has this name."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     # Names and sentences come out of data files and media: they are shown, never obeyed.
     return jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template("page.html.j2")
+    ).get_template(name)

@@ -1,0 +1,128 @@
+"""Says what is wrong with this machine or with data, before weeks are lost on it.
+
+python -m avjax.doctor [--json]
+
+Packages and their versions, devices, disk, codecs, pretrained weights, places. Downloads nothing.
+
+python -m avjax.doctor data --config configs/etg_folder.py --config.data.root=R [--out DIR] [--workers N] [--no_faces]
+    [--lists DIR] [--json]
+
+Opens every clip of a data set and checks its folds and labels, by the protocol of the configuration; --lists: public
+lists of its folds to compare with. Writes audit.html and audit.json into DIR, by default audits/<data set>. Stopped and
+started again it goes on; clips that have not changed are not opened again.
+
+python -m avjax.doctor lists DIR [--json]
+
+Checks public lists of folds alone, without any clip.
+
+Exit status: 1 where something needed is broken or a finding is invalid, 2 for a mistake in the call, else 0.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from absl import flags
+
+from avjax import cli
+from avjax import config as configs
+from avjax.errors import AvjaxError
+
+CONFIG = configs.define_flag()
+OUT = flags.DEFINE_string("out", None, "data: folder of audit.html and audit.json; default audits/<data set>.")
+WORKERS = flags.DEFINE_integer("workers", 0, "data: worker processes; 0 = one per core.", lower_bound=0)
+NO_FACES = flags.DEFINE_bool("no_faces", False, "data: look for no faces, which takes about half of the time.")
+LISTS = flags.DEFINE_string("lists", None, "data: folder of public fold lists to compare the labels with.")
+JSON = flags.DEFINE_bool("json", False, "Print what was found as JSON.")
+
+
+def main(argv: list[str]) -> int:
+    match argv[1:]:
+        case []:
+            return environment()
+        case ["data"]:
+            return data()
+        case ["lists", folder]:
+            return lists(folder)
+        case others:
+            raise AvjaxError(f"got {' '.join(others)!r}; expected nothing, data, or lists DIR, see --help")
+
+
+def environment() -> int:
+    """Checks this machine; 1 where something needed is broken."""
+    from avjax import checkup
+
+    rows = checkup.check()
+    _print(checkup.as_json(rows), checkup.table(rows))
+    return int(any(row.state == checkup.BROKEN for row in rows))
+
+
+def data() -> int:
+    """Audits the configuration's data set; 1 where a finding is invalid."""
+    from rich.console import Console
+
+    from avjax import audit
+
+    config = CONFIG.value
+    if config is None:
+        raise AvjaxError("no --config; expected one such as configs/etg_folder.py, with --config.data.root=R")
+    # A configuration of extraction has none, and its clips are divided as by default.
+    protocol = config.protocol if "protocol" in config else {}
+    result = audit.audit(
+        config.dataset,
+        config.data.root,
+        out=OUT.value or "",
+        lists=LISTS.value or "",
+        faces=not NO_FACES.value,
+        processes=WORKERS.value,
+        console=Console(soft_wrap=True, markup=False, stderr=JSON.value),
+        **{key: protocol[key] for key in ("folds", "fold_count") if key in protocol},
+    )
+    if JSON.value:
+        print(json.dumps(result, indent=1))
+    return int(any(row["severity"] == "invalid" for row in result["counts"]))
+
+
+def lists(folder: str) -> int:
+    """Checks the lists of folds in a folder; 1 where there is a problem."""
+    from avjax.datasets import importers
+
+    found = importers.fold_lists(Path(folder))
+    problems = importers.problems(found)
+    parts = [
+        {"fold": part.fold, "part": part.part, "clips": len(part.clips), "labels": _labels(part.clips)}
+        for part in found
+    ]
+    _print({"parts": parts, "problems": problems}, _lists_table(parts))
+    if not JSON.value:
+        print("\n".join(f"invalid: {problem}" for problem in problems) or "no problem found")
+    return int(bool(problems))
+
+
+def _labels(clips) -> dict[str, int]:
+    """Label → number of clips, in the order of the labels."""
+    return {str(label): count for label, count in sorted(Counter(map(str, clips.values())).items())}
+
+
+def _lists_table(parts):
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table("fold", "part", "clips", "labels")
+    for part in parts:
+        labels = ", ".join(f"{label} {count}" for label, count in part["labels"].items())
+        out.add_row(*(Text(str(cell)) for cell in (part["fold"] or "–", part["part"], part["clips"], labels)))
+    return out
+
+
+def _print(as_json: dict, table) -> None:
+    from rich.console import Console
+
+    if JSON.value:
+        print(json.dumps(as_json, indent=1))
+    else:
+        Console(markup=False).print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main, takes="data, or lists DIR", needed=False)
