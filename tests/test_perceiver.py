@@ -69,7 +69,8 @@ def test_going_over_the_pixels_in_portions_changes_nothing(monkeypatch, height, 
         monkeypatch.setattr(perceiver, "_PIXELS", pixels)
         assert len(perceiver.Pixels.of(jnp.zeros((2, height, 10, 64))).portions[0]) == count
         parts, _ = made(hub)(pairs, mask)
-        np.testing.assert_allclose(parts, whole, atol=1e-5 * whole.std())
+        # The flow of a network drawn at random is about 34: it has few digits below its deviation.
+        np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-5 * whole.std())
 
 
 def test_in_portions_it_equals_the_original(monkeypatch):

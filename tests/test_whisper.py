@@ -241,7 +241,8 @@ def real(request):
 
 
 def assert_close(got, want):
-    """Real Whisper has a few steps so ill-conditioned that float32 leaves PyTorch itself 2.6e-4 from float64 there."""
+    """Real Whisper has a few steps so ill-conditioned that float32 leaves PyTorch itself up to 2.6e-3 from float64 there,
+    on some processors more than on others."""
     error = np.abs(got - want) / want.std()
     assert error.max() <= 2e-3
     assert np.sqrt(np.square(error).mean()) <= 1e-5
@@ -265,7 +266,7 @@ def test_real_whisper_equals_pytorch_on_a_real_clip(real, clip, samples):
     model.load_state_dict({name: torch.tensor(t, dtype=torch.float32) for name, t in tensors.items()})
     spectra, mask = enc.prepare([np.pad(clip, (0, samples - len(clip))) if samples else clip])
     got, _ = enc(spectra, mask)
-    assert_close(got[0], alone(model.model.encoder, spectra[0]))
+    assert_close(got[0], alone(model.model.encoder.double(), spectra[0].astype(np.float64)))
 
 
 @pytest.mark.weights
