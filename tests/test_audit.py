@@ -225,6 +225,7 @@ def test_part_of_a_file_is_all_that_is_opened(tmp_path):
     assert [f.kind for f in findings.of_clip(beyond, "folder")] == ["truncated"]
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_known_facts_of_real_clips(java_sed, tmp_path):
     result = audited(java_sed, tmp_path, faces=True)

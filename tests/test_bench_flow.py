@@ -46,6 +46,7 @@ def test_made_up_faces_move():
     assert np.median(made[..., 0]) == pytest.approx(2, abs=0.2)
 
 
+@pytest.mark.slow
 def test_committed_results_can_be_added_to(small):
     path = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "flow.csv"
     if not path.is_file():

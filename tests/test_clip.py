@@ -152,6 +152,7 @@ def test_a_text_or_picture_is_compared_alike_whoever_is_beside_it():
         np.testing.assert_allclose(got[0, 0], logits[row, row], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_text_without_words_is_like_nothing_and_gradients_stay_finite():
     compare, params = whole()
     nothing = MASK & np.array([[True], [True], [False]])

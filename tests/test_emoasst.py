@@ -415,6 +415,7 @@ def paths(tree) -> dict[str, np.ndarray]:
     return {"/".join(k.key for k in path): np.asarray(v) for path, v in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gradients_reach_everything_but_what_one_token_leaves_without(queries):
     alone = ["vfm/frame"] + ["vfm/decoder_0", "vfm/decoder_1"] * (queries == 1)

@@ -31,6 +31,7 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
     with (java_sed / "labels.csv").open(newline="") as file:

@@ -69,6 +69,7 @@ def stirred(variables, seed: int = 0):
 # ---- The start ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_sound
 def test_begins_as_the_core_on_the_features_of_the_encoders(preset):
     """By LoRA and by all weights exactly alike; the encoders' own call is the reference."""

@@ -105,6 +105,7 @@ def test_the_store_gives_flow_to_those_who_ask(packed):
     assert not whole.random
 
 
+@pytest.mark.slow
 @EITHER
 def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
     packed,

@@ -51,6 +51,7 @@ def test_uavm_fuses_the_streams_that_a_clip_has():
     np.testing.assert_allclose(logits["fusion"][3], logits["audio"][3], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_uavm_loss_is_half_of_each_stream_that_is_there():
     variables, apply = compiled("uavm")
     one = batch("audio")

@@ -196,6 +196,7 @@ def test_openface_and_no_words_will_do(root):
     assert "cmu_mosei_std_folds.py" in sources
 
 
+@pytest.mark.slow
 def test_emotions_are_trained(root, tmp_path):
     write_sdk(root)
     config = configs.load(f"{SPEC}:emotions,audio", data__root=str(root), **TRAINING)

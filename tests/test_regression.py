@@ -164,6 +164,7 @@ def test_the_yardstick_is_ridge_regression_and_reads_where_the_relation_is(linea
     assert not (linear / "confusion.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "heads"),
     [("headed", ["video", "audio"]), pytest.param("de_iii", ["video", "audio", "fusion"], marks=pytest.mark.slow)],
