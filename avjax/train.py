@@ -64,6 +64,8 @@ def train(config, workdir: Path | None = None) -> Path:
     say(f"{config.name} {config.variants or 'full'} on {dataset}: {counts['used']} clips, {len(features.classes)} "
         f"classes; {counts['quarantined']} quarantined, without sound {counts['masked_audio']}, "
         f"without face {counts['masked_video']}")  # fmt: skip
+    # Before the directory is claimed: what is refused here is to be mended and started again in the same one.
+    folds, folds_name = protocol.folds(features, config.protocol)
     workdir = workdir or rundir.default(config, features)
     rundir.begin(workdir, config, features)
     if rundir.is_finished(workdir):
@@ -73,7 +75,6 @@ def train(config, workdir: Path | None = None) -> Path:
         return workdir
 
     # ---- Protocol -------------------------------------------------------------------------------------------------
-    folds, folds_name = protocol.folds(features, config.protocol)
     model, scoring = models.build(config.model, len(features.classes)), tasks.SCORINGS[features.task]
     plan = pipeline.plan(features, folds, config.train.seeds, config.protocol, model.turns)
     chosen, heads = model.heads[0] if len(model.candidates) > 1 else "", loop.candidates(model)

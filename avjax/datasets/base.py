@@ -174,7 +174,8 @@ def _stratified(clips: Sequence, count: int, seed: int) -> tuple[list[Fold], str
     dealt = sorted(order.tolist(), key=lambda i: clips[i].label)
     fold_of = {clips[i].id: position % count for position, i in enumerate(dealt)}
     folds = [_leaving(clips, str(f + 1), lambda c, f=f: fold_of[c.id] == f) for f in range(count)]
-    return folds, f"{count} stratified folds (speakers unknown: the same person may be on both sides)"
+    unknown = "" if all(c.speaker for c in clips) else " (speakers unknown: the same person may be on both sides)"
+    return folds, f"{count} stratified folds{unknown}"
 
 
 def _leaving(clips: Sequence, name: str, tested: Callable) -> Fold:
