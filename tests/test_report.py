@@ -1,70 +1,16 @@
 """Reports: numbers in, honest tables, pictures and a page that stands alone out."""
 
 import copy
-import io
 import json
 import re
 
 import numpy as np
 import pytest
-from rich.console import Console
+from reported import fold, lines_with, run, shown, summary, values_run
 
 from avjax.comparison import Evidence
 from avjax.errors import AvjaxError
-from avjax.report import page, plots, tables
-
-CLASSES = ["anger", "joy", "neutral"]
-CONFUSION = [[6, 2, 2], [1, 8, 1], [0, 5, 15]]  # WAR 29/40, recalls .6 .8 .75
-
-
-def fold(name: str, seed: int, war: float, uar: float, **other) -> dict:
-    sizes = {"n_train": 32, "n_val": 4, "n_test": 8, "speaker_overlap": 0, "best_epoch": 7}
-    return {"fold": name, "seed": seed, "war": war, "uar": uar, **sizes, **other}
-
-
-def summary(folds: list[dict]) -> dict:
-    scores = {key: [f[key] for f in folds] for key in ("war", "uar")}
-    return {
-        "folds": folds,
-        "mean": {key: float(np.mean(values)) for key, values in scores.items()},
-        "std": {key: float(np.std(values)) for key, values in scores.items()},
-    }
-
-
-def run(wars=(0.7, 0.8, 0.6), seeds=(0, 1), gain=0.0, **other) -> dict:
-    """A run over `len(wars)` folds whose seeds lie .02 apart around each fold's WAR."""
-    folds = [
-        fold(str(index + 1), seed, war + gain + 0.02 * (seed - np.mean(seeds)), war + gain - 0.1)
-        for index, war in enumerate(wars)
-        for seed in seeds
-    ]
-    reference = [{"fold": str(index + 1), "war": war - 0.05, "uar": war - 0.1} for index, war in enumerate(wars)]
-    return {
-        "dataset": "demo",
-        "protocol": "leave one speaker out",
-        "task": "single",
-        "classes": CLASSES,
-        "counts": {"used": 40, "quarantined": 2, "masked_audio": 1, "masked_video": 3},
-        **summary(folds),
-        "pooled": {"war": 0.725, "uar": 0.7167},
-        "confusion": CONFUSION,
-        "heads": {"fusion": {"war": 0.725, "uar": 0.7167, "f1": 0.72}, "audio": {"war": 0.5, "uar": 0.45, "f1": 0.4}},
-        "reference": {"audio+video": summary(reference)},
-        **other,
-    }
-
-
-def shown(table) -> str:
-    console = Console(file=io.StringIO(), width=160)
-    console.print(table)
-    return console.file.getvalue()
-
-
-def lines_with(text: str, *words: str) -> list[str]:
-    return [line for line in text.splitlines() if all(word in line for word in words)]
-
-
-# -- tables ---------------------------------------------------------------------------------------------------------
+from avjax.report import page, tables
 
 
 def test_run_table_shows_every_lane_and_the_scores_without_a_model():
@@ -208,36 +154,6 @@ def test_points_have_a_sign_and_no_negative_zero():
     assert [tables.points(x) for x in (1.25, -0.04, 0.0, -3.0)] == ["+1.2", "+0.0", "+0.0", "−3.0"]
 
 
-def values_run(task: str = "regression", gain: float = 0.0, **other) -> dict:
-    """A run of values or labels over two folds, whose head validation chose."""
-    names = {"regression": ("ccc", "pearson", "rmse"), "multilabel": ("wa", "f1")}[task]
-
-    def scored(*scores: float) -> dict[str, float]:
-        return dict(zip(names, scores, strict=False))
-
-    sizes = {"seed": 1, "n_train": 32, "n_val": 4, "n_test": 8, "speaker_overlap": 0, "best_epoch": 7}
-    lanes = [(str(i), head, 0.1 * i + gain) for i, head in ((1, "video"), (2, "fusion"))]
-    folds = [sizes | {"fold": name, "head": head} | scored(0.5 + up, 0.6 + up, 0.25) for name, head, up in lanes]
-    means = {
-        "mean": {n: float(np.mean([f[n] for f in folds])) for n in names},
-        "std": {n: float(np.std([f[n] for f in folds])) for n in names},
-    }
-    reference = [{"fold": f["fold"]} | scored(0.4, 0.45, 0.3) for f in folds]
-    zero = dict.fromkeys(names, 0.0)
-    common = {key: value for key, value in run().items() if key != "confusion"}
-    return common | {
-        "task": task,
-        "classes": ["valence", "arousal"],
-        "folds": folds,
-        **means,
-        "pooled": scored(0.66, 0.77, 0.25),
-        "values": {"valence": scored(0.661, 0.772, 0.253), "arousal": scored(0.441, 0.552, 0.354)},
-        "heads": {head: scored(0.66, 0.77, 0.25) for head in ("chosen", "video", "fusion")},
-        "reference": {"audio": {"mean": scored(0.4, 0.45, 0.3), "std": zero, "folds": reference}},
-        **other,
-    }
-
-
 def test_runs_of_values_show_their_scores_and_the_chosen_heads():
     metrics = values_run()
     assert tables.run_columns(metrics) == ("fold", "seed", "train", "val", "test", "epoch", "CCC", "Pearson")
@@ -281,167 +197,6 @@ def test_values_are_compared_by_ccc_and_with_ridge_regression():
     assert "ridge regression" in reference
     assert lines_with(reference, "audio", "40.0 ± 0.0", "45.0 ± 0.0", "+25.0")
     assert tables.reference_columns(values_run("multilabel"))[0].startswith("logistic regression")
-
-
-# -- pictures -------------------------------------------------------------------------------------------------------
-
-
-HISTORY = [{"epoch": e, "train_loss": 2 / e, "val_loss": 2.2 / e, "val_uar": 0.3 + 0.02 * e} for e in range(1, 6)]
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved, for a look at what they show."""
-    kept = []
-    save = plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: (kept.append(figure), save(figure, path)))
-    return kept
-
-
-def texts(axes) -> list[str]:
-    return [text.get_text() for text in axes.texts]
-
-
-def test_confusion_picture_shows_shares_counts_scores_and_protocol(tmp_path, figures):
-    plots.confusion_picture(CONFUSION, CLASSES, "My run", tmp_path / "c.png", note="leave one speaker out")
-    (axes,) = figures[0].axes
-    said = texts(axes)
-    assert {"60", "80", "75", "6", "8", "15"} <= set(said)  # row percentages and counts of the diagonal
-    assert len(said) == 2 * 8 + 1  # eight cells hold clips; an empty one holds no text
-    assert axes.get_title() == "My run"
-    assert "WAR 72.5 %   ·   UAR 71.7 %" in said
-    assert figures[0].get_supxlabel() == "leave one speaker out"
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["anger (10)", "joy (10)", "neutral (20)"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == CLASSES
-
-
-def test_a_class_without_clips_is_an_empty_row(tmp_path, figures):
-    plots.confusion_picture([[3, 1], [0, 0]], ["a", "b"], "t", tmp_path / "c.png")
-    assert set(texts(figures[0].axes[0])[:-1]) >= {"75", "25", "3", "1"}
-    assert "b (0)" in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
-
-
-def test_labels_can_be_read_on_every_colour():
-    import matplotlib
-
-    for colour in matplotlib.colormaps[plots._COLOURS](np.linspace(0, 1, 101)):
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
-        background = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        ink = {"white": 1.0, "black": 0.0}[plots._ink(colour)]
-        light, dark = max(ink, background), min(ink, background)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG 2, level AA
-
-
-def test_curves_show_what_was_measured(tmp_path, figures):
-    plots.curves_picture(HISTORY, tmp_path / "v.png")
-    plots.curves_picture(
-        [{"epoch": row["epoch"], "train_loss": row["train_loss"]} for row in HISTORY], tmp_path / "t.png"
-    )
-    plots.curves_picture([row | {"val_loss": None, "val_uar": None} for row in HISTORY], tmp_path / "n.png")
-    both, *train_only = figures
-    loss, uar = both.axes
-    assert [line.get_label() for line in loss.lines] == ["training", "validation"]
-    np.testing.assert_allclose(uar.lines[0].get_ydata(), [32, 34, 36, 38, 40])
-    for figure in train_only:
-        (axes,) = figure.axes
-        assert [line.get_label() for line in axes.lines] == ["training"]
-
-
-def test_a_single_epoch_is_visible(tmp_path, figures):
-    plots.curves_picture(HISTORY[:1], tmp_path / "v.png")
-    assert figures[0].axes[0].lines[0].get_marker() == "o"
-
-
-def test_pictures_repeat_to_the_byte(tmp_path):
-    for name in ("a", "b"):
-        plots.confusion_picture(CONFUSION, CLASSES, "t", tmp_path / f"{name}.png")
-        plots.curves_picture(HISTORY, tmp_path / f"{name}2.png")
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert (tmp_path / "a2.png").read_bytes() == (tmp_path / "b2.png").read_bytes()
-    assert b"tEXt" not in (tmp_path / "a.png").read_bytes()
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-TRUTH = np.random.default_rng(0).random((20, 2)).astype(np.float32)
-GUESS = TRUTH + np.array([[0.1, -0.2]], np.float32)
-
-
-def test_scatter_shows_each_value_with_its_ccc(tmp_path, figures):
-    plots.scatter_picture(TRUTH, GUESS, ["valence", "arousal"], "My run", tmp_path / "s.png", note="how")
-    valence, arousal = figures[0].axes
-    x, y = TRUTH[:, 0].astype(float), GUESS[:, 0].astype(float)
-    ccc = 2 * np.cov(x, y, bias=True)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
-    assert valence.get_title() == f"valence: CCC {100 * ccc:.1f}"
-    assert arousal.get_title().startswith("arousal: CCC ")
-    np.testing.assert_allclose(arousal.collections[0].get_offsets(), np.stack([TRUTH[:, 1], GUESS[:, 1]], -1))
-    np.testing.assert_array_equal(*valence.lines[0].get_data())  # the diagonal
-    assert figures[0].get_suptitle() == "My run"
-    assert figures[0].get_supxlabel() == "how"
-
-
-def test_labels_picture_shows_what_was_found_of_yes_and_of_no(tmp_path, figures):
-    counts = np.array([[[6.0, 2.0], [1.0, 3.0]], [[12.0, 0.0], [0.0, 0.0]]])  # nobody has the second
-    plots.labels_picture(counts, ["happy", "sad"], "t", tmp_path / "l.png")
-    (axes,) = figures[0].axes
-    yes, no = ([bar.get_width() for bar in bars] for bars in axes.containers)
-    np.testing.assert_allclose(yes, [75, 0])
-    np.testing.assert_allclose(no, [75, 100])
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["happy (4)", "sad (0)"]
-
-
-def test_attention_is_drawn_clip_by_clip_and_a_missing_stream_is_empty(tmp_path, figures):
-    weights = np.random.default_rng(0).random((3, 5))
-    clips = [{"name": "a (joy)", "video": weights, "audio": weights.T}]
-    clips += [{"name": "b (anger)", "video": weights[:, :0], "audio": weights.T[:0]}]
-    streams = [("video", "video", "audio"), ("audio", "audio", "video")]
-    plots.attention_picture(clips, streams, "t", tmp_path / "a.png", note="how")
-    first, second, *empty = figures[0].axes
-    np.testing.assert_array_equal(first.images[0].get_array(), weights.T)  # who asks runs to the right
-    np.testing.assert_array_equal(second.images[0].get_array(), weights)
-    assert (first.get_xlabel(), first.get_ylabel()) == ("step of video, asking", "step of audio")
-    assert [len(axes.images) for axes in empty] == [0, 0]
-    assert [axes.get_title() for axes in figures[0].axes] == ["a (joy)", "a (joy)", "b (anger)", "b (anger)"]
-    assert figures[0].get_supxlabel().startswith("how. ")
-
-
-def test_pictures_of_other_tasks_repeat_to_the_byte(tmp_path):
-    maps = [{"name": "a", "video": TRUTH}]
-    for name in ("a", "b"):
-        plots.scatter_picture(TRUTH, GUESS, ["v", "a"], "t", tmp_path / f"{name}1.png")
-        plots.labels_picture(np.ones((2, 2, 2)), ["x", "y"], "t", tmp_path / f"{name}2.png")
-        plots.attention_picture(maps, [("video", "video", "audio")], "t", tmp_path / f"{name}3.png")
-    for number in (1, 2, 3):
-        assert (tmp_path / f"a{number}.png").read_bytes() == (tmp_path / f"b{number}.png").read_bytes()
-        assert (tmp_path / f"a{number}.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("task", list(page.ANSWERS))
-def test_each_task_has_its_picture_of_answers(tmp_path, task):
-    answers = {"regression": TRUTH, "multilabel": TRUTH > 0.5}
-    metrics = values_run(task) if task in answers else run(classes=["a", "b"])
-    metrics, label = metrics | {"confusion": [[5, 5], [5, 5]]}, answers.get(task, np.array([0, 1] * 10))
-    plots.answers_picture(metrics, {"label": label, "logits_fusion": GUESS}, "t", tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [page.ANSWERS[task]]
-
-
-def test_curves_show_the_score_that_validation_picks_by(tmp_path, figures):
-    history = [{"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_ccc": 0.1 * e} for e in (1, 2)]
-    plots.curves_picture(history, tmp_path / "c.png")
-    _, ccc = figures[0].axes
-    assert ccc.get_title("left") == "validation CCC, %"
-    np.testing.assert_allclose(ccc.lines[0].get_ydata(), [10, 20])
-
-
-def test_bad_pictures_are_refused(tmp_path):
-    with pytest.raises(AvjaxError, match=r"shape \(3, 3\) for 2 classes"):
-        plots.confusion_picture(CONFUSION, ["a", "b"], "t", tmp_path / "c.png")
-    with pytest.raises(AvjaxError, match="finite counts"):
-        plots.confusion_picture([[1, float("nan")], [0, 1]], ["a", "b"], "t", tmp_path / "c.png")
-    with pytest.raises(AvjaxError, match="no epochs"):
-        plots.curves_picture([], tmp_path / "c.png")
-
-
-# -- page -----------------------------------------------------------------------------------------------------------
 
 
 def workdir(root, metrics: dict):
