@@ -160,6 +160,3 @@ def test_bad_pictures_are_refused(tmp_path):
         plots.confusion_picture([[1, float("nan")], [0, 1]], ["a", "b"], "t", tmp_path / "c.png")
     with pytest.raises(AvjaxError, match="no epochs"):
         plots.curves_picture([], tmp_path / "c.png")
-
-
-# -- page -----------------------------------------------------------------------------------------------------------
