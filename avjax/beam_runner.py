@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ def runner(name: str, options: Sequence[str], root: Path, media: str = "") -> Ru
         pieces = [sent[at : at + _PIECE] for at in range(0, len(sent), _PIECE)]
         console.print(f"{name}: {len(jobs)} clips in {len(pieces)} pieces")
         if pieces:
-            _submit(name, options, pieces, (str(on.store.root), on.settings, processes, clip_seconds))
+            _submit(name, options, pieces, (str(on.store.root), on.settings, on.made_by, processes, clip_seconds))
         return (_outcome(on.store, job) for job in jobs)
 
     return run
@@ -87,10 +87,10 @@ def _submit(name: str, options: Sequence[str], pieces: Sequence[Sequence[Job]], 
             self._benches = Shared()
 
         def setup(self):
-            self._bench = self._benches.acquire(lambda: _Held(*arguments[:2]))
+            self._bench = self._benches.acquire(lambda: _Held(*arguments[:3]))
 
         def process(self, piece):
-            _measure(piece, self._bench.bench, *arguments[2:])
+            _measure(piece, self._bench.bench, *arguments[3:])
             yield len(piece)
 
     try:
@@ -101,10 +101,19 @@ def _submit(name: str, options: Sequence[str], pieces: Sequence[Sequence[Job]], 
 
 
 class _Held:
-    """A `Bench` that the threads of a machine share; Beam shares only what can be referred to weakly."""
+    """A `Bench` that the threads of a machine share; Beam shares only what can be referred to weakly.
 
-    def __init__(self, root: str, settings: Preset):
+    Raises:
+      AvjaxError: it would make other features than `made_by` says, such as in another precision on another device.
+    """
+
+    def __init__(self, root: str, settings: Preset, made_by: Mapping[str, str]):
         self.bench = extraction.bench(settings, Store(files.place(root)), Stopwatch())
+        if other := sorted(f for f in made_by if self.bench.made_by[f] != made_by[f]):
+            raise AvjaxError(
+                f"a machine of the pipeline would make {', '.join(other)} otherwise than the one that started it; give "
+                "all the same version of avjax, the same weights and the same kind of device"
+            )
 
 
 def _measure(piece: Sequence[Job], on: Bench, processes: int, clip_seconds: float) -> None:

@@ -40,7 +40,9 @@ def _stored(config, console: Console) -> Features:
         datasets.index(dataset, root)  # also where its features are there already
     if not store.is_finished(place, config.preset, dataset) and (root or assets.data_root(dataset).is_dir()):
         extraction.extract(dataset, config.preset, root=root, out=str(place), random=config.weights.random)
-    on_disk = streams.too_large(place, dataset, config.preset, config.data.mode)
+    # What is not there yet has no size: `load` says what to do.
+    there = store.is_finished(place, config.preset, dataset)
+    on_disk = there and streams.too_large(place, dataset, config.preset, config.data.mode)
     return store.load(place, config.preset, dataset, on_disk=on_disk)
 
 

@@ -13,9 +13,10 @@ import clips
 import numpy as np
 import pytest
 
-from avjax import assets
+from avjax import assets, beam_runner, presets
 from avjax.datasets import store as stores
 from avjax.datasets import view
+from avjax.errors import AvjaxError
 
 pytest.importorskip("apache_beam", reason="Apache Beam is not installed (avjax[beam])")
 
@@ -153,6 +154,11 @@ def test_store_and_media_may_be_on_cloud_storage(data, local, tmp_path):
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[-2000:]
     assert json.loads((tmp_path / "W/metrics.json").read_text())["counts"]["used"] == 6
+
+
+def test_a_machine_that_would_make_other_features_is_refused(tmp_path):
+    with pytest.raises(AvjaxError, match="would make audio otherwise"):
+        beam_runner._Held(str(tmp_path), presets.PRESETS["lite"], {"audio": "of another version"})
 
 
 @pytest.mark.parametrize(

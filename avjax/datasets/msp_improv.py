@@ -4,13 +4,13 @@ Busso et al., IEEE Transactions on Affective Computing 2017. Films and sounds ca
 `session1/S01A/P/MSP-IMPROV-S01A-F01-P-FM01.avi`; the ratings are in `Evalution.txt`, whose films are called UTD-IMPROV.
 """
 
-import math
 import re
 from pathlib import Path
 
 from avjax import source
 from avjax.datasets.base import Clip, Corpus
 from avjax.datasets.coded import gathered
+from avjax.datasets.readers import number
 from avjax.errors import AvjaxError
 
 _RATINGS = ("Evalution.txt", "Evaluation.txt")
@@ -71,15 +71,8 @@ def _label(rated: str | None) -> tuple[tuple[float, ...], str]:
     stored = dict(part.split(":", 1) for part in rated.replace(" ", "").split(";") if ":" in part)
     values = []
     for name, letter in _VALUES.items():
-        if not _LOWEST <= (number := _number(stored.get(letter, ""))) <= _HIGHEST:
+        if not _LOWEST <= (rating := number(stored.get(letter, ""))) <= _HIGHEST:
             return (), f"{name} is {stored.get(letter, 'missing')}; expected a number from 1 to 5"
-        share = (number - _LOWEST) / (_HIGHEST - _LOWEST)
+        share = (rating - _LOWEST) / (_HIGHEST - _LOWEST)
         values.append(1 - share if name == "arousal" else share)
     return tuple(values), ""
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
