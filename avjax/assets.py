@@ -27,8 +27,10 @@ def names(*folders: str) -> list[str]:
     return sorted(p.relative_to(_ROOT).as_posix() for p in found if "__pycache__" not in p.parts)
 
 
-def data_root(dataset: str) -> Path:
-    """The default place of a data set, or of `corpus:target`: `$AVJAX_DATA/<corpus>`, else `~/avjax_data/<corpus>`."""
+def data_root(dataset: str, given: str = "") -> Path:
+    """The place of a data set or of `corpus:target`: as given, else `$AVJAX_DATA/<corpus>`, `~/avjax_data/<corpus>`."""
+    if given:
+        return Path(given).expanduser()
     return Path(os.environ.get("AVJAX_DATA", "~/avjax_data")).expanduser() / dataset.partition(":")[0]
 
 

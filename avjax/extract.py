@@ -48,7 +48,7 @@ def main(_: list[str]) -> None:
 
 def _runner(config):
     """The runner that the flags ask for."""
-    from avjax import datasets, extraction
+    from avjax import assets, extraction
     from avjax.errors import AvjaxError
 
     if RUNNER.value == "local":
@@ -57,7 +57,7 @@ def _runner(config):
         return extraction.here
     from avjax import beam_runner
 
-    root = datasets.root_of(config.dataset, config.data.root)
+    root = assets.data_root(config.dataset, config.data.root)
     return beam_runner.runner(RUNNER.value, shlex.split(RUNNER_OPTIONS.value), root, MEDIA.value)
 
 

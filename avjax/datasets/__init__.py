@@ -36,11 +36,6 @@ def title(name: str) -> str:
     return _TITLES.get(name, name)
 
 
-def root_of(name: str, root: str = "") -> Path:
-    """Where data set `name` is: `root`, by default `$AVJAX_DATA/<corpus>`."""
-    return Path(root).expanduser() if root else assets.data_root(name)
-
-
 def index(name: str, root: str = "") -> Corpus:
     """Indexes data set `name` at `root`, by default `$AVJAX_DATA/<corpus>`.
 
@@ -49,7 +44,7 @@ def index(name: str, root: str = "") -> Corpus:
     """
     if name not in REGISTRY:
         raise AvjaxError(f"dataset is {name!r}; the registry has {', '.join(sorted(REGISTRY))}")
-    place = root_of(name, root)
+    place = assets.data_root(name, root)
     if not place.is_dir():
         raise AvjaxError(f"{place}: no such folder; set --config.data.root to where the {name} data are")
     return REGISTRY[name](place)

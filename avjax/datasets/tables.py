@@ -45,7 +45,7 @@ def obtain(config) -> stores.Features:
       AvjaxError: no data are there and no store either, or see `make`.
     """
     place = stores.place(config.dataset, config.data.features)
-    root = Path(config.data.root).expanduser() if config.data.root else assets.data_root(config.dataset)
+    root = assets.data_root(config.dataset, config.data.root)
     if root.is_dir():
         make(config.dataset, config.preset, Description.of(config.tables.to_dict()), root, place)
     elif config.data.root or not stores.is_finished(place, config.preset, config.dataset):
