@@ -1,20 +1,22 @@
 """What every entry point shares: flags in, one-line errors out, a compile cache that is on by default."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from absl import app, logging
 
 from avjax import assets, config
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, Stopped
 
 # Native libraries that chat on standard error by default; an explicit setting of the user wins.
 _QUIET = {"GLOG_minloglevel": "2", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
 
-_interrupted = threading.Event()
+_interrupted, _told = threading.Event(), threading.Event()
 
 
 def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: bool = True) -> None:
@@ -45,7 +47,10 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
         app.run(begin, flags_parser=config.parse_flags)
     except AvjaxError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(str(error), 2)
+    except Stopped as where:
+        print(f"told to stop; the state after {where} is kept, and the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -54,6 +59,34 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
 def _interrupt(*_) -> None:
     _interrupted.set()
     raise KeyboardInterrupt
+
+
+def _leave(reason: str, status: int) -> NoReturn:
+    """Ends this process; of several the others are told, so that they do not wait for it."""
+    from avjax import multihost
+
+    if multihost.leave(reason):
+        sys.stderr.flush()
+        os._exit(status)  # the usual end waits for the others, which wait for this one
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def keeping_on_sigterm() -> Iterator[None]:
+    """In here SIGTERM, as a scheduler sends it before it takes a machine away, is a wish: see `told_to_stop`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def told_to_stop() -> bool:
+    """Whether SIGTERM has come in `keeping_on_sigterm`."""
+    return _told.is_set()
 
 
 def heed_interrupts() -> None:

@@ -7,6 +7,7 @@ found: a place that is named and wrong is an error.
 import os
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.panel import Panel
 
@@ -42,7 +43,9 @@ def _stored(config, console: Console) -> Features:
         extraction.extract(dataset, config.preset, root=root, out=str(place), random=config.weights.random)
     # What is not there yet has no size: `load` says what to do.
     there = store.is_finished(place, config.preset, dataset)
-    on_disk = there and streams.too_large(place, dataset, config.preset, config.data.mode)
+    # Of several processes each reads its part.
+    several = jax.process_count() > 1
+    on_disk = there and (several or streams.too_large(place, dataset, config.preset, config.data.mode))
     return store.load(place, config.preset, dataset, on_disk=on_disk)
 
 

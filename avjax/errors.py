@@ -7,3 +7,7 @@ class AvjaxError(Exception):
 
 class UnusableMedia(AvjaxError):
     """A media file out of which neither picture nor sound can be had; extraction quarantines the clip."""
+
+
+class Stopped(Exception):
+    """A run was told to stop, and has kept its state; the message says where. The same command goes on from there."""

@@ -19,10 +19,10 @@ from avjax.augment import augment
 from avjax.errors import AvjaxError
 from avjax.models.base import CHOSEN, Model
 from avjax.pipeline import Lane, LanePlan, Resident, Statistics, alive, batches, gather, lane_statistics, shuffled
+from avjax.sharding import ALONE, Placement
 
 SELECT = ("val", "last")
 _EVAL_BATCH = 64
-_VALIDATION = "the validation loss"
 
 
 @flax.struct.dataclass
@@ -70,20 +70,30 @@ class Trainer:
     predict: Callable = flax.struct.field(pytree_node=False)
 
 
-def make(model: Model, config) -> Trainer:
+def make(model: Model, config, place: Placement = ALONE) -> Trainer:
     """Compiles nothing yet; `config` is a whole training configuration.
+
+    Args:
+      place: where arrays live; lanes and data that the functions are given have been put there.
 
     Raises:
       AvjaxError: `protocol.select` is unknown.
     """
     check_select(config)
     tx = optim.transform(config.train)
-    epochs = functools.partial(_epochs, model, tx, config)
-    over = functools.partial(over_lanes, model)
+    over = functools.partial(over_lanes, model, place)
+    init = over_lanes(None, place, functools.partial(_init, model, tx), (0, None))
+    epochs = over(functools.partial(_epochs, model, tx, config, place), (0, 0, None, None))
+    predict = over(functools.partial(_predict_test, model, place), (0, 0, None))
+
+    def placed_epochs(*arguments):
+        state, sums = epochs(*arguments)
+        return place.state(state), place.whole(sums)
+
     return Trainer(
-        init=jax.jit(jax.vmap(functools.partial(_init, model, tx), (0, None))),
-        epochs=jax.jit(over(epochs, (0, 0, None, None)), donate_argnums=0),
-        predict=jax.jit(over(functools.partial(_predict_test, model), (0, 0, None))),
+        init=jax.jit(lambda *arguments: place.state(init(*arguments))),
+        epochs=jax.jit(placed_epochs, donate_argnums=0),
+        predict=jax.jit(lambda *arguments: place.whole(predict(*arguments))),
     )
 
 
@@ -115,14 +125,17 @@ def check_streams(model: Model, few: Resident, preset: str) -> None:
         )
 
 
-def over_lanes(model: Model, function: Callable, axes: tuple[int | None, ...]) -> Callable:
+def over_lanes(model: Model | None, place: Placement, function: Callable, axes: tuple[int | None, ...]) -> Callable:
     """`function` over the lanes of those arguments whose axis is 0: together, as `vmap` does.
 
-    On a CPU a model of pictures goes through its lanes one after another instead: there is nothing to gain there from
-    taking them together, and what one lane keeps for its gradients takes gigabytes.
+    On one CPU device a model of pictures goes through its lanes one after another instead: there is nothing to gain
+    there from taking them together, and what one lane keeps for its gradients takes gigabytes.
+
+    Args:
+      model: whose answers the function needs; None for none.
     """
-    if not (model.pictures and jax.default_backend() == "cpu"):
-        return jax.vmap(function, axes)
+    if place.mesh or not (model and model.pictures and jax.default_backend() == "cpu"):
+        return jax.vmap(function, axes, spmd_axis_name=place.axis)
 
     def mapped(*arguments):
         def one(lane):
@@ -161,24 +174,28 @@ def begun(model: Model, tx, lane: Lane, stats: Statistics, batch) -> State:
     )
 
 
-def _epochs(model: Model, tx, config, state: State, lane: Lane, data: Resident, first: jax.Array):
+def _epochs(model: Model, tx, config, place: Placement, state: State, lane: Lane, data: Resident, first: jax.Array):
     def one(state, epoch):
         live = ~state.stopped
-        state, train = _train_epoch(model, tx, config, state, lane, data, epoch)
-        val = _evaluate(model, state, lane, data)
+        state, train = _train_epoch(model, tx, config, place, state, lane, data, epoch)
+        val = _evaluate(model, place, state, lane, data)
         scoring = tasks.scoring(data.streams["label"])
         return select(model, config, state, val, scoring, epoch), train | val | {"live": live}
 
     return jax.lax.scan(one, state, first + jnp.arange(config.train.epochs_per_call))
 
 
-def _train_epoch(model: Model, tx, config, state: State, lane: Lane, data: Resident, epoch):
+def _batch(place: Placement, data: Resident, stats: Statistics, index, weight) -> dict[str, jax.Array]:
+    return place.batch(gather(data, stats, index, weight), data.constants)
+
+
+def _train_epoch(model: Model, tx, config, place: Placement, state: State, lane: Lane, data: Resident, epoch):
     order = epoch_order(lane, epoch, config.train.batch_size)
     live = ~state.stopped
 
     def one(state, item):
         index, weight, step_key = item
-        batch = gather(data, state.stats, index, weight)
+        batch = _batch(place, data, state.stats, index, weight)
         return train_step(model, tx, config, state, lane, batch, step_key, live)
 
     # Keys are derived one by one: step 3 draws the same whether a lane is padded to 5 steps or to 7.
@@ -193,6 +210,8 @@ def train_step(
 ) -> tuple[State, tuple]:
     """One update of a `live` lane at the learning rate of its place in the run; else, or of padding alone, nothing.
 
+    Where a loss or the gradient is not finite the lane is stopped, with the state before that step.
+
     Returns:
       the state, and (summed loss by term, gradient norm).
     Raises:
@@ -203,7 +222,7 @@ def train_step(
     if model.pictures and "augment" in config.train:
         how, draw = config.train.augment, jax.random.fold_in(key, 0)
         batch = batch | {model.pictures: augment(batch[model.pictures], draw, degrees=how.degrees, flip=how.flip)}
-    return _step(model, tx, config.train.accumulate, state, batch, lane.prior, rate, key, live)
+    return _step(model, tx, config.train.accumulate, config.train.remat, state, batch, lane.prior, rate, key, live)
 
 
 def _keys(lane: Lane, epoch) -> jax.Array:
@@ -221,10 +240,12 @@ def epoch_order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Arra
     return shuffled(_keys(lane, epoch)[0], lane.train, lane.train_weight, batch_size)
 
 
-def _step(model: Model, tx, pieces: int, state: State, batch, prior, rate, key, live) -> tuple[State, tuple]:
+def _step(
+    model: Model, tx, pieces: int, remat: bool, state: State, batch, prior, rate, key, live
+) -> tuple[State, tuple]:
     """(state, batch) → (state, (summed loss by term, gradient norm))."""
     size = jnp.sum(batch["weight"])
-    gradient = functools.partial(_gradient, model, state, prior, jnp.maximum(size, 1.0))
+    gradient = functools.partial(_gradient, model, remat, state, prior, jnp.maximum(size, 1.0))
     if pieces > 1:
         _check_divisible(model, state, batch, pieces)
         (grads, sums), running = _accumulated(gradient, *optim.cut(batch, pieces), key), state.running
@@ -233,10 +254,14 @@ def _step(model: Model, tx, pieces: int, state: State, batch, prior, rate, key, 
     directions, moments = tx.update(grads, state.moments, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
     moved = state.replace(params=params, moments=moments, running=running, step=state.step + 1)
-    return _where(live & (size > 0), moved, state), (sums, optax.global_norm(grads))
+    norm, due = optax.global_norm(grads), live & ~state.stopped & (size > 0)
+    # No loss scale: bfloat16 has the exponents of float32, so nothing underflows that would not there.
+    finite = jnp.isfinite(norm) & jnp.isfinite(sum(sums.values()))
+    kept = state.replace(stopped=state.stopped | (due & ~finite))
+    return _where(due & finite, moved, kept), (sums, norm)
 
 
-def _gradient(model: Model, state: State, prior, size, batch, key) -> tuple[dict, tuple]:
+def _gradient(model: Model, remat: bool, state: State, prior, size, batch, key) -> tuple[dict, tuple]:
     """Of the loss summed over a batch and divided by `size`; and (summed loss by term, what the model keeps)."""
 
     def mean_loss(params):
@@ -246,7 +271,7 @@ def _gradient(model: Model, state: State, prior, size, batch, key) -> tuple[dict
         sums = {name: jnp.sum(term * batch["weight"]) for name, term in terms.items()}
         return sum(sums.values()) / size, (sums, running)
 
-    return jax.grad(mean_loss, has_aux=True)(state.params)
+    return jax.grad(jax.checkpoint(mean_loss) if remat else mean_loss, has_aux=True)(state.params)
 
 
 def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) -> tuple[dict, dict]:
@@ -285,12 +310,12 @@ def parts(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     return batches(index, weight, min(_EVAL_BATCH, index.shape[0]))
 
 
-def _evaluate(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
+def _evaluate(model: Model, place: Placement, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
     """Validation sums of one lane: the table of each head (`tasks.Scoring`), summed loss, number of clips."""
     scoring = tasks.scoring(data.streams["label"])
 
     def one(sums, item):
-        batch = gather(data, state.stats, *item)
+        batch = _batch(place, data, state.stats, *item)
         return jax.tree.map(jnp.add, sums, validation(model, scoring, state, batch, lane.prior)), None
 
     table = jnp.zeros((len(model.heads), *scoring.shape(lane.prior.shape[0])))
@@ -346,8 +371,8 @@ def select(model: Model, config, state: State, val: dict[str, jax.Array], scorin
     return state.replace(bad=bad, stopped=stop)
 
 
-def _predict_test(model: Model, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
-    answer = _answer(model, state.best, state.stats, data, lane.test, lane.test_weight)
+def _predict_test(model: Model, place: Placement, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
+    answer = _answer(model, place, state.best, state.stats, data, lane.test, lane.test_weight)
     return with_chosen(model, answer, state.best_head)
 
 
@@ -358,11 +383,13 @@ def with_chosen(model: Model, logits: dict[str, jax.Array], head: jax.Array) -> 
     return logits | {CHOSEN: jnp.stack([logits[name] for name in model.heads])[head]}
 
 
-def _answer(model: Model, variables, stats: Statistics, data: Resident, index, weight) -> dict[str, jax.Array]:
+def _answer(
+    model: Model, place: Placement, variables, stats: Statistics, data: Resident, index, weight
+) -> dict[str, jax.Array]:
     """{head: (n, c)} for the clips `index (n,)`, or {head: (n, u, c)} for the conversations `index (n, u)`."""
 
     def one(_, item):
-        batch = gather(data, stats, *item)
+        batch = _batch(place, data, stats, *item)
         return None, model.module.apply(variables, batch, train=False).logits
 
     logits = jax.lax.scan(one, None, parts(index, weight))[1]
@@ -378,11 +405,13 @@ def answers(model: Model) -> Callable[[dict, jax.Array, Statistics, Resident], d
     def every(best, head, stats, data):
         count = data.group.shape[0]
         if not model.turns:
-            return with_chosen(model, _answer(model, best, stats, data, jnp.arange(count), jnp.ones(count)), head)
-        alone = _answer(model, best, stats, data, jnp.arange(count)[:, None], jnp.ones((count, 1)))
+            return with_chosen(
+                model, _answer(model, ALONE, best, stats, data, jnp.arange(count), jnp.ones(count)), head
+            )
+        alone = _answer(model, ALONE, best, stats, data, jnp.arange(count)[:, None], jnp.ones((count, 1)))
         return with_chosen(model, {head: logits[:, 0] for head, logits in alone.items()}, head)
 
-    return jax.jit(over_lanes(model, every, (0, 0, 0, None)))
+    return jax.jit(over_lanes(model, ALONE, every, (0, 0, 0, None)))
 
 
 def attention(model: Model, state: State, plan: LanePlan, data, count: int = 3) -> list[tuple[int, dict]]:
@@ -414,70 +443,3 @@ def _of_real_steps(weights: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarr
     """Weights (q, k) of the real steps; of a stream that the model has shortened, those that have any weight."""
     masks = [m if len(m) == weights.shape[i] else weights.any(1 - i) for i, m in enumerate(masks)]
     return weights[np.ix_(*masks)]
-
-
-def epoch_rows(
-    sums: dict,
-    names: list[tuple[str, int]],
-    first: int,
-    scoring: tasks.Scoring = tasks.SCORINGS["single"],
-    heads: Sequence[int] = (0,),
-) -> list[dict[str, object]]:
-    """The sums of one call as rows, one per epoch and lane that was still training: losses and validation scores.
-
-    Scores are those of the best of the `heads` that may predict (`candidates`).
-    """
-    sums = jax.device_get(sums)
-    scores = scoring.scores(sums["val_tables"][:, :, np.array(heads)])  # (lanes, epochs, heads)
-    best = np.argmax(scores[scoring.picks], -1)[..., None]
-    scores = {name: np.take_along_axis(np.asarray(score), best, -1)[..., 0] for name, score in scores.items()}
-    terms = {f"train_{k}": v.sum(-1) / sums["train_size"] for k, v in sums["train_terms"].items()}  # (lanes, epochs)
-    rows = []
-    for epoch in range(sums["live"].shape[1]):
-        for lane, (fold, seed) in enumerate(names):
-            if not sums["live"][lane, epoch]:
-                continue
-            losses = {k: float(v[lane, epoch]) for k, v in terms.items()}
-            row = {"epoch": first + epoch, "fold": fold, "seed": seed, "train_loss": sum(losses.values()), **losses}
-            if size := sums["val_size"][lane, epoch]:
-                row["val_loss"] = float(sums["val_loss"][lane, epoch] / size)
-                row |= {f"val_{name}": float(score[lane, epoch]) for name, score in scores.items()}
-            rows.append(row)
-    return rows
-
-
-def check_finite(sums: dict, plan: LanePlan, ids: list[str], first: int, batch_size: int) -> None:
-    """Stops a run whose losses or gradients are not finite.
-
-    Args:
-      sums: as `Trainer.epochs` gives them; ids: of all resident clips; first: the first epoch of the call.
-    Raises:
-      AvjaxError: names the first such value: fold, seed, epoch, step, term and the clips of the batch.
-    """
-    found = _not_finite(jax.device_get(sums))
-    if not found:
-        return
-    epoch, step, at, term = min(found)
-    lane = jax.tree.map(lambda v: v[at], plan.lanes)
-    if term == _VALIDATION:
-        where, (index, weight) = "", (lane.val, lane.val_weight)
-    else:
-        where, (index, weight) = f", step {step}", (v[step] for v in epoch_order(lane, first + epoch, batch_size))
-    clips = [ids[i] for i in np.asarray(index)[np.asarray(weight) > 0]]
-    fold, seed = plan.names[at]
-    raise AvjaxError(
-        f"{term} is not finite at fold {fold}, seed {seed}, epoch {first + epoch}{where}; clips: {', '.join(clips)}. "
-        "Lower train.learning_rate, or look at these clips' features"
-    )
-
-
-def _not_finite(sums: dict) -> list[tuple[int, float, int, str]]:
-    """(epoch, step, lane, term) of each value that is not finite; validation comes after the last step."""
-    steps = {f"loss {k!r}": v for k, v in sums["train_terms"].items()} | {"the gradient": sums["train_gradient"]}
-    found = [
-        (epoch, step, lane, term)
-        for term, values in steps.items()  # (lanes, epochs, steps)
-        for lane, epoch, step in np.argwhere(~np.isfinite(values)).tolist()
-    ]
-    val = np.argwhere(~np.isfinite(sums["val_loss"])).tolist()  # (lanes, epochs)
-    return found + [(epoch, np.inf, lane, _VALIDATION) for lane, epoch in val]

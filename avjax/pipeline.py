@@ -4,7 +4,7 @@ A *lane* is one run of a protocol (a fold with a seed). All lanes read the same 
 small pytree of indices and weights, so that `vmap` over lanes runs a whole protocol as one program.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -81,19 +81,23 @@ class Resident:
 
 
 def resident(
-    features: Features, text_source: str, standardise: str, constants: Mapping[str, Any] = MappingProxyType({})
+    features: Features,
+    text_source: str,
+    standardise: str,
+    constants: Mapping[str, Any] = MappingProxyType({}),
+    put: Callable[[Any], Any] = lambda tree: jax.tree.map(jnp.asarray, tree),
 ) -> Resident:
     """Puts all streams on the device, `text` being that of `text_source` ("" = none). What no model reads is unused.
 
     Args:
       constants: those of the model; those of the features stand beside them.
+      put: puts arrays on the device or devices.
     Raises:
       AvjaxError: the text source is not in the store, or speakers are needed and unknown.
     """
     arrays = {"label": features.label} | streams_of(features, text_source)
     group, count = groups(features, standardise)
-    shared = jax.tree.map(jnp.asarray, {**features.constants, **constants})
-    return Resident({k: jnp.asarray(v) for k, v in arrays.items()}, jnp.asarray(group), count, shared)
+    return Resident(put(arrays), put(group), count, put({**features.constants, **constants}))
 
 
 def streams_of(features: Features, text_source: str) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from avjax.files import replacing
 from avjax.models.base import Model
 from avjax.models.emoasst import BOTH, modalities
 from avjax.pipeline import LanePlan, gather
+from avjax.sharding import ALONE
 
 FOLDER = "caches"  # of the run directory
 REPRESENTATIONS = "representations.npz"
@@ -93,7 +94,7 @@ def represent(model: Model, state: loop.State, data, told: bool = False) -> dict
         found = jax.lax.scan(one, None, loop.parts(jnp.arange(count), jnp.ones(count)))[1]
         return {m: found[m].reshape(-1, found[m].shape[-1])[:count] for m in modalities(tuple(found))}
 
-    run = jax.jit(loop.over_lanes(model, every, (0, 0, None)))
+    run = jax.jit(loop.over_lanes(model, ALONE, every, (0, 0, None)))
     blocks = [jax.device_get(run(state.best, state.stats, block)) for _, block in data.blocks()]
     return {m: np.concatenate([block[m] for block in blocks], 1) for m in blocks[0]}
 

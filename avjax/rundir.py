@@ -8,18 +8,19 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from avjax import __version__, tasks
-from avjax.datasets.store import Features
+from avjax.datasets.store import Features, steps
 from avjax.errors import AvjaxError
 from avjax.files import write_text
 
-# Keys that do not change what is computed, so that data may move between two calls of a run.
-_PLACES = ("data.root", "data.features", "data.mode", "train.save_steps")
+# Keys that do not change what is computed, so that data and machines may be others at the next call of a run.
+_PLACES = re.compile(r"data\.(root|features|mode)$|train\.(save_steps|remat)$|mesh\.|processes\.")
 
 
 def default(config, features: Features) -> Path:
@@ -40,10 +41,10 @@ def begin(workdir: Path, config, features: Features) -> None:
     Raises:
       AvjaxError: the directory holds a run of another configuration, or of other features.
     """
-    new = {k: v for k, v in _flat(config.to_dict()).items() if k not in _PLACES}
+    new = {k: v for k, v in _flat(config.to_dict()).items() if not _PLACES.match(k)}
     path = workdir / "config.json"
     if path.is_file():
-        old = {k: v for k, v in _flat(json.loads(path.read_text())).items() if k not in _PLACES}
+        old = {k: v for k, v in _flat(json.loads(path.read_text())).items() if not _PLACES.match(k)}
         new_plain = json.loads(json.dumps(new))
         changed = [
             f"{k}: {old.get(k)!r} there, {new_plain.get(k)!r} now"
@@ -59,6 +60,7 @@ def begin(workdir: Path, config, features: Features) -> None:
             )
         return
     about = {"content": features.content, "made_by": features.made_by, "random": features.random}
+    about |= {"streams": steps(features)}
     write_text(workdir / "environment.json", json.dumps(environment() | {"features": about}, indent=1))
     write_text(path, json.dumps(config.to_dict(), indent=1))
 

@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax import loop, optim, pipeline, streams, tasks
+from avjax import loop, multihost, optim, pipeline, streams, tasks
 from avjax.checkpoint import Checkpoints
+from avjax.errors import Stopped
 from avjax.models.base import Model
 from avjax.pipeline import Lane
+from avjax.sharding import ALONE, Placement
 from avjax.streams import Streamed
 
 FOLDER = "within_epoch"  # of the run directory
+_ASKED = 16  # steps between two questions to other processes whether one was told to stop
 
 
 def make(
@@ -28,71 +31,94 @@ def make(
     workdir: Path | None = None,
     task: str = "single",
     say: Callable[[str], None] = lambda line: None,
+    place: Placement = ALONE,
+    told: Callable[[], bool] = lambda: False,
 ) -> loop.Trainer:
     """As `loop.make`, for data that are `Streamed`; an epoch is a call, whatever `train.epochs_per_call` says.
 
     Args:
       workdir: where checkpoints within epochs go; None for none.
       task: its kind; say: is told of each such checkpoint, as a sign of progress.
+      place: where arrays live; each process reads what its devices need of a batch.
+      told: whether the run is to stop; it then writes a checkpoint after the step and raises `Stopped`.
     Raises:
       AvjaxError: `protocol.select` is unknown.
     """
     loop.check_select(config)
-    run = _Run(model, config, workdir / FOLDER if workdir else None, task, say)
+    run = _Run(model, config, workdir / FOLDER if workdir else None, task, say, place, told)
     return loop.Trainer(init=run.init, epochs=run.epochs, predict=run.predict)
 
 
 class _Run:
     """The compiled functions of a run over lanes, and what goes on between them."""
 
-    def __init__(self, model: Model, config, folder: Path | None, task: str, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, model: Model, config, folder: Path | None, task: str, say, place: Placement, told):
+        self._say, self._place, self._told = say, place, told
         self._config, self._folder = config, folder
         tx = optim.transform(config.train)
-        over = functools.partial(loop.over_lanes, model)
-        self._start = jax.jit(jax.vmap(functools.partial(_start, model, tx), (0, 0, 0, None)))
+        over = functools.partial(loop.over_lanes, model, place)
+        start = loop.over_lanes(None, place, functools.partial(_start, model, tx, place), (0, 0, 0, None))
+        self._start = jax.jit(lambda *arguments: place.state(start(*arguments)))
         self._order = jax.jit(
             jax.vmap(functools.partial(loop.epoch_order, batch_size=config.train.batch_size), (0, None))
         )
-        step = functools.partial(_step, model, tx, config)
-        self._step = jax.jit(over(step, (0, 0, 0, None, 0, None, None)), donate_argnums=0)
-        self._score = jax.jit(over(functools.partial(_score, model), (0, 0, 0, None)))
-        end = functools.partial(_end, model, config, tasks.SCORINGS[task])
-        self._end = jax.jit(jax.vmap(end, (0, 0, None)))
-        self._answer = jax.jit(over(functools.partial(_answer, model), (0, 0, None)))
+        self._step = step(model, config, place)
+        score = over(functools.partial(_score, model, place), (0, 0, 0, None))
+        self._score = jax.jit(lambda *arguments: place.whole(score(*arguments)))
+        end = jax.vmap(functools.partial(_end, model, config, tasks.SCORINGS[task]), (0, 0, None))
+        self._end = jax.jit(lambda *arguments: _placed(place, end(*arguments)))
+        answer = over(functools.partial(_answer, model, place), (0, 0, None))
+        self._answer = jax.jit(lambda *arguments: place.whole(answer(*arguments)))
 
     def init(self, lanes: Lane, data: Streamed) -> loop.State:
-        stats = streams.statistics(data, np.asarray(lanes.counted))
-        first = self._batch(data, lanes.train[:, :1], lanes.train_weight[:, :1])
+        known = self._place.read(lanes)
+        stats = self._place.put_lanes(jax.device_get(streams.statistics(data, known.counted)))
+        first = self._batch(data, known.train[:, :1], known.train_weight[:, :1])
         return self._start(lanes, stats, first, data.constants)
 
     def epochs(self, state: loop.State, lanes: Lane, data: Streamed, first: jax.Array):
         """One epoch; see `loop.Trainer`."""
-        epoch, live = int(first), ~np.asarray(state.stopped)
-        index, weight = jax.device_get(self._order(lanes, first))
+        epoch, live = int(first), ~self._place.read(state.stopped)
+        index, weight = self._place.read(self._order(lanes, first))
+        going = self._place.put_lanes(live)
         found: list[dict] = []
         with _Kept(self._folder) as kept:
             if count := kept.count(epoch, index.shape[1]):
                 state, found = self._restored(kept, count, state, lanes, data, index, weight)
             for batch in self._batches(data, index, weight, len(found)):
-                done = jnp.int32(len(found))
-                state, sums = self._step(state, lanes, batch, data.constants, jnp.asarray(live), first, done)
+                done = np.int32(len(found))
+                state, sums = self._step(state, lanes, batch, data.constants, going, first, done)
                 found.append(sums)
-                if self._config.train.save_steps and len(found) % self._config.train.save_steps == 0:
+                said = f"epoch {epoch}/{self._config.train.epochs}, step {len(found)} of {index.shape[1]}"
+                told = self._is_told(len(found), said)
+                due = self._config.train.save_steps and len(found) % self._config.train.save_steps == 0
+                if due or told:
                     kept.save(epoch, index.shape[1], state, found)
-                    self._say(f"epoch {epoch}/{self._config.train.epochs}, step {len(found)} of {index.shape[1]}")
+                    self._say(said)
+                if told:
+                    raise Stopped(said)
         val = self._validated(state, lanes, data)
         state, val = self._end(state, val, first)
-        train = jax.tree.map(lambda *steps: jnp.stack(steps, -1), *found)
-        sums = train | {"train_size": jnp.sum(lanes.train_weight.reshape(len(live), -1), -1)} | val | {"live": live}
+        train = jax.tree.map(lambda *steps: np.stack(steps, -1), *jax.device_get(found))
+        size = self._place.read(lanes.train_weight).reshape(len(live), -1).sum(-1)
+        sums = train | {"train_size": size} | jax.device_get(val) | {"live": live}
         return state, jax.tree.map(lambda v: v[:, None], sums)  # an axis of epochs
+
+    def _is_told(self, step: int, said: str) -> bool:
+        """Whether the run is to stop; several processes find that out together, and so not at every step."""
+        if jax.process_count() == 1:
+            return self._told()
+        if step % _ASKED:
+            return False
+        multihost.reached(said)
+        return multihost.agree(self._told())
 
     def _restored(self, kept: "_Kept", count: int, state, lanes, data, index, weight) -> tuple[loop.State, list[dict]]:
         """The state after `count` steps of an epoch, and the sums of these."""
         batch = self._batch(data, index[:, 0], weight[:, 0])
-        zero = jnp.int32(0)
+        zero = np.int32(0)
         shape = jax.eval_shape(self._step, state, lanes, batch, data.constants, state.stopped, zero, zero)[1]
-        one = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        one = self._place.put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shape))
         held = kept.restore({"state": state, "found": [one] * count})
         return held["state"], list(held["found"])
 
@@ -109,16 +135,34 @@ class _Run:
 
     def _parts(self, data: Streamed, index: jax.Array, weight: jax.Array):
         """The batches that `loop` evaluates in."""
-        return self._batches(data, *jax.device_get(jax.vmap(loop.parts)(index, weight)), 0)
+        known = self._place.read((index, weight))
+        return self._batches(data, *jax.device_get(jax.vmap(loop.parts)(*known)), 0)
 
     def _batches(self, data: Streamed, index: np.ndarray, weight: np.ndarray, first: int):
         """The batches of all lanes, step by step: index, weight (lanes, steps, …)."""
-        by_step = np.moveaxis(index, 1, 0)
-        for step, (numbers, rows) in enumerate(streams.batches(data, by_step, first), first):
-            yield _joined(numbers, rows, weight[:, step], len(data.label))
+        shape = index.shape[0], index.shape[2]
+        lanes, clips = self._place.part(shape)
+        by_step = np.moveaxis(index[lanes, :, clips], 1, 0)
+        for at, (numbers, rows) in enumerate(streams.batches(data, by_step, first), first):
+            part = _joined(numbers, rows, weight[lanes, at, clips], len(data.label))
+            yield self._place.put_batch(part, shape)
 
-    def _batch(self, data: Streamed, index: jax.Array, weight: jax.Array) -> dict:
-        return _joined(np.asarray(index), data.rows(np.asarray(index)), np.asarray(weight), len(data.label))
+    def _batch(self, data: Streamed, index: np.ndarray, weight: np.ndarray) -> dict:
+        shape = index.shape[:2]
+        own = self._place.part(shape)
+        part = _joined(index[own], data.rows(index[own]), weight[own], len(data.label))
+        return self._place.put_batch(part, shape)
+
+
+def step(model: Model, config, place: Placement = ALONE) -> Callable:
+    """One training step, compiled: (state, lanes, batch, constants, live, epoch, step) → (state, sums)."""
+    one = functools.partial(_step, model, optim.transform(config.train), config, place)
+    over = loop.over_lanes(model, place, one, (0, 0, 0, None, 0, None, None))
+    return jax.jit(lambda *arguments: _placed(place, over(*arguments)), donate_argnums=0)
+
+
+def _placed(place: Placement, pair: tuple[loop.State, dict]) -> tuple[loop.State, dict]:
+    return place.state(pair[0]), place.whole(pair[1])
 
 
 def _joined(index: np.ndarray, rows: dict[str, np.ndarray], weight: np.ndarray, count: int) -> dict:
@@ -126,25 +170,27 @@ def _joined(index: np.ndarray, rows: dict[str, np.ndarray], weight: np.ndarray, 
     there = index < count if index.ndim > 2 else weight > 0
     rows = dict(rows)
     group = rows.pop("group")
-    return jax.tree.map(jnp.asarray, {"rows": rows, "group": group, "there": there, "weight": weight})
+    return {"rows": rows, "group": group, "there": there, "weight": weight}
 
 
-def _prepared(stats: pipeline.Statistics, batch: dict, constants: dict) -> dict[str, Any]:
-    return pipeline.prepared(stats=stats, **batch) | constants
+def _prepared(place: Placement, stats: pipeline.Statistics, batch: dict, constants: dict) -> dict[str, Any]:
+    return place.batch(pipeline.prepared(stats=stats, **batch)) | constants
 
 
-def _start(model: Model, tx, lane: Lane, stats: pipeline.Statistics, batch: dict, constants: dict) -> loop.State:
-    return loop.begun(model, tx, lane, stats, _prepared(stats, batch, constants))
+def _start(model: Model, tx, place, lane: Lane, stats: pipeline.Statistics, batch: dict, constants: dict) -> loop.State:
+    return loop.begun(model, tx, lane, stats, _prepared(place, stats, batch, constants))
 
 
-def _step(model: Model, tx, config, state: loop.State, lane: Lane, batch: dict, constants: dict, live, epoch, step):
-    key, prepared = loop.step_key(lane, epoch, step), _prepared(state.stats, batch, constants)
+def _step(
+    model: Model, tx, config, place, state: loop.State, lane: Lane, batch: dict, constants: dict, live, epoch, step
+):
+    key, prepared = loop.step_key(lane, epoch, step), _prepared(place, state.stats, batch, constants)
     state, (terms, gradient) = loop.train_step(model, tx, config, state, lane, prepared, key, live)
     return state, {"train_terms": terms, "train_gradient": gradient}
 
 
-def _score(model: Model, state: loop.State, lane: Lane, batch: dict, constants: dict) -> dict[str, jax.Array]:
-    prepared = _prepared(state.stats, batch, constants)
+def _score(model: Model, place, state: loop.State, lane: Lane, batch: dict, constants: dict) -> dict[str, jax.Array]:
+    prepared = _prepared(place, state.stats, batch, constants)
     return loop.validation(model, tasks.scoring(prepared["label"]), state, prepared, lane.prior)
 
 
@@ -154,8 +200,8 @@ def _end(model: Model, config, scoring: tasks.Scoring, state: loop.State, val: d
     return loop.select(model, config, state, val, scoring, epoch), val
 
 
-def _answer(model: Model, state: loop.State, batch: dict, constants: dict) -> dict[str, jax.Array]:
-    logits = model.module.apply(state.best, _prepared(state.stats, batch, constants), train=False).logits
+def _answer(model: Model, place, state: loop.State, batch: dict, constants: dict) -> dict[str, jax.Array]:
+    logits = model.module.apply(state.best, _prepared(place, state.stats, batch, constants), train=False).logits
     return loop.with_chosen(model, logits, state.best_head)
 
 

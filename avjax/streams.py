@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax import pipeline
+from avjax import multihost, pipeline
 from avjax.datasets import view
 from avjax.datasets.packed import Packed
 from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
+from avjax.sharding import ALONE, Placement
 
 MODES = ("auto", "resident", "streamed")
 # Of the memory where data would be resident, the share that they may take.
@@ -64,9 +65,9 @@ class Streamed:
         streams = {k: jnp.asarray(v) for k, v in rows.items()}
         return pipeline.Resident(streams, jnp.asarray(group), self.groups, dict(self.constants))
 
-    def blocks(self) -> Iterator[tuple[np.ndarray, pipeline.Resident]]:
-        """All clips in blocks: their numbers, and them."""
-        for index in np.array_split(np.arange(len(self.label)), range(_BLOCK, len(self.label), _BLOCK)):
+    def blocks(self, part: int = 0, parts: int = 1) -> Iterator[tuple[np.ndarray, pipeline.Resident]]:
+        """All clips in blocks, or a part of these: their numbers, and them."""
+        for index in np.array_split(np.arange(len(self.label)), range(_BLOCK, len(self.label), _BLOCK))[part::parts]:
             yield index, self.resident(index)
 
 
@@ -106,12 +107,14 @@ def batches(data: Streamed, index: np.ndarray, first: int = 0) -> Iterator[tuple
 
 
 def choose(
-    features: Features, config, constants: Mapping[str, Any] = MappingProxyType({})
+    features: Features, config, constants: Mapping[str, Any] = MappingProxyType({}), place: Placement = ALONE
 ) -> pipeline.Resident | Streamed:
     """The data of a run: on the device, or streamed where `config.data.mode` says so or there is too much of them.
 
     Args:
       constants: as for `pipeline.resident`.
+      place: where arrays live. Resident clips are whole on every device; of those that were left on disk each process
+        reads its part.
     Raises:
       AvjaxError: the mode is unknown, or as `pipeline.resident`.
     """
@@ -121,10 +124,32 @@ def choose(
     source, standardise = config.model.text_source, config.protocol.standardise
     size = sum(v.nbytes for v in features.arrays.values())
     if features.packed is None and (mode == "resident" or (mode == "auto" and size <= room())):
-        return pipeline.resident(features, source, standardise, constants)
+        return pipeline.resident(features, source, standardise, constants, place.put)
     group, groups = pipeline.groups(features, standardise)
-    shared = jax.tree.map(jnp.asarray, {**features.constants, **constants})
-    return Streamed(_clips(features, source), features.label, group, groups, shared)
+    shared = place.put({**features.constants, **constants})
+    streamed = Streamed(_clips(features, source), features.label, group, groups, shared)
+    root_dataset_preset = features.packed
+    if root_dataset_preset and not too_large(*root_dataset_preset, mode):
+        return _read_together(streamed, place)
+    return streamed
+
+
+def _read_together(data: Streamed, place: Placement) -> pipeline.Resident:
+    """Resident clips, of which each process reads an equal part from disk."""
+    count, processes = len(data.label), jax.process_count()
+    each = -(-count // (processes * jax.local_device_count())) * jax.local_device_count()
+    mine = np.minimum(np.arange(each) + each * jax.process_index(), count - 1)
+    rows = place.shared_out(data.rows(mine), count)
+    group = rows.pop("group")
+    return pipeline.Resident(rows, group, data.groups, dict(data.constants))
+
+
+def here(data: pipeline.Resident | Streamed) -> pipeline.Resident | Streamed:
+    """The same clips as one device of this process has them, for work that no other process takes part in."""
+    first = lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree)  # noqa: E731
+    if isinstance(data, Streamed):
+        return dataclasses.replace(data, constants=first(dict(data.constants)))
+    return first(data)
 
 
 def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
@@ -172,10 +197,13 @@ def statistics(data: Streamed, counted: np.ndarray) -> pipeline.Statistics:
 def _summed(data: Streamed, counted: np.ndarray, means) -> dict[str, tuple[jax.Array, jax.Array]]:
     """By stream, steps counted (lanes, groups, 1) and the sums of values, or of squares about `means`."""
     found: dict[str, tuple[jax.Array, jax.Array]] = {}
-    for index, block in data.blocks():
+    for index, block in data.blocks(jax.process_index(), jax.process_count()):
         added = _block_sums(block, jnp.asarray(counted[:, index]), means)
         found = jax.tree.map(jnp.add, found, added) if found else added
-    return found
+    if not found:  # more processes than blocks
+        index, block = next(data.blocks())
+        found = _block_sums(block, jnp.zeros((len(counted), len(index))), means)
+    return multihost.summed(found)
 
 
 @jax.jit

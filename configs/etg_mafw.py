@@ -122,7 +122,19 @@ def base() -> ConfigDict:
                 "patience": 10,  # epochs without a better validation score; 0 = never stop early
                 "save_steps": 200,  # of streamed data: steps between checkpoints within an epoch; 0 = none
                 "epochs_per_call": 5,  # epochs in one compiled call; checkpoints are written between calls
+                "remat": False,  # compute a batch once more for its gradients, rather than keep it: less memory
             },
+            # How devices share the work; a run may go on with another mesh.
+            "mesh": {
+                "preset": "auto",  # auto: lanes, or dp of one lane | single | dp | fsdp | tp | lanes
+                # Or by axes, 0 = not given: lanes | clips | clips, and parameters between steps | heads, hidden units.
+                "lane": 0,
+                "data": 0,
+                "fsdp": 0,
+                "tensor": 0,
+            },
+            # Of a run of several processes (`launch/`): seconds for all to join, and until a silent one is given up.
+            "processes": {"wait": 300, "patience": 300},
         }
     )
     config.model.encoders.preset = config.get_ref("preset")

@@ -12,7 +12,7 @@ import pytest
 import synthetic
 from ml_collections import ConfigDict
 
-from avjax import config, loop, models, pipeline, tasks
+from avjax import config, history, loop, models, pipeline, tasks
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
 from avjax.models import etg_aver
@@ -259,7 +259,7 @@ def test_trains_without_retracing(variant):
     losses = []
     for first in (1, 21, 41):
         state, sums = trainer.epochs(state, plan.lanes, data, jnp.int32(first))
-        losses += [r["train_loss"] for r in loop.epoch_rows(sums, plan.names, first)]
+        losses += [r["train_loss"] for r in history.epoch_rows(sums, plan.names, first)]
     assert trainer.epochs._cache_size() == 1
     assert losses[-1] < 0.35 * losses[0]
 

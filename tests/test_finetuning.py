@@ -11,7 +11,7 @@ import pytest
 import tiny_raw
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from avjax import encoders, finetuning, loop, models, pipeline, presets
+from avjax import encoders, finetuning, history, loop, models, pipeline, presets
 from avjax.datasets.base import Fold
 from avjax.encoders import formats
 from avjax.errors import AvjaxError
@@ -210,7 +210,7 @@ class Trained:
         self.rows = []
         for first in (1, 5):
             self.state, sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(first))
-            self.rows += loop.epoch_rows(sums, self.plan.names, first)
+            self.rows += history.epoch_rows(sums, self.plan.names, first)
         self.answers = jax.device_get(self.trainer.predict(self.state, self.plan.lanes, self.data))
 
 

@@ -8,7 +8,7 @@ import pytest
 import synthetic
 from test_loop import SMALL, Run, equal, settings
 
-from avjax import loop, pipeline, tasks
+from avjax import history, loop, pipeline, tasks
 from avjax.checkpoint import Checkpoints
 from avjax.datasets.base import Fold
 from avjax.layers import masked_mean
@@ -79,8 +79,8 @@ def test_attention_of_a_shortened_stream_is_that_of_its_steps_with_weight():
 
 def test_rows_show_the_head_that_would_be_chosen(headed):
     among = loop.candidates(HEADS)
-    both = loop.epoch_rows(headed.sums, headed.plan.names, 5, heads=among)
-    alone = [loop.epoch_rows(headed.sums, headed.plan.names, 5, heads=(head,)) for head in among]
+    both = history.epoch_rows(headed.sums, headed.plan.names, 5, heads=among)
+    alone = [history.epoch_rows(headed.sums, headed.plan.names, 5, heads=(head,)) for head in among]
     for row, *each in zip(both, *alone, strict=True):
         assert row["val_uar"] == max(r["val_uar"] for r in each)
     assert {row["fold"]: row["val_uar"] for row in both}["deaf"] > {r["fold"]: r["val_uar"] for r in alone[0]}["deaf"]

@@ -15,7 +15,7 @@ import pytest
 import synthetic
 from ml_collections import ConfigDict
 
-from avjax import config, loop, losses, models, pipeline, results, tasks
+from avjax import config, history, loop, losses, models, pipeline, results, tasks
 from avjax.checkpoint import Checkpoints
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
@@ -77,13 +77,13 @@ class Run:
         for _ in range(times):
             first = self.done + 1
             self.state, self.sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(first))
-            self.rows += loop.epoch_rows(self.sums, self.plan.names, first, tasks.SCORINGS[self.features.task])
+            self.rows += history.epoch_rows(self.sums, self.plan.names, first, tasks.SCORINGS[self.features.task])
             self.done += self.config.train.epochs_per_call
         return self
 
     def check(self) -> None:
         first = self.done + 1 - self.config.train.epochs_per_call
-        loop.check_finite(self.sums, self.plan, self.features.ids, first, self.config.train.batch_size)
+        history.check_finite(self.sums, self.plan, self.features.ids, first, self.config.train.batch_size)
 
     def answers(self) -> np.ndarray:
         return np.asarray(self.trainer.predict(self.state, self.plan.lanes, self.data)["fusion"])

@@ -14,7 +14,7 @@ import pytest
 import synthetic
 from test_loop import FOLDS, SMALL, TALK, settings, told
 
-from avjax import config, loop, models, pipeline, streaming, streams
+from avjax import config, history, loop, models, pipeline, streaming, streams
 from avjax.datasets import store
 from avjax.datasets.packed import Packed
 from avjax.errors import AvjaxError
@@ -51,7 +51,7 @@ class Run:
     def train(self, first: int = 1, last: int = 2) -> "Run":
         for epoch in range(first, last + 1):
             self.state, sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(epoch))
-            self.rows += loop.epoch_rows(sums, self.plan.names, epoch)
+            self.rows += history.epoch_rows(sums, self.plan.names, epoch)
         return self
 
     def answers(self) -> dict[str, np.ndarray]:

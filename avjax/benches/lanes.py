@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avjax import config as configs
-from avjax import loop, models, pipeline
+from avjax import history, loop, models, pipeline
 from avjax.benches import record
 from avjax.benches.ways import Way, interleaved, no_pytorch, torch_device
 from avjax.datasets.base import Clip, natural_folds
@@ -196,8 +196,8 @@ def compiled(case: Case, plan: pipeline.LanePlan) -> tuple[loop.Trainer, float]:
 def protocol(case: Case, trainer: loop.Trainer, plan: pipeline.LanePlan) -> Ended:
     state = trainer.init(plan.lanes, case.data)
     state, sums = trainer.epochs(state, plan.lanes, case.data, jnp.int32(1))
-    loop.check_finite(sums, plan, case.features.ids, 1, case.config.train.batch_size)
-    loop.epoch_rows(sums, plan.names, 1)
+    history.check_finite(sums, plan, case.features.ids, 1, case.config.train.batch_size)
+    history.epoch_rows(sums, plan.names, 1)
     logits = trainer.predict(state, plan.lanes, case.data)[case.model.heads[0]]
     return Ended(state, jax.device_get(logits))
 

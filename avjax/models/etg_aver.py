@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from avjax import losses, tasks
 from avjax.errors import AvjaxError
-from avjax.layers import attend, masked_mean, masked_softmax
+from avjax.layers import masked_mean, masked_softmax
 from avjax.models.base import Model, Output, head_loss
 
 FUSIONS = ("concat", "additive", "attention")
@@ -136,10 +136,35 @@ class Guide(nn.Module):
         return x * scale[..., None].astype(x.dtype), weights
 
 
+class Linear(nn.Module):
+    """Affine map of the last axis of x, (..., inputs) → (..., width), that can be asked from behind."""
+
+    inputs: int
+    width: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.inputs, self.width))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.width,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x.astype(self.dtype), self.kernel.astype(self.dtype), 1)
+        return y + jnp.broadcast_to(self.bias.astype(self.dtype), y.shape)
+
+    def behind(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rows (..., width) as (..., inputs) and (...), so that map(x)·row = x·result + offset for any x.
+
+        Many x that meet few rows need not be mapped then: the rows are, once.
+        """
+        rows = rows.astype(self.dtype)
+        return rows @ self.kernel.T.astype(self.dtype), jnp.tensordot(rows, self.bias.astype(self.dtype), 1)
+
+
 class TextQuery(nn.Module):
     """Eq. 5: text asks, audio is asked, video answers, on a common number of segments.
 
-    `kind` "attention" is the scaled dot product, "additive" Bahdanau's v·tanh(Wq + Wk) (Table IV).
+    `kind` "attention" is the scaled dot product, "additive" Bahdanau's v·tanh(Wq + Wk) (Table IV). The fused vector is
+    the mean of the contexts of all tokens, so it is one value row of the tokens' mean weights.
     """
 
     kind: str
@@ -148,30 +173,45 @@ class TextQuery(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, text, text_mask, audio, audio_mask, video, video_mask) -> tuple[jax.Array, jax.Array]:
-        """Streams (b, n, d) with masks (b, n) → fused (b, d) and weights (b, l, g)."""
-        dense = lambda name: nn.Dense(self.width, dtype=self.dtype, name=name)  # noqa: E731
+    def __call__(
+        self, text, text_mask, audio, audio_mask, video, video_mask, project: Linear | None = None, kept=1.0
+    ) -> tuple[jax.Array, jax.Array]:
+        """Streams (b, n, d) with masks (b, n) → fused (b, d) and weights (b, l, g).
+
+        Args:
+          project: brings text (b, l, w) to the model's width; kept: (b, 1, d), what its features are multiplied by.
+        """
+        linear = lambda name: Linear(self.width, self.width, self.dtype, name=name)  # noqa: E731
         audio, heard = segments(audio, audio_mask, self.count)
         video, seen = segments(video, video_mask, self.count)
         sighted = jnp.any(seen, -1)
         source = jnp.where(sighted[:, None, None], video, audio)
         valid = jnp.where(sighted[:, None], seen, heard)  # (b, g)
-        query, key, value = dense("query")(text), dense("key")(audio), dense("value")(source)
         # A segment without sound scores 0: without any sound the video segments share evenly.
-        key = jnp.where(heard[..., None], key, 0)
+        key = jnp.where(heard[..., None], linear("key")(audio), 0)
         if self.kind == "additive":
-            weights, context = self._additive(query, key, value, valid, heard)
+            query = linear("query")(kept * (project(text) if project else text))
+            scores = jnp.where(heard[:, None, :], self._additive(query, key), 0)
         else:
-            context, weights = attend(query[:, :, None], key[:, :, None], value[:, :, None], valid)
-            context, weights = context[:, :, 0], weights[:, 0]
-        return masked_mean(context, text_mask), weights
+            scores = self._dot(linear("query"), text, project, kept, key)
+        weights = masked_softmax(scores, valid[:, None, :])  # (b, l, g)
+        mean = masked_mean(weights, text_mask).astype(self.dtype)  # (b, g)
+        answer = linear("value")(jnp.einsum("bg,bgd->bd", mean, source))
+        there = jnp.any(valid, -1) & jnp.any(text_mask, -1)
+        return jnp.where(there[:, None], answer, 0), weights
 
-    def _additive(self, query, key, value, valid, heard) -> tuple[jax.Array, jax.Array]:
+    def _dot(self, query: Linear, text, project: Linear | None, kept, key) -> jax.Array:
+        rows, offset = query.behind(key / jnp.sqrt(self.width).astype(key.dtype))
+        rows = rows * kept
+        if project:
+            rows, more = project.behind(rows)
+            offset = offset + more
+        return jnp.einsum("blw,bgw->blg", text.astype(rows.dtype), rows) + offset[:, None]
+
+    def _additive(self, query, key) -> jax.Array:
         vector = self.param("score", nn.initializers.lecun_normal(), (self.width, 1))[:, 0]
         hidden = jnp.tanh(query[:, :, None, :] + key[:, None, :, :])  # (b, l, g, d)
-        scores = jnp.einsum("blgd,d->blg", hidden, vector.astype(hidden.dtype))
-        weights = masked_softmax(jnp.where(heard[:, None, :], scores, 0), valid[:, None, :])
-        return weights, jnp.einsum("blg,bgd->bld", weights, value)
+        return jnp.einsum("blgd,d->blg", hidden, vector.astype(hidden.dtype))
 
 
 class EtgAver(nn.Module):
@@ -210,44 +250,53 @@ class EtgAver(nn.Module):
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        # The same features are dropped at every step: independent drops would average out in the pools.
-        drop_features = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not train)
         masks = {s: batch[f"{s}_mask"] for s in self.streams}
-        steps = {s: drop_features(self._project(s, batch[s], masks[s])) for s in self.streams}
-        vectors = {s: masked_mean(steps[s], masks[s]) for s in self.streams}
-        attention = {}
+        given = {s: jnp.where(masks[s][..., None], batch[s], 0).astype(self.dtype) for s in self.streams}
+        maps = {s: self._map(s, given[s].shape[-1]) for s in self.streams}
+        kept = {s: self._kept(len(masks[s]), train) for s in self.streams}
+        vectors = dict.fromkeys(self.streams)
+        steps = {s: self._mapped(maps[s], given[s], masks[s]) * kept[s] for s in self.streams if s != "text"}
         if "text" in self.streams:
-            vectors["text"] = self._summary(steps["text"], masks["text"])
-        if self.guide:
-            has_text = jnp.any(masks["text"], -1)
-            for s in ("audio", "video"):
+            vectors["text"] = self._summary(maps["text"], given["text"], masks["text"]) * kept["text"][:, 0]
+        attention = {}
+        for s in steps:
+            if self.guide:
                 guide = Guide(self.weighting, self.temperature, self.dtype, name=f"guide_{s}")
+                has_text = jnp.any(masks["text"], -1)
                 steps[s], attention[s] = guide(vectors["text"], has_text, steps[s], masks[s])
-                vectors[s] = masked_mean(steps[s], masks[s])
-        fused, weights = self._fuse(steps, masks, vectors)
-        if weights is not None:
-            attention["fusion"] = weights
+            vectors[s] = masked_mean(steps[s], masks[s])
+        if self.fusion == "concat":
+            fused = jnp.concatenate([vectors[s] for s in self.streams], -1)
+        else:
+            fuse = TextQuery(self.fusion, self.width, self.segment_count, self.dtype, name="fuse")
+            answering = steps["audio"], masks["audio"], steps["video"], masks["video"]
+            if self.query == "tokens":
+                asking, more = (given["text"], masks["text"]), (maps["text"], kept["text"])
+            else:
+                asking, more = (vectors["text"][:, None], jnp.any(masks["text"], -1, keepdims=True)), ()
+            fused, attention["fusion"] = fuse(*asking, *answering, *more)
         features = {"fusion": drop(fused)} | (vectors if self.hlo else {})
         logits = {head: self._classify(head, x) for head, x in features.items()}
         return Output(logits=logits, features=features, attention=attention)
 
-    def _project(self, name: str, x: jax.Array, mask: jax.Array) -> jax.Array:
-        x = jnp.where(mask[..., None], x, 0).astype(self.dtype)
-        if x.shape[-1] == self.width:
-            return x
-        return jnp.where(mask[..., None], nn.Dense(self.width, dtype=self.dtype, name=f"project_{name}")(x), 0)
+    def _map(self, name: str, inputs: int) -> Linear | None:
+        """The layer that brings a stream to the model's width, where it has another."""
+        return None if inputs == self.width else Linear(inputs, self.width, self.dtype, name=f"project_{name}")
 
-    def _summary(self, text: jax.Array, mask: jax.Array) -> jax.Array:
-        return text[:, 0] if self.summary == "first" else masked_mean(text, mask)
+    def _kept(self, clips: int, train: bool) -> jax.Array:
+        """The factors (b, 1, d) of dropout, the same for every step: independent drops would average out in pools."""
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        return drop(jnp.ones((clips, 1, self.width), self.dtype))
 
-    def _fuse(self, steps, masks, vectors) -> tuple[jax.Array, jax.Array | None]:
-        if self.fusion == "concat":
-            return jnp.concatenate([vectors[s] for s in self.streams], -1), None
-        text, text_mask = steps["text"], masks["text"]
-        if self.query == "summary":
-            text, text_mask = vectors["text"][:, None], jnp.any(text_mask, -1, keepdims=True)
-        fuse = TextQuery(self.fusion, self.width, self.segment_count, self.dtype, name="fuse")
-        return fuse(text, text_mask, steps["audio"], masks["audio"], steps["video"], masks["video"])
+    def _mapped(self, project: Linear | None, x: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.where(mask[..., None], project(x), 0) if project else x
+
+    def _summary(self, project: Linear | None, text: jax.Array, mask: jax.Array) -> jax.Array:
+        """The text (b, l, w) as one vector (b, d); pooled first, which leaves one row to map."""
+        pooled, there = text[:, 0], mask[:, 0]
+        if self.summary == "mean":
+            pooled, there = masked_mean(text, mask), jnp.any(mask, -1)
+        return self._mapped(project, pooled, there)
 
     def _classify(self, head: str, x: jax.Array) -> jax.Array:
         return nn.Dense(self.classes, name=f"head_{head}")(x.astype(jnp.float32))

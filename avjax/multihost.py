@@ -1,0 +1,228 @@
+"""Several processes that make one run: how they find each other, agree, wait, and notice that one of them is lost.
+
+A run is of several processes where these say so: `AVJAX_COORDINATOR` (host:port of process 0), `AVJAX_PROCESSES` and
+`AVJAX_PROCESS`, set by `launch/local.sh`; or the environment of Slurm, of Cloud TPU or of GKE, which JAX reads itself.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from avjax.errors import AvjaxError
+
+_EXPLICIT = ("AVJAX_COORDINATOR", "AVJAX_PROCESSES", "AVJAX_PROCESS")
+_BEAT = 2.0  # seconds between signs of life
+_LONG = 7 * 24 * 3600  # seconds that the first process may take to extract features
+_LOST = 3  # exit status of a process that ends because another is lost
+_watch: "Watch | None" = None
+
+
+def wanted(environment=os.environ) -> bool:
+    """Whether the environment speaks of several processes.
+
+    Raises:
+      AvjaxError: it names a part of them only.
+    """
+    there = [name for name in _EXPLICIT if environment.get(name)]
+    if there and len(there) < len(_EXPLICIT):
+        missing = ", ".join(name for name in _EXPLICIT if name not in there)
+        raise AvjaxError(f"{', '.join(there)} is set, {missing} is not; set all three, or none")
+    hosts = [h for h in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
+    tasks = environment.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in environment else "1"
+    return bool(there or int(tasks) > 1 or len(hosts) > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"))
+
+
+def join(config) -> None:
+    """Joins the other processes, if the environment speaks of any; before anything is computed.
+
+    Args:
+      config: the `processes` part of a configuration: `wait`, seconds for all to join; `patience`, seconds without a
+        sign of life, or behind the others, until a process is given up.
+    Raises:
+      AvjaxError: they did not all join in time.
+    """
+    import jax
+
+    global _watch
+    if not wanted() or jax.distributed.is_initialized():
+        return
+    explicit = {}
+    if os.environ.get("AVJAX_COORDINATOR"):
+        explicit = {
+            "coordinator_address": os.environ["AVJAX_COORDINATOR"],
+            "num_processes": _number("AVJAX_PROCESSES"),
+            "process_id": _number("AVJAX_PROCESS"),
+        }
+    try:
+        # Ours is to notice first: it can say what has happened.
+        heartbeat = int(2 * config.patience + 60)
+        jax.distributed.initialize(
+            **explicit,
+            initialization_timeout=config.wait,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=30,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise AvjaxError(
+            f"the processes of this run did not all join within {config.wait} s ({str(error).splitlines()[0]}); start "
+            "them all, check that they reach the address of process 0, or raise processes.wait"
+        ) from error
+    _watch = Watch(config.patience)
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise AvjaxError(f"{name} is {text!r}; expected a number")
+    return int(text)
+
+
+def is_writer() -> bool:
+    """Whether this process writes files and speaks."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def writer_first() -> Iterator[None]:
+    """What is done in here, process 0 does first, and the others when it is done."""
+    import jax
+
+    if jax.process_count() > 1 and not is_writer():
+        _barrier("first")
+    yield
+    if jax.process_count() > 1 and is_writer():
+        _barrier("first")
+
+
+def end() -> None:
+    """Waits for all processes at the end of a run."""
+    import jax
+
+    if jax.process_count() > 1:
+        _barrier("end")
+        _watch.stop()
+
+
+def agree(told: bool) -> bool:
+    """Whether any process was told; all have to ask at the same point."""
+    import jax
+
+    if jax.process_count() == 1:
+        return told
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(told)).any())
+
+
+def summed(tree: Any) -> Any:
+    """The sums over all processes of arrays that each has on its own, in the order of the processes."""
+    import jax
+
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(lambda v: v.sum(0), multihost_utils.process_allgather(tree))
+
+
+def reached(point: str) -> None:
+    """Tells the others that this process has come to the next point of the run, such as a step."""
+    if _watch:
+        _watch.reached(point)
+
+
+def leave(reason: str) -> bool:
+    """Tells the others why this process ends, and gives them time to read it; False where there are none."""
+    if _watch:
+        _watch.leave(reason)
+    return _watch is not None
+
+
+def _barrier(name: str) -> None:
+    _client().wait_at_barrier(f"avjax/{name}", _LONG * 1000)
+
+
+def _client():
+    # There is no public way to these; Orbax goes the same.
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+class Watch:
+    """Notices which process is lost: each gives signs of life, and says how far it has come."""
+
+    def __init__(self, patience: float):
+        import jax
+
+        self._patience = patience
+        self._me, self._count = jax.process_index(), jax.process_count()
+        self._at, self._since, self._ending = 0, time.monotonic(), False
+        self._seen: dict[int, tuple[str, float]] = {}
+        self._say("host", socket.gethostname())
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def reached(self, point: str) -> None:
+        self._at, self._since = self._at + 1, time.monotonic()
+        self._say("at", f"{self._at} {point}")
+
+    def leave(self, reason: str) -> None:
+        self._ending = True
+        self._say("left", reason)
+        if self._me == 0:  # the others read it where it runs
+            time.sleep(2 * _BEAT)
+
+    def stop(self) -> None:
+        self._ending = True
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._ending:
+            beat += 1
+            try:
+                self._say("beat", str(beat))
+                lost = self._lost()
+            except Exception:  # the process that keeps these notes is gone: a peer's end, or the run's
+                lost = "" if self._ending else f"{self._name(0)} is gone"
+            if lost and not self._ending:
+                print(
+                    f"error: {lost}; this process ends. The same command goes on from the last checkpoint",
+                    file=sys.stderr,
+                )
+                sys.stderr.flush()
+                os._exit(_LOST)
+            time.sleep(_BEAT)
+
+    def _lost(self) -> str:
+        """Which process is lost, and how; "" for none."""
+        said = {key.removeprefix("avjax/"): value for key, value in _client().key_value_dir_get("avjax/")}
+        now = time.monotonic()
+        for peer in (p for p in range(self._count) if p != self._me):
+            name = self._name(peer, said.get(f"host/{peer}"))
+            if reason := said.get(f"left/{peer}"):
+                return f"{name} has ended: {reason}"
+            beat = said.get(f"beat/{peer}", "")
+            if self._seen.get(peer, ("", 0))[0] != beat:
+                self._seen[peer] = beat, now
+            if now - self._seen.setdefault(peer, (beat, now))[1] > self._patience:
+                return f"{name} has given no sign of life for {self._patience} s"
+            at, _, point = said.get(f"at/{peer}", "0").partition(" ")
+            if int(at) < self._at and now - self._since > self._patience:
+                where = point or "before the first step"
+                return f"{name} hangs: this process has waited {self._patience} s for it, last heard of at {where}"
+        return ""
+
+    def _name(self, peer: int, host: str | None = None) -> str:
+        return f"process {peer} of {self._count}" + (f" ({host})" if host else "")
+
+    def _say(self, what: str, text: str) -> None:
+        _client().key_value_set(f"avjax/{what}/{self._me}", text, allow_overwrite=True)
