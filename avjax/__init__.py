@@ -1,3 +1,10 @@
 """avjax: audio-visual emotion recognition in JAX and Flax."""
 
 __version__ = "0.1.0"
+
+
+def load(folder):
+    """Reads a bundle of `avjax.export` (see `avjax.bundle.load`)."""
+    from avjax import bundle  # here: most of what imports avjax needs no more than a part of it
+
+    return bundle.load(folder)

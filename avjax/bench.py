@@ -1,13 +1,15 @@
 """Measures avjax on this machine and keeps the figures as CSV.
 
-python -m avjax.bench lanes [--out benchmarks/lanes.csv] [--widths 128,768] [--clips N] [--epochs N] [--repeats 3]
+python -m avjax.bench lanes [--out benchmarks/lanes.csv] [--widths 128,768] [--clips 459] [--epochs 25] [--batch 32]
+    [--repeats 3]
 
-lanes: ETG-AVER (configs/etg_mafw.py, made-up features in the shapes of the preset lite), 5 folds x 3 seeds, trained,
-validated and tested in three ways: as one program (avjax's lanes), as 15 compiled runs one after another, and as 15
-runs of a plain eager PyTorch loop. The same updates, batch size, float32, cores or GPU for each; checked to compute the
-same before they are timed; in turn, so that a busy minute hits all alike; compile time apart. Rows of other machines
-and of other sizes stay in the CSV. About five minutes on 2 cores; other programs disturb the times. Without PyTorch
-(pip install torch) its row stays empty.
+lanes: ETG-AVER (configs/etg_mafw.py, made-up features of a twentieth of MAFW, in the shapes of the preset lite or, 768
+wide, of the paper's encoders), 5 folds x 5 seeds, trained, validated and tested in three ways: as one program (avjax's
+lanes), as 25 compiled runs one after another, and as 25 runs of a plain eager PyTorch loop. The same updates, batch
+size, float32, cores or GPU for each; checked to compute the same before they are timed; in turn, so that a busy minute
+hits all alike; compile time apart. Rows of other machines and of other sizes stay in the CSV. MAFW's own size is
+--clips=9172. On 2 cores a few minutes at 128 and half an hour for each repeat at 768; other programs disturb the times.
+Without PyTorch (pip install torch) its row stays empty.
 
 python -m avjax.bench encoders [--out benchmarks/encoders.csv] [--encoders vit_b16,wav2vec2_base] [--dtype bfloat16]
     [--repeats 3]
@@ -22,12 +24,29 @@ python -m avjax.bench flow [--out benchmarks/flow.csv] [--flows dis,perceiver] [
 flow: what the optical flow of DE-III costs: pairs of faces to flow, flow to pictures, pictures to features. One minute
 on 2 cores.
 
-python -m avjax.bench fusions [--out benchmarks/fusions.csv] [--fusions mult,lmf] [--repeats 3]
+python -m avjax.bench step [--out benchmarks/step.csv] [--models etg_aver,mult] [--repeats 3] [--profile FOLDER]
 
-fusions: a training step of each fusion with its default settings, and its number of parameters; where the released
-system is restated in PyTorch (eager, and on accelerators compiled too), the same step there, checked to compute the
-same first. Rows are added to the CSV after each fusion. About eight minutes on 2 cores. Without PyTorch its columns
-stay empty.
+step: a training step of each model of the registry, systems and baselines, and its number of parameters, against an
+equivalent module in PyTorch (eager, and on accelerators compiled too) that is checked to make the same step first.
+Rows are added to the CSV after each model. About fifteen minutes on 2 cores. Without PyTorch its columns stay empty.
+--profile writes a trace of our steps to FOLDER instead and says what they are spent on; see docs/step_profile.md.
+
+python -m avjax.bench extract [--out benchmarks/extract.csv] [--presets lite,open] [--root R] [--random] [--repeats 3]
+
+extract: clips of a folder R with a labels.csv, or of the demo corpus, to features and sentences in an empty store:
+clips a second, times real time, and what the time is spent on. About five minutes a preset on 2 cores.
+
+python -m avjax.bench startup [--out benchmarks/startup.csv] [--repeats 3]
+
+startup: seconds from the start of the first command (configs/etg_mafw.py, features there already) to its first training
+step, each time as a process of its own: with an empty compile cache and with a filled one; and what they are spent on.
+About three minutes on 2 cores.
+
+python -m avjax.bench scaling [--out benchmarks/scaling.csv] [--models etg_aver,de_iii] [--devices 8,64] [--batch 32]
+
+scaling: on paper, what devices send each other in a training step under dp, fsdp and tp, as it is compiled for so many
+CPU devices, and the bounds that the links of GPUs and TPUs set to efficiency (docs/scaling.md). Nothing is computed;
+--batch counts the clips of one device. A compilation takes up to a minute on 2 cores, one of etg_aver_raw several.
 """
 
 import functools
@@ -42,12 +61,18 @@ from avjax.errors import AvjaxError
 
 OUT = flags.DEFINE_string("out", None, "CSV to write; default benchmarks/<benchmark>.csv.")
 WIDTHS = flags.DEFINE_list("widths", ["128", "768"], "Model widths to measure.")
-CLIPS = flags.DEFINE_integer("clips", 240, "Clips of the made-up corpus.", lower_bound=60)
-EPOCHS = flags.DEFINE_integer("epochs", 2, "Epochs of each run.", lower_bound=1)
+CLIPS = flags.DEFINE_integer("clips", 459, "Clips of the made-up corpus.", lower_bound=60)
+EPOCHS = flags.DEFINE_integer("epochs", 25, "Epochs of each run.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 32, "Clips of an update.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 3, "How often each way is timed.", lower_bound=1)
 ENCODERS = flags.DEFINE_list("encoders", None, "Encoders to measure, such as vit_b16,minilm; default all.")
 FLOWS = flags.DEFINE_list("flows", None, "Kinds of flow to measure, dis or perceiver; default both.")
-FUSIONS = flags.DEFINE_list("fusions", None, "Fusions to measure, such as mult,lmf; default all.")
+PRESETS = flags.DEFINE_list("presets", ["lite"], "Presets whose extraction is measured.")
+ROOT = flags.DEFINE_string("root", "", "Folder with clips and a labels.csv to extract; default the demo corpus.")
+RANDOM = flags.DEFINE_bool("random", False, "Extract with encoders of random weights; nothing has to be fetched.")
+MODELS = flags.DEFINE_list("models", None, "Models whose step is measured, such as etg_aver,mult; default all.")
+PROFILE = flags.DEFINE_string("profile", None, "Folder for traces of our steps; measures their shares, writes no CSV.")
+DEVICES = flags.DEFINE_list("devices", ["8", "64", "256"], "Numbers of devices to compile for.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
@@ -68,10 +93,10 @@ def lanes(out: Path) -> None:
     from avjax.benches import lanes as benchmark
 
     def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
-        for width in _widths():
-            yield benchmark.measure(width, CLIPS.value, EPOCHS.value, REPEATS.value, say)
+        for width in _numbers(WIDTHS):
+            yield benchmark.measure(width, CLIPS.value, EPOCHS.value, BATCH.value, REPEATS.value, say)
 
-    _recorded("lanes", out, benchmark, measured, f"5 folds x 3 seeds, {EPOCHS.value} epochs")
+    _recorded("lanes", out, benchmark, measured, f"5 folds x 5 seeds, {EPOCHS.value} epochs")
 
 
 def encoders(out: Path) -> None:
@@ -109,18 +134,88 @@ def flow(out: Path) -> None:
     _recorded("flow", out, benchmark, measured, "optical flow, random weights")
 
 
-def fusions(out: Path) -> None:
-    """Measures each of `--fusions`; each is added to `out` when it is done."""
-    from avjax.benches import fusions as benchmark
-    from avjax.benches import ways
+def step(out: Path) -> None:
+    """Measures each of `--models`; each is added to `out` when it is done."""
+    from avjax.benches import record, ways
+    from avjax.benches import step as benchmark
 
-    names = ways.chosen("--fusions", FUSIONS.value, benchmark.FUSIONS)
+    names = ways.chosen("--models", MODELS.value, benchmark.MODELS)
+    record.keep_freed_memory()
+    if PROFILE.value:
+        return _profiled(names, Path(PROFILE.value))
 
     def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
         for name in names:
-            yield [benchmark.measure(name, REPEATS.value, say)]
+            yield benchmark.measure(name, REPEATS.value, say)
 
-    _recorded("fusions", out, benchmark, measured, "training steps of fusions, random weights")
+    _recorded("step", out, benchmark, measured, "training steps, random weights")
+
+
+def _profiled(names: list[str], folder: Path) -> None:
+    """Shows what the steps of these models are spent on, in each of their sizes."""
+    from rich.console import Console
+
+    from avjax.benches import shares
+    from avjax.benches import step as benchmark
+
+    for name in names:
+        for size in benchmark.sizes(name):
+            found = shares.measure(name, size, folder / f"{name}_{size.name}")
+            Console(markup=False).print(shares.table(f"{name} ({size.name})", found))
+
+
+def extract(out: Path) -> None:
+    """Measures each of `--presets`; each is added to `out` when it is done."""
+    from avjax import presets
+    from avjax.benches import extract as benchmark
+    from avjax.benches import ways
+
+    names = ways.chosen("--presets", PRESETS.value, presets.PRESETS)
+    dataset, root = ("folder", ROOT.value) if ROOT.value else _demo_corpus()
+
+    def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
+        for name in names:
+            yield [benchmark.measure(dataset, root, name, RANDOM.value, REPEATS.value, say)]
+
+    _recorded("extract", out, benchmark, measured, "extraction; stages in seconds, processes added up")
+
+
+def _demo_corpus() -> tuple[str, str]:
+    """Data set and root of the demo corpus, made where it is not there yet."""
+    from rich.console import Console
+
+    from avjax.demo import corpus
+
+    corpus.make(corpus.place(), Console())
+    return "demo", str(corpus.place())
+
+
+def startup(out: Path) -> None:
+    """Measures the starts of the first command; both are added to `out` at the end."""
+    from rich.console import Console
+
+    from avjax import config, data
+    from avjax.benches import startup as benchmark
+
+    data.obtain(config.load(benchmark.CONFIG), Console())
+
+    def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
+        yield benchmark.measure([f"--config={benchmark.CONFIG}"], REPEATS.value, say)
+
+    _recorded("startup", out, benchmark, measured, "from the start of the process to its first step")
+
+
+def scaling(out: Path) -> None:
+    """Compiles each of `--models` for each of `--devices`; both are added to `out` when they are done."""
+    from avjax.benches import scaling as benchmark
+    from avjax.benches import ways
+
+    names, devices = ways.chosen("--models", MODELS.value, benchmark.CASES), _numbers(DEVICES)
+
+    def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
+        yield from benchmark.measure(names, devices, BATCH.value, say)
+
+    _recorded("scaling", out, benchmark, measured, f"bounds on efficiency, {BATCH.value} clips a device")
 
 
 def _recorded(
@@ -149,14 +244,23 @@ def _recorded(
     say(f"written to {out}")
 
 
-def _widths() -> list[int]:
-    if not WIDTHS.value or not all(w.isdecimal() and int(w) for w in WIDTHS.value):
-        raise AvjaxError(f"--widths={','.join(WIDTHS.value)}; expected whole numbers above 0, such as 128,768")
-    return [int(w) for w in WIDTHS.value]
+def _numbers(flag: flags.FlagHolder) -> list[int]:
+    if not flag.value or not all(n.isdecimal() and int(n) for n in flag.value):
+        such = ",".join(flag.default)
+        raise AvjaxError(f"--{flag.name}={','.join(flag.value)}; expected whole numbers above 0, such as {such}")
+    return [int(n) for n in flag.value]
 
 
 # First argument → what measures it and writes the figures to a file.
-BENCHMARKS: dict[str, Callable[[Path], None]] = {"lanes": lanes, "encoders": encoders, "flow": flow, "fusions": fusions}
+BENCHMARKS: dict[str, Callable[[Path], None]] = {
+    "lanes": lanes,
+    "encoders": encoders,
+    "flow": flow,
+    "step": step,
+    "extract": extract,
+    "startup": startup,
+    "scaling": scaling,
+}
 
 if __name__ == "__main__":
     cli.run(main, takes="a benchmark: " + ", ".join(BENCHMARKS))

@@ -5,7 +5,6 @@ nor on the number of processes, so a state that another machine restores is know
 """
 
 import contextlib
-import shutil
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,12 +18,13 @@ import orbax.checkpoint as ocp
 
 from avjax import multihost
 from avjax.errors import AvjaxError
-from avjax.files import is_local
+from avjax.files import is_local, remove
 from avjax.sharding import joined
 
 DAMAGED = "damaged"  # beside the checkpoints: those that could not be read
 REFUSED = "not_finite"  # of the run directory: the state before a step that was not finite
-_MIX = (0x9E3779B1, 0x85EBCA6B)  # odd, from xxHash and MurmurHash3
+_PLACE = 0x9E3779B1  # odd, near 2^32 over the golden ratio
+_MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))  # the 32-bit finaliser of MurmurHash3 (Appleby 2011)
 
 
 class Checkpoints:
@@ -106,7 +106,7 @@ class Checkpoints:
             if (source := self._folder / str(epoch)).exists():
                 self._aside.mkdir(exist_ok=True)
                 target = self._aside / f"{self._folder.name}-{epoch}"
-                shutil.rmtree(target, ignore_errors=True)
+                remove(target)
                 source.rename(target)
         self._manager.reload()
 
@@ -126,7 +126,7 @@ def kept_if_refused(folder: Path, epoch: int, state: Any) -> Iterator[None]:
         yield
     except AvjaxError as error:
         if multihost.is_writer():
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         with Checkpoints(folder) as kept:
             kept.save(epoch, state)
         raise AvjaxError(f"{error}. The state before it is in {folder}") from error
@@ -189,8 +189,10 @@ def _digest(array: jax.Array) -> jax.Array:
     bits, place = array.astype(jnp.uint32), jnp.zeros(array.shape, jnp.uint32)
     for axis, length in enumerate(array.shape):
         place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    mixed = (bits ^ (place * jnp.uint32(_MIX[0]))) * jnp.uint32(_MIX[1])
-    return jnp.sum((mixed ^ (mixed >> 15)) * jnp.uint32(_MIX[0]), dtype=jnp.uint32)
+    mixed = bits ^ (place * jnp.uint32(_PLACE))
+    for shift, factor in _MIX:
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 def difference(saved: Mapping[str, int], found: Mapping[str, int]) -> str:

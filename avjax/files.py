@@ -53,6 +53,36 @@ def copy_folder(source: Path, target: Path) -> None:
         copy(path, target / path.name)
 
 
+@contextlib.contextmanager
+def filled(folder: Path, last: str) -> Iterator[Path]:
+    """A folder on this machine for work on the files of `folder`: itself, or of one on cloud storage a copy.
+
+    Args:
+      last: name of the file that is copied back after all others, as it says that all are there.
+    """
+    if is_local(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="avjax-") as name:
+        here = Path(name)
+        for path in folder.iterdir():
+            if path.is_file():
+                copy(path, here / path.name)
+        yield here
+        for path in sorted((p for p in here.rglob("*") if p.is_file()), key=lambda p: p.name == last):
+            target = folder / str(path.relative_to(here))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy(path, target)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder and what is in it, if it is there."""
+    if is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.rmtree()
+
+
 def copy(source: Path, target: Path) -> None:
     """Copies a file from or to any place."""
     with source.open("rb") as old, target.open("wb") as new:
@@ -70,6 +100,7 @@ def replacing(path: Path, mode: str) -> Iterator[IO]:
         with io.BytesIO() if "b" in mode else io.StringIO(newline="") as held:
             yield held
             content = held.getvalue()
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if "b" in mode else content.encode())
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -2,6 +2,7 @@
 
 A run is of several processes where these say so: `AVJAX_COORDINATOR` (host:port of process 0), `AVJAX_PROCESSES` and
 `AVJAX_PROCESS`, set by `launch/local.sh`; or the environment of Slurm, of Cloud TPU or of GKE, which JAX reads itself.
+`AVJAX_DETECT=1` (`launch/tpu_vm.sh`) is for where JAX can find out and the environment does not tell.
 """
 
 import contextlib
@@ -19,6 +20,10 @@ _EXPLICIT = ("AVJAX_COORDINATOR", "AVJAX_PROCESSES", "AVJAX_PROCESS")
 _BEAT = 2.0  # seconds between signs of life
 _LONG = 7 * 24 * 3600  # seconds that the first process may take to extract features
 _LOST = 3  # exit status of a process that ends because another is lost
+_LATE = (
+    "the processes of this run did not all join within {wait} s; start them all, check that they reach the address of "
+    "process 0, or raise processes.wait"
+)
 _watch: "Watch | None" = None
 
 
@@ -34,7 +39,8 @@ def wanted(environment=os.environ) -> bool:
         raise AvjaxError(f"{', '.join(there)} is set, {missing} is not; set all three, or none")
     hosts = [h for h in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
     tasks = environment.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in environment else "1"
-    return bool(there or int(tasks) > 1 or len(hosts) > 1 or environment.get("MEGASCALE_COORDINATOR_ADDRESS"))
+    told = ("MEGASCALE_COORDINATOR_ADDRESS", "AVJAX_DETECT")
+    return bool(there or int(tasks) > 1 or len(hosts) > 1 or any(environment.get(name) for name in told))
 
 
 def join(config) -> None:
@@ -58,21 +64,29 @@ def join(config) -> None:
             "num_processes": _number("AVJAX_PROCESSES"),
             "process_id": _number("AVJAX_PROCESS"),
         }
+    # JAX's own time-outs end the process without a word that helps; ours come first.
+    late = threading.Timer(config.wait, _end, [_LATE.format(wait=config.wait)])
+    late.daemon = True
+    late.start()
     try:
-        # Ours is to notice first: it can say what has happened.
-        heartbeat = int(2 * config.patience + 60)
         jax.distributed.initialize(
             **explicit,
-            initialization_timeout=config.wait,
-            heartbeat_timeout_seconds=heartbeat,
+            initialization_timeout=2 * config.wait + 60,
+            heartbeat_timeout_seconds=2 * config.patience + 60,
             shutdown_timeout_seconds=30,
         )
     except (RuntimeError, ValueError) as error:
-        raise AvjaxError(
-            f"the processes of this run did not all join within {config.wait} s ({str(error).splitlines()[0]}); start "
-            "them all, check that they reach the address of process 0, or raise processes.wait"
-        ) from error
+        raise AvjaxError(f"the processes of this run could not join ({str(error).splitlines()[0]})") from error
+    finally:
+        late.cancel()
     _watch = Watch(config.patience)
+
+
+def _end(reason: str) -> None:
+    """Ends this process at once, whatever it waits for."""
+    print(f"error: {reason}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(_LOST)
 
 
 def _number(name: str) -> int:
@@ -194,12 +208,7 @@ class Watch:
             except Exception:  # the process that keeps these notes is gone: a peer's end, or the run's
                 lost = "" if self._ending else f"{self._name(0)} is gone"
             if lost and not self._ending:
-                print(
-                    f"error: {lost}; this process ends. The same command goes on from the last checkpoint",
-                    file=sys.stderr,
-                )
-                sys.stderr.flush()
-                os._exit(_LOST)
+                _end(f"{lost}; this process ends. The same command goes on from the last checkpoint")
             time.sleep(_BEAT)
 
     def _lost(self) -> str:

@@ -1,4 +1,4 @@
-"""Says which emotion a finished run sees in new clips.
+"""Says which emotion a finished run, or a bundle of one, sees in new clips.
 
 python -m avjax.predict --workdir W clip.mp4 [more clips or folders] [--json]
 
@@ -13,7 +13,7 @@ from absl import flags
 
 from avjax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of avjax.train.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "A finished run of avjax.train, or a bundle of one.", required=True)
 FOLD = flags.DEFINE_string("fold", None, "Answer by the lanes of this fold alone.")
 SEED = flags.DEFINE_integer("seed", None, "Answer by the lanes of this seed alone.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object on standard output, and nothing else there.")
@@ -24,15 +24,19 @@ CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds within which a
 def main(argv: list[str]) -> None:
     from rich.console import Console
 
-    from avjax import adaptation, prediction
+    from avjax import adaptation, bundle, prediction
     from avjax.errors import AvjaxError
     from avjax.report import predictions
 
     cli.use_compile_cache()
     if CACHE.value and (FOLD.value is not None or SEED.value is not None):
         raise AvjaxError("--cache is of all lanes together; leave out --fold and --seed")
-    run = prediction.read_run(Path(WORKDIR.value), FOLD.value, SEED.value)
+    workdir = Path(WORKDIR.value)
+    read = bundle.read if prediction.is_bundle(workdir) else prediction.read_run
+    run = read(workdir, FOLD.value, SEED.value)
     cache = adaptation.taught(Path(CACHE.value), run) if CACHE.value else None
+    if cache and cache.text.shape[1] != sum(own.text.shape[1] for own in run.caches):
+        raise AvjaxError(f"{CACHE.value}: is of all lanes of the run; this bundle has {len(run.lanes)} of them")
     clips = prediction.find_clips(argv[1:])
     progress = Console(stderr=True, soft_wrap=True, markup=False)
     answers, rejected = prediction.predict(run, clips, progress, clip_seconds=CLIP_SECONDS.value, cache=cache)

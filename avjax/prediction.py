@@ -31,6 +31,8 @@ from avjax.source import shown
 # What is taken from a folder; a file that is named itself is tried whatever its name.
 _PICTURE = "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
 _SOUND = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
+# Of a bundle: one of them is there even if the other is lost.
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 SUFFIXES = tuple(f".{name}" for name in f"{_PICTURE} {_SOUND}".split())
 
 
@@ -47,6 +49,7 @@ class Run:
       made_by: how the features were made that it was trained on (`extraction.made_by`).
       random: whether those came from encoders with weights drawn at random.
       caches: of each lane, of a model whose features are read by a cache.
+      streams: of each stream that the model reads, the shape that its longest clip in training had, and its dtype.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Run:
     random: bool = False
     task: str = "single"
     caches: tuple[Cache, ...] = ()
+    streams: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,35 +103,76 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *,
         features per speaker, which takes more than a clip.
     """
     config = _config(workdir)
-    if new_clips and "tables" in config:
-        raise AvjaxError(f"{workdir}: trained on features from tables, which avjax cannot measure in a clip")
+    if new_clips:
+        check_measurable(workdir, config)
     if not rundir.is_finished(workdir):
         raise AvjaxError(f"{workdir}: an unfinished run; start its avjax.train command again, which goes on to the end")
-    metrics = _json(workdir / "metrics.json")
+    metrics = read_json(workdir / "metrics.json")
     try:
         if new_clips:
-            _check_standardise(workdir, config.protocol.standardise)
-        names = [(lane["fold"], lane["seed"]) for lane in metrics["folds"]]
+            check_statistics(workdir, config)
+        names = tuple((lane["fold"], lane["seed"]) for lane in metrics["folds"])
         about = {key: metrics[key] for key in ("dataset", "protocol", "task")}
         classes = tuple(metrics["classes"])
         about |= {"classes": classes, "preset": config.preset, "text_source": config.model.text_source}
-        made = _json(workdir / "environment.json")["features"]
+        made = read_json(workdir / "environment.json")["features"]
         about |= {"made_by": made["made_by"], "random": made["random"]}
         model = models.build(config.model, len(classes))
     except (KeyError, AttributeError, TypeError) as error:
         raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
-    chosen = _chosen(workdir, names, fold, seed)
     saved = checkpoint.read(workdir / "checkpoints", "best", "best_head", "stats")
     if "params" not in saved["best"]:
         raise AvjaxError(f"{workdir}: its checkpoints are not of this version of avjax; train again")
     there = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
     if there != {len(names)}:
         raise AvjaxError(f"{workdir}: metrics.json has {len(names)} lanes, checkpoints/ {there}; train again")
-    lanes = tuple(names[i] for i in chosen)
     if model.readers:
-        about["caches"] = tuple(readouts.read_caches(workdir, lanes))
+        about["caches"] = tuple(readouts.read_caches(workdir, names))
         model = model.replace(constants={"classes": about["caches"][0].text})
-    return Run(shown(workdir.resolve().name), **about, model=model, **_take(saved, chosen), lanes=lanes)
+    # Runs of before that was kept answer all the same; they cannot be exported.
+    about["streams"] = _shapes(model, config.model.text_source, made.get("streams", {}))
+    run = Run(shown(workdir.resolve().name), **about, model=model, **saved, lanes=names)
+    return of_lanes(run, workdir, fold, seed)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle of `avjax.export`, whole or not, and no run directory."""
+    return any((folder / name).is_file() for name in (MANIFEST, WEIGHTS))
+
+
+def check_measurable(where: Path, config: ConfigDict) -> None:
+    """Raises AvjaxError where a run of `config` reads what cannot be measured in a clip."""
+    if "tables" in config:
+        raise AvjaxError(f"{where}: trained on features from tables, which avjax cannot measure in a clip")
+
+
+def check_statistics(where: Path, config: ConfigDict) -> None:
+    """Raises AvjaxError where a run of `config` standardises features per speaker, which takes more than a clip."""
+    if (way := config.protocol.standardise) not in ("train", "none"):
+        raise AvjaxError(
+            f"{where}: protocol.standardise is {way!r}; such a run needs the feature statistics of the speaker, "
+            "which a new clip does not bring. Train one without speaker_norm or enrol"
+        )
+
+
+def of_lanes(run: Run, where: Path, fold: str | None, seed: int | None) -> Run:
+    """The run with those of its lanes alone that are of `fold` and `seed`, as far as these are given.
+
+    Args:
+      where: it was read from, for the error.
+    Raises:
+      AvjaxError: it has no such fold or seed.
+    """
+    at = _chosen(where, run.lanes, fold, seed)
+    arrays = {name: _take(getattr(run, name), at) for name in ("best", "best_head", "stats")}
+    kept = {"lanes": tuple(run.lanes[i] for i in at), "caches": tuple(run.caches[i] for i in at if run.caches)}
+    return dataclasses.replace(run, **arrays, **kept)
+
+
+def _shapes(model: Model, text_source: str, made: Mapping) -> dict[str, tuple[tuple[int, ...], str]]:
+    """`Run.streams`, of what the run directory says of the features."""
+    named = {stream: f"text_{text_source}" if stream == "text" else stream for stream in model.streams}
+    return {stream: (tuple(made[name][0]), made[name][1]) for stream, name in named.items() if name in made}
 
 
 def find_clips(arguments: Iterable[str]) -> list[Clip]:
@@ -232,12 +277,14 @@ def answers_of(run: Run, clips: stores.Features, cache: Cache | None = None) -> 
 
 
 def _config(workdir: Path) -> ConfigDict:
+    if is_bundle(workdir):
+        raise AvjaxError(f"{workdir}: a bundle of avjax.export, not a run of avjax.train; set --workdir to a run")
     if not (workdir / "config.json").is_file():
         raise AvjaxError(f"{workdir}: no run of avjax.train here (no config.json); set --workdir to the one it wrote")
-    return ConfigDict(_json(workdir / "config.json"))
+    return ConfigDict(read_json(workdir / "config.json"))
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -245,14 +292,6 @@ def _json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise AvjaxError(f"{path}: holds a {type(content).__name__}, not an object; restore a copy, or train again")
     return content
-
-
-def _check_standardise(workdir: Path, way: str) -> None:
-    if way not in ("train", "none"):
-        raise AvjaxError(
-            f"{workdir}: protocol.standardise is {way!r}; such a run needs the feature statistics of the speaker, "
-            "which a new clip does not bring. Train one without speaker_norm or enrol"
-        )
 
 
 def _chosen(workdir: Path, names: Sequence[tuple[str, int]], fold: str | None, seed: int | None) -> list[int]:

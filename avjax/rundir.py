@@ -4,20 +4,22 @@ W/config.json environment.json protocol.json metrics.jsonl checkpoints/ events.*
 W/predictions.npz metrics.json confusion.png curves.png report.html   when it is done; report.html last
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from avjax import __version__, tasks
-from avjax.datasets.store import Features, steps
+from avjax.datasets.packed import shapes
+from avjax.datasets.store import Features
 from avjax.errors import AvjaxError
-from avjax.files import write_text
+from avjax.files import is_local, only_writer, write_text
 
 # Keys that do not change what is computed, so that data and machines may be others at the next call of a run.
 _PLACES = re.compile(r"data\.(root|features|mode)$|train\.(save_steps|remat)$|mesh\.|processes\.")
@@ -31,6 +33,17 @@ def default(config, features: Features) -> Path:
 
 def is_finished(workdir: Path) -> bool:
     return (workdir / "report.html").is_file()
+
+
+@contextlib.contextmanager
+def held(workdir: Path, writes: bool) -> Iterator[None]:
+    """Holds `workdir` for the process that `writes`, and clears away what a killed one left half-written.
+
+    Raises:
+      AvjaxError: another run is writing there, or nothing can be written.
+    """
+    with only_writer(workdir, "choose another --workdir") if writes else contextlib.nullcontext():
+        yield
 
 
 def begin(workdir: Path, config, features: Features) -> None:
@@ -60,7 +73,7 @@ def begin(workdir: Path, config, features: Features) -> None:
             )
         return
     about = {"content": features.content, "made_by": features.made_by, "random": features.random}
-    about |= {"streams": steps(features)}
+    about |= {"streams": shapes(features)}
     write_text(workdir / "environment.json", json.dumps(environment() | {"features": about}, indent=1))
     write_text(path, json.dumps(config.to_dict(), indent=1))
 
@@ -127,16 +140,26 @@ class Events:
     """TensorBoard event files of a run; those of an earlier, killed call are written anew from `rows`."""
 
     def __init__(self, workdir: Path, rows: Sequence[Mapping]):
+        # On cloud storage there are none: an object there cannot be added to.
+        self._workdir = workdir if is_local(workdir) else None
+        self._before, self._writer = list(rows), None
+        self._picked = {f"val_{scoring.picks}" for scoring in tasks.SCORINGS.values()}
+
+    def _begin(self) -> None:
+        # Late, and so after the first epochs: its package may take seconds to import.
         from tensorboardX import SummaryWriter
 
-        for old in workdir.glob("events.*"):
+        for old in self._workdir.glob("events.*"):
             old.unlink()
-        self._writer = SummaryWriter(str(workdir))
-        self._picked = {f"val_{scoring.picks}" for scoring in tasks.SCORINGS.values()}
-        self.add(rows)
+        self._writer = SummaryWriter(str(self._workdir))
+        self.add(self._before)
 
     def add(self, rows: Sequence[Mapping]) -> None:
         """Adds the mean over lanes of each score, and of each lane that by which validation picks."""
+        if self._workdir is None:
+            return
+        if self._writer is None:
+            self._begin()
         for row in mean_over_lanes(rows):
             for name in row.keys() - {"epoch"}:
                 self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
@@ -146,7 +169,8 @@ class Events:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
 
 def _flat(tree: Mapping, prefix: str = "") -> dict[str, object]:

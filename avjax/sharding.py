@@ -208,6 +208,10 @@ def mesh_sizes(config, devices: int, processes: int, lanes: int, batch: int) -> 
     if count > devices or (processes > 1 and count != devices):
         need = "all" if processes > 1 else "at most"
         raise AvjaxError(f"mesh: {said} takes {count} devices, and {need} {devices} are to be used; set mesh.preset")
+    if min(sizes["data"], sizes["fsdp"], sizes["tensor"]) > 1:
+        # Found by the tests of every mesh: answers that are wrong by more than their spread, with jax 0.10.2, by either
+        # of its partitioners; two of the three are right.
+        raise AvjaxError(f"mesh: {said}: XLA's partitioner errs where all of data, fsdp and tensor share; set two")
     for what, length, axes in (("lanes", lanes, ("lane",)), ("train.batch_size", batch, _BATCH)):
         share = math.prod(sizes[a] for a in axes)
         if length % share:

@@ -7,23 +7,24 @@ The same command on the same --workdir goes on where it was cut off; on a finish
 
 import functools
 import json
-import shutil
 import time
 from pathlib import Path
 
 from absl import flags
 
-from avjax import cli
+from avjax import cli, files
 from avjax import config as configs
 from avjax.errors import Stopped
 
 CONFIG = configs.require_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<config>-<variants>.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory, on cloud storage too (gs://); default runs/<config>-<variants>."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show parameters, their places, memory and FLOPs; train nothing.")
 
 
 def main(_: list[str]) -> None:
-    train(CONFIG.value, Path(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
+    train(CONFIG.value, files.place(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
 
 
 def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None:
@@ -92,73 +93,75 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
 
     # ---- Run directory --------------------------------------------------------------------------------------------
     workdir = workdir or rundir.default(config, features)
-    with multihost.writer_first():
-        rundir.begin(workdir, config, features)
-    if rundir.is_finished(workdir):
-        before = results.read(workdir)
-        console.print(*tables.of_run(before, config.name))
-        say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
-        return workdir
-    if multihost.is_writer():
-        record = protocol.record(features, plan, config.protocol, says)
-        write_text(workdir / "protocol.json", json.dumps(record, indent=1))
-    say(f"protocol: {says}")
+    with rundir.held(workdir, multihost.is_writer()):
+        with multihost.writer_first():
+            rundir.begin(workdir, config, features)
+        if rundir.is_finished(workdir):
+            before = results.read(workdir)
+            console.print(*tables.of_run(before, config.name))
+            say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
+            return workdir
+        if multihost.is_writer():
+            record = protocol.record(features, plan, config.protocol, says)
+            write_text(workdir / "protocol.json", json.dumps(record, indent=1))
+        say(f"protocol: {says}")
 
-    # ---- State ----------------------------------------------------------------------------------------------------
-    told = lambda: multihost.agree(cli.told_to_stop())  # noqa: E731
-    streamed = isinstance(clips, streams.Streamed)
-    if streamed:
-        trainer = streaming.make(model, config, workdir, features.task, say, place, cli.told_to_stop)
-    else:
-        trainer = loop.make(model, config, place)
-    lanes = place.put_lanes(plan.lanes)
-    state = trainer.init(lanes, clips)
-    if place.mesh:
-        sharding.check(state, place.of_state(state))
-    size = sum(v.size for v in jax.tree.leaves(state.params)) // len(plan.names)
-    say(f"{len(plan.names)} lanes of {size:,} parameters on {sharding.described(place)}"
-        + (", streamed" if streamed else ""))  # fmt: skip
+        # ---- State ------------------------------------------------------------------------------------------------
+        told = lambda: multihost.agree(cli.told_to_stop())  # noqa: E731
+        streamed = isinstance(clips, streams.Streamed)
+        if streamed:
+            trainer = streaming.make(model, config, workdir, features.task, say, place, cli.told_to_stop)
+        else:
+            trainer = loop.make(model, config, place)
+        lanes = place.put_lanes(plan.lanes)
+        state = trainer.init(lanes, clips)
+        if place.mesh:
+            sharding.check(state, place.of_state(state))
+        size = sum(v.size for v in jax.tree.leaves(state.params)) // len(plan.names)
+        say(f"{len(plan.names)} lanes of {size:,} parameters on {sharding.described(place)}"
+            + (", streamed" if streamed else ""))  # fmt: skip
 
-    # ---- Epochs ---------------------------------------------------------------------------------------------------
-    with cli.keeping_on_sigterm(), Checkpoints(workdir / "checkpoints", say) as checkpoints:
-        done, state = checkpoints.restore(state) or (0, state)
-        rows = rundir.read_history(workdir, done)
-        if done:
-            say(f"going on after epoch {done}")
-        events = rundir.Events(workdir, rows) if multihost.is_writer() else None
-        while done < config.train.epochs and not place.read(state.stopped).all():
-            cli.heed_interrupts()
-            begun = time.perf_counter()
-            multihost.reached(f"epoch {done + 1}")
-            state, sums = trainer.epochs(state, lanes, clips, np.int32(done + 1))
-            sums = jax.device_get(sums)
-            with kept_if_refused(workdir / REFUSED, done + 1, state):
-                history.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)
-            new = history.epoch_rows(sums, plan.names, done + 1, scoring, heads)
-            new = [{"dataset": dataset} | row for row in new]
-            rows += new
-            done += sums["live"].shape[1]
+        # ---- Epochs -----------------------------------------------------------------------------------------------
+        with cli.keeping_on_sigterm(), Checkpoints(workdir / "checkpoints", say) as checkpoints:
+            done, state = checkpoints.restore(state) or (0, state)
+            rows = rundir.read_history(workdir, done)
+            if done:
+                say(f"going on after epoch {done}")
+            events = rundir.Events(workdir, rows) if multihost.is_writer() else None
+            while done < config.train.epochs and not place.read(state.stopped).all():
+                cli.heed_interrupts()
+                begun = time.perf_counter()
+                multihost.reached(f"epoch {done + 1}")
+                state, sums = trainer.epochs(state, lanes, clips, np.int32(done + 1))
+                sums = jax.device_get(sums)
+                with kept_if_refused(workdir / REFUSED, done + 1, state):
+                    history.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)
+                new = history.epoch_rows(sums, plan.names, done + 1, scoring, heads)
+                new = [{"dataset": dataset} | row for row in new]
+                rows += new
+                done += sums["live"].shape[1]
+                if events:
+                    rundir.write_history(workdir, rows)
+                    events.add(new)
+                checkpoints.save(done, state)
+                seconds = time.perf_counter() - begun
+                say(rundir.progress(rows, config.train.epochs, len(plan.names), seconds, features.task))
+                if told():
+                    raise Stopped(f"epoch {done}")
             if events:
-                rundir.write_history(workdir, rows)
-                events.add(new)
-            checkpoints.save(done, state)
-            seconds = time.perf_counter() - begun
-            say(rundir.progress(rows, config.train.epochs, len(plan.names), seconds, features.task))
-            if told():
-                raise Stopped(f"epoch {done}")
-        if events:
-            events.close()
+                events.close()
 
-    # ---- Test and report ------------------------------------------------------------------------------------------
-    logits = jax.device_get(trainer.predict(state, lanes, clips))
-    if place.mesh:
-        state, clips = place.read(state), streams.here(clips)
-    if multihost.is_writer():
-        shutil.rmtree(workdir / streaming.FOLDER, ignore_errors=True)
-        outcome.write(workdir, config, model, features, plan, clips, state, logits, rows, dataset, says, console)
-    multihost.end()
-    say(f"written to {workdir}: report.html, metrics.json, predictions.npz, checkpoints/ and pictures")
-    return workdir
+        # ---- Test and report --------------------------------------------------------------------------------------
+        logits = jax.device_get(trainer.predict(state, lanes, clips))
+        if place.mesh:
+            state, clips = place.read(state), streams.here(clips)
+        if multihost.is_writer():
+            files.remove(workdir / streaming.FOLDER)
+            with files.filled(workdir, last="report.html") as folder:
+                outcome.write(folder, config, model, features, plan, clips, state, logits, rows, dataset, says, console)
+        multihost.end()
+        say(f"written to {workdir}: report.html, metrics.json, predictions.npz, checkpoints/ and pictures")
+        return workdir
 
 
 if __name__ == "__main__":

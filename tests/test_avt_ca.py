@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from avjax.benches.fusions import random_variables
+from avjax.benches.step import random_variables
 from avjax.models import avt_ca
 from avjax.models.avt_ca import VARIANTS, AvtCa
 

@@ -150,7 +150,7 @@ def test_batches_cover_every_training_clip_once_an_epoch():
 def measured(tmp_path_factory) -> tuple[list[dict[str, str]], list[str]]:
     """The rows and the lines of one short command."""
     out = tmp_path_factory.mktemp("bench") / "new" / "lanes.csv"
-    done = bench("lanes", "--widths=8", "--clips=60", "--epochs=1", "--repeats=2", f"--out={out}")
+    done = bench("lanes", "--widths=8", "--clips=60", "--epochs=1", "--batch=8", "--repeats=2", f"--out={out}")
     assert done.returncode == 0, done.stderr
     assert f"written to {out}" in done.stdout
     with out.open() as file:
@@ -168,9 +168,12 @@ def test_rows(measured):
     by_name = {row["what"]: row for row in measured[0]}
     assert list(by_name) == ["lanes", "one after another", "pytorch"]
     for row in by_name.values():
-        assert [row[k] for k in ("lanes", "epochs", "clips", "width", "repeats")] == ["15", "1", "60", "8", "2"]
-        assert row["steps"] == str(15 * 6)  # 42 training clips in batches of 8
+        assert [row[k] for k in ("lanes", "epochs", "clips", "width", "repeats")] == ["25", "1", "60", "8", "2"]
+        assert row["steps"] == str(25 * 6)  # 42 training clips in batches of 8
         assert row["jax"] == jax.__version__
+        rate = float(row["gflop_per_update"]) * int(row["steps"]) / float(row["seconds_median"])
+        assert float(row["gflops"]) == pytest.approx(rate, rel=1e-2)
+        assert float(row["matrix_product_gflops"]) > 1
     lanes_row, alone = by_name["lanes"], by_name["one after another"]
     times = [float(lanes_row[f"seconds_{k}"]) for k in ("min", "median", "max")]
     assert 0 < times[0] <= times[1] <= times[2]

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from avjax.benches.fusions import random_variables
+from avjax.benches.step import random_variables
 from avjax.errors import AvjaxError
 from avjax.models import de_iii
 from avjax.models.conformer import ConformerBlock

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+from etils import epath
 
 from avjax import files
 from avjax.errors import AvjaxError
@@ -55,3 +56,27 @@ def test_a_pile_without_room_says_so(tmp_path):
     pile = files.Pile(pathlib.Path("/dev/full"), (1000,), "float64")
     with pytest.raises(AvjaxError, match="No space left"):
         pile.add(np.ones((9, 1000)))
+
+
+def test_a_folder_on_cloud_storage_is_filled_with_its_last_file_last(tmp_path, monkeypatch):
+    there, copied = epath.Path(tmp_path / "there"), []
+    there.mkdir()
+    (there / "old.json").write_text("old")
+    copy = files.copy
+    monkeypatch.setattr(files, "copy", lambda a, b: (copied.append(b.name), copy(a, b)))
+    with files.filled(there, last="a.html") as here:
+        assert (here / "old.json").read_text() == "old"
+        (here / "a.html").write_text("done")
+        (here / "sub").mkdir()
+        (here / "sub" / "z.bin").write_bytes(b"z")
+        assert not (there / "a.html").exists()
+    assert copied[-1] == "a.html"
+    assert (there / "sub" / "z.bin").read_bytes() == b"z"
+    files.remove(there / "sub")
+    files.remove(there / "sub")
+    assert sorted(p.name for p in there.iterdir()) == ["a.html", "old.json"]
+
+
+def test_a_folder_on_this_machine_is_filled_itself(tmp_path):
+    with files.filled(tmp_path, last="a") as here:
+        assert here == tmp_path

@@ -10,7 +10,7 @@ import pytest
 from test_de_iii import TINY
 
 from avjax import config, models
-from avjax.benches.fusions import random_variables
+from avjax.benches.step import random_variables
 from avjax.errors import AvjaxError
 from avjax.models import fusions
 from avjax.models.fusions import FUSIONS

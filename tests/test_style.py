@@ -27,7 +27,9 @@ def test_format():
 
 def test_shell_scripts():
     shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([shellcheck, ".ci/run"], cwd=ROOT, capture_output=True, text=True)
+    scripts = [".ci/run", *ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch")]
+    assert len(scripts) > 4
+    done = subprocess.run([shellcheck, *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -201,3 +201,22 @@ def test_history_beyond_the_checkpoint_and_cut_lines_are_left_out(tmp_path):
 
 def test_main_stays_linear_and_short():
     assert len(pathlib.Path(train.__file__).read_text().splitlines()) < 300
+
+
+@pytest.mark.slow
+def test_a_run_directory_on_cloud_storage(features, undisturbed, tmp_path):
+    """Stood in for by a folder that is reached in the same way."""
+    from etils import epath
+
+    workdir = epath.Path(tmp_path / "W")
+    train.train(settings(features), workdir)
+    for name in ("metrics.json", "metrics.jsonl", "predictions.npz"):
+        assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert rundir.is_finished(workdir)
+    assert train.train(settings(features), workdir) == workdir
+
+
+def test_a_dry_run_writes_nothing(features, tmp_path, capsys):
+    assert train.train(settings(features), tmp_path / "W", dry=True) is None
+    assert "nothing was trained or written" in capsys.readouterr().out
+    assert not (tmp_path / "W").exists()

@@ -1,8 +1,9 @@
-"""Lanes: a protocol of 5 folds x 3 seeds as one program, as 15 compiled runs in turn, and as 15 runs of eager PyTorch.
+"""Lanes: a protocol of 5 folds x 5 seeds as one program, as 25 compiled runs in turn, and as 25 runs of eager PyTorch.
 
-The task is ETG-AVER (`configs/etg_mafw.py`) on made-up features in the shapes of the preset `lite`. Each way makes the
-same number of updates on the same batch size in float32, validates after every epoch, keeps the best and answers the
-test clips with it; each begins with features on the device and ends with logits on the host. Files are not written.
+The task is ETG-AVER (`configs/etg_mafw.py`) on made-up features with the classes of MAFW, in the shapes of the preset
+`lite`, or 768 wide in those of the paper's encoders. Each way makes the same number of updates on the same batch size
+in float32, validates after every epoch, keeps the best and answers the test clips with it; each begins with features on
+the device and ends with logits on the host. Files are not written.
 """
 
 import dataclasses
@@ -18,17 +19,19 @@ import numpy as np
 
 from avjax import config as configs
 from avjax import history, loop, models, pipeline
-from avjax.benches import record
+from avjax.benches import encoders, record
 from avjax.benches.ways import Way, interleaved, no_pytorch, torch_device
 from avjax.datasets.base import Clip, natural_folds
 from avjax.datasets.store import Features
+from avjax.dry_run import compile_step
 from avjax.errors import AvjaxError
 from avjax.models.base import Model
+from avjax.sharding import ALONE as HERE
 
 LANES, ALONE, PYTORCH = "lanes", "one after another", "pytorch"
 CONFIG = "configs/etg_mafw.py"
-SEEDS = (1, 2, 3)
-KEY = ("benchmark", "what", "width", "lanes", "clips", "epochs", "machine", "cores", "device")
+SEEDS = (1, 2, 3, 4, 5)
+KEY = ("benchmark", "what", "width", "lanes", "clips", "epochs", "batch", "machine", "cores", "device")
 TABLE = {
     "width": "width",
     "what": "what",
@@ -38,10 +41,16 @@ TABLE = {
     "compile_seconds": "compile s",
     "speed_up_over_one_after_another": "× alone",
     "speed_up_over_pytorch": "× PyTorch",
+    "gflop_per_update": "GFLOP an update",
+    "gflops": "GFLOP/s",
+    "matrix_product_gflops": "matrix product",
 }
-# Fewest and most steps, width: video at 16 frames, audio at 10 Hz, the sentence's tokens.
-SHAPES = {"video": (12, 16, 79), "audio": (20, 30, 56), "text_both": (30, 45, 384)}
-_CLASSES = 6
+# Fewest and most steps, width. `lite`: video at 16 frames, audio at 10 Hz, the sentence's tokens.
+LITE = {"video": (12, 16, 79), "audio": (20, 30, 56), "text_both": (30, 45, 384)}
+ENCODED = {"video": (8, 8, 768), "audio": (30, 50, 768), "text_both": (30, 48, 768)}
+_CLASSES = 11
+# The ways are compared after so many epochs: later, rounding has grown beyond what tells them apart.
+_COMPARED = 2
 # Lanes and single runs add up in another order; this close they end, as a share of the parameters' norm and of the
 # answers' standard deviation.
 _TOLERANCE = 1e-3
@@ -66,41 +75,92 @@ class Ended:
     logits: np.ndarray
 
 
-def measure(width: int, clips: int, epochs: int, repeats: int, say: Callable[[str], None]) -> list[dict[str, object]]:
+def measure(
+    width: int, clips: int, epochs: int, batch: int, repeats: int, say: Callable[[str], None]
+) -> list[dict[str, object]]:
     """Times the three ways in turn, `repeats` times, after checking that they compute the same.
 
     Args:
-      width: of the model; clips: of the made-up corpus; say: is told about the progress.
+      width: of the model; clips: of the made-up corpus; batch: clips of an update; say: is told about the progress.
     Returns:
-      One row per way: what, width, lanes, clips, epochs, steps (updates, all lanes together), parameters (of one lane),
-      repeats, seconds_min, seconds_median, seconds_max, compile_seconds and two speed-ups (ratios of medians). Figures
-      that do not exist are "".
+      One row per way: what, width, lanes, clips, epochs, batch, steps (updates, all lanes together), parameters (of one
+      lane), repeats, seconds_min, seconds_median, seconds_max, compile_seconds, two speed-ups (ratios of medians), the
+      work of an update (avjax: as XLA counts it; PyTorch: matrix products alone), updates times that in a second, and
+      what a plain matrix product reaches here, for comparison. Figures that do not exist are "".
     Raises:
       AvjaxError: the ways do not compute the same.
     """
-    case = make_case(width, clips, epochs)
+    case = make_case(width, clips, epochs, batch)
     count = len(case.plan.names)
-    say(f"width {width}: {count} lanes, {clips} clips, {epochs} epochs; compiling")
-    ways = [lanes_way(case), alone_way(case)]
-    together, alone = (way.run() for way in ways)
-    check_agreement(together, alone)
-    if reason := no_pytorch():
-        say(f"width {width}: PyTorch {reason}; not measured")
-    else:
-        check_pytorch(case, together[0])
-        ways.append(pytorch_way(case))
-    say(f"width {width}: {', '.join(w.name for w in ways)} compute the same")
+    names = check_ways(make_case(width, clips, min(epochs, _COMPARED), batch))
+    say(f"width {width}: {', '.join(names)} compute the same; {count} lanes, {clips} clips, {epochs} epochs; compiling")
+    ways = [MAKE[name](case) for name in names]
+    ours = our_gflop(case)
+    work = {LANES: ours, ALONE: ours} | ({PYTORCH: torch_gflop(case)} if PYTORCH in names else {})
     seconds = interleaved(ways, repeats, functools.partial(_tell, say, width))
+    steps = updates(case)
     facts = {
         "width": width,
         "lanes": count,
         "clips": clips,
         "epochs": epochs,
-        "steps": int(together[0].state.step.sum()),
-        "parameters": sum(v.size for v in jax.tree.leaves(together[0].state.params)) // count,
+        "batch": batch,
+        "steps": steps,
+        "parameters": parameters(case),
         "repeats": repeats,
     }
-    return [facts | row for row in timing_rows(ways, seconds)]
+    peak = {"matrix_product_gflops": encoders.peak("float32").flops / 1e9}
+    return [facts | row | _work(row, work, steps) | peak for row in timing_rows(ways, seconds)]
+
+
+def check_ways(case: Case) -> list[str]:
+    """The ways that can be measured here, all of which compute the same.
+
+    Raises:
+      AvjaxError: they do not.
+    """
+    together, alone = (MAKE[name](case).run() for name in (LANES, ALONE))
+    check_agreement(together, alone)
+    if no_pytorch():
+        return [LANES, ALONE]
+    check_pytorch(case, together[0])
+    return [LANES, ALONE, PYTORCH]
+
+
+def _work(row: Mapping[str, Any], work: Mapping[str, float], steps: int) -> dict[str, float | str]:
+    one = work.get(row["what"], "")
+    return {"gflop_per_update": one, "gflops": one * steps / row["seconds_median"] if one else ""}
+
+
+def updates(case: Case) -> int:
+    """Updates of all lanes together."""
+    sizes = np.asarray(case.plan.lanes.train_weight).sum(-1)
+    return int(np.ceil(sizes / case.config.train.batch_size).sum()) * case.config.train.epochs
+
+
+def parameters(case: Case) -> int:
+    """The number of parameters of a lane."""
+    state = jax.eval_shape(loop.make(case.model, case.config).init, case.plan.lanes, case.data)
+    return sum(v.size for v in jax.tree.leaves(state.params)) // len(case.plan.names)
+
+
+def our_gflop(case: Case) -> float:
+    """The work of an update of one lane, as XLA counts it in the step of all."""
+    return compile_step(case.model, case.config, HERE, case.plan, case.data).flops / len(case.plan.names) / 1e9
+
+
+def torch_gflop(case: Case) -> float:
+    """The matrix products of an update in PyTorch, forward and backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from avjax.benches import torch_etg
+
+    streams, run = torch_etg.streams(case.data, torch_device()), torch_etg.runs(case.plan, torch_device())[0]
+    model = torch_etg.new_model(streams, _CLASSES, run.seed, case.config.model)
+    batch = torch_etg.take(torch_etg.standardised(streams, run.train), run.train[: case.config.train.batch_size])
+    with FlopCounterMode(display=False) as counter:
+        torch_etg.loss(model(batch), batch, torch_etg.head_weights(case.config.model)).mean().backward()
+    return counter.get_total_flops() / 1e9
 
 
 def _tell(say: Callable[[str], None], width: int, repeat: str, name: str, seconds: float) -> None:
@@ -110,17 +170,18 @@ def _tell(say: Callable[[str], None], width: int, repeat: str, name: str, second
 # ---- The task -----------------------------------------------------------------------------------------------------
 
 
-def make_case(width: int, clips: int, epochs: int) -> Case:
+def make_case(width: int, clips: int, epochs: int, batch: int) -> Case:
     """Early stopping is off, so that every lane makes all its updates; the epochs are one call."""
     config = configs.load(
         CONFIG,
         model__width=width,
+        train__batch_size=batch,
         train__seeds=SEEDS,
         train__epochs=epochs,
         train__epochs_per_call=epochs,
         train__patience=0,
     )
-    features = made_up(clips)
+    features = made_up(clips, ENCODED if width == ENCODED["video"][-1] else LITE)
     folds, _ = natural_folds(features.clips, (), config.protocol.folds, config.protocol.fold_count)
     return Case(
         config=config,
@@ -131,14 +192,14 @@ def make_case(width: int, clips: int, epochs: int) -> Case:
     )
 
 
-def made_up(clips: int, seed: int = 0) -> Features:
+def made_up(clips: int, shapes: Mapping[str, tuple[int, int, int]], seed: int = 0) -> Features:
     """Noise of odd lengths with a hint of the class in each stream."""
     rng = np.random.default_rng(seed)
     label = rng.permutation(np.arange(clips) % _CLASSES).astype(np.int32)
     classes = tuple(f"class{c}" for c in range(_CLASSES))
     ids = [f"clip{i:05d}" for i in range(clips)]
     arrays, masks = {}, {}
-    for name, (fewest, most, width) in SHAPES.items():
+    for name, (fewest, most, width) in shapes.items():
         masks[name] = np.arange(most) < rng.integers(fewest, most + 1, (clips, 1))
         hint = 0.3 * rng.normal(size=(_CLASSES, 1, width))
         noise = rng.normal(size=(clips, most, width))
@@ -270,6 +331,9 @@ def check_pytorch(case: Case, together: Ended) -> None:
     model.load_state_dict(torch_etg.from_flax(jax.tree.map(lambda v: v[0], together.state.best["params"])))
     logits = torch_etg.answers(model, torch_etg.standardised(streams, run.train), run.test)["fusion"].cpu().numpy()
     _same_answers("the Flax and the PyTorch model", together.logits[0, : len(logits)], logits)
+
+
+MAKE = {LANES: lanes_way, ALONE: alone_way, PYTORCH: pytorch_way}
 
 
 # ---- Times --------------------------------------------------------------------------------------------------------

@@ -31,13 +31,14 @@ class EtgAver(nn.Module):
 
     Args:
       inputs: width w of each stream; config: the `model` part of a configuration, of which only what `full` leaves
-        open is read: width, segment_count, temperature.
+        open is read: width, segment_count, temperature, summary.
     """
 
     def __init__(self, inputs: Mapping[str, int], classes: int, config):
         super().__init__()
         width = config.width
         self.temperature, self.segment_count = config.temperature, config.segment_count
+        self.first = config.summary == "first"
         self.project = nn.ModuleDict(
             {s: nn.Linear(inputs[s], width) if inputs[s] != width else nn.Identity() for s in STREAMS}
         )
@@ -48,7 +49,7 @@ class EtgAver(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         masks = {s: batch[f"{s}_mask"] for s in STREAMS}
         steps = {s: self.project[s](batch[s]) * masks[s][..., None] for s in STREAMS}
-        vectors = {"text": masked_mean(steps["text"], masks["text"])}
+        vectors = {"text": steps["text"][:, 0] if self.first else masked_mean(steps["text"], masks["text"])}
         has_text = masks["text"].any(-1)
         for s in ("audio", "video"):
             steps[s] = self.guided(s, vectors["text"], has_text, steps[s], masks[s])

@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from avjax.benches import torch_states
+from avjax.benches.restated import Restated
+
 Tensor = Any
 State = Mapping[str, Tensor]
 
@@ -327,3 +330,21 @@ def _answer(state: State, audio: Tensor, video: Tensor) -> dict[str, Tensor]:
     import torch
 
     return {"logits": linear(state, "classifier_1.0", torch.cat((audio.mean(1), video.mean(1)), -1))}
+
+
+# As many steps as others have; as wide as the system, which maps no pictures; as many steps as there are positions.
+_EQUAL = {"text": (20, 300), "audio": (20, 74), "video": (20, 35)}
+_AS_WIDE = {"video": (50, 50)}
+_PLACES = {"audio": (30, 74), "video": (30, 35)}
+RESTATED: dict[str, Restated] = {
+    "lmf": Restated(lmf, torch_states.lmf),
+    "tfn": Restated(tfn, torch_states.tfn),
+    "mfn": Restated(mfn, torch_states.mfn, _EQUAL),
+    "mult": Restated(mult, torch_states.mult),
+    "auxformer": Restated(auxformer, torch_states.auxformer, _AS_WIDE),
+    "uavm": Restated(uavm, torch_states.uavm, _PLACES),
+    "mmer_ia": Restated(mmer_ia, torch_states.mmer_ia),
+    "mmer_it": Restated(mmer_it, torch_states.mmer_it),
+    "mmer_lt": Restated(mmer_lt, torch_states.mmer_lt),
+    "avtca_released": Restated(avtca_released, torch_states.avtca_released),
+}

@@ -19,6 +19,8 @@ class Packed:
 
     To know lengths and places, all records are read once, when a view is read for the first time.
 
+    Attributes:
+      longest: the most steps of a stream, or of a text as `text_<source>`.
     Args:
       clips: in the order in which they are numbered; text_source: whose tokens are the stream `text`, "" = none.
     Raises:
@@ -32,11 +34,11 @@ class Packed:
         self._source = tfds.builder_from_directory(str(folder)).as_data_source("clips")
         scanned = _scanned(folder, self._source)
         self._place = [scanned["places"][clip.id] for clip in clips]
-        self._longest = scanned["longest"]
-        self._streams = [s for s in store.STREAMS if s in self._longest]
+        self.longest = scanned["longest"]
+        self._streams = [s for s in store.STREAMS if s in self.longest]
         self._text = text_source
-        if text_source and f"text_{text_source}" not in self._longest:
-            there = ", ".join(n.removeprefix("text_") for n in self._longest if n.startswith("text_"))
+        if text_source and f"text_{text_source}" not in self.longest:
+            there = ", ".join(n.removeprefix("text_") for n in self.longest if n.startswith("text_"))
             raise AvjaxError(f"model.text_source is {text_source!r}; the feature store has {there}")
 
     def __len__(self) -> int:
@@ -47,13 +49,22 @@ class Packed:
         example = self._source[self._place[i]]
         out = {}
         for s in self._streams:
-            out[s], out[f"{s}_mask"] = _padded(example[s], example[f"{s}_mask"], self._longest[s])
+            out[s], out[f"{s}_mask"] = _padded(example[s], example[f"{s}_mask"], self.longest[s])
         if self._text:
             tokens = example["text"][self._text]
-            longest = self._longest[f"text_{self._text}"]
+            longest = self.longest[f"text_{self._text}"]
             out["text"], out["text_mask"] = _padded(tokens, np.ones(len(tokens), bool), longest)
         out["surface"], out["surface_mask"] = example["surface"][None], np.ones(1, bool)
         return out
+
+
+def shapes(features: store.Features) -> dict[str, tuple[list[int], str]]:
+    """What each stream is like: name, as in `Features.arrays`, → (shape of the longest clip, dtype)."""
+    held = {name: (list(array.shape[1:]), array.dtype.name) for name, array in features.arrays.items()}
+    if not features.packed:
+        return held
+    steps, longest = view.steps(*features.packed), Packed(*features.packed, features.clips, "").longest
+    return {name: ([longest[name], *shape], dtype) for name, (shape, dtype) in steps.items()} | held
 
 
 def _scanned(folder: Path, source) -> dict[str, dict[str, int]]:

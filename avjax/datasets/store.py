@@ -378,7 +378,7 @@ def dense(steps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.
     Pictures stay uint8 and token ids int32; everything else becomes float32.
     """
     longest = max(1, *(len(s) for s in steps))
-    dtype = steps[0].dtype if steps[0].dtype in (np.uint8, np.int32) else np.float32
+    dtype = view.dense_dtype(steps[0].dtype)
     out = np.zeros((len(steps), longest, *steps[0].shape[1:]), dtype)
     mask = np.zeros((len(steps), longest), bool)
     for i, (step, valid) in enumerate(zip(steps, masks, strict=True)):

@@ -62,6 +62,21 @@ def read(root: Path, dataset: str, preset: str) -> Iterator[dict]:
     return (source[i] for i in range(len(source)))
 
 
+def steps(root: Path, dataset: str, preset: str) -> dict[str, tuple[list[int], str]]:
+    """What a step of each stream and text of a packed view is like where it is read: name → (shape, dtype)."""
+    import tensorflow_datasets as tfds
+
+    found = tfds.builder_from_directory(str(readable(root, dataset, preset))).info.features
+    arrays = {name.removesuffix("_mask"): found[name.removesuffix("_mask")] for name in found if name.endswith("_mask")}
+    arrays |= {f"text_{source}": found["text"][source] for source in found["text"]}
+    return {name: (list(a.shape[1:]), dense_dtype(np.dtype(a.np_dtype)).name) for name, a in arrays.items()}
+
+
+def dense_dtype(stored: np.dtype) -> np.dtype:
+    """In which dtype a stored array enters training: pictures stay uint8 and token ids int32, numbers are float32."""
+    return stored if stored in (np.uint8, np.int32) else np.dtype(np.float32)
+
+
 def remove(root: Path, dataset: str, preset: str) -> None:
     """Removes a packed view, if there is one."""
     place = folder(root, dataset, preset).parent

@@ -54,10 +54,10 @@ class StepNorm(nn.BatchNorm):
         return super().__call__(x, use_running_average=not moves, mask=counted[..., None])
 
 
-def interleaved_sinusoids(positions: np.ndarray, width: int) -> np.ndarray:
+def interleaved_sinusoids(positions: np.ndarray | jax.Array, width: int, xp=np) -> np.ndarray | jax.Array:
     """Sine and cosine in turn of each position (Vaswani et al. 2017, section 3.5): (r,) → (r, width) float32."""
-    angle = positions[:, None] * 1e4 ** (-(np.arange(width) // 2 * 2) / width)[None]
-    return np.where(np.arange(width) % 2 == 0, np.sin(angle), np.cos(angle)).astype(np.float32)
+    angle = positions[:, None] * (1e4 ** (-(np.arange(width) // 2 * 2) / width))[None]
+    return xp.where((np.arange(width) % 2 == 0)[None], xp.sin(angle), xp.cos(angle)).astype(np.float32)
 
 
 def _shift(scores: jax.Array) -> jax.Array:
@@ -89,9 +89,10 @@ class RelativeAttention(nn.Module):
         n, width = x.shape[1:]
         split = (self.heads, width // self.heads)
         query, key, value = (Project(split, dtype=self.dtype, name=name)(x) for name in ("query", "key", "value"))
-        offsets = np.arange(n) if self.legacy_relative else np.arange(n - 1, -n, -1)
+        xp = np if isinstance(n, int) else jnp  # of `jax.export` the number of steps may be a symbol
+        offsets = xp.arange(n) if self.legacy_relative else xp.arange(n - 1, -n, -1)
         place = Project(split, dtype=self.dtype, bias=False, name="position")(
-            interleaved_sinusoids(offsets, width)
+            interleaved_sinusoids(offsets, width, xp)
         )  # r h d
         content = jnp.einsum("bqhd,bkhd->bhqk", query + self._bias("content_bias", split), key)
         position = _shift(jnp.einsum("bqhd,rhd->bhqr", query + self._bias("position_bias", split), place))

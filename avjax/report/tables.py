@@ -177,13 +177,13 @@ def compare_markdown(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str,
     """`compare_table` as Markdown: the setting, the table, and the notes as a list. Ends with a newline."""
     columns, rows, notes = _compared(runs, evidence)
     lines = [
-        f"**{_plain(_setting(runs[0][1]))}**",
+        f"**{plain(_setting(runs[0][1]))}**",
         "",
-        _markdown_row(columns),
-        _markdown_row(["---", *["--:"] * (len(columns) - 1)]),
-        *map(_markdown_row, rows),
+        markdown_row(columns),
+        markdown_row(["---", *["--:"] * (len(columns) - 1)]),
+        *map(markdown_row, rows),
         "",
-        *(f"- {_plain(note)}" for note in notes),
+        *(f"- {plain(note)}" for note in notes),
     ]
     return "\n".join(lines) + "\n"
 
@@ -399,10 +399,11 @@ def _rich_table(
     return table
 
 
-def _markdown_row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(map(_plain, cells))} |"
+def markdown_row(cells: Iterable[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(plain, cells))} |"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown shows as it is: no cell ends early, no emphasis or tag begins."""
     return re.sub(r"([\\`*_|<\[])", r"\\\1", " ".join(text.split()))

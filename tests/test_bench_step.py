@@ -1,8 +1,7 @@
-"""The benchmark of fusions makes the same step on both sides, refuses others, and its figures are what they say."""
+"""The benchmark of steps makes the same step on both sides, refuses others, and its figures are what they say."""
 
 import csv
 import dataclasses
-import functools
 import importlib.util
 import pathlib
 
@@ -11,14 +10,20 @@ import numpy as np
 import pytest
 from test_bench import bench
 
-from avjax.benches import fusions as benchmark
-from avjax.benches import record
+from avjax.benches import record, torch_fusions, torch_sequences, torch_systems
+from avjax.benches import step as benchmark
 from avjax.benches.ways import chosen
 from avjax.errors import AvjaxError
-from avjax.models.fusions import FUSIONS
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
 SMALL = {
+    "etg_aver": {"width": 8, "segment_count": 3},
+    "emoasst": {"width": 8, "heads": 2, "inner": 12},
+    "de_iii": {
+        "width": 8,
+        **{"heads": 2, "depths": {"audio": 1, "video": 1, "flow": 1}, "kernel": 3, "output": 6, "hidden": 5},
+    },
+    "avt_ca": {"width": 8, "heads": 2},
     "lmf": {"widths": {"text": 4, "audio": 3, "video": 5}, "text_width": 6, "rank": 2},
     "tfn": {"widths": {"text": 4, "audio": 3, "video": 5}, "text_width": 6, "hidden": 7},
     "mfn": {
@@ -32,17 +37,22 @@ SMALL = {
     "mmer_it": {"heads": 2},
     "mmer_lt": {"heads": 2},
     "avtca_released": {"heads": 4},
+    "three_branch": {"width": 8, "heads": 2, "layers": 2},
+    "mma_dfer": {"width": 8, "heads": 2, "inner": 12, "layers": 2, "bottleneck": 4},
+    "c3d_lstm": {"widths": (4, 5), "hidden": 6},
+    "ladder": {"widths": (8, 6)},
     "bc_lstm": {"hidden": 4, "width": 5},
 }
+# Those that leave no doubt in little time; the others are slow.
+QUICK = ("etg_aver", "emoasst", "mmer_ia", "avt_ca", "c3d_lstm")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small fusions and batches, timed for a moment."""
+    """Small models and batches, timed for a moment."""
     for name, settings in SMALL.items():
-        module = functools.partial(FUSIONS[name].module, **settings)
-        module.streams = FUSIONS[name].streams
-        monkeypatch.setitem(FUSIONS, name, dataclasses.replace(FUSIONS[name], module=module))
+        more = {"classes": (benchmark.CLASSES, benchmark.SHAPES["text"][1])} if name == "emoasst" else {}
+        monkeypatch.setitem(benchmark.SIZES, name, (benchmark.Size("small", settings, more=more),))
     monkeypatch.setattr(benchmark, "BATCH", 4)
     monkeypatch.setattr(benchmark, "TURNS", 2)
     monkeypatch.setattr(benchmark.encoders, "_LEAST_SECONDS", 0.01)
@@ -57,7 +67,12 @@ def no_torch(monkeypatch):
 def measured(name: str, repeats: int = 2) -> tuple[dict, list[str]]:
     """The row, and the lines that were said."""
     said: list[str] = []
-    return benchmark.measure(name, repeats, said.append), said
+    (row,) = benchmark.measure(name, repeats, said.append)
+    return row, said
+
+
+def case_of(name: str) -> benchmark.Case:
+    return benchmark.make_case(name, *benchmark.sizes(name))
 
 
 # ---- Rows ---------------------------------------------------------------------------------------------------------
@@ -67,13 +82,13 @@ def measured(name: str, repeats: int = 2) -> tuple[dict, list[str]]:
 @needs_torch
 def test_row():
     row, said = measured("lmf")
-    assert (row["fusion"], row["batch"], row["repeats"]) == ("lmf", 4, 2)
+    assert (row["model"], row["size"], row["batch"], row["repeats"]) == ("lmf", "small", 4, 2)
     assert row["streams"] == "text 20x300 audio 50x74 video 50x35"
     lstm, text = 4 * 4 * (300 + 4 + 1), 6 * (4 + 1)
     dense = 3 * (74 + 1) + 2 * 3 * (3 + 1) + 5 * (35 + 1) + 2 * 5 * (5 + 1)
     factors = 2 * 7 * (1 + 6 + 1 + 3 + 1 + 5) + 2 + 7
     assert row["parameters"] == lstm + text + dense + factors
-    assert said[:2] == ["lmf: compiling", "lmf: avjax, pytorch compute the same"]
+    assert said[:2] == ["lmf (small): compiling", "lmf (small): avjax, pytorch compute the same"]
     assert [line.split(": ")[1].split()[0] for line in said[2:]] == 2 * ["avjax", "pytorch"]
     for way in ("avjax", "pytorch"):
         low, median, high = (row[f"{way}_seconds_{k}"] for k in ("min", "median", "max"))
@@ -85,46 +100,78 @@ def test_row():
     assert set(benchmark.TABLE) <= set(row)
 
 
-def test_a_conversation_is_as_many_clips_and_restated_nowhere():
-    row, said = measured("bc_lstm", 1)
-    assert (row["batch"], row["streams"]) == (4, "text 20x300 audio 50x74 video 50x35")
+def test_a_conversation_is_as_many_clips():
+    case = case_of("bc_lstm")
+    assert case.batch["text"].shape == (2, 2, 20, 300)
+    assert case.batch["text_mask"].shape == (2, 2, 20)
+    assert case.batch["label"].shape == case.batch["turn_mask"].shape == case.batch["weight"].shape == (2, 2)
+
+
+def test_what_is_restated_nowhere_is_measured_alone(monkeypatch):
+    monkeypatch.delitem(benchmark.RESTATED, "ladder")
+    row, said = measured("ladder", 1)
     assert row["avjax_seconds_median"] > 0
     assert {v for k, v in row.items() if k.startswith(("pytorch", "compiled", "speed_up"))} == {""}
     assert "compute the same" not in " ".join(said)
-    batch = benchmark.make_case("bc_lstm").batch
-    assert batch["text"].shape == (2, 2, 20, 300)
-    assert batch["text_mask"].shape == (2, 2, 20)
-    assert batch["label"].shape == batch["turn_mask"].shape == batch["weight"].shape == (2, 2)
 
 
 def test_without_pytorch_nothing_is_compared(no_torch):
-    case = benchmark.make_case("lmf")
+    case = case_of("lmf")
     assert case.restated is None
     assert benchmark.torch_ways(case) == []
 
 
+def test_every_size_has_a_row(monkeypatch):
+    two = benchmark.Size("one", {"widths": (5,)}), benchmark.Size("two", {"widths": (6,)}, {"video": (9, 3)})
+    monkeypatch.setitem(benchmark.SIZES, "ladder", two)
+    monkeypatch.delitem(benchmark.RESTATED, "ladder")
+    rows = benchmark.measure("ladder", 1, lambda line: None)
+    assert [(row["size"], row["streams"]) for row in rows] == [
+        ("one", "audio 50x74 video 50x35"),
+        ("two", "audio 50x74 video 9x3"),
+    ]
+    assert rows[0]["parameters"] != rows[1]["parameters"]
+
+
 def test_names_that_are_not_there_are_named():
-    assert chosen("--fusions", None, FUSIONS) == list(FUSIONS)
-    assert chosen("--fusions", ["mult", "lmf"], FUSIONS) == ["mult", "lmf"]
-    with pytest.raises(AvjaxError, match=r"--fusions: alloy is not among .*, lmf, tfn"):
-        chosen("--fusions", ["alloy"], FUSIONS)
+    assert chosen("--models", ["mult", "lmf"], benchmark.MODELS) == ["mult", "lmf"]
+    with pytest.raises(AvjaxError, match=r"--models: alloy is not among emoasst, etg_aver, .*, lmf, tfn"):
+        chosen("--models", ["alloy"], benchmark.MODELS)
 
 
 # ---- The same on both sides ---------------------------------------------------------------------------------------
 
 
-def test_what_is_restated_is_a_fusion():
-    assert set(benchmark.RESTATED) == set(SMALL) - {"bc_lstm"}
-    assert set(SMALL) <= set(FUSIONS)
+def test_what_is_restated_is_a_model_and_restated_once():
+    files = [set(file.RESTATED) for file in (torch_fusions, torch_sequences, torch_systems)]
+    assert sum(len(names) for names in files) == len(set.union(*files))
+    assert set.union(*files) == set(SMALL) - {"bc_lstm"}
+    assert set.union(*files) <= set(benchmark.RESTATED) <= set(benchmark.MODELS)
 
 
 @needs_torch
 @pytest.mark.parametrize(
     "name",
-    [name if name in ("mmer_ia",) else pytest.param(name, marks=pytest.mark.slow) for name in benchmark.RESTATED],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name != "bc_lstm"],
 )
 def test_both_sides_make_the_same_step(name):
-    assert [way.name for way in benchmark.make_ways(benchmark.make_case(name))] == ["avjax", "pytorch"]
+    assert [way.name for way in benchmark.make_ways(case_of(name))] == ["avjax", "pytorch"]
+
+
+@needs_torch
+def test_both_read_the_first_token_where_it_is_the_summary(monkeypatch):
+    settings = SMALL["etg_aver"] | {"summary": "first"}
+    monkeypatch.setitem(benchmark.SIZES, "etg_aver", (benchmark.Size("small", settings),))
+    assert len(benchmark.make_ways(case_of("etg_aver"))) == 2
+
+
+@needs_torch
+def test_another_loss_is_refused(monkeypatch):
+    restated = benchmark.RESTATED["avt_ca"]
+    other = lambda answers, inputs: -restated.loss(answers, inputs)  # noqa: E731
+    monkeypatch.setitem(benchmark.RESTATED, "avt_ca", dataclasses.replace(restated, loss=other))
+    with pytest.raises(AvjaxError, match=r"avt_ca: pytorch: what an update changes in the logits of 'fusion' differ"):
+        measured("avt_ca")
 
 
 @needs_torch
@@ -167,32 +214,34 @@ def test_no_weight_can_be_mistaken_for_another():
 
 @pytest.mark.slow
 @needs_torch
-def test_a_fusion_is_measured_and_recorded(tmp_path):
-    out = tmp_path / "fusions.csv"
-    done = bench("fusions", "--fusions=lmf", "--repeats=1", f"--out={out}")
+def test_a_model_is_measured_and_recorded(tmp_path):
+    out = tmp_path / "step.csv"
+    done = bench("step", "--models=lmf", "--repeats=1", f"--out={out}")
     assert done.returncode == 0, done.stderr
     with out.open() as file:
         (row,) = csv.DictReader(file)
-    assert (row["benchmark"], row["fusion"], row["batch"], row["jax"]) == ("fusions", "lmf", "32", jax.__version__)
+    assert (row["benchmark"], row["model"], row["size"], row["batch"]) == ("step", "lmf", "default", "32")
+    assert row["jax"] == jax.__version__
     assert float(row["speed_up_over_pytorch"]) > 0
     assert "compiled s" not in done.stdout, "nothing was compiled by PyTorch; the table has no column for it"
 
 
 def test_a_mistake_is_one_line():
-    done = bench("fusions", "--fusions=alloy")
+    done = bench("step", "--models=alloy")
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert "alloy is not among " in done.stderr
 
 
-def test_committed_results_can_be_added_to():
-    path = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "fusions.csv"
+def test_committed_results_can_be_added_to(monkeypatch):
+    path = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "step.csv"
     if not path.is_file():
         pytest.skip("results are in a checkout")
     with path.open() as file:
         found = list(csv.DictReader(file))
     keys = [tuple(row[k] for k in benchmark.KEY) for row in found]
     assert len(keys) == len(set(keys))
-    assert {row["fusion"] for row in found} == set(FUSIONS)
-    row, _ = measured("lmf", 1)
+    assert {row["model"] for row in found} == set(benchmark.MODELS)
+    monkeypatch.delitem(benchmark.RESTATED, "ladder")
+    row, _ = measured("ladder", 1)
     assert list(found[0]) == ["benchmark", *row, *record.circumstances()]

@@ -1,0 +1,36 @@
+"""Writes a bundle of a finished run: all that answering takes, in one folder that can be passed on.
+
+python -m avjax.export --workdir W --out B [--fold F] [--seed S]
+
+B has the answer as a portable program that JAX runs without avjax, its weights twice (safetensors, Orbax), labels,
+provenance, a model card and sums of all files. `python -m avjax.predict --workdir B clip.mp4` answers as W does;
+in Python: `avjax.load("B").predict(["clip.mp4"])`.
+"""
+
+from absl import flags
+
+from avjax import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of avjax.train.", required=True)
+OUT = flags.DEFINE_string("out", None, "The folder of the bundle, which must not be there yet.", required=True)
+FOLD = flags.DEFINE_string("fold", None, "The lanes of this fold alone.")
+SEED = flags.DEFINE_integer("seed", None, "The lanes of this seed alone.")
+
+
+def main(_: list[str]) -> None:
+    from avjax import bundle, files
+    from avjax.prediction import read_json
+
+    cli.use_compile_cache()
+    out = files.place(OUT.value)
+    bundle.write(files.place(WORKDIR.value), out, FOLD.value, SEED.value)
+    says = read_json(out / "provenance.json")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {says['run']}, {len(says['lanes'])} of {says['lanes_of_run']} lanes, {size / 1e6:.1f} MB")
+    for name, stream in says["inputs"].items():
+        print(f"  {name} ({', '.join(map(str, stream['shape']))}) {stream['dtype']}")
+    print(f"read {out}/model_card.md before you pass it on")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,99 @@
+"""Where the launchers are, and a place to run them in that no cluster can be reached from."""
+
+import json
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+LAUNCH = pathlib.Path(__file__).resolve().parents[1] / "launch"
+LOCAL, SLURM, TPU, XPK = (LAUNCH / name for name in ("local.sh", "slurm.sbatch", "tpu_vm.sh", "xpk.sh"))
+PLAIN_TOOLS = ("bash", "env", "cat", "dirname", "basename", "sed", "mktemp", "rm", "seq", "sleep", "tail")
+CLUSTER_TOOLS = ("gcloud", "kubectl", "xpk", "srun", "scontrol", "sbatch")
+AWKWARD = ("--config.data.root=/a b/c", "it's", '"two"', "$HOME", "a;b", "*", "", "--", "line\nbreak")
+RECORDER = """#!{python}
+import json, sys
+with open({calls!r}, "a") as file:
+    file.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
+{then}
+"""
+
+
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+PLACE = ["n", "--zone=z"]
+DESCRIBE = [*QUEUED, "describe", *PLACE, "--format=value(state.state)"]
+DELETE = [*QUEUED, "delete", *PLACE, "--force", "--quiet"]
+ALL = ["--node=all", "--worker=all"]
+SRUN = ["srun", "--kill-on-bad-exit=1", "--label"]
+needs_launchers = pytest.mark.skipif(not LAUNCH.is_dir(), reason="launchers are in a checkout")
+
+
+class Box:
+    """A PATH with plain tools alone, and stand-ins of the clusters' tools that note how they are called and fail."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.calls_file = folder, folder / "calls.jsonl"
+        self.path = folder / "bin"
+        self.path.mkdir()
+        for name in PLAIN_TOOLS:
+            (self.path / name).symlink_to(shutil.which(name))
+        (self.path / "python").symlink_to(sys.executable)
+        for name in CLUSTER_TOOLS:
+            self.stand_in(name, "sys.exit(1)")
+
+    def stand_in(self, name: str, then: str) -> None:
+        text = RECORDER.format(python=sys.executable, calls=str(self.calls_file), name=name, then=then)
+        (self.path / name).write_text(text)
+        (self.path / name).chmod(0o755)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return {"PATH": str(self.path), "HOME": str(self.folder), "PYTHONPATH": str(self.folder), **more}
+
+    def run(self, script, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+        command = ["bash", str(script), *arguments]
+        return subprocess.run(command, env=self.environment(**more), capture_output=True, text=True, timeout=60)
+
+    def calls(self) -> list[list[str]]:
+        return (
+            [json.loads(line) for line in self.calls_file.read_text().splitlines()] if self.calls_file.exists() else []
+        )
+
+    def printed(self, script, *arguments: str, **more: str) -> list[list[str]]:
+        """The words of each command that a dry run prints."""
+        done = self.run(script, *arguments, **more)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert self.calls() == []
+        return [shlex.split(line, comments=True) for line in done.stdout.splitlines()]
+
+
+def shell_words(line: str) -> list[str]:
+    done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def wait_for(condition, seconds: float = 10) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not come"
+        time.sleep(0.02)
+
+
+def ask(*more: str, type: str = "v5litepod-16", version: str = "v2-alpha-tpuv5-lite") -> list[str]:
+    """What `tpu_vm.sh` asks gcloud for."""
+    nodes = [] if any("node" in m for m in more) else ["--node-id=n"]
+    ours = [m for m in more if "node" in m]
+    after = [m for m in more if "node" not in m]
+    return [
+        *QUEUED,
+        "create",
+        *PLACE,
+        *nodes,
+        *ours,
+        f"--accelerator-type={type}",
+        f"--runtime-version={version}",
+        *after,
+    ]

@@ -1,0 +1,91 @@
+"""Two steps of a system on meshes of eight CPU devices; run as a program, for devices are counted once in a process."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+import prompted
+import synthetic
+
+from avjax import config as configs
+from avjax import loop, models, pipeline, sharding, streams
+from avjax.datasets.base import Fold
+
+MESHES = {
+    "single": {},
+    "dp": {},
+    "fsdp": {},
+    "tp": {},
+    "lanes": {},
+    # By sizes, which stand in the place of the preset's.
+    "lane × fsdp × tensor": {"lane": 2, "fsdp": 2, "tensor": 2},
+    "data × tensor": {"data": 2, "tensor": 4},
+    "data × fsdp": {"data": 4, "fsdp": 2},
+}
+# Configuration, and what makes it small.
+SYSTEMS = {
+    "etg_aver": ("configs/etg_folder.py", {"model__width": 16}),
+    "etg_aver_remat": ("configs/etg_folder.py", {"model__width": 16, "train__remat": True}),
+    "de_iii": ("configs/deiii_folder.py", {"model__settings__width": 16, "model__settings__heads": 8}),
+    "avt_ca": ("configs/avtca_folder.py", {"model__settings__width": 16, "model__settings__heads": 8}),
+    "emoasst": ("configs/emoasst_folder.py", {f"model__settings__{k}": v for k, v in prompted.SMALL.items()}),
+}
+
+
+def features(system: str):
+    made = prompted.make(clips=24) if system == "emoasst" else synthetic.make(clips=24)
+    both = {name: dict(part) for name, part in (("arrays", made.arrays), ("masks", made.masks))}
+    for part in both.values():
+        part["flow"] = part["video"]
+    return dataclasses.replace(made, **both)
+
+
+def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
+    """The losses of two steps by lane, the axes that share out parameters, and the devices."""
+    file, small = SYSTEMS[system]
+    chosen = {"train__seeds": tuple(range(1, 9)), "train__epochs": 1, "train__epochs_per_call": 1}
+    chosen |= {
+        "train__batch_size": 8,
+        "mesh__preset": "auto" if sizes else preset,
+        **{f"mesh__{k}": v for k, v in sizes.items()},
+    }
+    config = configs.load(file, **small | chosen)
+    made = features(system)
+    ids = made.ids
+    model = models.build(config.model, len(made.classes))
+    fold = Fold("one", tuple(ids[:16]), tuple(ids[20:]), tuple(ids[16:20]))
+    plan = pipeline.plan(made, [fold], config.train.seeds, config.protocol, model.turns)
+    place = sharding.place(config, len(plan.names))
+    clips, lanes = streams.choose(made, config, model.constants, place), place.put_lanes(plan.lanes)
+    trainer = loop.make(model, config, place)
+    state = trainer.init(lanes, clips)
+    if place.mesh:
+        sharding.check(state, place.of_state(state))
+    state, sums = trainer.epochs(state, lanes, clips, np.int32(1))
+    if place.mesh:
+        sharding.check(state, place.of_state(state))
+    losses = sum(np.asarray(v)[:, 0] for v in sums["train_terms"].values())  # (lanes, steps)
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves((state.params, state.moments)) if place.mesh]
+    shared = {axis for spec in specs for axes in spec for axis in sharding._names(axes)}
+    logits = jax.device_get(trainer.predict(state, lanes, clips))
+    answers = np.concatenate([v.ravel() for v in jax.tree.leaves(logits)])
+    return {
+        "losses": losses.tolist(),
+        "answers": answers.tolist(),
+        "shared": sorted(shared),
+        "devices": place.mesh.size if place.mesh else 1,
+    }
+
+
+def main(systems: list[str]) -> None:
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert jax.device_count() == 8
+    for system in systems:
+        for preset, sizes in MESHES.items():
+            print(json.dumps({"system": system, "preset": preset} | trained(system, preset, sizes)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
