@@ -166,6 +166,8 @@ def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.
     mask = _for_queries(mask)
     some = mask.any(-1, keepdims=True)
 
+    # Weights are computed once more for gradients: that costs less than to keep those of all heads.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def one(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = head  # b l d
         scores = jnp.einsum("bqd,bkd->bqk", q / jnp.sqrt(q.shape[-1]).astype(q.dtype), k).astype(jnp.float32)

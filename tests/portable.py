@@ -1,13 +1,19 @@
 """Runs with made-up weights, and clips for them, to try portable programs with."""
 
+import dataclasses
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from test_fusions import CLASSES, SMALL, WIDTHS
 
-from avjax import models, pipeline, prediction
+from avjax import cache as caches
+from avjax import config as configs
+from avjax import models, pipeline, prediction, readouts, rundir
+from avjax.checkpoint import Checkpoints
 from avjax.datasets.store import Features
 from avjax.models import fusions
 from avjax.models.base import Model
@@ -90,3 +96,54 @@ def streams_of(run: prediction.Run, clips: Features, multiple: int = 1) -> dict[
             more = -array.shape[1] % multiple
             out[key] = np.pad(array, [(0, more if axis == 1 else 0) for axis in range(array.ndim)])
     return out
+
+
+def recalled(few: Features, sizes: tuple[int, ...]) -> prediction.Run:
+    """EmoAsst of two lanes, whose caches have so many entries, the first of them without sound."""
+    rng, width = np.random.default_rng(2), few.arrays["text_both"].shape[-1]
+    unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)  # noqa: E731
+    text = unit(rng.normal(size=(len(few.classes), width)))
+    model = models.build(emoasst().model, len(few.classes)).replace(constants={"classes": text})
+    own = []
+    for lane, size in enumerate(sizes, 1):
+        cache = caches.empty(few.classes, text, ("video", "audio"), "made up")
+        keys = {m: unit(rng.normal(size=(size, width))) for m in cache.modalities}
+        keys["audio"][:1] = 0
+        names = [few.classes[i % len(few.classes)] for i in range(size)]
+        cache = caches.add(cache, [str(i) for i in range(size)], names, keys)
+        own.append(dataclasses.replace(cache, alpha={"video": 3.0, "audio": 1.0 * lane}, beta=5.5 * lane))
+    return dataclasses.replace(run_of(model, few), caches=tuple(own))
+
+
+def emoasst():
+    """The configuration of `recalled`."""
+    config = configs.load("configs/emoasst_folder.py")
+    config.model.settings.update({"width": 8, "heads": 2, "inner": 8})
+    return config
+
+
+def finished(run: prediction.Run, config, workdir: pathlib.Path, **made_by: str) -> pathlib.Path:
+    """The run directory that a run with these weights would have left, as far as others read it."""
+    lane = {"n_train": 4, "n_val": 1, "n_test": 2, "speaker_overlap": 0, "best_epoch": 1, "war": 0.5, "uar": 0.5}
+    lanes = [{"fold": fold, "seed": seed} | lane for fold, seed in run.lanes]
+    scores = {key: {"war": 0.5, "uar": 0.5} for key in ("mean", "std", "pooled")}
+    counts = {"used": 7, "quarantined": 0, "masked_audio": 0, "masked_video": 0}
+    about = {"dataset": run.dataset, "protocol": run.protocol, "task": "single", "classes": list(run.classes)}
+    confusion = np.eye(len(run.classes), dtype=int).tolist()
+    named = {f"text_{run.text_source}" if s == "text" else s: found for s, found in run.streams.items()}
+    features = {"content": "made up", "made_by": made_by, "random": run.random, "streams": named}
+    files = {
+        "config": config.to_dict() | {"data": {"features": str(workdir / "F")}},
+        "metrics": about | scores | {"counts": counts, "folds": lanes, "confusion": confusion, "reference": {}},
+        "environment": rundir.environment() | {"features": features},
+        "protocol": {"dataset": "folder", "folds": lanes},
+    }
+    for name, content in files.items():
+        workdir.mkdir(exist_ok=True)
+        (workdir / f"{name}.json").write_text(json.dumps(content))
+    for lane, cache in zip(run.lanes, run.caches, strict=bool(run.caches)):
+        caches.save(cache, workdir / readouts.FOLDER / readouts.cache_name(*lane))
+    with Checkpoints(workdir / "checkpoints") as kept:
+        kept.save(1, {"best": run.best, "best_head": run.best_head, "stats": run.stats})
+    (workdir / "report.html").write_text("")
+    return workdir

@@ -7,9 +7,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from test_bench import bench
 
+from avjax import layers
 from avjax.benches import collectives, record, scaling
 from avjax.benches.collectives import Collective
 from avjax.errors import AvjaxError
@@ -195,6 +198,14 @@ def test_row():
     assert row["h100_link_seconds"] == pytest.approx(21e6 / 450e9)
     assert row["h100_efficiency"] == pytest.approx(0.01 / (0.01 + 21e6 / 450e9))
     assert row["h100_efficiency_overlapped"] == 1
+
+
+def test_steps_are_those_of_accelerators(monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", scaling.as_on_accelerators)
+    queries = jnp.ones((1, 64, 2, 4))
+    jaxpr = str(jax.make_jaxpr(layers.attended)(queries, queries, queries, jnp.ones((1, 64), bool)))
+    assert "dot_general" in jaxpr
+    assert not any(loop in jaxpr for loop in ("scan", "while", "cond"))  # on a CPU heads are taken one after another
 
 
 # ---- Real steps -----------------------------------------------------------------------------------------------------

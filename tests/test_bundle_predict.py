@@ -18,9 +18,9 @@ import tiny_run
 from prompted import quick  # noqa: F401
 
 import avjax
-from avjax import bundle, config, prediction, train
+from avjax import bundle, prediction, readouts
+from avjax import cache as caches
 from avjax.datasets import store
-from avjax.errors import AvjaxError
 from avjax.report import card
 
 CLOSE = 1e-5
@@ -226,35 +226,24 @@ def test_the_code_of_the_card_from_a_real_clip(java_sed, tmp_path_factory, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.weights
-def test_a_bundle_that_is_read_by_caches(tmp_path_factory, tmp_path):
-    data, features, _ = tiny_run.make(tmp_path_factory)
-    small = {"width": 16, "heads": 2, "inner": 16, "shots": 2, "tune_steps": 2}
-    chosen = {f"model__settings__{key}": value for key, value in small.items()}
-    chosen |= {"train__epochs": 2, "train__epochs_per_call": 2, "train__seeds": (1,)}
-    chosen |= {"protocol__fold_count": 2, "data__features": str(features)}
-    workdir = train.train(config.load("configs/emoasst_folder.py", **chosen), tmp_path / "W")
+def test_a_cache_that_a_run_was_taught_answers_for_its_bundle(tmp_path_factory, tmp_path):
+    data, features, trained = tiny_run.make(tmp_path_factory)
+    clips, made_by = store.load(features, "lite"), prediction.read_run(trained).made_by
+    run = portable.recalled(clips, (3, 6))
+    workdir = portable.finished(run, portable.emoasst(), tmp_path / "W", **made_by)
+    text = readouts.joined({"text": np.stack([c.text for c in run.caches])})["text"]
+    found = readouts.joined(prediction.represented(run, clips))
+    taught = caches.empty(run.classes, text, tuple(found), run.caches[0].origin)
+    labels = [clips.classes[label] for label in clips.label]
+    caches.save(caches.add(taught, clips.ids, labels, found), tmp_path / "C")
     bundle.write(workdir, tmp_path / "B")
-    clips = store.load(features, "lite")
-    run, back = prediction.read_run(workdir), bundle.read(tmp_path / "B")
-    np.testing.assert_array_equal(prediction.answers_of(back, clips), prediction.answers_of(run, clips))
-    assert "ids, labels and features of training clips" in (tmp_path / "B" / "model_card.md").read_text()
-    # A cache that the run was taught answers for its bundle, too.
-    (tmp_path / "taught.csv").write_text(f"file,label\n{data / 'take0/0.mp4'},deep\n")
-    teach = ("--labels", tmp_path / "taught.csv", "--cache", tmp_path / "C")
-    taught = answered(workdir, *teach, module="avjax.adapt")
-    assert taught.returncode == 0, taught.stderr
-    of_run, of_bundle = (
-        answered(folder, "--json", "--cache", tmp_path / "C", data / "take0/1.mp4")
-        for folder in (workdir, tmp_path / "B")
-    )
+    one = ("--json", "--cache", tmp_path / "C", data / "take0/1.mp4")
+    of_run, of_bundle = (answered(folder, *one) for folder in (workdir, tmp_path / "B"))
     assert of_bundle.returncode == 0, of_bundle.stderr
     assert of_bundle.stdout == of_run.stdout
-    refused = answered(
-        tmp_path / "B", "--labels", tmp_path / "taught.csv", "--cache", tmp_path / "C", module="avjax.adapt"
-    )
+    assert json.loads(of_bundle.stdout)["cache_entries"] == 9
+    refused = answered(tmp_path / "B", "--cache", tmp_path / "C", module="avjax.adapt")
     assert "a bundle of avjax.export, not a run of avjax.train" in refused.stderr
     bundle.write(workdir, tmp_path / "one", fold="1")
-    refused = answered(tmp_path / "one", "--cache", tmp_path / "C", data / "take0/1.mp4")
+    refused = answered(tmp_path / "one", *one)
     assert "C: is of all lanes of the run; this bundle has 1 of them" in refused.stderr
-    with pytest.raises(AvjaxError, match="no fold 'x'"):
-        bundle.read(tmp_path / "B", "x")

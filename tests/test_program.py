@@ -11,7 +11,6 @@ import tiny_raw
 from jax import export
 from prompted import quick  # noqa: F401
 
-from avjax import cache as caches
 from avjax import config as configs
 from avjax import models, prediction, program
 from avjax.errors import AvjaxError
@@ -100,24 +99,6 @@ def test_encoders_that_were_trained_along(variant, preset, monkeypatch):
     assert program.inputs(made)["text"] == {"shape": ["clips", 7, 1], "dtype": "int32"}
 
 
-def recalled(sizes: tuple[int, ...]) -> prediction.Run:
-    """EmoAsst of two lanes, whose caches have so many entries, some without sound."""
-    rng = np.random.default_rng(2)
-    unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)  # noqa: E731
-    config = configs.load("configs/emoasst_folder.py")
-    config.model.settings.update({"width": 8, "heads": 2, "inner": 8})
-    text = unit(rng.normal(size=(3, 12)))
-    model = models.build(config.model, 3).replace(constants={"classes": text})
-    own = []
-    for lane, size in enumerate(sizes, 1):
-        cache = caches.empty(portable.NAMES, text, ("video", "audio"), "made up")
-        keys = {m: unit(rng.normal(size=(size, 12))) for m in cache.modalities}
-        keys["audio"][:1] = 0
-        cache = caches.add(cache, [f"{i}" for i in range(size)], [portable.NAMES[i % 3] for i in range(size)], keys)
-        own.append(dataclasses.replace(cache, alpha={"video": 3.0, "audio": 1.0 * lane}, beta=5.5 * lane))
-    return dataclasses.replace(portable.run_of(model, portable.features(2)), caches=tuple(own))
-
-
 def without_votes(run: prediction.Run) -> prediction.Run:
     silent = [dataclasses.replace(c, alpha=dict.fromkeys(c.alpha, 0.0)) for c in run.caches]
     return dataclasses.replace(run, caches=tuple(silent))
@@ -125,7 +106,7 @@ def without_votes(run: prediction.Run) -> prediction.Run:
 
 @pytest.mark.parametrize("sizes", [(4, 7), pytest.param((0, 3), marks=slow)])
 def test_caches_vote_in_the_program(sizes):
-    run, clips = recalled(sizes), portable.features(5)
+    run, clips = portable.recalled(portable.features(2), sizes), portable.features(5)
     voted, silent = (prediction.answers_of(r, clips) for r in (run, without_votes(run)))
     assert np.abs(voted - silent).max() > 0.001
     same(run, clips)

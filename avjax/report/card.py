@@ -49,7 +49,6 @@ def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known:
         notes=tables.run_notes(metrics),
         measured=bool(says["pretrained"]),
         folds=len({lane["fold"] for lane in says["lanes"]}),
-        cached="beta" in metrics["folds"][0],
         lengths=_lengths([about["shape"][1] for about in says["inputs"].values()]),
         arrays=[Markup(_made_up(key, about)) for key, about in says["inputs"].items()],
     )
