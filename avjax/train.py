@@ -93,14 +93,14 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
 
     # ---- Run directory --------------------------------------------------------------------------------------------
     workdir = workdir or rundir.default(config, features)
+    if rundir.is_finished(workdir):
+        rundir.begin(workdir, config, features)
+        console.print(*tables.of_run(results.read(workdir), config.name))
+        say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
+        return workdir
     with rundir.held(workdir, multihost.is_writer()):
         with multihost.writer_first():
             rundir.begin(workdir, config, features)
-        if rundir.is_finished(workdir):
-            before = results.read(workdir)
-            console.print(*tables.of_run(before, config.name))
-            say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
-            return workdir
         if multihost.is_writer():
             record = protocol.record(features, plan, config.protocol, says)
             write_text(workdir / "protocol.json", json.dumps(record, indent=1))

@@ -21,7 +21,9 @@ def checked(run: prediction.Run, clips, config, folder) -> prediction.Run:
     return back
 
 
-@pytest.mark.parametrize("name", ["mag", "avt_ca", pytest.param("de_iii", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["mag", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avt_ca", "de_iii"))]
+)
 def test_fusions(name, tmp_path):
     run = portable.fusion(name)
     config = configs.load("configs/fusion_folder.py")
@@ -31,6 +33,7 @@ def test_fusions(name, tmp_path):
     checked(run, portable.features(3), config, tmp_path)
 
 
+@pytest.mark.slow
 def test_caches(tmp_path):
     back = checked(portable.recalled(portable.features(2), (3, 5)), portable.features(3), portable.emoasst(), tmp_path)
     assert [len(cache.ids) for cache in back.caches] == [3, 5]

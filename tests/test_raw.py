@@ -309,9 +309,9 @@ def test_training_without_standardisation_is_alike_resident_and_streamed():
 
 
 def test_a_run_without_standardisation_answers_for_new_clips(tmp_path):
-    prediction._check_standardise(tmp_path, "none")
+    prediction.check_statistics(tmp_path, chosen("streamed", protocol__standardise="none"))
     with pytest.raises(AvjaxError, match="standardise is 'speaker'; such a run needs the feature statistics"):
-        prediction._check_standardise(tmp_path, "speaker")
+        prediction.check_statistics(tmp_path, chosen("streamed", protocol__standardise="speaker"))
 
 
 @pytest.mark.slow
