@@ -1,5 +1,6 @@
 """Runs that are killed and told to stop at random moments end as the undisturbed one does, to the bit."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -60,10 +61,18 @@ def stop(mode: str, features, workdir, how: signal.Signals, seconds: float) -> i
     wait_for("protocol: ", process, workdir)
     time.sleep(seconds)
     if how == signal.SIGKILL:
-        os.killpg(process.pid, how)
+        kill_all(process)
     else:
         process.send_signal(how)
     return process.wait(120)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """Everything of a run at once, as when its machine fails: launchers' processes are groups of their own."""
+    for pid in [int(p.name) for p in pathlib.Path("/proc").iterdir() if p.name.isdecimal()]:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == process.pid:
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,13 @@ def final(workdir: pathlib.Path) -> list[np.ndarray]:
     import orbax.checkpoint as ocp
 
     newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    tree = ocp.StandardCheckpointer().restore(newest.absolute() / "default")
+    folder = newest.absolute() / "default"
+    reader = ocp.PyTreeCheckpointer()
+    # As NumPy's, wherever the arrays were: of several processes, too.
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
+    )
+    tree = reader.restore(folder, restore_args=as_numpy)
     return [np.asarray(v) for v in jax.tree.leaves(tree)]
 
 
