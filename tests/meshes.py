@@ -13,7 +13,7 @@ from avjax import config as configs
 from avjax import loop, models, pipeline, sharding, streams
 from avjax.datasets.base import Fold
 
-MESHES = dict.fromkeys(sharding.PRESETS[1:], {})
+MESHES = {preset: {} for preset in sharding.PRESETS if preset != "auto"}
 # By sizes, which stand in the place of the preset's; of the first system alone, as each takes a minute to compile.
 SIZES = {
     "lane × fsdp × tensor": {"lane": 2, "fsdp": 2, "tensor": 2},

@@ -53,8 +53,9 @@ def test_every_mesh_makes_the_same_two_steps(system):
         assert row["devices"] == DEVICES.get(preset, 8)
         assert row["shared"] == SHARED[preset]
         np.testing.assert_allclose(row["losses"], alone["losses"], rtol=1e-4)
+        # Behind two updates: Adam's first ones are as large where a gradient is rounding alone.
         spread = np.std(alone["answers"])
-        np.testing.assert_allclose(row["answers"], alone["answers"], atol=1e-3 * spread)
+        np.testing.assert_allclose(row["answers"], alone["answers"], atol=1e-2 * spread)
 
 
 @pytest.mark.parametrize(
