@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.panel import Panel
 
-from avjax import assets, datasets, extraction, prompting, streams
+from avjax import assets, datasets, extraction, streams
 from avjax.datasets import store, tables
 from avjax.datasets.store import Features
 from avjax.demo import corpus
@@ -28,7 +28,11 @@ def obtain(config, console: Console) -> Features:
       AvjaxError: the data root or the feature store is set and wrong, or the extraction fails.
     """
     found = tables.obtain(config) if "tables" in config else _stored(config, console)
-    return prompting.attach(found, config, console) if "prompts" in config else found
+    if "prompts" not in config:
+        return found
+    from avjax import prompting  # here: it brings the encoders, which training on features does not need
+
+    return prompting.attach(found, config, console)
 
 
 def _stored(config, console: Console) -> Features:

@@ -85,7 +85,7 @@ def resident(
     text_source: str,
     standardise: str,
     constants: Mapping[str, Any] = MappingProxyType({}),
-    put: Callable[[Any], Any] = lambda tree: jax.tree.map(jnp.asarray, tree),
+    put: Callable[[Any], Any] = jax.device_put,
 ) -> Resident:
     """Puts all streams on the device, `text` being that of `text_source` ("" = none). What no model reads is unused.
 
@@ -228,7 +228,7 @@ def _stack(
         else:
             row[:] = [not enrolled or i in enrolled for i in features.ids]
     fields["counted"] = counted
-    return Lane(**{k: jnp.asarray(v.astype(np.float32) if v.dtype == np.float64 else v) for k, v in fields.items()})
+    return jax.device_put(Lane(**fields))
 
 
 def _rows(part: np.ndarray, talks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -122,7 +122,7 @@ class Placement:
     def put_batch(self, part: Any, shape: Sequence[int]) -> Any:
         """This process's `part` of arrays (lanes, clips, …), of which all together have `shape` (lanes, clips)."""
         if self.mesh is None:
-            return jax.tree.map(jax.numpy.asarray, part)
+            return jax.device_put(part)
         lanes, clips = self.part(shape)
 
         def one(array):
@@ -152,7 +152,7 @@ class Placement:
 
     def _global(self, value: Any, spec: P) -> jax.Array:
         if self.mesh is None:
-            return jax.numpy.asarray(value)
+            return jax.device_put(value)
         if jax.process_count() == 1:
             return jax.device_put(value, self._fitting(spec, np.shape(value)))
         host = np.asarray(value)

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +101,8 @@ def batches(data: Streamed, index: np.ndarray, first: int = 0) -> Iterator[tuple
     """The clips of each step of `index (steps, …)`, from step `first` on, read ahead by several threads."""
     if first >= len(index):
         return iter(())
+    import grain  # here: what stays on the device does not wait for it
+
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
     return iter(grain.MapDataset.source(_Batches(data, index[first:])).to_iter_dataset(options))
 

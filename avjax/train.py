@@ -35,7 +35,6 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
       Stopped: SIGTERM came; what was done is kept.
     """
     import jax
-    import jax.numpy as jnp
     import numpy as np
     from rich.console import Console
 
@@ -86,7 +85,8 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
     if model.readers:
         says += f"; {readouts.described(plan, config.model.settings)}"
     clips = streams.choose(features, config, model.constants, place)
-    loop.check_streams(model, streams.here(clips).resident(jnp.arange(1)), config.preset)
+    streamed = isinstance(clips, streams.Streamed)
+    loop.check_streams(model, clips.resident(np.arange(1)) if streamed else clips, config.preset)
     if dry:
         dry_run.show(model, config, place, plan, clips, console)
         return None
@@ -108,7 +108,6 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
 
         # ---- State ------------------------------------------------------------------------------------------------
         told = lambda: multihost.agree(cli.told_to_stop())  # noqa: E731
-        streamed = isinstance(clips, streams.Streamed)
         if streamed:
             trainer = streaming.make(model, config, workdir, features.task, say, place, cli.told_to_stop)
         else:
@@ -152,7 +151,9 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
                 events.close()
 
         # ---- Test and report --------------------------------------------------------------------------------------
+        cli.heed_interrupts()
         logits = jax.device_get(trainer.predict(state, lanes, clips))
+        cli.heed_interrupts()
         if place.mesh:
             state, clips = place.read(state), streams.here(clips)
         if multihost.is_writer():

@@ -42,6 +42,7 @@ TABLE = {
     "other_seconds": "other",
 }
 _SHORTEST = 1e-3  # seconds of an import that is noted
+_CALLED, _LOSSES = "called", "losses"  # a call of epochs begins, and its losses are there
 
 
 # Something that the process did: what, when it was done (`time.monotonic`), and the seconds that it took.
@@ -100,8 +101,8 @@ def row(config: str, what: str, starts: Sequence[Start]) -> dict[str, object]:
 def start(flags: Sequence[str], place: Path, cache: Path) -> Start:
     """Starts a training in the new folder `place`, with compiled programs in `cache`.
 
-    Its first call of epochs takes as long as the second, but for what is made ready in it: that much before its line
-    the first step begins.
+    The steps of the first call of epochs take as long as the second call, which has nothing to make ready: so long
+    before their losses are there the first step begins.
 
     Raises:
       AvjaxError: the training ended before it printed two lines about epochs.
@@ -121,11 +122,11 @@ def start(flags: Sequence[str], place: Path, cache: Path) -> Start:
     if len(seen["epochs"]) < 2:
         last = (place / "stderr").read_text().strip().splitlines()[-1:] or ["no message"]
         raise AvjaxError(f"the training ended before its second line about epochs: {last[0]}")
-    first, second = seen["epochs"]
-    stepped = max(first - (second - first), begun)
     events = [tuple(json.loads(line)) for line in (place / "events").read_text().splitlines()]
+    (_, called), losses = ([at for name, at, _ in events if name == what][:2] for what in (_CALLED, _LOSSES))
+    stepped = losses[0] - (losses[1] - called)
     features = [("features", at, at - begun) for at in seen["features"]]
-    return Start(stepped - begun, first - begun, split([*events, *features], begun, stepped))
+    return Start(stepped - begun, seen["epochs"][0] - begun, split([*events, *features], begun, stepped))
 
 
 def _seen(lines: Iterable[str]) -> dict[str, list[float]]:
@@ -176,9 +177,21 @@ def main() -> None:
         import jax
 
         jax.monitoring.register_event_duration_secs_listener(note)
-        from avjax import cli, train
+        from avjax import cli, history, multihost, train
 
+        multihost.reached = telling(multihost.reached, lambda: note(_CALLED, 0.0))
+        history.check_finite = telling(history.check_finite, lambda: note(_LOSSES, 0.0))
         cli.run(train.main)
+
+
+def telling(function: Callable, tell: Callable[[], None]) -> Callable:
+    """A function that tells when it is called."""
+
+    def called(*args, **kwargs):
+        tell()
+        return function(*args, **kwargs)
+
+    return called
 
 
 def timed(load: Callable, note: Callable[[str, float], None]) -> Callable:
