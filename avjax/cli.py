@@ -101,5 +101,5 @@ def use_compile_cache() -> None:
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(assets.cache() / "compiled"))
-        # Small programs too: a start has some forty of them, a second together.
+        # Small programs too: reports, checkpoints and what runs by itself are made of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

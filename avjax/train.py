@@ -151,7 +151,6 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
                 events.close()
 
         # ---- Test and report --------------------------------------------------------------------------------------
-        cli.heed_interrupts()
         logits = jax.device_get(trainer.predict(state, lanes, clips))
         cli.heed_interrupts()
         if place.mesh:

@@ -13,9 +13,9 @@ from avjax import config as configs
 from avjax import loop, models, pipeline, sharding, streams
 from avjax.datasets.base import Fold
 
-MESHES = {preset: {} for preset in sharding.PRESETS if preset != "auto"}
-# By sizes, which stand in the place of the preset's; of the first system alone, as each takes a minute to compile.
-SIZES = {
+MESHES = {
+    **{preset: {} for preset in sharding.PRESETS if preset != "auto"},
+    # By sizes, which stand in the place of the preset's.
     "lane × fsdp × tensor": {"lane": 2, "fsdp": 2, "tensor": 2},
     "data × tensor": {"data": 2, "tensor": 4},
     "data × fsdp": {"data": 4, "fsdp": 2},
@@ -90,8 +90,7 @@ def main(systems: list[str]) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
     for system in systems:
-        meshes = MESHES | SIZES if system == next(iter(SYSTEMS)) else MESHES
-        for preset, sizes in meshes.items():
+        for preset, sizes in MESHES.items():
             print(json.dumps({"system": system, "preset": preset} | trained(system, preset, sizes)), flush=True)
 
 

@@ -28,6 +28,8 @@ SHARED = {
     "data × fsdp": ["fsdp"],
 }
 DEVICES = {"single": 1}
+# Of the answers' spread, behind two updates: Adam's first ones are as large where a gradient is rounding alone.
+CLOSE = {"avt_ca": 1e-2}
 NONE = {"lane": 0, "data": 0, "fsdp": 0, "tensor": 0}
 
 
@@ -53,9 +55,8 @@ def test_every_mesh_makes_the_same_two_steps(system):
         assert row["devices"] == DEVICES.get(preset, 8)
         assert row["shared"] == SHARED[preset]
         np.testing.assert_allclose(row["losses"], alone["losses"], rtol=1e-4)
-        # Behind two updates: Adam's first ones are as large where a gradient is rounding alone.
         spread = np.std(alone["answers"])
-        np.testing.assert_allclose(row["answers"], alone["answers"], atol=1e-2 * spread)
+        np.testing.assert_allclose(row["answers"], alone["answers"], atol=CLOSE.get(system, 1e-3) * spread)
 
 
 @pytest.mark.parametrize(

@@ -164,11 +164,10 @@ def test_two_runs_of_one_command_give_equal_files(features, undisturbed, tmp_pat
 
 
 def test_a_finished_run_says_so_and_changes_nothing(features, undisturbed, capsys):
-    written = lambda: {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}  # noqa: E731
-    before = written()
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")}
     train.train(settings(features), undisturbed)
     assert "is finished; nothing to do" in capsys.readouterr().out.replace("\n", " ")
-    assert written() == before
+    assert {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*")} == before
 
 
 def test_another_configuration_is_refused_with_the_keys_that_differ(features, undisturbed):
