@@ -1,5 +1,7 @@
 """Layers: the two ways of attention agree with each other and with plain loops, whatever is masked."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -295,6 +297,10 @@ def test_convolution_over_time_is_that_of_flax(padding, kernel, channelwise):
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
     variables = jax.tree.map(lambda p: p + 0.1, variables)
     np.testing.assert_allclose(ours.apply(variables, x), theirs.apply(variables, x), atol=1e-5)
+    gradients = [
+        jax.grad(lambda v, x, c=c: jnp.sum(jnp.sin(c.apply(v, x))), (0, 1))(variables, x) for c in (ours, theirs)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), *gradients)
 
 
 def test_masked_max_is_that_of_real_steps_alone():

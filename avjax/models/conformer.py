@@ -116,13 +116,13 @@ class Convolution(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         """Maps x (b, n, d) under mask (b, n) to (b, n, d)."""
         width = x.shape[-1]
-        x = nn.glu(nn.Dense(2 * width, dtype=self.dtype, name="gate")(_norm("norm", self.dtype)(x)))
+        x = nn.glu(Project((2 * width,), dtype=self.dtype, name="gate")(_norm("norm", self.dtype)(x)))
         x = jnp.where(mask[..., None], x, 0)
         depthwise = TimeConvolution(
             width, self.kernel, channelwise=True, bias=False, dtype=self.dtype, name="depthwise"
         )
         x = nn.swish(StepNorm(dtype=self.dtype, name="depthwise_norm")(depthwise(x), mask))
-        x = nn.Dense(width, dtype=self.dtype, name="out")(x)
+        x = Project((width,), dtype=self.dtype, name="out")(x)
         return Dropout(self.dropout, train)(x)
 
 
@@ -137,8 +137,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         drop = Dropout(self.dropout, train)
         width = x.shape[-1]
-        x = nn.Dense(self.expansion * width, dtype=self.dtype, name="up")(_norm("norm", self.dtype)(x))
-        return drop(nn.Dense(width, dtype=self.dtype, name="down")(drop(nn.swish(x))))
+        x = Project((self.expansion * width,), dtype=self.dtype, name="up")(_norm("norm", self.dtype)(x))
+        return drop(Project((width,), dtype=self.dtype, name="down")(drop(nn.swish(x))))
 
 
 class ConformerBlock(nn.Module):
