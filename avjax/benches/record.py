@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import ctypes
 import datetime
 import importlib.metadata
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,19 +34,6 @@ def forbid_cached_programs() -> None:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)
-
-
-def keep_freed_memory() -> None:
-    """Memory that is freed stays with this process, for all that run in it, as it does within a program of many steps.
-
-    XLA takes the scratch memory of a program anew for each call; from the system its pages come one by one, which is up
-    to a quarter of a step on a CPU. `avjax.train` calls one for whole epochs of resident data, and pays once. Where the
-    C library has no `mallopt`, as outside of Linux, nothing happens. Call it before JAX starts its threads.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    arenas, mapped, trimmed = -8, -4, -1  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-    for setting, value in ((arenas, 1), (mapped, 0), (trimmed, 2**31 - 1)) if mallopt else ():
-        mallopt(setting, value)
 
 
 def circumstances() -> dict[str, object]:
