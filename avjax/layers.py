@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avjax.convolution import depthwise, shifted
 from avjax.errors import AvjaxError
 from avjax.recurrence import lstm
 
@@ -287,37 +288,12 @@ class TimeConvolution(nn.Module):
             x = jnp.pad(x, ((0, 0), ((self.kernel - 1) // 2, self.kernel // 2), (0, 0)))
         x = x.astype(self.dtype)
         if self.channelwise:
-            y = _depthwise(x, kernel[:, 0])
+            y = depthwise(x, kernel[:, 0])
         else:
-            y = _product(jnp.concatenate(_shifted(x, self.kernel), -1), kernel.reshape(-1, self.width), 1)
+            y = _product(jnp.concatenate(shifted(x, self.kernel), -1), kernel.reshape(-1, self.width), 1)
         if not self.bias:
             return y
         return y + self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)[None, None]
-
-
-def _shifted(x: jax.Array, kernel: int) -> list[jax.Array]:
-    """The first, second, … step of every window of `kernel` steps of x (b, n, d): each (b, n - kernel + 1, d)."""
-    length = x.shape[1] - kernel + 1
-    return [x[:, i : i + length] for i in range(kernel)]
-
-
-@jax.custom_vjp
-def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Every channel of x (b, n, d) with its own weights of `kernel` (k, d): (b, n - k + 1, d).
-
-    With gradients of its own: a step of JAX's takes three to four times as long on a CPU (width 512, k = 31).
-    """
-    return sum(step * weight for step, weight in zip(_shifted(x, len(kernel)), kernel[:, None, None], strict=True))
-
-
-def _depthwise_gradients(given: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = given
-    around = ((0, 0), (len(kernel) - 1, len(kernel) - 1), (0, 0))
-    of_window = lambda i: jnp.sum(jax.lax.dynamic_slice_in_dim(x, i, gradient.shape[1], 1) * gradient, (0, 1))  # noqa: E731
-    return _depthwise(jnp.pad(gradient, around), kernel[::-1]), jax.lax.map(of_window, jnp.arange(len(kernel)))
-
-
-_depthwise.defvjp(lambda x, kernel: (_depthwise(x, kernel), (x, kernel)), _depthwise_gradients)
 
 
 class CrossAttention(nn.Module):

@@ -289,7 +289,10 @@ def test_a_mask_is_the_same_for_a_lane_alone():
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 5])
 @pytest.mark.parametrize("channelwise", [False, True])
-def test_convolution_over_time_is_that_of_flax(padding, kernel, channelwise):
+@pytest.mark.parametrize("on", ["cpu", "accelerators"])
+def test_convolution_over_time_is_that_of_flax(padding, kernel, channelwise, on, monkeypatch):
+    if on == "accelerators":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
     x = jax.random.normal(jax.random.key(0), (2, 9, 6))
     ours = layers.TimeConvolution(6, kernel, padding, channelwise)
     theirs = nn.Conv(6, (kernel,), padding=padding, feature_group_count=6 if channelwise else 1)
