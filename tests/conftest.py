@@ -6,12 +6,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pathlib
+import signal
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+# A shell's job behind & ignores interrupts, and hands that down to the programs that are interrupted here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL = pathlib.Path(os.environ.get("AVJAX_TEST_DATA", pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"))
 
