@@ -1,7 +1,6 @@
 """What every entry point shares: flags in, one-line errors out, a compile cache that is on by default."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -104,16 +103,3 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(assets.cache() / "compiled"))
         # Small programs too: reports, checkpoints and what runs by itself are made of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def keep_freed_memory() -> None:
-    """Memory that is freed stays with this process, for the next training step to take.
-
-    XLA's CPU client takes the scratch memory of a program, gigabytes of a large model, anew for each call; from the
-    system its pages come one by one (docs/step_profile.md has what that costs). Where the C library has no `mallopt`,
-    as outside of Linux, nothing happens. Call it before JAX starts its threads.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # M_ARENA_MAX: threads' own arenas give back what is free. M_MMAP_MAX. M_TRIM_THRESHOLD: -1 is never.
-    for setting, value in ((-8, 1), (-4, 0), (-1, -1)) if mallopt else ():
-        mallopt(setting, value)

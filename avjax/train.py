@@ -24,7 +24,6 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show parameters, their places, me
 
 
 def main(_: list[str]) -> None:
-    cli.keep_freed_memory()
     train(CONFIG.value, files.place(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import signal
 import subprocess
 import sys
@@ -227,30 +226,3 @@ def test_a_dry_run_writes_nothing(features, tmp_path, capsys):
     assert train.train(settings(features), tmp_path / "W", dry=True) is None
     assert "nothing was trained or written" in capsys.readouterr().out
     assert not (tmp_path / "W").exists()
-
-
-FAULTS = """
-import resource, sys, threading
-from avjax import cli
-
-def use():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * 2**28
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-
-if "keep" in sys.argv:
-    cli.keep_freed_memory()
-for _ in range(2):
-    thread = threading.Thread(target=use)
-    thread.start()
-    thread.join()
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
-def test_freed_memory_is_taken_again_without_asking_the_system():
-    def second(*options: str) -> int:
-        out = subprocess.run([sys.executable, "-c", FAULTS, *options], capture_output=True, text=True, check=True)
-        return int(out.stdout.split()[1])
-
-    assert second("keep") < second() / 10
