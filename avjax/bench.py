@@ -136,11 +136,10 @@ def flow(out: Path) -> None:
 
 def step(out: Path) -> None:
     """Measures each of `--models`; each is added to `out` when it is done."""
-    from avjax.benches import record, ways
     from avjax.benches import step as benchmark
+    from avjax.benches import ways
 
     names = ways.chosen("--models", MODELS.value, benchmark.MODELS)
-    record.keep_freed_memory()
     if PROFILE.value:
         return _profiled(names, Path(PROFILE.value))
 

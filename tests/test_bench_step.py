@@ -4,9 +4,6 @@ import csv
 import dataclasses
 import importlib.util
 import pathlib
-import platform
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -248,30 +245,3 @@ def test_committed_results_can_be_added_to(monkeypatch):
     monkeypatch.delitem(benchmark.RESTATED, "ladder")
     row, _ = measured("ladder", 1)
     assert list(found[0]) == ["benchmark", *row, *record.circumstances()]
-
-
-FAULTS = """
-import resource, sys, threading
-from avjax.benches import record
-
-def use():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * 2**28
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-
-if "keep" in sys.argv:
-    record.keep_freed_memory()
-for _ in range(2):
-    thread = threading.Thread(target=use)
-    thread.start()
-    thread.join()
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
-def test_freed_memory_is_taken_again_without_asking_the_system():
-    def second(*options: str) -> int:
-        out = subprocess.run([sys.executable, "-c", FAULTS, *options], capture_output=True, text=True, check=True)
-        return int(out.stdout.split()[1])
-
-    assert second("keep") < second() / 10

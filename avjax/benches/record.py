@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import ctypes
 import datetime
 import importlib.metadata
 import os
 import platform
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,20 +34,6 @@ def forbid_cached_programs() -> None:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)
-
-
-def keep_freed_memory() -> None:
-    """Memory that is freed stays with this process, for all that run in it, as it does within a program of many steps.
-
-    XLA takes the scratch memory of a program anew for each call; from the system its pages come one by one, which is up
-    to a third of a step on a CPU (docs/step_profile.md). `avjax.train` calls one for whole epochs of resident data, and
-    pays once; it does without, as threads that compile wait for the one arena. Where the C library has no `mallopt`, as
-    outside of Linux, nothing happens. Call it before JAX starts its threads.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # M_ARENA_MAX: threads' own arenas give back what is free. M_MMAP_MAX. M_TRIM_THRESHOLD: -1 is never.
-    for setting, value in ((-8, 1), (-4, 0), (-1, -1)) if mallopt else ():
-        mallopt(setting, value)
 
 
 def circumstances() -> dict[str, object]:
