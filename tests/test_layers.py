@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from avjax import layers
+from avjax.benches.scaling import as_on_accelerators
 from avjax.errors import AvjaxError
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -292,7 +293,7 @@ def test_a_mask_is_the_same_for_a_lane_alone():
 @pytest.mark.parametrize("on", ["cpu", "accelerators"])
 def test_convolution_over_time_is_that_of_flax(padding, kernel, channelwise, on, monkeypatch):
     if on == "accelerators":
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, cpu, default: default(*arrays))
+        monkeypatch.setattr(jax.lax, "platform_dependent", as_on_accelerators)
     x = jax.random.normal(jax.random.key(0), (2, 9, 6))
     ours = layers.TimeConvolution(6, kernel, padding, channelwise)
     theirs = nn.Conv(6, (kernel,), padding=padding, feature_group_count=6 if channelwise else 1)
