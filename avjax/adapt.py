@@ -36,7 +36,7 @@ CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds within which a
 
 
 def main(_: list[str]) -> None:
-    from avjax import prediction
+    from avjax.inference import run as runs
 
     if bool(CURVE.value) == bool(CACHE.value):
         raise AvjaxError("give --cache, to fill or list it, or --curve 1,2,4, to see what labelled clips bring")
@@ -44,7 +44,7 @@ def main(_: list[str]) -> None:
         raise AvjaxError("--labels, --remove and --fit change a cache; give them with --cache, not with --curve")
     cli.use_compile_cache()
     workdir = Path(WORKDIR.value)
-    run = prediction.read_run(workdir, new_clips=not CURVE.value)
+    run = runs.read_run(workdir, new_clips=not CURVE.value)
     if CURVE.value:
         _curve(workdir, run)
     else:
@@ -54,9 +54,9 @@ def main(_: list[str]) -> None:
 def _edit(workdir: Path, run, path: Path) -> None:
     from rich.console import Console
 
-    from avjax import adaptation
-    from avjax import cache as caches
-    from avjax.report import predictions
+    from avjax.evaluation import fewshot_cache as caches
+    from avjax.inference import adaptation
+    from avjax.inference import tables as prediction_tables
 
     cache = adaptation.opened(path, workdir, run)
     before, rejected = cache, []
@@ -71,15 +71,16 @@ def _edit(workdir: Path, run, path: Path) -> None:
         print(f"{clip_id}: {reason}", file=sys.stderr)
     if cache is not before or not path.exists():
         caches.save(cache, path)
-    Console(markup=False).print(predictions.cache_table(cache, str(path), adaptation.begun(workdir, run)))
+    Console(markup=False).print(prediction_tables.cache_table(cache, str(path), adaptation.begun(workdir, run)))
 
 
 def _curve(workdir: Path, run) -> None:
     from rich.console import Console
 
-    from avjax import adaptation
-    from avjax.files import write_text
-    from avjax.report import plots, predictions
+    from avjax.evaluation.report import plots
+    from avjax.inference import adaptation
+    from avjax.inference import tables as prediction_tables
+    from avjax.utils.storage import write_text
 
     try:
         shots = [int(k) for k in CURVE.value]
@@ -90,7 +91,7 @@ def _curve(workdir: Path, run) -> None:
     rows = [{"shots": p.shots, "mean": p.mean, "std": p.spread, "better": p.better, "uar": p.uar} for p in points]
     write_text(workdir / "adaptation.json", json.dumps(about | {"points": rows}, indent=1))
     plots.adaptation_picture(rows, run.name, workdir / "adaptation.png", note=f"{run.dataset} · {run.protocol}")
-    Console(markup=False).print(predictions.curve_table(points, run, DRAWS.value))
+    Console(markup=False).print(prediction_tables.curve_table(points, run, DRAWS.value))
     print(f"written to {workdir}: adaptation.json, adaptation.png")
 
 

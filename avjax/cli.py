@@ -10,8 +10,9 @@ from typing import NoReturn
 
 from absl import app, logging
 
-from avjax import assets, config
+from avjax import config
 from avjax.errors import AvjaxError, Stopped
+from avjax.utils import paths
 
 # Native libraries that chat on standard error by default; an explicit setting of the user wins.
 _QUIET = {"GLOG_minloglevel": "2", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
@@ -63,7 +64,7 @@ def _interrupt(*_) -> None:
 
 def _leave(reason: str, status: int) -> NoReturn:
     """Ends this process; of several the others are told, so that they do not wait for it."""
-    from avjax import multihost
+    from avjax.utils import multihost
 
     if multihost.leave(reason):
         sys.stderr.flush()
@@ -100,6 +101,6 @@ def use_compile_cache() -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(assets.cache() / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(paths.cache() / "compiled"))
         # Small programs too: reports, checkpoints and what runs by itself are made of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -14,8 +14,8 @@ from types import ModuleType
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from avjax import assets
 from avjax.errors import AvjaxError
+from avjax.utils import paths
 
 
 def with_variants(config: ConfigDict, names: str, table: Mapping[str, Mapping[str, object]]) -> ConfigDict:
@@ -69,10 +69,10 @@ def find(file: str) -> Path:
     """
     if Path(file).is_file():
         return Path(file)
-    shipped = [name for name in assets.names("configs") if name.endswith(".py")]
+    shipped = [name for name in paths.names("configs") if name.endswith(".py")]
     if file not in shipped:
         raise AvjaxError(f"{file}: no such configuration file{_nearest(file, shipped)}")
-    return assets.path(file)
+    return paths.path(file)
 
 
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:

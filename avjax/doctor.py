@@ -50,25 +50,25 @@ def main(argv: list[str]) -> int:
 
 def environment() -> int:
     """Checks this machine; 1 where something needed is broken."""
-    from avjax import checkup
+    from avjax.checks import machine as machine_checks
 
-    rows = checkup.check()
-    _print(checkup.as_json(rows), checkup.table(rows))
-    return int(any(row.state == checkup.BROKEN for row in rows))
+    rows = machine_checks.check()
+    _print(machine_checks.as_json(rows), machine_checks.table(rows))
+    return int(any(row.state == machine_checks.BROKEN for row in rows))
 
 
 def data() -> int:
     """Audits the configuration's data set; 1 where a finding is invalid."""
     from rich.console import Console
 
-    from avjax import audit
+    from avjax.checks import dataset as dataset_checks
 
     config = CONFIG.value
     if config is None:
         raise AvjaxError("no --config; expected one such as configs/etg_folder.py, with --config.data.root=R")
     # A configuration of extraction has none, and its clips are divided as by default.
     protocol = config.protocol if "protocol" in config else {}
-    result = audit.audit(
+    result = dataset_checks.audit(
         config.dataset,
         config.data.root,
         out=OUT.value or "",
@@ -85,10 +85,10 @@ def data() -> int:
 
 def lists(folder: str) -> int:
     """Checks the lists of folds in a folder; 1 where there is a problem."""
-    from avjax.datasets import importers
+    from avjax.datasets import published_folds
 
-    found = importers.fold_lists(Path(folder))
-    problems = importers.problems(found)
+    found = published_folds.fold_lists(Path(folder))
+    problems = published_folds.problems(found)
     parts = [
         {"fold": part.fold, "part": part.part, "clips": len(part.clips), "labels": _labels(part.clips)}
         for part in found

@@ -46,7 +46,7 @@ def read(workdir: Path) -> tuple[str, dict]:
     Raises:
       AvjaxError: there is no finished run.
     """
-    from avjax import results
+    from avjax.evaluation import results
 
     if not (workdir / "metrics.json").is_file():
         raise AvjaxError(f"{workdir}: no metrics.json; a finished run of avjax.train has one")
@@ -63,8 +63,9 @@ def references(name: str, metrics: dict) -> Iterator[tuple[str, dict]]:
 
 
 def _compare(surplus: list[str]) -> None:
-    from avjax import comparison, tasks
-    from avjax.models.fusions import comparable
+    from avjax import tasks
+    from avjax.evaluation import significance
+    from avjax.models.fusions.registry import comparable
 
     if surplus or not CONFIG.value:
         raise AvjaxError(f"got {' '.join(surplus)!r}; expected compare --config FILE, see --help")
@@ -74,7 +75,7 @@ def _compare(surplus: list[str]) -> None:
     if not trained:
         raise AvjaxError(f"no row could be trained: {'; '.join(failed)}")
     runs = [read(workdir) for workdir in trained.values()]
-    evidence = comparison.of_runs(trained) if runs[0][1]["task"] in tasks.ONE_CLASS else None
+    evidence = significance.of_runs(trained) if runs[0][1]["task"] in tasks.ONE_CLASS else None
     _show([*runs, *references(*runs[0])], evidence, failed)
 
 
@@ -95,7 +96,7 @@ def train_all(names: list[str], folder: Path) -> tuple[dict[str, Path], list[str
 def _show_heads(runs: list[tuple[str, dict]]) -> None:
     from rich.console import Console
 
-    from avjax.report import tables
+    from avjax.evaluation.report import tables
 
     Console(markup=False).print(tables.head_table(runs))
 
@@ -107,7 +108,7 @@ def _name(config) -> str:
 def _show(runs: list[tuple[str, dict]], evidence, failed: list[str]) -> None:
     from rich.console import Console
 
-    from avjax.report import tables
+    from avjax.evaluation.report import tables
 
     if MARKDOWN.value:
         print(tables.compare_markdown(runs, evidence), end="")

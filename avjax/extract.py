@@ -29,7 +29,7 @@ MEDIA = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
-    from avjax import extraction
+    from avjax.features import extract as extraction
 
     cli.use_compile_cache()
     config = CONFIG.value
@@ -48,17 +48,18 @@ def main(_: list[str]) -> None:
 
 def _runner(config):
     """The runner that the flags ask for."""
-    from avjax import assets, extraction
     from avjax.errors import AvjaxError
+    from avjax.features import extract as extraction
+    from avjax.utils import paths
 
     if RUNNER.value == "local":
         if RUNNER_OPTIONS.value or MEDIA.value:
             raise AvjaxError("--runner_options and --media are of a Beam runner; name it with --runner")
         return extraction.here
-    from avjax import beam_runner
+    from avjax.features import beam
 
-    root = assets.data_root(config.dataset, config.data.root)
-    return beam_runner.runner(RUNNER.value, shlex.split(RUNNER_OPTIONS.value), root, MEDIA.value)
+    root = paths.data_root(config.dataset, config.data.root)
+    return beam.runner(RUNNER.value, shlex.split(RUNNER_OPTIONS.value), root, MEDIA.value)
 
 
 if __name__ == "__main__":

@@ -24,15 +24,17 @@ CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds within which a
 def main(argv: list[str]) -> None:
     from rich.console import Console
 
-    from avjax import adaptation, bundle, prediction
     from avjax.errors import AvjaxError
-    from avjax.report import predictions
+    from avjax.inference import adaptation, bundle
+    from avjax.inference import predict as prediction
+    from avjax.inference import run as runs
+    from avjax.inference import tables as prediction_tables
 
     cli.use_compile_cache()
     if CACHE.value and (FOLD.value is not None or SEED.value is not None):
         raise AvjaxError("--cache is of all lanes together; leave out --fold and --seed")
     workdir = Path(WORKDIR.value)
-    read = bundle.read if prediction.is_bundle(workdir) else prediction.read_run
+    read = bundle.read if runs.is_bundle(workdir) else runs.read_run
     run = read(workdir, FOLD.value, SEED.value)
     cache = adaptation.taught(Path(CACHE.value), run) if CACHE.value else None
     if cache and cache.text.shape[1] != sum(own.text.shape[1] for own in run.caches):
@@ -45,9 +47,9 @@ def main(argv: list[str]) -> None:
     if not answers:
         raise AvjaxError(f"none of the {len(clips)} files can be used")
     if JSON.value:
-        print(predictions.as_json(run, answers, rejected, cache))
+        print(prediction_tables.as_json(run, answers, rejected, cache))
     else:
-        Console(markup=False).print(predictions.as_table(run, answers, cache))
+        Console(markup=False).print(prediction_tables.as_table(run, answers, cache))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from avjax import cli, files
+from avjax import cli
 from avjax import config as configs
 from avjax.errors import Stopped
+from avjax.utils import storage
 
 CONFIG = configs.require_flag()
 WORKDIR = flags.DEFINE_string(
@@ -24,7 +25,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show parameters, their places, me
 
 
 def main(_: list[str]) -> None:
-    train(CONFIG.value, files.place(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
+    train(CONFIG.value, storage.place(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
 
 
 def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None:
@@ -38,28 +39,25 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
     import numpy as np
     from rich.console import Console
 
-    from avjax import (
+    from avjax import models, tasks
+    from avjax.datasets import registry
+    from avjax.evaluation import fewshot, finish_run, results
+    from avjax.evaluation.report import tables
+    from avjax.training import (
         data,
-        datasets,
         dry_run,
         history,
         loop,
-        models,
-        multihost,
-        outcome,
-        pipeline,
         protocol,
-        readouts,
-        results,
-        rundir,
+        run_directory,
         sharding,
-        streaming,
-        streams,
-        tasks,
+        streamed_batches,
+        streamed_loop,
     )
-    from avjax.checkpoint import REFUSED, Checkpoints, kept_if_refused
-    from avjax.files import write_text
-    from avjax.report import tables
+    from avjax.training import lanes as lane_plans
+    from avjax.training.checkpoint import REFUSED, Checkpoints, kept_if_refused
+    from avjax.utils import multihost
+    from avjax.utils.storage import write_text
 
     multihost.join(config.processes)
     console = Console(markup=False, quiet=not multihost.is_writer())
@@ -69,7 +67,7 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
     # ---- Features -------------------------------------------------------------------------------------------------
     with multihost.writer_first():
         features = data.obtain(config, console)
-    counts, dataset = features.counts, datasets.title(features.dataset)
+    counts, dataset = features.counts, registry.title(features.dataset)
     say(f"{config.name} {config.variants or 'full'} on {dataset}: {counts['used']} clips, {len(features.classes)} "
         f"classes; {counts['quarantined']} quarantined, without sound {counts['masked_audio']}, "
         f"without face {counts['masked_video']}")  # fmt: skip
@@ -78,29 +76,29 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
     # Before the directory is claimed: what is refused here is to be mended and started again in the same one.
     folds, folds_name = protocol.folds(features, config.protocol)
     model, scoring = models.build(config.model, len(features.classes)), tasks.SCORINGS[features.task]
-    plan = pipeline.plan(features, folds, config.train.seeds, config.protocol, model.turns)
+    plan = lane_plans.plan(features, folds, config.train.seeds, config.protocol, model.turns)
     place = sharding.place(config, len(plan.names))
     chosen, heads = model.heads[0] if len(model.candidates) > 1 else "", loop.candidates(model)
     says = protocol.line(folds_name, plan, config.protocol, features.random, features.task, chosen)
     if model.readers:
-        says += f"; {readouts.described(plan, config.model.settings)}"
-    clips = streams.choose(features, config, model.constants, place)
-    streamed = isinstance(clips, streams.Streamed)
+        says += f"; {fewshot.described(plan, config.model.settings)}"
+    clips = streamed_batches.choose(features, config, model.constants, place)
+    streamed = isinstance(clips, streamed_batches.Streamed)
     loop.check_streams(model, clips.resident(np.arange(1)) if streamed else clips, config.preset)
     if dry:
         dry_run.show(model, config, place, plan, clips, console)
         return None
 
     # ---- Run directory --------------------------------------------------------------------------------------------
-    workdir = workdir or rundir.default(config, features)
-    if rundir.is_finished(workdir):
-        rundir.begin(workdir, config, features)
+    workdir = workdir or run_directory.default(config, features)
+    if run_directory.is_finished(workdir):
+        run_directory.begin(workdir, config, features)
         console.print(*tables.of_run(results.read(workdir), config.name))
         say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
         return workdir
-    with rundir.held(workdir, multihost.is_writer()):
+    with run_directory.held(workdir, multihost.is_writer()):
         with multihost.writer_first():
-            rundir.begin(workdir, config, features)
+            run_directory.begin(workdir, config, features)
         if multihost.is_writer():
             record = protocol.record(features, plan, config.protocol, says)
             write_text(workdir / "protocol.json", json.dumps(record, indent=1))
@@ -109,7 +107,7 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         # ---- State ------------------------------------------------------------------------------------------------
         told = lambda: multihost.agree(cli.told_to_stop())  # noqa: E731
         if streamed:
-            trainer = streaming.make(model, config, workdir, features.task, say, place, cli.told_to_stop)
+            trainer = streamed_loop.make(model, config, workdir, features.task, say, place, cli.told_to_stop)
         else:
             trainer = loop.make(model, config, place)
         lanes = place.put_lanes(plan.lanes)
@@ -123,10 +121,10 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         # ---- Epochs -----------------------------------------------------------------------------------------------
         with cli.keeping_on_sigterm(), Checkpoints(workdir / "checkpoints", say) as checkpoints:
             done, state = checkpoints.restore(state) or (0, state)
-            rows = rundir.read_history(workdir, done)
+            rows = run_directory.read_history(workdir, done)
             if done:
                 say(f"going on after epoch {done}")
-            events = rundir.Events(workdir, rows) if multihost.is_writer() else None
+            events = run_directory.Events(workdir, rows) if multihost.is_writer() else None
             while done < config.train.epochs and not place.read(state.stopped).all():
                 cli.heed_interrupts()
                 begun = time.perf_counter()
@@ -140,11 +138,11 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
                 rows += new
                 done += sums["live"].shape[1]
                 if events:
-                    rundir.write_history(workdir, rows)
+                    run_directory.write_history(workdir, rows)
                     events.add(new)
                 checkpoints.save(done, state)
                 seconds = time.perf_counter() - begun
-                say(rundir.progress(rows, config.train.epochs, len(plan.names), seconds, features.task))
+                say(run_directory.progress(rows, config.train.epochs, len(plan.names), seconds, features.task))
                 if told():
                     raise Stopped(f"epoch {done}")
             if events:
@@ -154,11 +152,13 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         logits = jax.device_get(trainer.predict(state, lanes, clips))
         cli.heed_interrupts()
         if place.mesh:
-            state, clips = place.read(state), streams.here(clips)
+            state, clips = place.read(state), streamed_batches.here(clips)
         if multihost.is_writer():
-            files.remove(workdir / streaming.FOLDER)
-            with files.filled(workdir, last="report.html") as folder:
-                outcome.write(folder, config, model, features, plan, clips, state, logits, rows, dataset, says, console)
+            storage.remove(workdir / streamed_loop.FOLDER)
+            with storage.filled(workdir, last="report.html") as folder:
+                finish_run.write(
+                    folder, config, model, features, plan, clips, state, logits, rows, dataset, says, console
+                )
         multihost.end()
         say(f"written to {workdir}: report.html, metrics.json, predictions.npz, checkpoints/ and pictures")
         return workdir

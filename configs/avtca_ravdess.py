@@ -8,14 +8,15 @@ Paper:     accuracy 96.11, F1 93.78: of a validation fifth, with no test set, al
 Here:      not measured: the films were not at hand. On 96 real clips: README, "DE-III and AVT-CA".
 Variants:  Table V: it1, it4 (self-attention alone, 1 or 4 heads), ct1, ct4 (cross-attention alone), full; softhard (the
            modality dropout of MMER); repo: the released model with its optimizer; avtca_faulty: the released
-           preprocessing with its faults (`avjax.presets.Window`), a word of the extraction too; avtca_112: smaller
-           pictures, so too; protocols as in `configs/etg_mafw.py`.
+           preprocessing with its faults (`avjax.features.presets.Window`), a word of the extraction too; avtca_112:
+           smaller pictures, so too; protocols as in `configs/etg_mafw.py`.
 """
 
 from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
-from avjax.models import avt_ca, fusions
+from avjax.models import avt_ca
+from avjax.models.fusions import registry as fusions
 
 MAFW = module("configs/etg_mafw.py")
 ENTRY = avt_ca.FUSIONS["avt_ca"]

@@ -19,7 +19,8 @@ Variants:  crowd: what most of the crowd saw, 5,820 clips in the five partitions
 from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
-from avjax.models import de_iii, fusions
+from avjax.models import de_iii
+from avjax.models.fusions import registry as fusions
 
 MAFW = module("configs/etg_mafw.py")
 EXTRACT = module("configs/extract_mafw.py")

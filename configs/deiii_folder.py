@@ -10,7 +10,8 @@ Variants:  as in `configs/deiii_crema_d.py`; `paper` for the paper's sizes and o
 from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
-from avjax.models import de_iii, fusions
+from avjax.models import de_iii
+from avjax.models.fusions import registry as fusions
 
 CREMA_D = module("configs/deiii_crema_d.py")
 ETG = module("configs/etg_folder.py")

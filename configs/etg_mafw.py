@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
 from avjax.models.etg_aver import VARIANTS
-from avjax.models.tuning import Lora
+from avjax.models.lora import Lora
 
 PROTOCOLS = {
     # Feature statistics of each speaker's own clips, without labels. Transductive: always named beside the scores.

@@ -13,14 +13,14 @@ Variants:  lite (default): blendshapes, action units and head pose; log-mel, MFC
            deiii_lite, deiii_open: DE-III's streams without the hub: the measurements of `lite` in every frame, or the
            encoders of `open` ten times a second, with DIS flow.
            avtca: 15 face pictures of 224 x 224 and 10 MFCC from 3.6 s in the middle (AVT-CA); avtca_112: of 112 x 112;
-           avtca_faulty: with the faults of the released preprocessing (`avjax.presets.Window`).
+           avtca_faulty: with the faults of the released preprocessing (`avjax.features.presets.Window`).
            emoasst: CLIP ViT-B/32 on 24 whole frames and on texts, wav2vec 2.0 base of SEGUE up to layer 9 (EmoAsst).
 """
 
 from ml_collections import ConfigDict
 
 from avjax.config import with_variants
-from avjax.presets import DEIII_WINDOWS
+from avjax.features.presets import DEIII_WINDOWS
 
 _PRESETS = (
     "lite",

@@ -5,7 +5,8 @@ Command:   python -m avjax.train --config configs/fusion_mafw.py:mult [--config.
            Without MAFW the demo corpus stands in, as in `configs/etg_mafw.py`, and every figure says so.
 Data:      as in `configs/etg_mafw.py`.
 Result:    not measured: the data set was not at hand. Fusions on data that were: docs/comparison.md.
-Variants:  a fusion by its name (`avjax.models.fusions.FUSIONS`), with its settings under `model.settings`, and its
+Variants:  a fusion by its name (`avjax.models.fusions.registry.FUSIONS`), with its settings under `model.settings`, and
+its
            losses and modality dropout as its paper has them; the optimizer is this file's for all of them, and the
            paper's in <name>_recipe. Then streams (`audio`, `video`, `text`, `ta`, `tv`, `av`, `tav`), protocols and
            presets as in `configs/etg_mafw.py`: `configs/fusion_mafw.py:mult,av,speaker_norm`.
@@ -14,7 +15,7 @@ Variants:  a fusion by its name (`avjax.models.fusions.FUSIONS`), with its setti
 from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
-from avjax.models import fusions
+from avjax.models.fusions import registry as fusions
 
 MAFW = module("configs/etg_mafw.py")
 

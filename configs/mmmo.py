@@ -18,7 +18,7 @@ Variants:  audio, video, av: which streams enter; fusions by name and all_clips:
 from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
-from avjax.models import fusions
+from avjax.models.fusions import registry as fusions
 
 FUSION = module("configs/fusion_mafw.py")
 

@@ -16,7 +16,7 @@ Variants:  audio, video, av: which streams enter; both_aus: the second run's act
 from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
-from avjax.models import fusions
+from avjax.models.fusions import registry as fusions
 
 FUSION = module("configs/fusion_mafw.py")
 

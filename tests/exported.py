@@ -3,9 +3,10 @@
 import pathlib
 import re
 
-import synthetic
-
-from avjax import bundle, config, rundir, train
+from avjax import config, train
+from avjax.inference import bundle
+from avjax.training import run_directory
+from tests import synthetic
 
 CLIPS = synthetic.make(clips=24, speakers=3)
 
@@ -13,7 +14,7 @@ CLIPS = synthetic.make(clips=24, speakers=3)
 def run(tmp_path_factory) -> pathlib.Path:
     """A run of 3 folds × 2 seeds, trained once for all that ask; its features are in F beside it."""
     root = tmp_path_factory.getbasetemp() / "exported"
-    if not rundir.is_finished(root / "W"):
+    if not run_directory.is_finished(root / "W"):
         synthetic.write_store(root / "F", CLIPS)
         (root / "F" / "provenance").mkdir()
         (root / "F" / "provenance" / "v.json").write_text('{"feature": "video", "code": 2}')

@@ -6,12 +6,13 @@ import sys
 
 import jax
 import numpy as np
-import prompted
-import synthetic
 
 from avjax import config as configs
-from avjax import loop, models, pipeline, sharding, streams
+from avjax import models
 from avjax.datasets.base import Fold
+from avjax.training import lanes as lane_plans
+from avjax.training import loop, sharding, streamed_batches
+from tests import prompted, synthetic
 
 MESHES = {
     **{preset: {} for preset in sharding.PRESETS if preset != "auto"},
@@ -63,9 +64,9 @@ def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
     ids = made.ids
     model = models.build(config.model, len(made.classes))
     fold = Fold("one", tuple(ids[:16]), tuple(ids[20:]), tuple(ids[16:20]))
-    plan = pipeline.plan(made, [fold], config.train.seeds, config.protocol, model.turns)
+    plan = lane_plans.plan(made, [fold], config.train.seeds, config.protocol, model.turns)
     place = sharding.place(config, len(plan.names))
-    clips, lanes = streams.choose(made, config, model.constants, place), place.put_lanes(plan.lanes)
+    clips, lanes = streamed_batches.choose(made, config, model.constants, place), place.put_lanes(plan.lanes)
     trainer = loop.make(model, config, place)
     state = trainer.init(lanes, clips)
     if place.mesh:

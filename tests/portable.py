@@ -8,15 +8,18 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from test_fusions import CLASSES, SMALL, WIDTHS
 
-from avjax import cache as caches
 from avjax import config as configs
-from avjax import models, pipeline, prediction, readouts, rundir
-from avjax.checkpoint import Checkpoints
-from avjax.datasets.store import Features
-from avjax.models import fusions
+from avjax import models
+from avjax.evaluation import fewshot
+from avjax.evaluation import fewshot_cache as caches
+from avjax.features.store import Features
+from avjax.inference import run as runs
 from avjax.models.base import Model
+from avjax.models.fusions import registry as fusions
+from avjax.training import batches, run_directory
+from avjax.training.checkpoint import Checkpoints
+from tests.models.fusions.test_all import CLASSES, SMALL, WIDTHS
 
 NAMES = tuple(f"class{c}" for c in range(CLASSES))
 
@@ -43,7 +46,7 @@ def of_arrays(arrays, masks, names: tuple[str, ...] = NAMES) -> Features:
 
 
 @functools.cache
-def fusion(name: str, task: str = "single", **changes) -> prediction.Run:
+def fusion(name: str, task: str = "single", **changes) -> runs.Run:
     """Two lanes of a fusion of `SMALL` size; `changes` of the model's configuration."""
     chosen = fusions.model_config(name)
     chosen.streams = fusions.FUSIONS[name].streams
@@ -52,14 +55,14 @@ def fusion(name: str, task: str = "single", **changes) -> prediction.Run:
     return run_of(models.build(chosen, CLASSES), features(2), task=task)
 
 
-def run_of(model: Model, few: Features, **more) -> prediction.Run:
+def run_of(model: Model, few: Features, **more) -> runs.Run:
     """Two lanes of a model that reads features like these, with weights and statistics drawn at random."""
-    rng, data = np.random.default_rng(7), pipeline.resident(few, "both", "train", model.constants)
-    stats = {s: _statistics(rng, data.streams[s].shape[-1]) for s in pipeline.standardised(data)}
+    rng, data = np.random.default_rng(7), batches.resident(few, "both", "train", model.constants)
+    stats = {s: _statistics(rng, data.streams[s].shape[-1]) for s in batches.standardised(data)}
     index = jnp.zeros((1, 1) if model.turns else 1, int)
-    batch = pipeline.gather(data, {s: (m[0], d[0]) for s, (m, d) in stats.items()}, index, jnp.ones(index.shape))
+    batch = batches.gather(data, {s: (m[0], d[0]) for s, (m, d) in stats.items()}, index, jnp.ones(index.shape))
     best = jax.eval_shape(model.module.init, jax.random.key(0), batch)
-    return prediction.Run(
+    return runs.Run(
         name="made up",
         dataset="made up",
         protocol="none",
@@ -88,7 +91,7 @@ def _drawn(rng, path, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     return (centre + spread * rng.normal(size=(2, *leaf.shape))).astype(leaf.dtype)
 
 
-def streams_of(run: prediction.Run, clips: Features, multiple: int = 1) -> dict[str, np.ndarray]:
+def streams_of(run: runs.Run, clips: Features, multiple: int = 1) -> dict[str, np.ndarray]:
     """The streams that a program reads, with padding up to a multiple of steps."""
     named, out = {s: "text_both" if s == "text" else s for s in run.model.streams}, {}
     for stream, name in named.items():
@@ -98,7 +101,7 @@ def streams_of(run: prediction.Run, clips: Features, multiple: int = 1) -> dict[
     return out
 
 
-def recalled(few: Features, sizes: tuple[int, ...]) -> prediction.Run:
+def recalled(few: Features, sizes: tuple[int, ...]) -> runs.Run:
     """EmoAsst of two lanes, whose caches have so many entries, the first of them without sound."""
     rng, width = np.random.default_rng(2), few.arrays["text_both"].shape[-1]
     unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)  # noqa: E731
@@ -122,7 +125,7 @@ def emoasst():
     return config
 
 
-def finished(run: prediction.Run, config, workdir: pathlib.Path, **made_by: str) -> pathlib.Path:
+def finished(run: runs.Run, config, workdir: pathlib.Path, **made_by: str) -> pathlib.Path:
     """The run directory that a run with these weights would have left, as far as others read it."""
     lane = {"n_train": 4, "n_val": 1, "n_test": 2, "speaker_overlap": 0, "best_epoch": 1, "war": 0.5, "uar": 0.5}
     lanes = [{"fold": fold, "seed": seed} | lane for fold, seed in run.lanes]
@@ -135,14 +138,14 @@ def finished(run: prediction.Run, config, workdir: pathlib.Path, **made_by: str)
     files = {
         "config": config.to_dict() | {"data": {"features": str(workdir / "F")}},
         "metrics": about | scores | {"counts": counts, "folds": lanes, "confusion": confusion, "reference": {}},
-        "environment": rundir.environment() | {"features": features},
+        "environment": run_directory.environment() | {"features": features},
         "protocol": {"dataset": "folder", "folds": lanes},
     }
     for name, content in files.items():
         workdir.mkdir(exist_ok=True)
         (workdir / f"{name}.json").write_text(json.dumps(content))
     for lane, cache in zip(run.lanes, run.caches, strict=bool(run.caches)):
-        caches.save(cache, workdir / readouts.FOLDER / readouts.cache_name(*lane))
+        caches.save(cache, workdir / fewshot.FOLDER / fewshot.cache_name(*lane))
     with Checkpoints(workdir / "checkpoints") as kept:
         kept.save(1, {"best": run.best, "best_head": run.best_head, "stats": run.stats})
     (workdir / "report.html").write_text("")

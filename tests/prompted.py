@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import synthetic
 from ml_collections import ConfigDict
 
 from avjax import config as configs
-from avjax import loop, models, pipeline, readouts, streams
+from avjax import models
 from avjax.datasets.base import Fold
-from avjax.datasets.store import Features
+from avjax.evaluation import fewshot
+from avjax.features.store import Features
+from avjax.training import lanes as lane_plans
+from avjax.training import loop, streamed_batches
+from tests import synthetic
 
 SMALL = {"told": True, "width": 8, "heads": 2, "inner": 8, "shots": 2, "tune_steps": 5}
 
@@ -71,8 +74,8 @@ class Run:
         self.config, self.features = settings(**more), features
         self.model, self.trainer = compiled(self.config.to_json(), len(features.classes))
         protocol = self.config.protocol
-        self.plan = pipeline.plan(features, folds(features.ids), self.config.train.seeds, protocol)
-        self.data = streams.choose(features, self.config, self.model.constants)
+        self.plan = lane_plans.plan(features, folds(features.ids), self.config.train.seeds, protocol)
+        self.data = streamed_batches.choose(features, self.config, self.model.constants)
         self.state = self.trainer.init(self.plan.lanes, self.data)
 
     def train(self) -> "Run":
@@ -80,7 +83,7 @@ class Run:
         return self
 
     def represented(self, data=None, **how) -> dict[str, np.ndarray]:
-        return readouts.represent(self.model, self.state, self.data if data is None else data, **how)
+        return fewshot.represent(self.model, self.state, self.data if data is None else data, **how)
 
 
 def equal(a, b) -> None:

@@ -6,11 +6,11 @@ import pathlib
 import numpy as np
 
 from avjax import tasks
-from avjax.datasets import store
 from avjax.datasets.base import Clip, Corpus, Task
-from avjax.datasets.store import Features
-from avjax.features import TEXTS, example
-from avjax.presets import PRESETS
+from avjax.features import store
+from avjax.features.clip import TEXTS, example
+from avjax.features.presets import PRESETS
+from avjax.features.store import Features
 
 SIZES = {"video": (6, 9), "audio": (11, 7), "text": (8, 12)}  # most steps, width
 

@@ -1,6 +1,5 @@
 """The tree is formatted and free of lint, and its shell scripts pass shellcheck."""
 
-import ast
 import pathlib
 import subprocess
 import sys
@@ -36,34 +35,3 @@ def test_shell_scripts():
 def test_no_file_is_over_500_lines():
     long = {p: n for p in ROOT.glob("avjax/**/*.py") if (n := len(p.read_text().splitlines())) > 500}
     assert not long
-
-
-def test_imports_run_one_way():
-    """Models know arrays, never files; encoders know weights, never data sets; data sets know disks, never models."""
-    never = {
-        "models": ("datasets", "media", "text", "encoders", "pipeline", "loop"),
-        "encoders": ("datasets", "models", "media", "features"),
-        "datasets": ("models", "encoders", "media", "features", "pipeline"),
-        "media": ("datasets", "models", "text", "features"),
-        "text": ("datasets", "models", "media", "encoders", "features"),
-        "report": ("models", "loop", "datasets", "features"),
-        "demo": ("models", "encoders", "datasets", "loop", "pipeline"),
-        "benches": ("demo", "text"),
-    }
-    broken = []
-    for room, others in never.items():
-        others = (*others, *({"demo", "benches"} - {room}))
-        for path in (ROOT / "avjax" / room).glob("*.py"):
-            broken += [f"{path.name} → {name}" for name in imported(path) if name.split(".")[1] in others]
-    assert not broken
-
-
-def imported(path: pathlib.Path) -> set[str]:
-    """Dotted names of avjax that a file imports, inside functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{a.name}" for a in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {a.name for a in node.names}
-    return {n for n in names if n.startswith("avjax.")}

@@ -3,12 +3,13 @@
 import dataclasses
 
 import numpy as np
-import synthetic
 
-from avjax import config, presets
-from avjax.datasets.store import Features
+from avjax import config
 from avjax.encoders import weights
 from avjax.encoders.sources import Entry
+from avjax.features import presets
+from avjax.features.store import Features
+from tests import synthetic
 
 _BERT = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 20}
 _CONVS = {"conv_dim": [8, 8], "conv_kernel": [10, 8], "conv_stride": [5, 4]}

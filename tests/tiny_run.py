@@ -3,9 +3,10 @@
 import csv
 import pathlib
 
-import clips
-
-from avjax import config, extraction, rundir, train
+from avjax import config, train
+from avjax.features import extract as extraction
+from avjax.training import run_directory
+from tests import clips
 
 CLASSES = ("deep", "high", "middle")
 
@@ -13,7 +14,7 @@ CLASSES = ("deep", "high", "middle")
 def make(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
     """(data, store, run directory) of 2 folds × 2 seeds on 9 clips, one without sound, one without picture."""
     root = tmp_path_factory.getbasetemp() / "tiny_run"
-    if not rundir.is_finished(root / "W"):
+    if not run_directory.is_finished(root / "W"):
         _write_data(root / "R")
         extraction.extract("folder", "lite", root=str(root / "R"), out=str(root / "F"), processes=2)
         settings = config.load(

@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from avjax import source
-from avjax.datasets import lists
-from avjax.datasets.about import about
+from avjax.datasets import fold_tables
 from avjax.datasets.base import GENDERS, Clip, Corpus, Fold
-from avjax.datasets.coded import gathered
+from avjax.datasets.fold_tables import gathered
 from avjax.datasets.labels import numbers
+from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
+from avjax.utils import media_files
 
 # Of each class, in their order: its code in file names, letter in tables of votes, column in lists of shares.
 _CODES = ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")
@@ -92,7 +92,7 @@ def votes(table: Path) -> dict[str, dict[str, float]]:
       AvjaxError: it is not such a table.
     """
     names = dict(zip(_LETTERS, about("crema_d").classes, strict=True))
-    found = {row["FileName"]: row["MultiModalVote"] for row in lists.table(table, ("FileName", "MultiModalVote"))}
+    found = {row["FileName"]: row["MultiModalVote"] for row in fold_tables.table(table, ("FileName", "MultiModalVote"))}
     most = {name: [names[letter] for letter in vote.split(":") if letter in names] for name, vote in found.items()}
     return {name: dict.fromkeys(emotions, 1 / max(len(emotions), 1)) for name, emotions in most.items()}
 
@@ -122,13 +122,13 @@ def _clips(root: Path, names: Iterable[str] | None) -> list[Clip]:
 
 def _by_id(folder: Path, suffix: str) -> dict[str, Path]:
     # One file of the download is called 1040_ITH_SAD_X.
-    return {re.sub("_X$", "_XX", p.stem): p for p in source.files(folder, suffix)}
+    return {re.sub("_X$", "_XX", p.stem): p for p in media_files.files(folder, suffix)}
 
 
 def _genders(root: Path) -> dict[str, str]:
     """Actor → gender, by the first VideoDemographics.csv, if there is one."""
-    tables = [p for p in source.files(root, ".csv") if p.name == "VideoDemographics.csv"]
-    rows = lists.table(tables[0], ("ActorID", "Sex")) if tables else []
+    tables = [p for p in media_files.files(root, ".csv") if p.name == "VideoDemographics.csv"]
+    rows = fold_tables.table(tables[0], ("ActorID", "Sex")) if tables else []
     return {row["ActorID"]: row["Sex"].lower() for row in rows if row["Sex"].lower() in GENDERS}
 
 
@@ -139,7 +139,7 @@ def _partitioned(
     shares, parts = _partitions(root)
     classes = tuple(about(name).classes)
     labels = {n: ((), reason) if reason else label(classes, s) for n, (s, reason) in shares.items()}
-    strange = tuple((source.shown(n), "no name of a clip of CREMA-D") for n in shares if not _NAME.fullmatch(n))
+    strange = tuple((media_files.shown(n), "no name of a clip of CREMA-D") for n in shares if not _NAME.fullmatch(n))
     clips = [dataclasses.replace(c, label=labels[c.id][0], fold=None) for c in _clips(root, shares)]
     corpus = gathered(
         name, clips, {n: reason for n, (_, reason) in labels.items()}, f"{root}: lists without clips", kind
@@ -161,7 +161,7 @@ def _majority(classes: Sequence[str], shares: Shares) -> tuple[str, str]:
 
 def _partitions(root: Path) -> tuple[dict[str, tuple[Shares, str]], dict[str, dict[str, str]]]:
     """Clip → shares and why they are none ("" if they are some); and partition → clip → its part."""
-    tables = source.files(root, ".csv")
+    tables = media_files.files(root, ".csv")
     shares, parts = {}, {}
     for name in _PARTITIONS:
         path = _one(root, [p for p in tables if p.name.endswith(f"label_consensus_{name}.csv")], name)
@@ -186,7 +186,7 @@ def _one(root: Path, found: Sequence[Path], name: str) -> Path:
 
 def _rows(path: Path) -> dict[str, dict[str, str]]:
     """Clip → its row."""
-    table = lists.table(path, ("FileName", *_COLUMNS, "Split_Set"))
+    table = fold_tables.table(path, ("FileName", *_COLUMNS, "Split_Set"))
     rows = {row["FileName"].removesuffix(".wav"): row for row in table}
     if len(rows) < len(table):
         raise AvjaxError(f"{path}: {len(table)} rows of {len(rows)} clips; expected each clip once")

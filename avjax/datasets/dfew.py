@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from avjax import source
-from avjax.datasets import lists
-from avjax.datasets.about import about
+from avjax.datasets import fold_tables
 from avjax.datasets.base import Corpus
+from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
+from avjax.utils import media_files
 
 _FILMS = "Clip/original"
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
@@ -38,14 +38,14 @@ def index(root: Path) -> Corpus:
         for fold in range(1, about("dfew").folds + 1)
         for part in ("train", "test")
     }
-    lists.check_there(root, "dfew", (films, *paths.values()), "'Clip/original' and 'EmoLabel_DataSplit'")
-    found = lists.read(splits, paths, _rows)
+    fold_tables.check_there(root, "dfew", (films, *paths.values()), "'Clip/original' and 'EmoLabel_DataSplit'")
+    found = fold_tables.read(splits, paths, _rows)
     names = _names(splits, set(found.labels.values()))
     # What is no class keeps its number, and is rejected by that.
     named = dataclasses.replace(found, labels={n: names.get(label, label) for n, label in found.labels.items()})
     # The first of several, in the order of their paths.
-    there = {_id(p.stem): p for p in reversed(source.files(films, ".mp4")) if _NUMBER.fullmatch(p.stem)}
-    return lists.corpus("dfew", named, films, {n: there.get(n, films / f"{int(n)}.mp4") for n in named.labels})
+    there = {_id(p.stem): p for p in reversed(media_files.files(films, ".mp4")) if _NUMBER.fullmatch(p.stem)}
+    return fold_tables.corpus("dfew", named, films, {n: there.get(n, films / f"{int(n)}.mp4") for n in named.labels})
 
 
 def _list(folder: Path, part: str, fold: int) -> Path:
@@ -59,7 +59,7 @@ def _id(number: str) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Where it stands, a clip's id and its number of a class, of each row of a fold list."""
-    for row in lists.table(path, ("video_name", "label")):
+    for row in fold_tables.table(path, ("video_name", "label")):
         if not _NUMBER.fullmatch(row["video_name"]):
             raise AvjaxError(f"{path}: video_name is {row['video_name']!r}; expected a number such as 02522")
         yield str(path), _id(row["video_name"]), row["label"]

@@ -17,10 +17,10 @@ import csv
 import os
 from pathlib import Path
 
-from avjax import source
 from avjax.datasets import labels
 from avjax.datasets.base import GENDERS, Clip, Corpus, Task
 from avjax.errors import AvjaxError
+from avjax.utils import media_files
 
 _MARKS = {"regression": "value:", "multilabel": "is:", "soft": "share:"}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -54,7 +54,7 @@ def read(table: Path, *, anywhere: bool = False) -> Corpus:
         if clip and clip.id in seen:
             reason = "duplicate clip id: an earlier row has it; tell them apart in a column id"
         if reason:
-            rejected.append((clip.id if clip else (source.shown(row["file"]) or "?"), reason))
+            rejected.append((clip.id if clip else (media_files.shown(row["file"]) or "?"), reason))
         else:
             seen.add(clip.id)
             clips.append(clip)
@@ -150,7 +150,7 @@ def _clip(
     label, unlabelled = _label(row, task, columns)
     audio = root / row["audio"] if row.get("audio") else None
     clip = Clip(
-        id=row.get("id") or source.shown(Path(row["file"]).with_suffix("").as_posix()),
+        id=row.get("id") or media_files.shown(Path(row["file"]).with_suffix("").as_posix()),
         path=root / row["file"],
         label=label,
         audio=audio,
@@ -182,4 +182,4 @@ def _trouble(root: Path, file: Path, anywhere: bool) -> str:
         inside = anywhere or Path(os.path.realpath(file)).is_relative_to(root.resolve())
     except ValueError:  # a null byte, which has a reason of its own
         inside = True
-    return source.trouble(file) if inside else "file lies outside the data folder"
+    return media_files.trouble(file) if inside else "file lies outside the data folder"

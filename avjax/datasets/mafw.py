@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from avjax.datasets import lists
-from avjax.datasets.about import about, target
+from avjax.datasets import fold_tables
 from avjax.datasets.base import Corpus
+from avjax.datasets.metadata import about, target
 from avjax.errors import AvjaxError
 
 _PLAIN, _CAPTIONED = "no_caption", "with_caption"
@@ -37,12 +37,12 @@ def index(root: Path, name: str = "mafw") -> Corpus:
         for fold in range(1, about(name).folds + 1)
         for part in ("train", "test")
     }
-    lists.check_there(root, "mafw", (clips, *paths.values()), "'data/clips' and 'Train & Test Set'")
-    found = lists.read(place / kinds[0], paths, _rows)
+    fold_tables.check_there(root, "mafw", (clips, *paths.values()), "'data/clips' and 'Train & Test Set'")
+    found = fold_tables.read(place / kinds[0], paths, _rows)
     if len(kinds) > 1:
         for path in paths.values():
             _check_captioned(path, place / _CAPTIONED / path.relative_to(place / _PLAIN))
-    return lists.corpus(name, found, clips, {n: clips / f"{n}.mp4" for n in found.labels})
+    return fold_tables.corpus(name, found, clips, {n: clips / f"{n}.mp4" for n in found.labels})
 
 
 def compound(root: Path) -> Corpus:

@@ -7,11 +7,11 @@ Busso et al., IEEE Transactions on Affective Computing 2017. Films and sounds ca
 import re
 from pathlib import Path
 
-from avjax import source
 from avjax.datasets.base import Clip, Corpus
-from avjax.datasets.coded import gathered
-from avjax.datasets.readers import number
+from avjax.datasets.fold_tables import gathered
 from avjax.errors import AvjaxError
+from avjax.features.tables.readers import number
+from avjax.utils import media_files
 
 _RATINGS = ("Evalution.txt", "Evaluation.txt")
 # Sentence and its emotion, speaker, scenario, who speaks to whom and the number of the turn.
@@ -32,7 +32,7 @@ def index(root: Path) -> Corpus:
     Raises:
       AvjaxError: there is no Evalution.txt, or no turn can be used.
     """
-    found = [p for p in source.files(root, ".txt") if p.name in _RATINGS]
+    found = [p for p in media_files.files(root, ".txt") if p.name in _RATINGS]
     if not found:
         raise AvjaxError(f"{root}: no {_RATINGS[0]}; set --config.data.root to the folder of the download")
     ratings, films, sounds = _ratings(found[0]), _by_code(root, ".avi", ".mp4"), _by_code(root, ".wav")
@@ -55,7 +55,7 @@ def index(root: Path) -> Corpus:
 
 def _by_code(root: Path, *suffixes: str) -> dict[str, Path]:
     """Of several files of one turn, the first in the order of paths."""
-    return {m[1]: p for p in reversed(source.files(root, *suffixes)) if (m := _NAME.fullmatch(p.stem))}
+    return {m[1]: p for p in reversed(media_files.files(root, *suffixes)) if (m := _NAME.fullmatch(p.stem))}
 
 
 def _ratings(path: Path) -> dict[str, str]:

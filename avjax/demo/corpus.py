@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from avjax import assets, extraction, progress, workers
 from avjax.demo import face, voice
 from avjax.demo.voice import Manner
 from avjax.errors import AvjaxError
-from avjax.files import only_writer, replacing, write_text
+from avjax.features import extract as extraction
 from avjax.media.audio import SAMPLE_RATE
+from avjax.utils import paths, progress, worker_pool
+from avjax.utils.storage import only_writer, replacing, write_text
 
 VERSION = 1  # of the recipe; another version is another corpus, kept in another place
 TAKES = 2  # clips per class and speaker
@@ -90,7 +91,7 @@ def plans() -> list[Plan]:
 
 def place() -> Path:
     """Where this version of the corpus is kept: `$AVJAX_CACHE/demo/v<version>`."""
-    return assets.cache() / "demo" / f"v{VERSION}"
+    return paths.cache() / "demo" / f"v{VERSION}"
 
 
 def write_lists(root: Path) -> None:
@@ -100,7 +101,7 @@ def write_lists(root: Path) -> None:
         for part in ("train", "test"):
             lines = [f"{p.name}.mp4 {p.emotion}\n" for p in every if (p.fold == fold) == (part == "test")]
             write_text(root / f"Train & Test Set/single/no_caption/set_{fold}/{part}.txt", "".join(lines))
-    about = json.loads(assets.path("data/demo/portrait.json").read_text())
+    about = json.loads(paths.path("data/demo/portrait.json").read_text())
     note = f"Demo corpus {VERSION} of avjax: synthetic, not MAFW.\nPortrait: {about['source']}\n{about['licence']}\n"
     write_text(root / "README.txt", note)
 
@@ -115,9 +116,11 @@ def make(root: Path, console: Console) -> None:
     clips = clip_path(root, plans()[0]).parent
     with only_writer(clips, "set AVJAX_CACHE to another folder"):
         jobs = [(root, plan) for plan in plans() if not clip_path(root, plan).is_file()]
-        done = workers.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=extraction.CLIP_SECONDS, setup=_alone)
+        done = worker_pool.each(
+            _make_one, jobs, count=os.cpu_count() or 1, seconds=extraction.CLIP_SECONDS, setup=_alone
+        )
         for (_, plan), answer in progress.bar(done, len(jobs), "demo clips", console):
-            if isinstance(answer, workers.Failure):
+            if isinstance(answer, worker_pool.Failure):
                 raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {answer.reason}")
         write_lists(root)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax import assets
+from avjax.utils import paths
 
 # Landmarks of the MediaPipe mesh by the part of the face that they move with: those on the left of the picture, and
 # their mirror images. Points on the midline stand in both.
@@ -181,8 +181,8 @@ def portrait() -> Portrait:
     import cv2
     from scipy.interpolate import RBFInterpolator
 
-    about = json.loads(assets.path("data/demo/portrait.json").read_text())
-    image = cv2.cvtColor(cv2.imread(str(assets.path("data/demo/portrait.png"))), cv2.COLOR_BGR2RGB)
+    about = json.loads(paths.path("data/demo/portrait.json").read_text())
+    image = cv2.cvtColor(cv2.imread(str(paths.path("data/demo/portrait.png"))), cv2.COLOR_BGR2RGB)
     size = len(image)
     points = {int(i): p for i, p in about["landmarks"].items()}
     names = sorted(points)

@@ -30,14 +30,14 @@ from avjax.encoders import (
     efficientnet,
     formats,
     perceiver,
-    untrained,
+    random_weights,
     vit,
     wav2vec2,
     weights,
     whisper,
 )
 from avjax.errors import AvjaxError
-from avjax.layers import masked_mean
+from avjax.layers.masking import masked_mean
 
 # model_type of the hub's config.json → family
 FAMILIES = {
@@ -98,12 +98,12 @@ def load(
     if pool == "projected":
         module, more = _projected(module), {"projected": True}
     if random:
-        params = untrained.params(family.shapes(module.config, **more))
+        params = random_weights.params(family.shapes(module.config, **more))
     else:
         params = family.convert(formats.read(files.tensors), module.config, **more)
     provenance = {
         "source": str(source) if source in weights.REGISTRY else files.tensors.parent.name,
-        "sha256": untrained.STATED if random else weights.sha256(files.tensors),
+        "sha256": random_weights.STATED if random else weights.sha256(files.tensors),
         "model_type": files.config["model_type"],
         "layer": "last" if layer is None else str(layer),
         "pool": pool or "none",
@@ -164,7 +164,7 @@ class Encoder:
         self.width = module.config.joint if pool == "projected" else module.config.width
         self.longest = module.config.longest
         self.provenance = provenance
-        self.random = provenance.get("sha256") == untrained.STATED
+        self.random = provenance.get("sha256") == random_weights.STATED
         self._family = family
         self._steps = module.config.steps
         self._pool = pool
@@ -247,7 +247,7 @@ class Encoder:
           AvjaxError: the folder has none.
         """
         if self.random:
-            return untrained.tokenizer(self.provenance["model_type"])
+            return random_weights.tokenizer(self.provenance["model_type"])
         file = self._files.tensors.with_name("tokenizer.json")
         if not file.is_file():
             raise AvjaxError(f"{file}: no such file; put the tokenizer of this encoder there")

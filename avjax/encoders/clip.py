@@ -19,7 +19,9 @@ import numpy as np
 from avjax.encoders import base, images, weights
 from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
-from avjax.layers import PreNormBlock, Project, causal
+from avjax.layers.linear import Project
+from avjax.layers.masking import causal
+from avjax.layers.transformer import PreNormBlock
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from avjax import assets
 from avjax.encoders.registry import REGISTRY
 from avjax.encoders.sources import Entry, File, Source, Unavailable, sha256
 from avjax.errors import AvjaxError
-from avjax.files import write_text
+from avjax.utils import paths
+from avjax.utils.storage import write_text
 
 _SUMS = "sha256.json"
 
@@ -71,7 +71,7 @@ def _folder(name: str, weights_dir: str | os.PathLike | None = None) -> tuple[Pa
     if folder is not None and folder.is_dir():
         return folder, ""
     reason = f"{folder} is not there" if folder else "none given (weights_dir, AVJAX_WEIGHTS)"
-    return assets.cache() / "weights" / name, reason
+    return paths.cache() / "weights" / name, reason
 
 
 def convert(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from avjax.errors import UnusableMedia
-from avjax.source import trouble
+from avjax.utils.media_files import trouble
 
 MAX_PIXELS = 4096 * 2304  # per frame; more is a mistake or an attack
 # Containers round timestamps to as little as a millisecond: a frame due that soon counts as shown.

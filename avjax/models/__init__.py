@@ -3,15 +3,16 @@
 from typing import Any
 
 from avjax.errors import AvjaxError
-from avjax.models import emoasst, etg_aver, fusions
+from avjax.models import emoasst, etg_aver
 from avjax.models.base import Build, Model
+from avjax.models.fusions import registry as fusions
 
 
 def _end_to_end(config: Any, classes: int) -> Model:
     # Models know arrays; this one brings pretrained encoders, which know files.
-    from avjax import finetuning
+    from avjax.models import finetune
 
-    return finetuning.build(config, classes)
+    return finetune.build(config, classes)
 
 
 REGISTRY: dict[str, Build] = {

@@ -29,11 +29,14 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers import Dropout, Project, TimeConvolution, attend, masked_max
+from avjax.layers.attention import attend
+from avjax.layers.conformer import StepNorm, pack
+from avjax.layers.conv2d import PictureConvolution, halved
+from avjax.layers.dropout import Dropout
+from avjax.layers.linear import Project, TimeConvolution
+from avjax.layers.masking import masked_max
 from avjax.models.base import Fusion, Output
-from avjax.models.conformer import StepNorm, pack
-from avjax.models.fusion_frames import Batch, Stream, softhard
-from avjax.models.pictures import PictureConvolution, halved
+from avjax.models.fusions.frames import Batch, Stream, softhard
 
 _BLOCKS = ("both", "self", "cross")
 _REDUCTION = 16  # of the channels, between the layers of channel attention

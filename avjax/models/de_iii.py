@@ -24,9 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from avjax.errors import AvjaxError
-from avjax.layers import Dropout, PostNormBlock, Project, enter, masked_max, masked_mean, masked_softmax
+from avjax.layers.conformer import ConformerBlock, interleaved_sinusoids, pack, unpack
+from avjax.layers.dropout import Dropout
+from avjax.layers.linear import Project
+from avjax.layers.masking import enter, masked_max, masked_mean, masked_softmax
+from avjax.layers.transformer import PostNormBlock
 from avjax.models.base import Fusion, Output, heads_loss
-from avjax.models.conformer import ConformerBlock, interleaved_sinusoids, pack, unpack
 
 Stream = tuple[jax.Array, jax.Array]  # (b, n, d), zeros where its mask (b, n) is False
 

@@ -5,10 +5,10 @@ acoustic models". Section and equation numbers are the paper's. Shapes: b clip, 
 e width of the texts, c class.
 
 The module gives one vector of length 1 for each modality, and the answers of the zero-shot classifier (Eq. 2); the
-classifiers that read the vectors, the K-shot cache among them, come after training (`avjax.readouts`). In training the
-query of the picture is a prompt, drawn for each clip at each step, that names the label; everywhere else it is the text
-of the clip alone, and no label is read. The paper trains both branches separately: they share no parameter, and their
-losses are added.
+classifiers that read the vectors, the K-shot cache among them, come after training (`avjax.evaluation.fewshot`). In
+training the query of the picture is a prompt, drawn for each clip at each step, that names the label; everywhere else
+it is the text of the clip alone, and no label is read. The paper trains both branches separately: they share no
+parameter, and their losses are added.
 """
 
 import functools
@@ -19,11 +19,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax import contrastive
-from avjax.cache import TEMPERATURE
 from avjax.errors import AvjaxError
-from avjax.layers import PostNormBlock, Project, masked_mean
+from avjax.evaluation.fewshot_cache import TEMPERATURE
+from avjax.layers.linear import Project
+from avjax.layers.masking import masked_mean
+from avjax.layers.transformer import PostNormBlock
 from avjax.models.base import Loss, Model, Output
+from avjax.tasks import contrastive
 
 VISUAL_LOSSES = ("clip", "supcon")
 READERS = ("cache", "tuned", "zero", "probe")

@@ -1,7 +1,7 @@
 """ETG-AVER with its encoders in front: from pictures, sound and token ids to emotions, and gradients all the way back.
 
 The pretrained weights come with the batch, under `PRETRAINED`: one copy for all lanes. The params of the module are the
-core's and those that are trained of each encoder (`avjax.models.tuning`), under the name of its stream.
+core's and those that are trained of each encoder (`avjax.models.lora`), under the name of its stream.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict
 
-from avjax.models import tuning
+from avjax.models import lora
 from avjax.models.base import Output
 from avjax.models.etg_aver import EtgAver
 
@@ -34,7 +34,7 @@ class EndToEnd(nn.Module):
 
     core: EtgAver
     encoders: tuple[tuple[str, Encode], ...]
-    tuning: tuning.Tuning
+    lora: lora.Tuning
 
     @nn.compact
     def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
@@ -53,8 +53,8 @@ class EndToEnd(nn.Module):
     def _params(self, stream: str, pretrained: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.tuning.chosen(stream, flatten_dict(pretrained, sep="/")):
             return pretrained
-        trained = self.param(stream, tuning.begun, self.tuning, stream, pretrained)
-        return tuning.merged(self.tuning, pretrained, trained)
+        trained = self.param(stream, lora.begun, self.tuning, stream, pretrained)
+        return lora.merged(self.tuning, pretrained, trained)
 
 
 def _few_at_once(encode: Encode, params: Mapping[str, Any], raw: jax.Array, mask: jax.Array):

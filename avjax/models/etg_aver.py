@@ -19,10 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax import losses, tasks
+from avjax import tasks
 from avjax.errors import AvjaxError
-from avjax.layers import masked_mean, masked_softmax
+from avjax.layers.masking import masked_mean, masked_softmax
 from avjax.models.base import Model, Output, head_loss
+from avjax.tasks import losses
 
 FUSIONS = ("concat", "additive", "attention")
 WEIGHTINGS = ("softmax", "ratio")

@@ -1,6 +1,6 @@
 """The PyTorch originals of the encoders: small random and true-size architectures, and what they answer.
 
-One module a family, each with `KINDS`: name → `Original`. `tests/test_encoders.py` runs all of them.
+One module a family, each with `KINDS`: name → `Original`. `tests/encoders/test_parity.py` runs all of them.
 """
 
 import dataclasses

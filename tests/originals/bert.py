@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from originals import Original
+from tests.originals import Original
 
 
 def draw(kind, rng):

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from originals import Original
+from tests.originals import Original
 
 # Of google/efficientnet-b0 and -b2.
 B0 = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "depthwise_padding": [16]}

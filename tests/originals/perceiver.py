@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from originals import Original
+from tests.originals import Original
 
 
 def draw(rng):

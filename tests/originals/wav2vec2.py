@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from originals import Original
+from tests.originals import Original
 
 
 def _common(rng):

@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 
-from originals import Original
+from tests.originals import Original
 
 # Of the decoder, which checkpoints carry and the encoder has no use for.
 DECODER = {"decoder_layers": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 8, "max_target_positions": 4}

@@ -23,7 +23,7 @@ def case(name: str, seed: int, clips: int):
     meta = json.loads(path.read_text())
     state = {n: _draw(seed, n, shape, kind) for n, shape, kind in meta["params"]}
     inputs = {n: _draw(seed, n, (clips, *shape[1:]), kind) for n, shape, kind in meta["inputs"]}
-    return importlib.import_module(f"references.{name}"), meta["hyper"], state, inputs
+    return importlib.import_module(f"tests.references.{name}"), meta["hyper"], state, inputs
 
 
 def _draw(seed: int, name: str, shape, kind: str) -> np.ndarray:

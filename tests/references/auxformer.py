@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.benches import torch_fusions
-from avjax.models.fusion_crossmodal import AuxFormer
-from references import layouts
-from references.mult import encoder
+from avjax.models.fusions.crossmodal import AuxFormer
+from benchmarks.torch import fusions as torch_fusions
+from tests.references import layouts
+from tests.references.mult import encoder
 
 ENCODERS = {
     "a_mem": "audio_alone",

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.benches import torch_fusions
-from avjax.models.fusion_frames import AvtCaReleased, TwoStages
-from references import mmer_ia, mmer_it
-from references.layouts import attention
-from references.mmer_ia import BRANCHES as IGNORED
-from references.mmer_ia import answers, batch, statistics
+from avjax.models.fusions.frames import AvtCaReleased, TwoStages
+from benchmarks.torch import fusions as torch_fusions
+from tests.references import mmer_ia, mmer_it
+from tests.references.layouts import attention
+from tests.references.mmer_ia import BRANCHES as IGNORED
+from tests.references.mmer_ia import answers, batch, statistics
 
 __all__ = ["IGNORED", "answers", "batch", "convert", "module", "reference", "statistics"]
 

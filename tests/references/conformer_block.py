@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from avjax.models.conformer import ConformerBlock
-from references.layouts import dense, norm
+from avjax.layers.conformer import ConformerBlock
+from tests.references.layouts import dense, norm
 
 IGNORED: dict[str, str] = {}
 

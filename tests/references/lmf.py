@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.benches import torch_fusions
-from avjax.models.fusion_tensor import Lmf
-from references import layouts
+from avjax.models.fusions.tensor import Lmf
+from benchmarks.torch import fusions as torch_fusions
+from tests.references import layouts
 
 IGNORED: dict[str, str] = {}
 reference = torch_fusions.lmf

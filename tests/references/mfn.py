@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from avjax.benches import torch_fusions
-from avjax.models.fusion_memory import Mfn
-from references import layouts
-from references.lmf import batch
+from avjax.models.fusions.memory import Mfn
+from benchmarks.torch import fusions as torch_fusions
+from tests.references import layouts
+from tests.references.lmf import batch
 
 __all__ = ["IGNORED", "answers", "batch", "convert", "module", "reference"]
 STREAMS = {"l": "text", "a": "audio", "v": "video"}

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.benches import torch_fusions
 from avjax.models.base import Output
-from avjax.models.fusion_frames import MmerIa, TwoStages
-from references.layouts import dense, norm
+from avjax.models.fusions.frames import MmerIa, TwoStages
+from benchmarks.torch import fusions as torch_fusions
+from tests.references.layouts import dense, norm
 
 BRANCHES = {
     f"{branch}.classifier_1.0.{kind}": "a branch's own classifier; the answer comes from the joined one"

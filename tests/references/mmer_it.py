@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.benches import torch_fusions
-from avjax.models.fusion_frames import MmerIt, TwoStages
-from references import mmer_ia
-from references.mmer_ia import BRANCHES as IGNORED
-from references.mmer_ia import answers, batch, statistics
+from avjax.models.fusions.frames import MmerIt, TwoStages
+from benchmarks.torch import fusions as torch_fusions
+from tests.references import mmer_ia
+from tests.references.mmer_ia import BRANCHES as IGNORED
+from tests.references.mmer_ia import answers, batch, statistics
 
 __all__ = ["IGNORED", "answers", "batch", "convert", "module", "reference", "statistics"]
 

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from avjax.models.fusion_gates import MsafBlock
-from references import layouts
+from avjax.models.fusions.gates import MsafBlock
+from tests.references import layouts
 
 IGNORED: dict[str, str] = {}
 

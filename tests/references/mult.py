@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.benches import torch_fusions
-from avjax.models.fusion_crossmodal import MulT
-from references import layouts
+from avjax.models.fusions.crossmodal import MulT
+from benchmarks.torch import fusions as torch_fusions
+from tests.references import layouts
 
 STREAMS = {"l": "text", "a": "audio", "v": "video"}
 IGNORED = {

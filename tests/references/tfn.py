@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from avjax.benches import torch_fusions
-from avjax.models.fusion_tensor import Tfn
-from references import layouts
-from references.lmf import batch, unimodal
+from avjax.models.fusions.tensor import Tfn
+from benchmarks.torch import fusions as torch_fusions
+from tests.references import layouts
+from tests.references.lmf import batch, unimodal
 
 __all__ = ["IGNORED", "answers", "batch", "convert", "module", "reference"]
 IGNORED = {

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.benches import torch_fusions
 from avjax.models.base import Output
-from avjax.models.fusion_shared import Uavm
-from references.layouts import dense, norm
+from avjax.models.fusions.shared import Uavm
+from benchmarks.torch import fusions as torch_fusions
+from tests.references.layouts import dense, norm
 
 _STACKS = {"audio": "a_trans.", "video": "v_trans.", "shared": "s_trans."}
 

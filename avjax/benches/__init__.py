@@ -1,1 +1,0 @@
-"""What `python -m avjax.bench` measures, one module per benchmark."""

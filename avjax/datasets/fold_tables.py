@@ -1,0 +1,171 @@
+"""What comes with a data set as text: tables of rows, and official fold lists, which are checked before use."""
+
+import csv
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from avjax.datasets import labels as labelling
+from avjax.datasets.base import Clip, Corpus, Fold, Task
+from avjax.datasets.metadata import about
+from avjax.errors import AvjaxError
+from avjax.utils import media_files
+
+# A fold's name and "train" or "test".
+Part = tuple[str, str]
+
+
+def table(path: Path, columns: Sequence[str], hint: str = "") -> list[dict[str, str]]:
+    """The rows of a CSV table in UTF-8 as column → text without blanks at its ends, "" where a row is short.
+
+    Args:
+      columns: those to read; names of the header may have blanks around them.
+      hint: what to do where there is no such file.
+    Raises:
+      AvjaxError: there is no such file, it is not UTF-8 or not CSV, or it lacks a column.
+    """
+    if not path.is_file():
+        raise AvjaxError(f"{path}: not found; {hint}")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            if missing := [c for c in columns if c not in reader.fieldnames]:
+                raise AvjaxError(f"{path}: no column {', '.join(missing)}; expected {', '.join(columns)}")
+            return [{c: row[c].strip() for c in columns} for row in reader]
+    except UnicodeDecodeError as error:
+        raise AvjaxError(f"{path}: not UTF-8 (byte {error.start}); take the table of the download") from error
+    except csv.Error as error:
+        raise AvjaxError(f"{path}: not a CSV table ({error}); take the table of the download") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """Fold lists that were read and checked.
+
+    Attributes:
+      place: their folder.
+      parts: (fold, "train" or "test") → names of clips, in the order of the list.
+      labels: name → label.
+    """
+
+    place: Path
+    parts: Mapping[Part, Sequence[str]]
+    labels: Mapping[str, str]
+
+
+def check_there(root: Path, corpus: str, paths: Iterable[Path], holds: str) -> None:
+    """Raises an AvjaxError that names all of `paths` that are not there, and the folder wanted by what it `holds`."""
+    if missing := [str(path.relative_to(root)) for path in paths if not path.exists()]:
+        raise AvjaxError(
+            f"{root}: no {about(corpus).title} here; missing: {', '.join(missing)}. Set --config.data.root to the "
+            f"folder that holds {holds} (or put it at $AVJAX_DATA/{corpus})"
+        )
+
+
+def read(place: Path, paths: Mapping[Part, Path], rows: Callable[[Path], Iterable[tuple[str, str, str]]]) -> Lists:
+    """Reads the fold lists below `place`.
+
+    Args:
+      rows: path → where the row stands, a clip's name, its label, for each row.
+    Raises:
+      AvjaxError: the lists contradict each other: two labels for a clip, a clip twice in one fold, or not tested
+        exactly once over all folds.
+    """
+    parts: dict[Part, list[str]] = {}
+    labels: dict[str, str] = {}
+    for key, path in paths.items():
+        parts[key] = []
+        for where, name, label in rows(path):
+            if labels.setdefault(name, label) != label:
+                raise AvjaxError(f"{where}: {name} is {label!r}, but another list says {labels[name]!r}")
+            parts[key].append(name)
+    _check_folds(place, parts)
+    return Lists(place, parts, labels)
+
+
+def corpus(name: str, lists: Lists, place: Path, films: Mapping[str, Path]) -> Corpus:
+    """The data set `name` of single labels, whose clips are those of the lists.
+
+    A clip is rejected with a reason, and is in no fold, where the disk lacks it or its label is no class; so the count
+    is stated.
+
+    Args:
+      place: the folder of films; films: a clip's name → its file.
+    Raises:
+      AvjaxError: no label is a class, or no clip is there.
+    """
+    classes, labels = tuple(about(name).classes), lists.labels
+    if not any(label in classes for label in labels.values()):
+        raise AvjaxError(f"{lists.place}: not one label of these lists is one of {', '.join(classes)}")
+    reasons = {n: labelling.trouble(labels[n], classes) or media_files.trouble(films[n]) for n in sorted(labels)}
+    there = {n: films[n] for n, reason in reasons.items() if not reason}
+    if not there:
+        first = ": ".join(next(iter(reasons.items())))
+        raise AvjaxError(f"{place}: holds none of the {len(labels)} clips that the fold lists name; the first: {first}")
+    return Corpus(
+        name,
+        Task("single", classes),
+        tuple(Clip(id=n, path=path, label=labels[n]) for n, path in there.items()),
+        _folds(lists, there),
+        tuple((n, reason) for n, reason in reasons.items() if reason),
+    )
+
+
+def _folds(lists: Lists, there: Iterable[str]) -> tuple[Fold, ...]:
+    return tuple(
+        Fold(f, *(tuple(n for n in lists.parts[f, part] if n in there) for part in ("train", "test")))
+        for f in dict.fromkeys(fold for fold, _ in lists.parts)
+    )
+
+
+def _check_folds(place: Path, parts: Mapping[Part, list[str]]) -> None:
+    folds = dict.fromkeys(fold for fold, _ in parts)
+    for fold in folds:
+        _check_once(f"{place}, fold {fold}: in train and test of one fold", parts[fold, "train"] + parts[fold, "test"])
+    tested = [name for fold in folds for name in parts[fold, "test"]]
+    _check_once(f"{place}: tested in two folds", tested)
+    if never := {name for names in parts.values() for name in names} - set(tested):
+        raise AvjaxError(f"{place}: tested in no fold: {_some(never)}; are these the official lists?")
+
+
+def _check_once(trouble: str, names: list[str]) -> None:
+    if repeated := {name for name, count in Counter(names).items() if count > 1}:
+        raise AvjaxError(f"{trouble}, or listed twice: {_some(repeated)}; are these the official lists?")
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def gathered(
+    name: str, clips: Iterable[Clip], reasons: Mapping[str, str], lacking: str, kind: str = "single"
+) -> Corpus:
+    """The data set `name`, of those of `clips` that can be used; the others are rejected with a reason.
+
+    Args:
+      reasons: id → why a clip cannot be used, beside those that are known to be broken (`avjax.datasets.metadata`).
+      lacking: what is to be said where there is no clip.
+      kind: of the task.
+    Raises:
+      AvjaxError: no clip is there, or none can be used.
+    """
+    known = about(name)
+    kept: dict[str, Clip] = {}
+    rejected = []
+    for clip in clips:
+        twice = "duplicate clip id: another file has this name" if clip.id in kept else ""
+        if reason := twice or known.broken.get(clip.id) or reasons.get(clip.id) or _trouble(clip):
+            rejected.append((clip.id, reason))
+        else:
+            kept[clip.id] = clip
+    if not kept:
+        why = f"none of {len(rejected)} clips can be used; the first: {': '.join(rejected[0])}" if rejected else lacking
+        raise AvjaxError(f"{why}; set --config.data.root to the folder of the download")
+    return Corpus(name, Task(kind, tuple(known.classes)), tuple(kept.values()), (), tuple(rejected))
+
+
+def _trouble(clip: Clip) -> str:
+    reason = media_files.trouble(clip.audio) if clip.audio else ""
+    return media_files.trouble(clip.path) or (reason and f"its sound file: {reason}")

@@ -1,0 +1,168 @@
+"""Reads the lists of folds that S2D, HiCMAE, OGM-GE and VAVL publish of DFEW, MAFW, CREMA-D, RAVDESS and MSP-IMPROV."""
+
+import csv
+import dataclasses
+import gzip
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path, PurePosixPath
+
+from avjax.datasets.folder import SPLITS
+from avjax.errors import AvjaxError
+
+# ---- Lists of folds -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """One list: clips of a part (train, val or test) of a fold, "" where there is one division; clip name → label.
+
+    `again` are the (clip, label) of rows whose clip stood in the list before.
+    """
+
+    fold: str
+    part: str
+    clips: Mapping[str, str]
+    again: tuple[tuple[str, str], ...] = ()
+
+
+_FOLD = re.compile(r"(?:split|set|fold|consensus)[ _-]?0*(\d+)$", re.IGNORECASE)
+
+
+_PART = re.compile(r"(?<![a-z])(train|val|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
+
+
+def fold_lists(folder: Path) -> list[Listed]:
+    """The lists of one data set's folds, known by the names of files and folders and by their first line.
+
+    What is read: `split01/{train,val,test}.csv[.gz]` of HiCMAE, lines `picture sound label`; `set_1/train.txt`, lines
+    `00025.mp4 anger`; `train_set_1.csv` and `train.csv`, lines `name,label` with or without a header; and
+    `label_consensus_1.csv` of VAVL with a column Split_Set, where the label is the largest share. A clip is called as
+    its file without the ending. Lists without a fold are left out where others have one; so is a .csv beside a .txt
+    of its name, which has names where that has numbers.
+
+    Raises:
+      AvjaxError: there is no list, two are of one part of a fold, or a line is none.
+    """
+    found = [listed for path in _candidates(folder) for listed in _lists(folder, path)]
+    found = [(path, one) for path, one in found if one.fold] or found
+    if not found:
+        raise AvjaxError(f"{folder}: no list of folds; expected files such as split01/train.csv or train_set_1.csv")
+    places = defaultdict(list)
+    for path, one in found:
+        places[one.fold, one.part].append(path.relative_to(folder).as_posix())
+    for (fold, part), paths in places.items():
+        if len(paths) > 1:
+            raise AvjaxError(
+                f"{folder}: {paths[0]} and {paths[1]} are both {part} of fold {fold or 'none'}; name the folder of one "
+                "data set and one kind of label"
+            )
+    return [one for _, one in found]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and re.search(r"\.(csv|csv\.gz|txt)$", p.name))
+    return [p for p in paths if p.suffix != ".csv" or p.with_suffix(".txt") not in paths]
+
+
+def _lists(folder: Path, path: Path) -> list[tuple[Path, Listed]]:
+    """The lists in a file; none where it is no list."""
+    stem = path.name.partition(".")[0]
+    names = (stem, path.parent.relative_to(folder).name)
+    fold = next((m[1] for name in names if (m := _FOLD.search(name))), "")
+    part = _PART.search(stem)
+    rows = _rows(path) if part or fold else []
+    if rows and "Split_Set" in rows[0]:
+        return [(path, _listed(path, fold, p, found)) for p, found in _by_share(path, rows).items()]
+    if not part:
+        return []
+    rows = rows[1:] if rows and rows[0][0] == "video_name" else rows
+    return [(path, _listed(path, fold, SPLITS[part[1].lower()], [_clip(path, row) for row in rows]))]
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """The cells of each line: separated by commas where the first has one, else by blanks."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            lines = [line for line in file.read().decode("utf-8-sig").splitlines() if line.strip()]
+        except (UnicodeDecodeError, OSError, EOFError) as error:
+            raise AvjaxError(f"{path}: {error}; expected a list in UTF-8") from error
+    if lines and "," in lines[0]:
+        return list(csv.reader(lines))
+    return [line.split() for line in lines]
+
+
+def _clip(path: Path, row: Sequence[str]) -> tuple[str, str]:
+    """(clip, label) of a line; HiCMAE's pictures of OpenFace lie in a folder that adds _aligned to the name."""
+    if len(row) not in (2, 3) or not all(row):
+        raise AvjaxError(f"{path}: the line {' '.join(row)!r}; expected a clip and its label")
+    return PurePosixPath(row[0].strip()).stem.removesuffix("_aligned"), row[-1].strip()
+
+
+def _by_share(path: Path, rows: Sequence[Sequence[str]]) -> dict[str, list[tuple[str, str]]]:
+    """VAVL: part → (clip, class of the largest share, the first of equals); FileName, the classes, SpkrID."""
+    header, *rows = rows
+    parts = defaultdict(list)
+    try:
+        file, end, split = (header.index(name) for name in ("FileName", "SpkrID", "Split_Set"))
+        for row in rows:
+            shares = [float(cell) for cell in row[file + 1 : end]]
+            label = header[file + 1 + shares.index(max(shares))]
+            parts[{"development": "val"}.get(row[split].lower(), row[split].lower())].append(
+                _clip(path, (row[file], label))
+            )
+    except (ValueError, IndexError) as error:
+        raise AvjaxError(f"{path}: {error}; expected FileName, a share for each class, SpkrID and Split_Set") from error
+    if odd := [part for part in parts if part not in ("train", "val", "test")]:
+        raise AvjaxError(f"{path}: Split_Set is {odd[0]!r}; expected Train, Development or Test")
+    return parts
+
+
+def _listed(path: Path, fold: str, part: str, rows: Sequence[tuple[str, str]]) -> Listed:
+    if not rows:
+        raise AvjaxError(f"{path}: no line in it; expected a clip and its label")
+    clips, again = {}, []
+    for clip, label in rows:
+        if clip in clips:
+            again.append((clip, label))
+        else:
+            clips[clip] = label
+    return Listed(fold, part, clips, tuple(again))
+
+
+def problems(lists: Sequence[Listed]) -> list[str]:
+    """What is wrong with lists, a line for each: clips in two parts, tested twice or never, or with two labels."""
+    by_fold = defaultdict(dict)
+    for one in lists:
+        by_fold[one.fold][one.part] = set(one.clips)
+    found = [line for fold, parts in by_fold.items() for line in _shared(fold, parts)]
+    tested = Counter(clip for parts in by_fold.values() for clip in parts.get("test", ()))
+    if several := [clip for clip, count in tested.items() if count > 1]:
+        found.append(f"{len(several)} clips are tested in several folds, such as {min(several)}")
+    if len(by_fold) > 1 and (never := {c for one in lists for c in one.clips} - set(tested)):
+        found.append(f"{len(never)} clips are tested in no fold, such as {min(never)}")
+    if twice := [clip for one in lists for clip, _ in one.again]:
+        found.append(f"{len(twice)} times a list has a clip twice, such as {min(twice)}")
+    return found + _two_labels(lists)
+
+
+def _shared(fold: str, parts: Mapping[str, set[str]]) -> list[str]:
+    where, out = f"fold {fold}: " if fold else "", []
+    for (first, a), (second, b) in combinations(parts.items(), 2):
+        if a == b:
+            out.append(f"{where}{first} and {second} are the same {len(a)} clips")
+        elif a & b:
+            out.append(f"{where}{len(a & b)} clips are in {first} and {second}, such as {min(a & b)}")
+    return out
+
+
+def _two_labels(lists: Sequence[Listed]) -> list[str]:
+    labels = defaultdict(set)
+    for one in lists:
+        for clip, label in (*one.clips.items(), *one.again):
+            labels[clip].add(label)
+    if not (two := sorted(clip for clip, names in labels.items() if len(names) > 1)):
+        return []
+    return [f"{len(two)} clips have two labels, such as {two[0]}: {' and '.join(sorted(labels[two[0]]))}"]

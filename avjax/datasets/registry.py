@@ -1,0 +1,52 @@
+"""The registry of data sets: name → a function that indexes its folder."""
+
+import dataclasses
+from pathlib import Path
+
+from avjax.datasets import crema_d, dfew, folder, java_sed, mafw, meld, msp_improv, ravdess
+from avjax.datasets.base import Corpus, Index
+from avjax.errors import AvjaxError
+from avjax.utils import paths
+
+
+def _demo(root: Path) -> Corpus:
+    return dataclasses.replace(mafw.index(root), name="demo")
+
+
+REGISTRY: dict[str, Index] = {
+    "crema_d": crema_d.intended,
+    "crema_d:crowd": crema_d.crowd,
+    "crema_d:soft": crema_d.soft,
+    "demo": _demo,
+    "dfew": dfew.index,
+    "folder": folder.index,
+    "java_sed": java_sed.java_sed,
+    "mafw": mafw.index,
+    "mafw:compound": mafw.compound,
+    "meld": meld.index,
+    "msp_improv": msp_improv.index,
+    "ravdess": ravdess.ravdess,
+}
+
+
+# What stands on tables and pictures; every other data set stands there by its name.
+_TITLES = {"demo": "demo corpus (synthetic), not MAFW"}
+
+
+def title(name: str) -> str:
+    """How data set `name` is called wherever its figures are shown."""
+    return _TITLES.get(name, name)
+
+
+def index(name: str, root: str = "") -> Corpus:
+    """Indexes data set `name` at `root`, by default `$AVJAX_DATA/<corpus>`.
+
+    Raises:
+      AvjaxError: no data set has that name, the root does not exist, or its layout is another.
+    """
+    if name not in REGISTRY:
+        raise AvjaxError(f"dataset is {name!r}; the registry has {', '.join(sorted(REGISTRY))}")
+    place = paths.data_root(name, root)
+    if not place.is_dir():
+        raise AvjaxError(f"{place}: no such folder; set --config.data.root to where the {name} data are")
+    return REGISTRY[name](place)

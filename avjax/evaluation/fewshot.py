@@ -1,0 +1,329 @@
+"""What reads the features of a trained EmoAsst: zero-shot, K-shot cache, cache with tuned keys, linear probe.
+
+Wang and Yang 2024, sections 3.4 and 4.2; the tuned keys are Tip-Adapter's (Zhang et al. 2021). A lane's classifiers see
+its training clips; settings are searched on its validation clips or, where it has none, by leaving out one entry of the
+cache after the other; test clips play no part. No feature read here was made with a label in the query.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from avjax.errors import AvjaxError
+from avjax.evaluation import fewshot_cache as caches
+from avjax.evaluation.fewshot_cache import Cache
+from avjax.features.store import Features, safe_name
+from avjax.models.base import Model
+from avjax.models.emoasst import BOTH, modalities
+from avjax.tasks import metrics
+from avjax.training import loop
+from avjax.training.batches import gather
+from avjax.training.lanes import LanePlan
+from avjax.training.sharding import ALONE
+from avjax.utils.storage import replacing
+
+FOLDER = "caches"  # of the run directory
+REPRESENTATIONS = "representations.npz"
+# Strengths of the linear probe's regularisation; scikit-learn's default where nothing is held out.
+STRENGTHS = (0.01, 0.1, 1.0, 10.0)
+_DEFAULT_STRENGTH = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Clips of a lane: their places (n,), features by modality (n, d), and labels (n,)."""
+
+    index: np.ndarray
+    features: Mapping[str, np.ndarray]
+    label: np.ndarray
+
+    def of(self, streams: Sequence[str]) -> "Part":
+        """With these modalities alone."""
+        return dataclasses.replace(self, features={m: self.features[m] for m in streams})
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What all classifiers of all lanes answer.
+
+    Attributes:
+      logits: head → (lanes, n_test, c), zeros on padding; softmax makes probabilities of them.
+      caches: of each lane, of all modalities that the model has.
+    """
+
+    logits: dict[str, np.ndarray]
+    caches: list[Cache]
+
+    @property
+    def about(self) -> dict[str, list]:
+        """What `metrics.json` says of each lane's cache."""
+        return {
+            "shots": [len(cache.ids) for cache in self.caches],
+            "alpha": [dict(cache.alpha) for cache in self.caches],
+            "beta": [cache.beta for cache in self.caches],
+        }
+
+
+def origin(found: Mapping[str, np.ndarray]) -> str:
+    """Says which trained run features are of: features of two runs do not belong into one cache."""
+    digest = hashlib.sha256()
+    for m in sorted(found):
+        digest.update(found[m].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def represent(model: Model, state: loop.State, data, told: bool = False) -> dict[str, np.ndarray]:
+    """The features of all clips by each lane's best parameters: modality → (lanes, clips, d).
+
+    Args:
+      data: resident or streamed clips; told: ask the picture with a prompt that names the label, see `EmoAsst`.
+    """
+
+    def every(variables, stats, block):
+        def one(_, item):
+            batch = gather(block, stats, *item)
+            return None, model.module.apply(variables, batch, train=False, told=told).features
+
+        count = len(block.group)
+        found = jax.lax.scan(one, None, loop.parts(jnp.arange(count), jnp.ones(count)))[1]
+        return {m: found[m].reshape(-1, found[m].shape[-1])[:count] for m in modalities(tuple(found))}
+
+    run = jax.jit(loop.over_lanes(model, ALONE, every, (0, 0, None)))
+    blocks = [jax.device_get(run(state.best, state.stats, block)) for _, block in data.blocks()]
+    return {m: np.concatenate([block[m] for block in blocks], 1) for m in blocks[0]}
+
+
+def of_lanes(found: Mapping[str, np.ndarray], features: Features, plan: LanePlan, settings, origin: str) -> Read:
+    """Fits and asks the classifiers of every lane.
+
+    Args:
+      found: as `represent` gives it.
+      settings: `model.settings` of the configuration; origin: says which run it is.
+    """
+    lanes = jax.device_get(plan.lanes)
+    answers, kept = [], []
+    for i, (_, seed) in enumerate(plan.names):
+        vectors = {m: found[m][i] for m in modalities(tuple(found))}
+        parts = {p: _part(vectors, features, getattr(lanes, p)[i], getattr(lanes, f"{p}_weight")[i]) for p in _PARTS}
+        combinations = {m: (m,) for m in vectors} | ({BOTH: tuple(vectors)} if len(vectors) > 1 else {})
+        logits = {}
+        for name, streams in combinations.items():
+            begun = _few(parts["train"].of(streams), features, settings.shots, seed, origin)
+            now = {p: part.of(streams) for p, part in parts.items()}
+            read, cache = _read(begun, now, settings)
+            logits |= {f"{name}_{reader}": rows for reader, rows in read.items()}
+        answers.append({head: _padded(rows, lanes.test.shape[1]) for head, rows in logits.items()})
+        kept.append(cache)  # the last combination has all modalities
+    return Read({head: np.stack([lane[head] for lane in answers]) for head in answers[0]}, kept)
+
+
+_PARTS = ("train", "val", "test")
+
+
+def _part(vectors, features: Features, index: np.ndarray, weight: np.ndarray) -> Part:
+    index = index[weight > 0]
+    return Part(index, {m: v[index] for m, v in vectors.items()}, features.label[index])
+
+
+def _padded(rows: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(rows, ((0, count - len(rows)), (0, 0)))
+
+
+def _few(part: Part, features: Features, shots: int, seed: int, origin: str) -> Cache:
+    """A cache of at most `shots` training clips of each class, before any fit."""
+    ids = [features.ids[i] for i in part.index]
+    chosen = caches.few(part.label, ids, len(features.classes), shots, seed)
+    text = np.asarray(features.constants["classes"])
+    empty = caches.empty(features.classes, text, tuple(part.features), origin)
+    names = [features.classes[label] for label in part.label[chosen]]
+    return caches.add(empty, [ids[i] for i in chosen], names, {m: v[chosen] for m, v in part.features.items()})
+
+
+def _read(begun: Cache, parts: Mapping[str, Part], settings) -> tuple[dict[str, np.ndarray], Cache]:
+    """Reader → logits of the test clips, and the cache that answers."""
+    train, val, test = (parts[p] for p in _PARTS)
+    held = (val.features, val.label) if len(val.index) else None
+    cache = caches.fit(begun, held)
+    tuned = tune(cache, train.features, train.label, settings.tune_steps, settings.tune_rate)
+    if held:
+        tuned = caches.fit(tuned, held)
+    scores = {
+        "zero": caches.zero_shot(cache, test.features),
+        "cache": caches.predict(cache, test.features),
+        "tuned": caches.predict(tuned, test.features),
+    }
+    logits = {reader: v / caches.TEMPERATURE for reader, v in scores.items()}
+    silent = dataclasses.replace(cache, alpha=dict.fromkeys(cache.alpha, 0.0))
+    answering = {"zero": silent, "cache": cache, "tuned": tuned}[settings.reader]
+    return logits | {"probe": probe(train, val, test, len(cache.classes))}, answering
+
+
+def tune(cache: Cache, features: Mapping[str, np.ndarray], label: np.ndarray, steps: int, rate: float) -> Cache:
+    """A cache whose keys were trained on clips by cross entropy (AdamW), alpha and beta as they are.
+
+    A clip that is an entry itself is not asked about by that: entries whose key is its very feature are left out.
+
+    Args:
+      features: modality → (n, d) of the training clips; label: (n,) theirs.
+    """
+    own = np.ones((len(label), len(cache.ids)), bool)
+    for m, key in cache.keys.items():
+        own &= np.stack([(features[m] == entry[None]).all(-1) for entry in key], 1)
+    zero = caches.zero_shot(cache, features)
+    values = np.eye(len(cache.classes), dtype=np.float32)[cache.label]
+    alpha = {m: np.float32(a) for m, a in cache.alpha.items()}
+    keys = _tuned(
+        dict(cache.keys), dict(features), zero, values, label, ~own, alpha, np.float32(cache.beta), steps, rate
+    )
+    lengths = {m: np.linalg.norm(k, axis=-1, keepdims=True) for m, k in keys.items()}
+    unit = {m: np.where(lengths[m] > 0, k / np.maximum(lengths[m], 1e-12), 0) for m, k in keys.items()}
+    return dataclasses.replace(cache, keys={m: k.astype(np.float32) for m, k in unit.items()})
+
+
+@functools.partial(jax.jit, static_argnums=(8,))
+def _tuned(keys, features, zero, values, label, others, alpha, beta, steps, rate):
+    tx = optax.adamw(rate)
+    there = {m: jnp.any(k != 0, -1) for m, k in keys.items()}
+
+    def loss(keys):
+        scores = zero
+        for m, key in keys.items():
+            key = jnp.where(there[m][:, None], key, 0)
+            key = key / jnp.where(there[m], jnp.sqrt(jnp.sum(key * key, -1)), 1)[:, None]
+            asked = jnp.any(features[m] != 0, -1)[:, None] & there[m][None] & others
+            near = jnp.where(asked, jnp.exp(-beta * (1 - features[m] @ key.T)), 0)
+            scores += alpha[m] * near @ values
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores / caches.TEMPERATURE, label))
+
+    def step(carry, _):
+        keys, state = carry
+        moves, state = tx.update(jax.grad(loss)(keys), state, keys)
+        return (optax.apply_updates(keys, moves), state), None
+
+    return jax.lax.scan(step, (keys, tx.init(keys)), length=steps)[0][0]
+
+
+def probe(train: Part, val: Part, test: Part, classes: int) -> np.ndarray:
+    """Log-probabilities (n, c) of a logistic regression on the features (Table 2), its strength by validation."""
+    x, x_val, x_test = (np.concatenate([*part.features.values()], -1) for part in (train, val, test))
+    strength = _DEFAULT_STRENGTH
+    if len(val.index):
+        scores = [_recall(_logistic(x, train.label, x_val, classes, c), val.label, classes) for c in STRENGTHS]
+        strength = STRENGTHS[int(np.argmax(scores))]
+    return _logistic(x, train.label, x_test, classes, strength)
+
+
+def _recall(logits: np.ndarray, label: np.ndarray, classes: int) -> float:
+    return float(metrics.uar(metrics.count(label, logits.argmax(-1), classes)))
+
+
+def _logistic(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int, strength: float) -> np.ndarray:
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    out = np.full((len(x_test), classes), -np.inf)
+    known = np.unique(label)
+    if len(known) < 2:
+        out[:, known] = 0.0
+    else:
+        with threadpool_limits(1):
+            model = LogisticRegression(C=strength, max_iter=5000).fit(x, label)
+            out[:, model.classes_] = model.predict_log_proba(x_test)
+    return np.maximum(out, -100.0)  # a class without training clips, and what float32 cannot tell from it
+
+
+def remarks(
+    model: Model, state: loop.State, plan: LanePlan, data, features: Features, found: Mapping[str, np.ndarray]
+) -> dict[str, object]:
+    """What `metrics.json` is to say of a run beside its scores: `query`, where pictures were asked with their label."""
+    if not (model.module.told and model.module.prompt and "video" in model.streams):
+        return {}
+    told = represent(model, state, data, told=True)
+    return {"query": query_mismatch(plan, features, told["video"], found["video"])}
+
+
+def described(plan: LanePlan, settings) -> str:
+    """The part of the protocol's name that is about the classifier which answers."""
+    if settings.reader == "zero":
+        return "head: zero-shot"
+    held = {counts["n_val"] > 0 for counts in plan.counts}
+    ways = {True: "on validation clips", False: "by leaving one entry out"}
+    how = " or, where nothing is held out, ".join(ways[h] for h in sorted(held, reverse=True))
+    tuned = " with tuned keys" if settings.reader == "tuned" else ""
+    return f"head: {settings.shots}-shot cache{tuned}, alpha and beta {how}"
+
+
+def query_mismatch(plan: LanePlan, features: Features, told: np.ndarray, not_told: np.ndarray) -> dict[str, float]:
+    """UAR of the zero-shot classifier of pictures on training clips, the query told their label and not.
+
+    The query is told in training and never after it, so the first number is what training saw, and the difference is
+    what it learned to copy. Means over lanes.
+
+    Args:
+      told, not_told: (lanes, clips, d), features of pictures by either query.
+    """
+    lanes = jax.device_get(plan.lanes)
+    scores = {}
+    for name, found in (("told", told), ("not_told", not_told)):
+        text = np.asarray(features.constants["classes"])
+        lane_scores = []
+        for i in range(len(plan.names)):
+            part = _part({"video": found[i]}, features, lanes.train[i], lanes.train_weight[i])
+            empty = caches.empty(features.classes, text, ("video",), "")
+            lane_scores.append(_recall(caches.zero_shot(empty, part.features), part.label, len(features.classes)))
+        scores[name] = float(np.mean(lane_scores))
+    return scores
+
+
+def write(workdir: Path, read: Read, found: Mapping[str, np.ndarray], features: Features, plan: LanePlan) -> None:
+    """Writes the caches of all lanes, and all features beside clip_id, speaker, label and `tested` (lanes, n)."""
+    for cache, (fold, seed) in zip(read.caches, plan.names, strict=True):
+        caches.save(cache, workdir / FOLDER / cache_name(fold, seed))
+    lanes = jax.device_get(plan.lanes)
+    tested = np.zeros((len(plan.names), len(features.ids)), bool)
+    for row, index, weight in zip(tested, lanes.test, lanes.test_weight, strict=True):
+        row[index[weight > 0]] = True
+    about = {"clip_id": np.array(features.ids), "speaker": np.array(features.speakers, np.str_)}
+    with replacing(workdir / REPRESENTATIONS, "wb") as file:
+        np.savez(file, **about, label=features.label, tested=tested, **found)
+
+
+def read_representations(workdir: Path) -> dict[str, np.ndarray]:
+    """What `write` kept of a finished run's features.
+
+    Raises:
+      AvjaxError: they are missing or damaged.
+    """
+    path = workdir / REPRESENTATIONS
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise AvjaxError(f"{path}: cannot be read ({error}); a finished run of EmoAsst has one: train again") from error
+
+
+def cache_name(fold: str, seed: int) -> str:
+    """The file of a lane's cache."""
+    return f"{safe_name(fold)}-{seed}.npz"
+
+
+def read_caches(workdir: Path, lanes: Sequence[tuple[str, int]]) -> list[Cache]:
+    """The caches of some lanes of a finished run.
+
+    Raises:
+      AvjaxError: one is missing or damaged.
+    """
+    return [caches.load(workdir / FOLDER / cache_name(fold, seed)) for fold, seed in lanes]
+
+
+def joined(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Features of several lanes (lanes, n, d) as those of one (n, lanes · d): cosines are the means over lanes."""
+    return {m: np.concatenate(v, -1) / np.sqrt(np.float32(len(v))) for m, v in found.items()}

@@ -1,0 +1,479 @@
+"""The few-shot cache classifier of EmoAsst (section 3.4, Eqs. 2–4; Tip-Adapter, Zhang et al. 2021), in NumPy.
+
+A zero-shot classifier of texts is helped by a cache of labelled clips: each votes for its label, the more the nearer it
+is. Nothing is trained, so a clip that a user corrects counts from then on. Features are of length 1; a row of zeros
+says that a clip lacks the modality, and neither asks nor votes there. Scores are float64.
+"""
+
+import dataclasses
+import itertools
+import types
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from avjax.datasets.labels import trouble
+from avjax.errors import AvjaxError
+from avjax.utils.storage import replacing
+
+# What `fit` chooses from: residual ratios of each modality, and sharpnesses about that of Tip-Adapter.
+ALPHAS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+BETAS = (1.375, 2.75, 5.5, 11.0, 22.0, 44.0)
+# Until then: the defaults of Tip-Adapter, whose zero-shot scores are 100 times the cosines of Eq. 2.
+ALPHA, BETA = 0.01, 5.5
+# At which scores become probabilities, where `fit` decides between equals.
+TEMPERATURE = 0.07
+# No cache is larger, whoever wrote the file.
+LIMITS = types.MappingProxyType({"classes": 1_000, "modalities": 4, "entries": 16_384, "width": 65_536})
+_CHARACTERS = 1_000  # of an id, a class, an origin
+_UNPACKED = 1 << 31  # bytes of a file: above any cache within the limits
+_ROWS = 1_024  # clips that are compared with all entries at a time
+_LENGTH = 1e-3  # how far a length may be from 1: what half precision leaves
+_DIGITS = 9  # to which scores of a fit are equal
+
+Features = Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cache:
+    """Labelled clips and the zero-shot classifier that they help. Immutable: every change makes another.
+
+    Attributes:
+      classes: names of the c classes.
+      text: (c, d) class weights of the zero-shot classifier, of length 1.
+      ids: of the n entries, sorted by class, then id, each once.
+      label: (n,) integers in [0, c).
+      keys: modality → (n, d) features of length 1, zeros for an entry that lacks the modality.
+      alpha: modality → residual ratio, from 0.
+      beta: sharpness, above 0.
+      origin: of which trained run the features are; those of two runs cannot be compared.
+    Raises:
+      AvjaxError: what is given is not like that, or larger than LIMITS.
+    """
+
+    classes: tuple[str, ...]
+    text: np.ndarray
+    ids: tuple[str, ...]
+    label: np.ndarray
+    keys: Features
+    alpha: Mapping[str, float]
+    beta: float
+    origin: str = ""
+
+    def __post_init__(self):
+        if np.ndim(self.text) != 2:
+            raise AvjaxError(f"text weights are {np.shape(self.text)}; expected (classes, width)")
+        _check_label(np.asarray(self.label), len(self.ids), len(self.classes))
+        settle = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        keys = {name: _frozen(rows, np.float32) for name, rows in self.keys.items()}
+        settle("text", _frozen(self.text, np.float32))
+        settle("label", _frozen(self.label, np.int32))
+        settle("keys", types.MappingProxyType(keys))
+        settle("alpha", types.MappingProxyType({name: float(ratio) for name, ratio in self.alpha.items()}))
+        settle("beta", float(self.beta))
+        _check_size(self)
+        _check_names(self)
+        _check_arrays(self)
+        _check_numbers(self)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities, in the order of the arrays that functions give."""
+        return tuple(self.keys)
+
+
+def _frozen(values: np.ndarray, dtype: type) -> np.ndarray:
+    values = np.array(values, dtype)
+    values.flags.writeable = False
+    return values
+
+
+def _check_size(cache: Cache) -> None:
+    sizes = {
+        "classes": len(cache.classes),
+        "modalities": len(cache.keys),
+        "entries": len(cache.ids),
+        "width": cache.text.shape[1],
+    }
+    for name, size in sizes.items():
+        if not (name != "entries") <= size <= LIMITS[name]:
+            raise AvjaxError(f"a cache with {name}: {size}; expected {int(name != 'entries')} to {LIMITS[name]}")
+
+
+def _check_names(cache: Cache) -> None:
+    for name in (*cache.classes, *cache.keys, *cache.ids, cache.origin or "-"):
+        # NumPy drops a zero at the end of a text.
+        if not isinstance(name, str) or not 0 < len(name) <= _CHARACTERS or "\0" in name:
+            raise AvjaxError(
+                f"{str(name)[:40]!r} in a cache; names are of 1 to {_CHARACTERS} characters, none of them 0"
+            )
+    if len(set(cache.classes)) < len(cache.classes):
+        raise AvjaxError(f"classes are {cache.classes}; expected each once")
+    _each_once(cache.ids)
+
+
+def _each_once(ids: Sequence[str]) -> None:
+    if len(set(ids)) < len(ids):
+        twice = next(i for i in ids if ids.count(i) > 1)
+        raise AvjaxError(f"clip {twice!r} comes twice; expected each once")
+
+
+def _check_arrays(cache: Cache) -> None:
+    n, (c, d) = len(cache.ids), cache.text.shape
+    if c != len(cache.classes):
+        raise AvjaxError(
+            f"text weights are {cache.text.shape}; expected a row for each of {len(cache.classes)} classes"
+        )
+    order = list(zip(cache.label.tolist(), cache.ids, strict=True))
+    if order != sorted(order):
+        raise AvjaxError("the entries of a cache are not sorted by class and id; make it by `add`")
+    _check_rows("text", cache.text, c, d)
+    if not np.linalg.norm(cache.text, axis=-1).all():
+        raise AvjaxError("a class has text weights of zeros; expected length 1")
+    for name, rows in cache.keys.items():
+        _check_rows(name, rows, n, d)
+
+
+def _check_label(label: np.ndarray, count: int, classes: int) -> None:
+    whole = label.shape == (count,) and (not count or label.dtype.kind in "iu")
+    if not whole or np.any((label < 0) | (label >= classes)):
+        raise AvjaxError(f"labels are {label.dtype}{label.shape}; expected {count} integers from 0 to {classes - 1}")
+
+
+def _check_rows(name: str, rows: np.ndarray, count: int, width: int) -> None:
+    """Whether the features of a modality are (count, width), each finite and of length 1, or zeros."""
+    if rows.shape != (count, width):
+        raise AvjaxError(f"features of {name} are {rows.shape}; expected {(count, width)}")
+    length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+    wrong = np.flatnonzero(~((np.abs(length - 1) <= _LENGTH) | (length == 0)))
+    if wrong.size:
+        raise AvjaxError(
+            f"features of {name}, row {wrong[0]}: length {length[wrong[0]]:.4g}; "
+            "expected 1, or 0 where a clip lacks it: divide features by their length"
+        )
+
+
+def _check_numbers(cache: Cache) -> None:
+    if set(cache.alpha) != set(cache.keys):
+        raise AvjaxError(f"alpha is of {', '.join(cache.alpha)}; expected {', '.join(cache.keys)}")
+    if not all(0 <= ratio < np.inf for ratio in cache.alpha.values()) or not 0 < cache.beta < np.inf:
+        raise AvjaxError(f"alpha is {dict(cache.alpha)}, beta {cache.beta}; expected alpha from 0, and beta above 0")
+
+
+# ---- Entries ------------------------------------------------------------------------------------------------------
+
+
+def empty(classes: Iterable[str], text: np.ndarray, modalities: Iterable[str], origin: str) -> Cache:
+    """A cache without entries; raises as `Cache`."""
+    names = tuple(modalities)
+    keys, alpha = dict.fromkeys(names, np.zeros((0, np.shape(text)[-1]))), dict.fromkeys(names, ALPHA)
+    return Cache(tuple(classes), text, (), np.zeros(0, np.int32), keys, alpha, BETA, origin)
+
+
+def add(cache: Cache, ids: Sequence[str], labels: Sequence[str], features: Features) -> Cache:
+    """Enters clips; one whose id is there already takes its place: the last correction holds.
+
+    Args:
+      ids: of m clips, each once; labels: names of their classes.
+      features: modality → (m, d) of length 1, zeros for clips without it, as for all where a modality is not there.
+    Raises:
+      AvjaxError: a label is no class, or ids, labels or features are not as said.
+    """
+    ids, labels = list(ids), [str(name) for name in labels]
+    _each_once(ids)
+    if len(labels) != len(ids):
+        raise AvjaxError(f"{len(labels)} labels for {len(ids)} clips; expected one each")
+    wrong = [why for why in (trouble(label, cache.classes) for label in labels) if why]
+    if wrong:
+        raise AvjaxError(wrong[0])
+    rows = _stacked(cache, features, len(ids))
+    label = np.array([cache.classes.index(name) for name in labels], np.int32)
+    kept = _without(cache, ids)
+    joined = np.concatenate([_keys(kept), rows], 1)
+    return _sorted(cache, [*kept.ids, *ids], np.concatenate([kept.label, label]), joined)
+
+
+def remove(cache: Cache, ids: Sequence[str]) -> Cache:
+    """Takes entries out.
+
+    Raises:
+      AvjaxError: an id is not in the cache.
+    """
+    unknown = sorted(set(ids) - set(cache.ids))
+    if unknown:
+        raise AvjaxError(f"clip {unknown[0]!r} is not among the {len(cache.ids)} entries; nothing was removed")
+    return _without(cache, ids)
+
+
+def _without(cache: Cache, ids: Iterable[str]) -> Cache:
+    gone = set(ids)
+    stay = [i for i, name in enumerate(cache.ids) if name not in gone]
+    return _sorted(cache, [cache.ids[i] for i in stay], cache.label[stay], _keys(cache)[:, stay])
+
+
+def _sorted(cache: Cache, ids: Sequence[str], label: np.ndarray, keys: np.ndarray) -> Cache:
+    """The cache with the entries `ids` (n), `label` (n,), `keys` (modalities, n, d), in their order."""
+    order = sorted(range(len(ids)), key=lambda i: (label[i], ids[i]))
+    by_name = dict(zip(cache.modalities, keys[:, order], strict=True))
+    return dataclasses.replace(cache, ids=tuple(ids[i] for i in order), label=label[order], keys=by_name)
+
+
+def _keys(cache: Cache) -> np.ndarray:
+    """(modalities, n, d)."""
+    return np.stack(list(cache.keys.values()))
+
+
+def few(label: np.ndarray, ids: Sequence[str], classes_count: int, shots: int, seed: int) -> np.ndarray:
+    """The K-shot choice: up to `shots` clips of each class, whatever order the clips come in.
+
+    What is drawn of a class depends on its own clips alone, and fewer shots are among those of more.
+
+    Args:
+      label: (n,) integers in [0, classes_count); ids: (n), each once.
+    Returns:
+      indices of the clips, sorted by class, then id.
+    Raises:
+      AvjaxError: labels or ids are not as said, or there are no shots.
+    """
+    _each_once(list(ids))
+    _check_label(np.asarray(label), len(ids), classes_count)
+    if shots < 1:
+        raise AvjaxError(f"{shots} shots; expected 1 or more of each class")
+    chosen = []
+    for c in range(classes_count):
+        members = sorted(np.flatnonzero(np.asarray(label) == c), key=lambda i: ids[i])
+        drawn = np.random.default_rng([seed, c]).permutation(len(members))[:shots]
+        chosen += [members[i] for i in sorted(drawn)]
+    return np.array(chosen, int)
+
+
+# ---- Answers ------------------------------------------------------------------------------------------------------
+
+
+def zero_shot(cache: Cache, features: Features) -> np.ndarray:
+    """Cosines to the class weights (Eq. 2), the mean over the modalities that a clip has.
+
+    Args:
+      features: as of `add`.
+    Returns:
+      (m, c), zeros for a clip without any.
+    Raises:
+      AvjaxError: features are not as said.
+    """
+    return _zero_shot(cache, _stacked(cache, features))
+
+
+def _zero_shot(cache: Cache, rows: np.ndarray) -> np.ndarray:
+    count = rows.any(-1).sum(0)[:, None]
+    return (rows @ cache.text.T.astype(np.float64)).sum(0) / np.maximum(count, 1)
+
+
+def affinity(cache: Cache, features: Features) -> np.ndarray:
+    """Cosines of clips to entries, each modality's own: (modalities, m, n), −inf where clip or entry lacks it.
+
+    The paper's Eq. 4 writes those of the video for both. Arguments and errors are those of `zero_shot`.
+    """
+    return _affinity(_stacked(cache, features), _keys(cache).astype(np.float64))
+
+
+def _affinity(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    both = rows.any(-1)[:, :, None] & keys.any(-1)[:, None, :]
+    return np.where(both, rows @ keys.transpose(0, 2, 1), -np.inf)
+
+
+def phi(affinity: np.ndarray, beta: float) -> np.ndarray:
+    """exp(−β(1 − x)) (Eq. 4): 1 for the same feature, 0 for −inf."""
+    return np.exp(-beta * (1 - affinity))
+
+
+def predict(cache: Cache, features: Features) -> np.ndarray:
+    """Scores of clips (Eqs. 2 + 3): zero-shot, and the votes of the entries by alpha.
+
+    Args:
+      features: as of `add`.
+    Returns:
+      (m, c).
+    Raises:
+      AvjaxError: features are not as said.
+    """
+    return _scores(cache, _stacked(cache, features), apart=False)
+
+
+def leave_one_out(cache: Cache) -> np.ndarray:
+    """The scores of each entry by the others, (n, c): those of `predict` were it not in the cache."""
+    return _scores(cache, _keys(cache).astype(np.float64), apart=True)
+
+
+def _scores(cache: Cache, rows: np.ndarray, apart: bool) -> np.ndarray:
+    alpha = np.array([cache.alpha[name] for name in cache.modalities])
+    return _zero_shot(cache, rows) + np.einsum("k,kmc->mc", alpha, _votes(cache, rows, (cache.beta,), apart)[0])
+
+
+def _votes(cache: Cache, rows: np.ndarray, betas: Sequence[float], apart: bool) -> np.ndarray:
+    """φ(f Kᵀ) L of Eq. 3 for each β, (betas, modalities, m, c); `apart`: the rows are the keys, without their own vote.
+
+    A block of rows at a time, as affinities of all to all are large.
+    """
+    keys, one_hot = _keys(cache).astype(np.float64), np.eye(len(cache.classes))[cache.label]
+    votes = np.zeros((len(betas), *rows.shape[:2], len(cache.classes)))
+    for first in range(0, rows.shape[1], _ROWS):
+        part = slice(first, first + _ROWS)
+        near = _affinity(rows[:, part], keys)
+        if apart:
+            own = np.arange(near.shape[1])
+            near[:, own, own + first] = -np.inf
+        for i, beta in enumerate(betas):
+            votes[i, :, part] = phi(near, beta) @ one_hot
+    return votes
+
+
+def _stacked(cache: Cache, features: Features, count: int | None = None) -> np.ndarray:
+    """Features of `count` clips as (modalities, m, d) float64, checked; zeros for modalities that are not there."""
+    unknown = sorted(set(features) - set(cache.keys))
+    if unknown or not features:
+        raise AvjaxError(f"features of {', '.join(unknown) or 'nothing'}; expected some of {', '.join(cache.keys)}")
+    rows = {name: np.asarray(values, np.float64) for name, values in features.items()}
+    count = len(next(iter(rows.values()))) if count is None else count
+    width = cache.text.shape[1]
+    for name, values in rows.items():
+        _check_rows(name, values, count, width)
+    return np.stack([rows.get(name, np.zeros((count, width))) for name in cache.modalities])
+
+
+# ---- Alpha and beta -----------------------------------------------------------------------------------------------
+
+
+def fit(cache: Cache, held_out: tuple[Features, np.ndarray] | None = None) -> Cache:
+    """Chooses alpha of each modality out of ALPHAS, and beta out of BETAS, by unweighted average recall.
+
+    Of equals the one with the lower cross entropy of softmax(scores / TEMPERATURE), then the smaller alphas, the first
+    modality's first, then beta.
+
+    Args:
+      held_out: features of m clips as of `add`, and their labels (m,) integers; or None for the entries, each without
+        its own vote.
+    Returns:
+      the cache, with other alpha and beta alone.
+    Raises:
+      AvjaxError: there is no clip to fit on, or features or labels are not as said.
+    """
+    rows, label = (_keys(cache).astype(np.float64), cache.label) if held_out is None else _held_out(cache, *held_out)
+    if not len(label):
+        raise AvjaxError("no clip to fit alpha and beta on; add some to the cache, or give some that are held out")
+    zero, votes = _zero_shot(cache, rows), _votes(cache, rows, BETAS, apart=held_out is None)
+    choices = []
+    for beta, vote in zip(BETAS, votes, strict=True):
+        for alpha in itertools.product(ALPHAS, repeat=len(vote)):
+            choices.append((*_quality(zero + np.tensordot(alpha, vote, 1), label), alpha, beta))
+    *_, alpha, beta = min(choices)
+    return dataclasses.replace(cache, alpha=dict(zip(cache.modalities, alpha, strict=True)), beta=beta)
+
+
+def _held_out(cache: Cache, features: Features, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows, label = _stacked(cache, features), np.asarray(label)
+    _check_label(label, rows.shape[1], len(cache.classes))
+    return rows, label
+
+
+def _quality(scores: np.ndarray, label: np.ndarray) -> tuple[float, float]:
+    """Minus the unweighted average recall of scores (m, c), and their mean cross entropy: both better if smaller."""
+    present, place, size = np.unique(label, return_inverse=True, return_counts=True)
+    recall = np.sum((scores.argmax(-1) == label) / size[place]) / len(present)
+    logits = (scores - scores.max(-1, keepdims=True)) / TEMPERATURE
+    entropy = np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(label)), label])
+    return round(-float(recall), _DIGITS), round(float(entropy), _DIGITS)
+
+
+# ---- Files --------------------------------------------------------------------------------------------------------
+
+_FORMAT = "avjax cache 1"
+
+
+def save(cache: Cache, path: Path) -> None:
+    """Writes a cache, as an .npz of numbers and text, whole.
+
+    Raises:
+      AvjaxError: it cannot be written.
+    """
+    arrays = {
+        "format": np.array(_FORMAT),
+        "classes": np.array(cache.classes),
+        "text": cache.text,
+        "ids": np.array(cache.ids, str),
+        "label": cache.label,
+        "modalities": np.array(cache.modalities),
+        "keys": _keys(cache),
+        "alpha": np.array([cache.alpha[name] for name in cache.modalities]),
+        "beta": np.array(cache.beta),
+        "origin": np.array(cache.origin),
+    }
+    try:
+        with replacing(path, "wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise AvjaxError(f"{path}: cannot be written ({error.strerror}); give another place") from error
+
+
+# Name → kind of dtype and number of axes.
+_MEMBERS = {
+    "classes": ("U", 1),
+    "text": ("f4", 2),
+    "ids": ("U", 1),
+    "label": ("i4", 1),
+    "modalities": ("U", 1),
+    "keys": ("f4", 3),
+    "alpha": ("f8", 1),
+    "beta": ("f8", 0),
+    "origin": ("U", 0),
+}
+
+
+def load(path: Path) -> Cache:
+    """Reads what `save` wrote, bit for bit.
+
+    Raises:
+      AvjaxError: there is no such file, or it is no cache, damaged or beyond LIMITS.
+    """
+    arrays = _read(path)
+    name = arrays.pop("format", None)
+    if name is None or name.shape or str(name) != _FORMAT:
+        raise AvjaxError(f"{path}: is no {_FORMAT!r}; give a file that `save` wrote")
+    for name, (dtype, axes) in _MEMBERS.items():
+        found = arrays.get(name)
+        if found is None or found.ndim != axes or found.dtype.str.lstrip("<>=|")[: len(dtype)] != dtype:
+            raise AvjaxError(f"{path}: {name} is missing or of another kind; the file is damaged, restore a copy")
+    try:
+        return _restored(arrays)
+    except (AvjaxError, ValueError) as error:
+        raise AvjaxError(f"{path}: {error}; the file is damaged, restore a copy") from error
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as raw:
+            with zipfile.ZipFile(raw) as packed:
+                size = sum(member.file_size for member in packed.infolist())
+            if size > _UNPACKED:
+                raise ValueError(f"{size} bytes when unpacked, above {_UNPACKED}")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as file:
+                return {name: np.asarray(file[name]) for name in file.files}
+    except Exception as error:  # a damaged file raises errors of many kinds
+        reason = f"{type(error).__name__}: {error}"
+        raise AvjaxError(f"{path}: is no cache that can be read ({reason}); give a file that `save` wrote") from error
+
+
+def _restored(arrays: Mapping[str, np.ndarray]) -> Cache:
+    names = arrays["modalities"].tolist()
+    return Cache(
+        classes=tuple(arrays["classes"].tolist()),
+        text=arrays["text"],
+        ids=tuple(arrays["ids"].tolist()),
+        label=arrays["label"],
+        keys=dict(zip(names, arrays["keys"], strict=True)),
+        alpha=dict(zip(names, arrays["alpha"].tolist(), strict=True)),
+        beta=float(arrays["beta"]),
+        origin=str(arrays["origin"]),
+    )

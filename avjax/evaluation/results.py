@@ -1,0 +1,179 @@
+"""From the test logits of all lanes to `predictions.npz` and `metrics.json`. Equal runs give equal files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from avjax import tasks
+from avjax.datasets import registry
+from avjax.errors import AvjaxError
+from avjax.evaluation.baselines import summary
+from avjax.features.store import Features
+from avjax.tasks import metrics
+from avjax.training.lanes import LanePlan
+from avjax.utils.storage import replacing
+
+
+def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of `predictions.npz`, one per lane and test clip.
+
+    Args:
+      logits: head → (lanes, n_test, c), rows beyond a lane's own test clips are padding.
+    Returns:
+      clip_id, speaker ("" where unknown), fold, seed, label and logits_<head>, plain arrays of equal length.
+    Raises:
+      AvjaxError: a logit is not finite; names the clips.
+    """
+    real = np.asarray(plan.lanes.test_weight) > 0
+    index = np.asarray(plan.lanes.test)[real]
+    lane = np.nonzero(real)[0]
+    broken = ~np.all([np.isfinite(v[real]).all(-1) for v in logits.values()], 0)
+    if broken.any():
+        clips = ", ".join(sorted({features.ids[i] for i in index[broken]}))
+        raise AvjaxError(f"the answers to {clips} are not finite numbers; look at these clips' features")
+    return {
+        "clip_id": np.array(features.ids)[index],
+        "speaker": np.array(features.speakers, np.str_)[index],
+        "fold": np.array([name for name, _ in plan.names])[lane],
+        "seed": np.array([seed for _, seed in plan.names], np.int64)[lane],
+        "label": _plain(features.label[index]),
+        **{f"logits_{head}": np.asarray(v)[real] for head, v in logits.items()},
+    }
+
+
+def measure(
+    features: Features,
+    plan: LanePlan,
+    rows: Mapping[str, np.ndarray],
+    lanes: Mapping[str, Sequence],
+    protocol: str,
+    reference: Mapping[str, dict],
+) -> dict[str, object]:
+    """The content of `metrics.json`: the scores of the task, `mean` and (population) `std` over folds and seeds.
+
+    Args:
+      lanes: what else is said of each: `best_epoch` and, where validation chooses it, `head`, by its name.
+    """
+    heads = [k.removeprefix("logits_") for k in rows if k.startswith("logits_")]
+    scoring = tasks.SCORINGS[features.task]
+
+    def table(head: str, chosen) -> np.ndarray:
+        return scoring.count(rows["label"][chosen], rows[f"logits_{head}"][chosen])
+
+    folds = []
+    for i, ((fold, seed), counts) in enumerate(zip(plan.names, plan.counts, strict=True)):
+        chosen = (rows["fold"] == fold) & (rows["seed"] == seed)
+        about = {key: values[i] for key, values in lanes.items()}
+        folds.append({"fold": fold, "seed": seed, **counts, **_scores(scoring, table(heads[0], chosen)), **about})
+    every = np.ones(len(rows["label"]), bool)
+    pooled = table(heads[0], every)
+    over = summary(folds, scoring.names)
+    together = _together(plan, rows, heads[0], features.task)
+    return {
+        "dataset": registry.title(features.dataset),
+        "protocol": protocol,
+        "task": features.task,
+        "classes": list(features.classes),
+        "counts": features.counts,
+        "folds": folds,
+        "mean": over["mean"],
+        "std": over["std"],
+        "pooled": _scores(scoring, pooled),
+        **({"together": together} if together else {}),
+        **_particulars(features, pooled),
+        **_sentiment(features, rows["label"], rows[f"logits_{heads[0]}"]),
+        "heads": {h: _of_head(scoring, table(h, every), features.task) for h in heads},
+        "reference": dict(reference),
+    }
+
+
+def _of_head(scoring: tasks.Scoring, table: np.ndarray, task: str) -> dict[str, float]:
+    """Its pooled scores; of classes weighted F1, too."""
+    more = {"f1": float(metrics.f1(table)["weighted"])} if task in tasks.ONE_CLASS else {}
+    return _scores(scoring, table) | more
+
+
+def _particulars(features: Features, pooled: np.ndarray) -> dict[str, object]:
+    """What the pooled table says beyond its scores: by class, value or label."""
+    if features.task in tasks.ONE_CLASS:
+        return {
+            "f1": {k: float(v) for k, v in metrics.f1(pooled).items()},
+            "confusion": pooled.astype(int).tolist(),
+        }
+    scoring = tasks.SCORINGS[features.task]
+    return {"values": {n: _scores(scoring, row[None]) for n, row in zip(features.classes, pooled, strict=True)}}
+
+
+def _sentiment(features: Features, label: np.ndarray, answer: np.ndarray) -> dict[str, object]:
+    """`sentiment` over all folds and seeds, where that is what is predicted."""
+    if features.task != "regression" or features.classes != ("sentiment",):
+        return {}
+    return {"sentiment": metrics.sentiment(metrics.sentiment_sums(label[:, 0], answer[:, 0]))}
+
+
+def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, task: str) -> dict | None:
+    """Scores of the mean of all seeds' answers (of classes their probabilities), fold by fold; None for one seed.
+
+    Seeds of a fold test the same clips in the same order.
+    """
+    if len({seed for _, seed in plan.names}) < 2:
+        return None
+    from scipy.special import softmax
+
+    scoring, folds = tasks.SCORINGS[task], []
+    for fold in dict.fromkeys(name for name, _ in plan.names):
+        seeds = [(rows["fold"] == fold) & (rows["seed"] == seed) for name, seed in plan.names if name == fold]
+        answers = [rows[f"logits_{head}"][chosen].astype(np.float64) for chosen in seeds]
+        mean = np.mean([softmax(a, -1) if task in tasks.ONE_CLASS else a for a in answers], 0)
+        folds.append({"fold": fold, **_scores(scoring, scoring.count(rows["label"][seeds[0]], mean))})
+    return summary(folds, scoring.names)
+
+
+def _plain(label: np.ndarray) -> np.ndarray:
+    if tasks.kind(label) == "soft":
+        return np.asarray(tasks.shares(label))
+    return label.astype(np.int64) if label.dtype == np.int32 else label
+
+
+def attention(features: Features, found: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> list[dict[str, object]]:
+    """What `loop.attention` gives, with clip and label under `name`, for `plots.attention_picture`."""
+    return [{"name": f"{features.ids[i]} ({features.clips[i].label})"} | dict(maps) for i, maps in found]
+
+
+def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, count: int = 12) -> list[dict[str, str]]:
+    """Test clips with their sentence, label and answer, for the report: `count` of them, evenly spaced in the set."""
+    if source not in features.sentences or features.task not in tasks.ONE_CLASS:
+        return []
+    label = features.label if features.task == "single" else features.label.argmax(-1)
+    head = next(k for k in rows if k.startswith("logits_"))
+    first = {clip: at for at, clip in reversed(list(enumerate(rows["clip_id"].tolist())))}
+    tested = [i for i, clip in enumerate(features.ids) if clip in first]
+    out = []
+    for i in tested[:: max(1, len(tested) // count)][:count]:
+        at = first[features.ids[i]]
+        answer = int(np.argmax(rows[head][at]))
+        out.append(
+            {
+                "clip_id": features.ids[i],
+                "label": features.classes[label[i]],
+                "predicted": features.classes[answer],
+                "sentence": features.sentences[source][i],
+            }
+        )
+    return out
+
+
+def write_predictions(path: Path, rows: Mapping[str, np.ndarray]) -> None:
+    with replacing(path, "wb") as file:
+        np.savez(file, **rows)
+
+
+def read(workdir: Path) -> dict:
+    """`metrics.json` of a finished run."""
+    return json.loads((workdir / "metrics.json").read_text())
+
+
+def _scores(scoring: tasks.Scoring, table: np.ndarray) -> dict[str, float]:
+    return {name: float(score) for name, score in scoring.scores(table).items()}

@@ -1,0 +1,141 @@
+"""Extraction as a Beam pipeline, on this machine, Dataflow, Flink or Spark: the same work in the same code.
+
+Every piece of the pipeline is a handful of clips that a machine measures as `avjax.features.extract.measured` does it
+alone; what it finds is staged in the feature store, which all machines must reach: a shared folder, or cloud storage.
+So a pipeline that was killed goes on where it was, and `local` goes on with what a pipeline has begun.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from avjax.datasets.base import Clip
+from avjax.errors import AvjaxError
+from avjax.features import extract as extraction
+from avjax.features.extract import Bench, Job, Runner
+from avjax.features.presets import Preset
+from avjax.features.store import Store
+from avjax.utils import storage
+from avjax.utils.progress import Stopwatch
+
+_PIECE = 16  # clips: enough to be worth the start of worker processes, few enough to be done again after a kill
+_FAILED = "failed"  # the staged "feature" of a clip that could not be measured
+
+
+def runner(name: str, options: Sequence[str], root: Path, media: str = "") -> Runner:
+    """The Beam runner `name` (DirectRunner, DataflowRunner, FlinkRunner, SparkRunner) as one of extraction.
+
+    Args:
+      options: further options of the pipeline, such as `--project=P`.
+      root: where the data set was indexed; media: where machines find the same files, such as `gs://bucket/mafw`;
+        "" = under the same path as here.
+    Raises:
+      AvjaxError: Beam is missing.
+    """
+    if importlib.util.find_spec("apache_beam") is None:
+        raise AvjaxError(f"--runner={name} needs Apache Beam; install with: pip install 'avjax[beam]'")
+
+    def run(
+        jobs: Sequence[Job], on: Bench, processes: int, clip_seconds: float, console: Console
+    ) -> Iterator[tuple[str, str]]:
+        for clip, keys, _ in jobs:
+            on.store.drop(clip.id, _FAILED, _key(keys))
+        sent = [(_elsewhere(clip, root, storage.place(media)), *job) for clip, *job in jobs] if media else list(jobs)
+        pieces = [sent[at : at + _PIECE] for at in range(0, len(sent), _PIECE)]
+        console.print(f"{name}: {len(jobs)} clips in {len(pieces)} pieces")
+        if pieces:
+            _submit(name, options, pieces, (str(on.store.root), on.settings, on.made_by, processes, clip_seconds))
+        return (_outcome(on.store, job) for job in jobs)
+
+    return run
+
+
+def _elsewhere(clip: Clip, root: Path, media: Path) -> Clip:
+    def moved(path: Path | None) -> Path | None:
+        return path and media / path.relative_to(root).as_posix()
+
+    return dataclasses.replace(clip, path=moved(clip.path), audio=moved(clip.audio))
+
+
+def _key(keys: dict[str, str]) -> str:
+    return keys["video"]  # made of the files, too: another file fails for itself
+
+
+def _outcome(store: Store, job: Job) -> tuple[str, str]:
+    clip, keys, lacks = job
+    if all(store.has(clip.id, feature, keys[feature]) for feature in lacks):
+        return clip.id, ""
+    if store.has(clip.id, _FAILED, _key(keys)):
+        reason = str(store.get(clip.id, _FAILED, _key(keys))["reason"])
+        store.drop(clip.id, _FAILED, _key(keys))
+        return clip.id, reason
+    raise AvjaxError(f"{clip.id}: the pipeline ended and left neither features nor a reason; start it again")
+
+
+def _submit(name: str, options: Sequence[str], pieces: Sequence[Sequence[Job]], arguments: tuple) -> None:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.utils.shared import Shared
+
+    class Measure(beam.DoFn):
+        def __init__(self):
+            self._benches = Shared()
+
+        def setup(self):
+            self._bench = self._benches.acquire(lambda: _Held(*arguments[:3]))
+
+        def process(self, piece):
+            _measure(piece, self._bench.bench, *arguments[3:])
+            yield len(piece)
+
+    try:
+        with beam.Pipeline(options=PipelineOptions([f"--runner={name}", *options])) as pipeline:
+            _ = pipeline | beam.Create(pieces) | beam.Reshuffle() | beam.ParDo(Measure())
+    except ValueError as error:
+        raise AvjaxError(f"--runner={name}: {error}") from error
+
+
+class _Held:
+    """A `Bench` that the threads of a machine share; Beam shares only what can be referred to weakly.
+
+    Raises:
+      AvjaxError: it would make other features than `made_by` says, such as in another precision on another device.
+    """
+
+    def __init__(self, root: str, settings: Preset, made_by: Mapping[str, str]):
+        self.bench = extraction.bench(settings, Store(storage.place(root)), Stopwatch())
+        if other := sorted(f for f in made_by if self.bench.made_by[f] != made_by[f]):
+            raise AvjaxError(
+                f"a machine of the pipeline would make {', '.join(other)} otherwise than the one that started it; give "
+                "all the same version of avjax, the same weights and the same kind of device"
+            )
+
+
+def _measure(piece: Sequence[Job], on: Bench, processes: int, clip_seconds: float) -> None:
+    """Measures the clips of a piece and stages what was found, or why nothing was."""
+    keys = {clip.id: _key(found) for clip, found, _ in piece}
+    with tempfile.TemporaryDirectory() as room:
+        jobs = [(_fetched(clip, Path(room) / str(i)), *job) for i, (clip, *job) in enumerate(piece)]
+        for clip_id, reason in extraction.measured(jobs, on, processes, clip_seconds):
+            if reason:
+                on.store.put(clip_id, _FAILED, keys[clip_id], {"reason": np.array(reason)})
+
+
+def _fetched(clip: Clip, room: Path) -> Clip:
+    """The clip with its files on this machine."""
+
+    def local(path: Path | None) -> Path | None:
+        if not path or storage.is_local(path):
+            return path
+        room.mkdir(exist_ok=True)
+        target = room / os.path.basename(path)
+        storage.copy(path, target)
+        return target
+
+    return dataclasses.replace(clip, path=local(clip.path), audio=local(clip.audio))

@@ -1,0 +1,159 @@
+"""Files that hold tables or arrays → columns or arrays by name: CSV, .npy, .npz, HDF5 and pickles."""
+
+import csv
+import glob
+import os
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from avjax.errors import AvjaxError
+from avjax.features.tables import safe_pickle
+
+_CSV = (".csv", ".tsv", ".txt")
+
+
+def load(path: Path, header: bool = True) -> object:
+    """What a file holds, by its ending.
+
+    Args:
+      header: whether the first line of a CSV file names the columns.
+    Returns:
+      of CSV column → texts; of .npz, .h5 and pickles what is in them; of an .npy, and of a folder of such for each
+      frame, "value" → (steps, d).
+    Raises:
+      AvjaxError: its ending is none of these, or it cannot be read.
+    """
+    if path.is_dir() or path.suffix == ".npy":
+        return {"value": np.atleast_2d(frames(path))}
+    if path.suffix in _CSV:
+        return read_csv(path, header)
+    if path.suffix not in _READERS:
+        raise AvjaxError(f"{path}: expected {', '.join([*_CSV, *_READERS, '.npy'])}")
+    return _READERS[path.suffix](path)
+
+
+def each(root: Path, path: str) -> dict[str, Path]:
+    """The files, or folders, that fit `path` below `root`, by what stands in them in the place of `{key}`.
+
+    Raises:
+      AvjaxError: `path` leads out of the root, or has more than one `{key}`.
+    """
+    before, _, after = path.partition("{key}")
+    if "{key}" in after or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise AvjaxError(f"path is {path!r}; expected one {{key}}, below the data root")
+    name = re.compile(re.escape(before) + r"([^/.][^/]*)" + re.escape(after))
+    found = sorted(root.glob(glob.escape(before) + "*" + glob.escape(after)))
+    matches = {p: name.fullmatch(p.relative_to(root).as_posix()) for p in found}
+    return {match[1]: p for p, match in matches.items() if match}
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of `path`: itself, or the arrays of a folder in the order of their names."""
+    return sorted(path.glob("*.npy")) if path.is_dir() else [path]
+
+
+def inside(root: Path, path: Path) -> bool:
+    """Whether all files of `path`, links followed, lie below `root`."""
+    whole = Path(os.path.realpath(root))
+    return all(Path(os.path.realpath(p)).is_relative_to(whole) for p in (path, *files_of(path)))
+
+
+def frames(path: Path) -> np.ndarray:
+    """The array of an .npy, or those of a folder's .npy, one above the other in the order of their names.
+
+    Raises:
+      AvjaxError: there is none, it is not one of numbers, or the frames are not (d,) or (1, d) with one d.
+    """
+    arrays = [_npy(file) for file in files_of(path)]
+    if not path.is_dir():
+        return arrays[0]
+    rows = [np.atleast_2d(a) for a in arrays]
+    if len({a.shape for a in rows}) != 1 or rows[0].shape[0] != 1 or rows[0].ndim != 2:
+        shapes = ", ".join(sorted({str(a.shape) for a in arrays})) or "no .npy"
+        raise AvjaxError(f"{path}: {shapes}; expected one vector for each frame, all as long")
+    return np.concatenate(rows)
+
+
+def _npy(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise AvjaxError(f"{path}: {error}; expected an .npy of numbers") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf" or array.ndim not in (1, 2):
+        raise AvjaxError(f"{path}: {getattr(array, 'shape', 'an archive')}; expected numbers, (d,) or (steps, d)")
+    return array
+
+
+def read_csv(path: Path, header: bool = True) -> dict[str, Sequence[str]]:
+    """Column → the texts of its rows; without a header the columns are called "0", "1", ….
+
+    Raises:
+      AvjaxError: the file is empty or no UTF-8, two columns have one name, or a row has more or fewer cells.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            rows = [row for row in csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise AvjaxError(f"{path}: {error}; expected a table in UTF-8, its cells separated by , ; or tabs") from error
+    if not rows:
+        raise AvjaxError(f"{path}: is empty")
+    names = [n.strip() for n in rows.pop(0)] if header else [str(i) for i in range(len(rows[0]))]
+    if len(set(names)) < len(names):
+        raise AvjaxError(f"{path}: two columns have one name; set header to False if it has no names")
+    for number, row in enumerate(rows, 1 + header):
+        if len(row) != len(names):
+            raise AvjaxError(f"{path}, row {number}: {len(row)} cells; expected {len(names)}")
+    return dict(zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True))
+
+
+def number(text: str) -> float:
+    """The number that a text is, not a number where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return np.nan
+
+
+def entry(place: Path, value: object, path: str) -> Mapping[str, object]:
+    """The entry b of the entry a of `value`, which `place` holds, for "a/b".
+
+    Raises:
+      AvjaxError: there is no such entry, or it holds no arrays by name.
+    """
+    for name in filter(None, path.split("/")):
+        if not isinstance(value, Mapping) or name not in value:
+            raise AvjaxError(f"{place}: no entry {name!r} in it")
+        value = value[name]
+    if not isinstance(value, Mapping):
+        raise AvjaxError(f"{place}: holds {type(value).__name__}; expected arrays by name")
+    return value
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as raw, np.load(raw) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+        raise AvjaxError(f"{path}: {error}; expected an .npz of numbers and text") from error
+
+
+def _read_h5(path: Path) -> dict[str, object]:
+    import h5py
+
+    def plain(group) -> dict[str, object]:
+        return {name: plain(item) if isinstance(item, h5py.Group) else item[()] for name, item in group.items()}
+
+    try:
+        with h5py.File(path) as file:
+            return plain(file)
+    except (OSError, KeyError) as error:
+        raise AvjaxError(f"{path}: {error}; expected an HDF5 file") from error
+
+
+_READERS = {".npz": _read_npz, ".h5": _read_h5, ".pkl": safe_pickle.load}

@@ -1,0 +1,182 @@
+"""Caches that grow with a user's corrections, and the curve that shows what a few labelled clips of a person bring.
+
+A user's cache is of all lanes of a run together: their features side by side are features, and a cosine of these is
+the mean of the lanes' own (`readouts.joined`). The curve is measured lane by lane, on people whom the lane has not
+seen.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from avjax.datasets import folder, labels
+from avjax.datasets.base import Clip
+from avjax.errors import AvjaxError
+from avjax.evaluation import fewshot
+from avjax.evaluation import fewshot_cache as caches
+from avjax.evaluation.fewshot_cache import Cache
+from avjax.inference import predict as prediction
+from avjax.inference.run import Run
+from avjax.models.emoasst import modalities
+from avjax.tasks import metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A point of the curve: what so many labelled clips per class of a person bring for the person's others.
+
+    Attributes:
+      shots: labelled clips per class; 0 = as trained.
+      uar: of each person, its mean over lanes and draws; spread: standard deviation of `uar` over people.
+      better: the share of people who are above their own `uar` without any.
+    """
+
+    shots: int
+    uar: dict[str, float]
+    spread: float
+    better: float
+
+    @property
+    def mean(self) -> float:
+        """The mean over people."""
+        return float(np.mean([*self.uar.values()]))
+
+
+def opened(path: Path, workdir: Path, run: Run) -> Cache:
+    """The cache at `path`, or a new one where there is none (`begun`); raises as `taught`."""
+    return taught(path, run) if path.exists() else begun(workdir, run)
+
+
+def taught(path: Path, run: Run) -> Cache:
+    """The cache at `path`.
+
+    Raises:
+      AvjaxError: it is damaged or of another run, or the run is not read by a cache.
+    """
+    _check_readable(run)
+    cache = caches.load(path)
+    if cache.origin != run.caches[0].origin or cache.classes != run.classes:
+        raise AvjaxError(f"{path}: a cache of another run than {run.name}; features of two runs cannot be compared")
+    return cache
+
+
+def _check_readable(run: Run) -> None:
+    if not run.caches:
+        raise AvjaxError(f"run {run.name} has no cache to adapt; train one with configs/emoasst_folder.py")
+
+
+def begun(workdir: Path, run: Run) -> Cache:
+    """A new cache of a run: as many of its clips of each class as a lane has; alpha and beta are the lanes' medians.
+
+    Raises:
+      AvjaxError: the run is not read by a cache, or its features are missing or damaged.
+    """
+    _check_readable(run)
+    kept = fewshot.read_representations(workdir)
+    found = fewshot.joined({m: kept[m] for m in modalities(tuple(kept))})
+    ids, label = kept["clip_id"].tolist(), kept["label"]
+    text = fewshot.joined({"text": np.stack([c.text for c in run.caches])})["text"]
+    cache = caches.empty(run.classes, text, tuple(found), run.caches[0].origin)
+    shots = max(int(np.bincount(c.label).max()) for c in run.caches)
+    chosen = caches.few(label, ids, len(run.classes), shots, 0)
+    names = [run.classes[i] for i in label[chosen]]
+    cache = caches.add(cache, [ids[i] for i in chosen], names, {m: v[chosen] for m, v in found.items()})
+    alpha = {m: float(np.median([c.alpha[m] for c in run.caches])) for m in found}
+    return dataclasses.replace(cache, alpha=alpha, beta=float(np.median([c.beta for c in run.caches])))
+
+
+def corrections(table: Path, run: Run) -> tuple[list[Clip], list[tuple[str, str]]]:
+    """The clips of a table `file,label[,id]` with labels of the run's classes, and (id, reason) of the other rows.
+
+    Raises:
+      AvjaxError: there is no such table, or no row of it can be used.
+    """
+    corpus = folder.read(table, anywhere=True)
+    if corpus.task.kind != "single":
+        raise AvjaxError(f"{table}: its labels are of the task {corpus.task.kind!r}; expected a column label")
+    reasons = {clip.id: labels.trouble(clip.label, run.classes) for clip in corpus.clips}
+    rejected = [*corpus.rejected, *((i, reason) for i, reason in reasons.items() if reason)]
+    clips = [clip for clip in corpus.clips if not reasons[clip.id]]
+    if not clips:
+        raise AvjaxError(f"{table}: none of its rows can be used; the first: {': '.join(rejected[0])}")
+    return clips, rejected
+
+
+def enter(
+    cache: Cache, run: Run, clips: Sequence[Clip], console: Console, *, clip_seconds: float
+) -> tuple[Cache, list[tuple[str, str]]]:
+    """The cache with clips entered by their labels, measured as in extraction; and (id, reason) of unusable ones.
+
+    Alpha and beta stay: few clips, all of one person, are a poor choice to fit them on.
+    """
+    found, _, rejected = prediction.measure(run, clips, console, clip_seconds=clip_seconds)
+    if found is None:
+        return cache, rejected
+    vectors = fewshot.joined(prediction.represented(run, found))
+    return caches.add(cache, found.ids, [clip.label for clip in found.clips], vectors), rejected
+
+
+def curve(workdir: Path, run: Run, shots: Sequence[int], draws: int, seed: int = 0) -> list[Point]:
+    """What labelled clips of a person whom a lane has not seen bring, beginning with none of them.
+
+    For each lane, each person among its test clips and each draw, as many clips of each class as the largest of `shots`
+    asks for are drawn and set aside, fewer where a class has no more: one always stays, and people with no more than
+    one clip of every class are left out. The first of them enter the
+    lane's cache, and the others of the person are recognised: the same clips at every point. Alpha and beta are the
+    lane's own, fitted without this person.
+
+    Raises:
+      AvjaxError: shots or draws are not positive, speakers are unknown, or nobody has two clips of a class.
+    """
+    _check_readable(run)
+    shots = sorted(set(shots))
+    if not shots or shots[0] < 1 or draws < 1:
+        raise AvjaxError(f"labelled clips per class are {shots}, draws {draws}; expected 1 or more of each")
+    kept = fewshot.read_representations(workdir)
+    if not all(kept["speaker"]):
+        raise AvjaxError(f"{workdir}: its clips have no speakers; a curve is of people whom a lane has not seen")
+    scores: dict[int, dict[str, list[float]]] = {k: {} for k in (0, *shots)}
+    for lane, cache in enumerate(run.caches):
+        found = {m: kept[m][lane] for m in modalities(tuple(kept))}
+        for person in np.unique(kept["speaker"][kept["tested"][lane]]).tolist():
+            own = np.flatnonzero(kept["tested"][lane] & (kept["speaker"] == person))
+            for draw in range(draws):
+                rng = np.random.default_rng([seed, lane, draw])
+                for k, score in _drawn(cache, found, kept, own, shots, rng):
+                    scores[k].setdefault(person, []).append(score)
+    if not scores[0]:
+        raise AvjaxError(f"{workdir}: nobody has two clips of a class, one to label and one to test")
+    return _points(scores)
+
+
+def _drawn(cache: Cache, found, kept, own: np.ndarray, shots: Sequence[int], rng):
+    """(shots, UAR of the clips that are not set aside) of one draw among a person's clips `own`."""
+    label, ids = kept["label"], kept["clip_id"]
+    order = rng.permutation(own)
+    by_class = {c: [i for i in order if label[i] == c] for c in np.unique(label[own]).tolist()}
+    aside = {c: members[: min(shots[-1], len(members) - 1)] for c, members in by_class.items()}
+    if not any(aside.values()):
+        return
+    rest = np.array([i for c, members in by_class.items() for i in members[len(aside[c]) :]])
+    for k in (0, *shots):
+        chosen = np.array([i for members in aside.values() for i in members[:k]], int)
+        names = [cache.classes[label[i]] for i in chosen]
+        grown = caches.add(cache, ids[chosen].tolist(), names, {m: v[chosen] for m, v in found.items()}) if k else cache
+        answers = caches.predict(grown, {m: v[rest] for m, v in found.items()}).argmax(-1)
+        yield k, float(metrics.uar(metrics.count(label[rest], answers, len(cache.classes))))
+
+
+def _points(scores: dict[int, dict[str, list[float]]]) -> list[Point]:
+    means = {k: {person: float(np.mean(found)) for person, found in people.items()} for k, people in scores.items()}
+    return [
+        Point(
+            k,
+            uar,
+            float(np.std([*uar.values()])),
+            float(np.mean([uar[person] > means[0][person] for person in uar])),
+        )
+        for k, uar in means.items()
+    ]

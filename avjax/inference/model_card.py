@@ -1,0 +1,87 @@
+"""The model card of a bundle: data, figures, limits, licences, and code that runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from avjax.evaluation.report import tables
+from avjax.tasks import ONE_CLASS
+
+_STEPS = 16  # of the made-up clips in the card, where there is a choice
+
+
+def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known: Any | None) -> str:
+    """The card as Markdown.
+
+    Args:
+      name: of the bundle's folder; says: content of `provenance.json`; metrics: of the run's `metrics.json`.
+      known: what is known of a public data set (`datasets.about.About`), else None.
+    """
+    import jinja2
+    from markupsafe import Markup
+
+    # Names come out of data: they are shown, never obeyed.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else tables.plain(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = lambda text: Markup("`{}`".format(str(text).replace("`", "")))
+    return environment.get_template("model_card.md.j2").render(
+        name=name,
+        folder=Markup(repr(name)),
+        folder_in_shell=Markup(shlex.quote(name)),
+        says=says,
+        metrics=metrics,
+        known=known,
+        kind={"regression": "a value for each of", "multilabel": "the probability of each of"}.get(
+            metrics["task"], "one probability for each of these, adding up to 1:"
+        ),
+        figures=Markup(_table(("", *tables.scores(metrics).values()), tables.summary_rows(metrics))),
+        by_class=Markup(_by_class(metrics)),
+        references=Markup(_table(tables.reference_columns(metrics), tables.reference_rows(metrics))),
+        notes=tables.run_notes(metrics),
+        measured=bool(says["pretrained"]),
+        folds=len({lane["fold"] for lane in says["lanes"]}),
+        lengths=_lengths([about["shape"][1] for about in says["inputs"].values()]),
+        arrays=[Markup(_made_up(key, about)) for key, about in says["inputs"].items()],
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    line = tables.markdown_row(["---", *["--:"] * (len(columns) - 1)])
+    return "\n".join([tables.markdown_row(columns), line, *map(tables.markdown_row, rows)])
+
+
+def _by_class(metrics: tables.Metrics) -> str:
+    """The pooled figures of each class, value or label."""
+    if metrics["task"] not in ONE_CLASS:
+        return _table(tables.value_columns(metrics), tables.value_rows(metrics))
+    confusion = metrics["confusion"]
+    rows = []
+    for at, name in enumerate(metrics["classes"]):
+        clips, answered, right = sum(confusion[at]), sum(row[at] for row in confusion), confusion[at][at]
+        shares = (right / max(clips, 1), right / max(answered, 1), 2 * right / max(clips + answered, 1))
+        rows.append((name, str(clips), *map(tables.percent, shares)))
+    return _table(("class", "tested", "recall", "precision", "F1"), rows)
+
+
+def _lengths(steps: Sequence[int | str]) -> str:
+    """How free the numbers of steps are."""
+    if all(isinstance(count, int) for count in steps):
+        return "fixed"
+    return "grouped" if any("*" in str(count) for count in steps) else "any"
+
+
+def _made_up(key: str, about: Mapping[str, Any]) -> str:
+    """A line of code with an input of two clips."""
+    _, steps, *step = about["shape"]
+    shape = (2, steps if isinstance(steps, int) else _STEPS, *step)
+    made = f"np.ones({shape}, bool)" if key.endswith("_mask") else f"np.zeros({shape}, np.{about['dtype']})"
+    return f'"{key}": {made},  # {", ".join(map(str, about["shape"]))}'

@@ -1,0 +1,210 @@
+""""""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from avjax.datasets.base import Clip
+from avjax.errors import AvjaxError
+from avjax.evaluation import fewshot
+from avjax.evaluation import fewshot_cache as caches
+from avjax.evaluation.fewshot_cache import Cache
+from avjax.features import clip as clip_features
+from avjax.features import extract as extraction
+from avjax.features import presets, prompts
+from avjax.features import store as stores
+from avjax.inference.run import Run
+from avjax.training import batches, loop
+from avjax.utils.media_files import shown
+from avjax.utils.progress import Stopwatch
+
+# What is taken from a folder; a file that is named itself is tried whatever its name.
+_PICTURE = "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
+
+
+_SOUND = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
+
+
+SUFFIXES = tuple(f".{name}" for name in f"{_PICTURE} {_SOUND}".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The answer for one clip.
+
+    Attributes:
+      file: as given; bytes of its name that are not UTF-8 are shown as `\\xe9`.
+      answers: class → probability, in the order of the run's classes, adding up to 1; label → probability of yes; or
+        name → value, by the run's task.
+      sentence: what the model read, "" for none.
+      missing: "picture", "sound" or "sentence" → why the model had to do without.
+    """
+
+    file: str
+    answers: dict[str, float]
+    sentence: str
+    missing: dict[str, str]
+
+    @property
+    def ranked(self) -> list[tuple[str, float]]:
+        """The answers, the largest first."""
+        return sorted(self.answers.items(), key=lambda item: -item[1])
+
+
+def find_clips(arguments: Iterable[str]) -> list[Clip]:
+    """The clips that files and folders name, each once; a folder stands for all files in and below it, sorted.
+
+    Of a folder, files with one of `SUFFIXES` are taken. A clip's id is its path as given.
+
+    Raises:
+      AvjaxError: a folder has no such file.
+    """
+    paths = [path for argument in arguments for path in _paths(Path(argument))]
+    return [Clip(id=shown(str(path)), path=path, label="") for path in dict.fromkeys(paths)]
+
+
+def predict(
+    run: Run,
+    clips: Sequence[Clip],
+    console: Console,
+    *,
+    clip_seconds: float = extraction.CLIP_SECONDS,
+    cache: Cache | None = None,
+) -> tuple[list[Prediction], list[tuple[str, str]]]:
+    """Measures clips and answers for all that can be used; progress goes to `console`.
+
+    The answer for a clip does not depend on the others. It is that of extraction and training for the same file, with
+    one exception: where the data had a column of speakers, "high" and "low" in a stored sentence are judged against the
+    speaker's usual pitch, and here, for want of a speaker, against fixed bounds; a transcript is not known here either.
+
+    Args:
+      cache: answers in the place of the run's own (`avjax.inference.adaptation`).
+    Returns:
+      the answers, and (file, reason) of each clip that cannot be used, both in the order of the clips.
+    Raises:
+      AvjaxError: what `measure` raises.
+    """
+    found, missing, rejected = measure(run, clips, console, clip_seconds=clip_seconds)
+    if found is None:
+        return [], rejected
+    shares = answers_of(run, found, cache)
+    sentences = found.sentences[run.text_source] if run.text_source else [""] * len(found.ids)
+    answers = [
+        Prediction(clip_id, dict(zip(run.classes, map(float, row), strict=True)), sentence, lacking)
+        for clip_id, row, sentence, lacking in zip(found.ids, shares, sentences, missing, strict=True)
+    ]
+    return answers, rejected
+
+
+def measure(
+    run: Run, clips: Sequence[Clip], console: Console, *, clip_seconds: float = extraction.CLIP_SECONDS
+) -> tuple[stores.Features | None, list[dict[str, str]], list[tuple[str, str]]]:
+    """The features of clips, made as those were that the run was trained on.
+
+    Returns:
+      features of the clips that can be used, None where there is none; what each of them lacks
+      (`Prediction.missing`); and (file, reason) of the others.
+    Raises:
+      AvjaxError: what extraction raises, or the run was trained on features of another kind than are made now.
+    """
+    settings = presets.preset(run.preset, random=run.random)
+    with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
+        store = stores.Store(Path(folder))
+        clock = Stopwatch()
+        measured, rejected = extraction.measure_all(clips, settings, store, console, clock, clip_seconds=clip_seconds)
+        if not measured:
+            return None, [], rejected
+        sentences = extraction.describe_all(measured, store)
+        measured = extraction.encode_all(measured, sentences, settings, store, console, clock)
+        _check_made_by(run, extraction.made_by(measured[0]))
+        examples = list(extraction.examples(measured, sentences, settings, store))
+        missing = [_missing(m, run, sentences, store) for m in measured]
+    found = _features(run, [c for c, _ in measured], examples)
+    if run.text_source == prompts.UTTERANCE:
+        found = prompts.attach_utterances(found, run.preset, run.random, console)
+    return found, missing, rejected
+
+
+def represented(run: Run, clips: stores.Features) -> dict[str, np.ndarray]:
+    """What a cache reads of clips: modality → (lanes, clips, d)."""
+    data = batches.resident(clips, run.text_source, "train", run.model.constants)
+    return fewshot.represent(run.model, run, data)
+
+
+def answers_of(run: Run, clips: stores.Features, cache: Cache | None = None) -> np.ndarray:
+    """The mean over lanes of what the predicting head answers, (clips, classes) float64: probabilities, or values.
+
+    Args:
+      cache: of all lanes together (`readouts.joined`), to answer in the place of theirs.
+    """
+    from scipy.special import expit, softmax
+
+    if run.caches:
+        found = represented(run, clips)
+        if cache is not None:
+            return softmax(caches.predict(cache, fewshot.joined(found)) / caches.TEMPERATURE, -1)
+        lanes = [{m: v[i] for m, v in found.items()} for i in range(len(run.lanes))]
+        scores = [caches.predict(own, lane) for own, lane in zip(run.caches, lanes, strict=True)]
+        return softmax(np.stack(scores) / caches.TEMPERATURE, -1).mean(0)
+    data = batches.resident(clips, run.text_source, "train", run.model.constants)
+    logits = loop.answers(run.model)(run.best, run.best_head, run.stats, data)[run.model.answers[0]]
+    ways = {"multilabel": expit, "regression": np.asarray}
+    return ways.get(run.task, functools.partial(softmax, axis=-1))(np.asarray(logits, np.float64)).mean(0)
+
+
+def _paths(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
+    if not found:
+        raise AvjaxError(f"{shown(str(path))}: no media file in this folder; looked for {', '.join(SUFFIXES)}")
+    return found
+
+
+def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> stores.Features:
+    """New clips as a feature store would give them, without labels."""
+    arrays, masks = stores.stacked(examples)
+    return stores.Features(
+        dataset=run.dataset,
+        classes=run.classes,
+        folds=(),
+        content="",
+        ids=[c.id for c in clips],
+        clips=list(clips),
+        label=np.zeros(len(clips), np.int32),
+        speakers=[""] * len(clips),
+        arrays=arrays,
+        masks=masks,
+        sentences={s: [e["sentence"][s] for e in examples] for s in clip_features.TEXTS},
+        counts={},
+        made_by={},
+    )
+
+
+def _missing(measured: extraction.Measured, run: Run, sentences: Mapping, store: stores.Store) -> dict[str, str]:
+    clip, keys = measured
+    if run.text_source == prompts.UTTERANCE:
+        unsaid = "" if clip.transcript else "nobody has told what is said"
+    else:
+        silent = run.text_source and not sentences[clip.id][run.text_source]
+        unsaid = "nothing to say: no face and no voice was measured" if silent else ""
+    why = {
+        "picture": str(store.get(clip.id, "video", keys["video"], "why")["why"]),
+        "sound": str(store.get(clip.id, "audio", keys["audio"], "why")["why"]),
+        "sentence": unsaid,
+    }
+    return {what: reason for what, reason in why.items() if reason}
+
+
+def _check_made_by(run: Run, now: Mapping[str, str]) -> None:
+    """Whether the features are made as those were that the run was trained on: settings, weights, code."""
+    if other := [feature for feature, key in now.items() if run.made_by.get(feature) != key]:
+        raise AvjaxError(
+            f"run {run.name} was trained on features made otherwise than now ({', '.join(other)}: other weights, or "
+            "another version of avjax); extract and train again"
+        )

@@ -1,0 +1,124 @@
+"""What a bundle says of the run that it is of: data, protocol, features and how they were made, machine, licences."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from avjax import __version__
+from avjax.demo import corpus as demo
+from avjax.encoders.registry import REGISTRY
+from avjax.features import presets, store
+from avjax.features.presets import Encoding, Preset
+from avjax.inference.run import Run, read_json
+from avjax.training.data import STAND_INS
+
+
+def of_run(run: Run, config: ConfigDict, workdir: Path, inputs: Mapping[str, dict]) -> dict[str, object]:
+    """The content of `provenance.json`.
+
+    Args:
+      config: of the run; inputs: `program.inputs`.
+    Raises:
+      AvjaxError: a file of the run directory cannot be read.
+    """
+    machine, protocol = read_json(workdir / "environment.json"), read_json(workdir / "protocol.json")
+    features = machine.pop("features")
+    settings = presets.PRESETS.get(config.preset) if "tables" not in config else None
+    told = described(settings, run.text_source) if settings else _of_tables(config)
+    return {
+        "run": run.name,
+        "model": config.model.name,
+        "dataset": protocol["dataset"],
+        "title": run.dataset,
+        "protocol": run.protocol,
+        "lanes": [{"fold": fold, "seed": seed} for fold, seed in run.lanes],
+        "lanes_of_run": len(protocol["folds"]),
+        "random_weights": run.random,
+        "cached_clips": len({clip_id for cache in run.caches for clip_id in cache.ids}),
+        "features": {
+            "content": features["content"],
+            "made_by": dict(run.made_by),
+            "records": _records(config, protocol["dataset"], run.made_by),
+        },
+        "preprocessing": {
+            "preset": config.preset,
+            "settings": dataclasses.asdict(settings) if settings else config.tables.to_dict(),
+            "streams": {
+                stream: {"what": told.get(stream, ""), "longest": list(shape), "dtype": dtype}
+                for stream, (shape, dtype) in run.streams.items()
+            },
+        },
+        "inputs": dict(inputs),
+        "pretrained": pretrained(settings) if settings else {},
+        "exported_with": {"avjax": __version__, "jax": jax.__version__},
+        "trained_with": machine,
+    }
+
+
+def _records(config: ConfigDict, dataset: str, made_by: Mapping[str, str]) -> dict[str, dict]:
+    """The records of how features were made, by key, as far as the feature store is where it was and has them."""
+    stand_in = dataset in STAND_INS.values()
+    place = demo.place() / "features" if stand_in else store.place(config.dataset, config.data.features)
+    paths = {key: place / "provenance" / f"{key}.json" for key in made_by.values()}
+    return {key: json.loads(path.read_text(encoding="utf-8")) for key, path in paths.items() if path.is_file()}
+
+
+def _of_tables(config: ConfigDict) -> dict[str, str]:
+    return {stream: f"of tables: {', '.join(columns)}" for stream, columns in config.tables.streams.items()}
+
+
+def described(settings: Preset, text_source: str) -> dict[str, str]:
+    """What each stream of a preset is, and how its steps stand in time; `text_source` as in a configuration."""
+    text = f"{settings.text.source}, at most {settings.max_tokens} tokens of the text {text_source!r}"
+    told = {"text": f"token ids for {text}" if settings.raw else f"tokens by {text}"}
+    if settings.window:
+        w = settings.window
+        video = f"{w.count} pictures of the face, {w.side} x {w.side}, evenly from the middle {w.seconds:g} s"
+        return told | {"video": video, "audio": f"{w.mfccs} MFCC of the same seconds at {w.sample_rate} Hz"}
+    return told | {"video": _of_picture(settings), "audio": _of_sound(settings), "flow": _of_flow(settings)}
+
+
+def _of_picture(settings: Preset) -> str:
+    frames = f"at most {settings.frames} evenly spaced frames"
+    if not settings.frames:
+        frames = f"every frame of the first {settings.max_seconds:g} s"
+    if (every := presets.every(settings)) > 1:
+        frames += f", one in {every} of these"
+    measured = "face measurements (blendshapes, action units, head pose)"
+    if not settings.image:
+        return f"{measured} in {frames}"
+    seen = f"{_called(settings.image)} on the {settings.image.sees} in {frames}"
+    if settings.raw:
+        return f"pictures for {seen}"
+    return f"{seen}, beside {measured}" if settings.face else seen
+
+
+def _of_sound(settings: Preset) -> str:
+    seconds = f"the first {settings.max_seconds:g} s"
+    if not settings.sound:
+        return f"acoustic measurements at {settings.steps_per_second} steps a second, {seconds}"
+    rate = f" at {settings.sound.per_second} steps a second" if settings.sound.per_second else ""
+    return f"{'input of ' if settings.raw else ''}{_called(settings.sound)}{rate}, {seconds}"
+
+
+def _of_flow(settings: Preset) -> str:
+    if not settings.flow:
+        return ""
+    shown = f" seen by {_called(settings.flow.image)}" if settings.flow.image else ", means over a grid"
+    return f"optical flow of the face ({settings.flow.source}){shown}, a step for each of the picture's"
+
+
+def _called(encoding: Encoding) -> str:
+    return encoding.source if encoding.layer is None else f"{encoding.source}, layer {encoding.layer}"
+
+
+def pretrained(settings: Preset) -> dict[str, dict[str, str]]:
+    """The pretrained files that features of a preset are made with: name → what it is, and its licence."""
+    flow = [settings.flow.source] if settings.flow else []
+    used = ["face_landmarker", *flow, *(e.source for e in presets.encodings(settings).values()), settings.text.source]
+    known = {name: REGISTRY[name] for name in dict.fromkeys(used) if name in REGISTRY}
+    return {name: {"what": entry.what, "licence": entry.licence} for name, entry in known.items()}

@@ -1,0 +1,169 @@
+"""A finished run, read from its directory."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from avjax import models
+from avjax.errors import AvjaxError
+from avjax.evaluation import fewshot
+from avjax.evaluation.fewshot_cache import Cache
+from avjax.models.base import Model
+from avjax.training import checkpoint, run_directory, standardise
+from avjax.utils.media_files import shown
+
+# Of a bundle: one of them is there even if the other is lost.
+MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, or those of its lanes that are to answer.
+
+    Attributes:
+      name: of its directory; dataset, protocol: as every table names them; classes: in the order of the logits.
+      preset: how clips are measured; text_source: which sentence the model reads, "" for none.
+      task: its kind.
+      model: without parameters; best, best_head, stats: of the lanes, with a leading lane axis
+      (`avjax.training.loop.State`). lanes: (fold, seed) of each.
+      made_by: how the features were made that it was trained on (`extraction.made_by`).
+      random: whether those came from encoders with weights drawn at random.
+      caches: of each lane, of a model whose features are read by a cache.
+      streams: of each stream that the model reads, the shape that its longest clip in training had, and its dtype.
+    """
+
+    name: str
+    dataset: str
+    protocol: str
+    classes: tuple[str, ...]
+    preset: str
+    text_source: str
+    model: Model
+    best: Mapping[str, Any]
+    best_head: np.ndarray
+    stats: standardise.Statistics
+    lanes: tuple[tuple[str, int], ...]
+    made_by: Mapping[str, str]
+    random: bool = False
+    task: str = "single"
+    caches: tuple[Cache, ...] = ()
+    streams: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(default_factory=dict)
+
+
+def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *, new_clips: bool = True) -> Run:
+    """Reads a finished run; of its lanes those of `fold` and `seed` where given.
+
+    Args:
+      new_clips: whether it is to answer for such; then a run that cannot is refused.
+    Raises:
+      AvjaxError: no finished run there, one of its files is damaged, it has no such fold or seed, or it standardises
+        features per speaker, which takes more than a clip.
+    """
+    config = _config(workdir)
+    if new_clips:
+        check_measurable(workdir, config)
+    if not run_directory.is_finished(workdir):
+        raise AvjaxError(f"{workdir}: an unfinished run; start its avjax.train command again, which goes on to the end")
+    metrics = read_json(workdir / "metrics.json")
+    try:
+        if new_clips:
+            check_statistics(workdir, config)
+        names = tuple((lane["fold"], lane["seed"]) for lane in metrics["folds"])
+        about = {key: metrics[key] for key in ("dataset", "protocol", "task")}
+        classes = tuple(metrics["classes"])
+        about |= {"classes": classes, "preset": config.preset, "text_source": config.model.text_source}
+        made = read_json(workdir / "environment.json")["features"]
+        about |= {"made_by": made["made_by"], "random": made["random"]}
+        model = models.build(config.model, len(classes))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
+    saved = checkpoint.read(workdir / "checkpoints", "best", "best_head", "stats")
+    if "params" not in saved["best"]:
+        raise AvjaxError(f"{workdir}: its checkpoints are not of this version of avjax; train again")
+    there = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
+    if there != {len(names)}:
+        raise AvjaxError(f"{workdir}: metrics.json has {len(names)} lanes, checkpoints/ {there}; train again")
+    if model.readers:
+        about["caches"] = tuple(fewshot.read_caches(workdir, names))
+        model = model.replace(constants={"classes": about["caches"][0].text})
+    # Runs of before that was kept answer all the same; they cannot be exported.
+    about["streams"] = _shapes(model, config.model.text_source, made.get("streams", {}))
+    run = Run(shown(workdir.resolve().name), **about, model=model, **saved, lanes=names)
+    return of_lanes(run, workdir, fold, seed)
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder is a bundle of `avjax.export`, whole or not, and no run directory."""
+    return any((folder / name).is_file() for name in (MANIFEST, WEIGHTS))
+
+
+def check_measurable(where: Path, config: ConfigDict) -> None:
+    """Raises AvjaxError where a run of `config` reads what cannot be measured in a clip."""
+    if "tables" in config:
+        raise AvjaxError(f"{where}: trained on features from tables, which avjax cannot measure in a clip")
+
+
+def check_statistics(where: Path, config: ConfigDict) -> None:
+    """Raises AvjaxError where a run of `config` standardises features per speaker, which takes more than a clip."""
+    if (way := config.protocol.standardise) not in ("train", "none"):
+        raise AvjaxError(
+            f"{where}: protocol.standardise is {way!r}; such a run needs the feature statistics of the speaker, "
+            "which a new clip does not bring. Train one without speaker_norm or enrol"
+        )
+
+
+def of_lanes(run: Run, where: Path, fold: str | None, seed: int | None) -> Run:
+    """The run with those of its lanes alone that are of `fold` and `seed`, as far as these are given.
+
+    Args:
+      where: it was read from, for the error.
+    Raises:
+      AvjaxError: it has no such fold or seed.
+    """
+    at = _chosen(where, run.lanes, fold, seed)
+    arrays = {name: _take(getattr(run, name), at) for name in ("best", "best_head", "stats")}
+    kept = {"lanes": tuple(run.lanes[i] for i in at), "caches": tuple(run.caches[i] for i in at if run.caches)}
+    return dataclasses.replace(run, **arrays, **kept)
+
+
+def _shapes(model: Model, text_source: str, made: Mapping) -> dict[str, tuple[tuple[int, ...], str]]:
+    """`Run.streams`, of what the run directory says of the features."""
+    named = {stream: f"text_{text_source}" if stream == "text" else stream for stream in model.streams}
+    return {stream: (tuple(made[name][0]), made[name][1]) for stream, name in named.items() if name in made}
+
+
+def _config(workdir: Path) -> ConfigDict:
+    if is_bundle(workdir):
+        raise AvjaxError(f"{workdir}: a bundle of avjax.export, not a run of avjax.train; set --workdir to a run")
+    if not (workdir / "config.json").is_file():
+        raise AvjaxError(f"{workdir}: no run of avjax.train here (no config.json); set --workdir to the one it wrote")
+    return ConfigDict(read_json(workdir / "config.json"))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AvjaxError(f"{path}: cannot be read ({error}); restore a copy, or train again") from error
+    if not isinstance(content, dict):
+        raise AvjaxError(f"{path}: holds a {type(content).__name__}, not an object; restore a copy, or train again")
+    return content
+
+
+def _chosen(workdir: Path, names: Sequence[tuple[str, int]], fold: str | None, seed: int | None) -> list[int]:
+    """The positions of the lanes of `fold` and `seed`."""
+    for what, wanted, there in (("fold", fold, [f for f, _ in names]), ("seed", seed, [s for _, s in names])):
+        if wanted is not None and wanted not in there:
+            known = ", ".join(map(str, dict.fromkeys(there)))
+            raise AvjaxError(f"{workdir}: no {what} {wanted!r}; its {what}s are {known}")
+    return [i for i, (f, s) in enumerate(names) if fold in (None, f) and seed in (None, s)]
+
+
+def _take(tree: Any, rows: int | Sequence[int]) -> Any:
+    return jax.tree.map(lambda leaf: leaf[np.array(rows)], tree)

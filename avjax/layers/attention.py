@@ -1,0 +1,116 @@
+"""Multi-head attention under masks (Vaswani et al. 2017, section 3.2)."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avjax.layers.dropout import Dropout
+from avjax.layers.linear import Project
+from avjax.layers.masking import masked_softmax
+
+# A score of what may not be attended to: its exponential is 0 beside any other, and 1 where there is none.
+_LOW = -1e30
+
+
+# Keys up to which attention head by head is no faster.
+_FEW = 32
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> tuple[jax.Array, jax.Array]:
+    """Scaled dot-product attention, any number of heads.
+
+    Args:
+      query: (b, q, h, d).
+      key, value: (b, k, h, d).
+      mask: (b, k), True for keys that may be attended to; or (b, q, k), where that differs between queries.
+      drop: dropout of the weights before they are used.
+    Returns:
+      context (b, q, h, d), zeros where no key may be attended to, and weights (b, h, q, k).
+    """
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    weights = drop(masked_softmax(scores, _for_queries(mask)[:, None]))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value), weights
+
+
+def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """The context of `attend`, for those who need no weights.
+
+    On a CPU one head after another, so that its scores stay in the cache: two to three times faster at 40 to 1,500
+    steps. Elsewhere, and where there are few steps, all at once: that gains nothing there and is quicker to compile.
+    """
+    # Of `jax.export` the number of steps may be a symbol.
+    if isinstance(key.shape[1], int) and key.shape[1] < _FEW:
+        return attend(query, key, value, mask)[0]
+    return jax.lax.platform_dependent(
+        query, key, value, mask, cpu=_head_by_head, default=lambda *arrays: attend(*arrays)[0]
+    )
+
+
+def _for_queries(mask: jax.Array) -> jax.Array:
+    """A mask of `attend` as (b, 1, k) or (b, q, k)."""
+    return mask if mask.ndim == 3 else mask[:, None]
+
+
+def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    mask = _for_queries(mask)
+    some = mask.any(-1, keepdims=True)
+
+    # Weights are computed once more for gradients: that costs less than to keep those of all heads.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v = head  # b l d
+        scores = jnp.einsum("bqd,bkd->bqk", q / jnp.sqrt(q.shape[-1]).astype(q.dtype), k).astype(jnp.float32)
+        scores = jnp.where(mask, scores, _LOW)
+        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
+        # Divided by their sum after the product, which is narrower than the weights.
+        summed = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v)
+        return jnp.where(some, summed / jnp.sum(weights, -1, keepdims=True).astype(v.dtype), 0)
+
+    heads = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))
+    return jnp.moveaxis(jax.lax.map(one, heads), 0, 2)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of one sequence to the admitted steps of another.
+
+    `unbiased` names those of query, key and value that have no bias; `dropout` is the rate on the weights.
+    """
+
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+    unbiased: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, source: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
+        """Maps x (b, q, d) and source (b, k, s) under mask (b, k) or (b, q, k) to (b, q, d); `heads` must divide d."""
+        split = (self.heads, x.shape[-1] // self.heads)
+        query, key, value = (
+            Project(split, dtype=self.dtype, bias=n not in self.unbiased, name=n)(sequence)
+            for n, sequence in (("query", x), ("key", source), ("value", source))
+        )
+        if train and self.dropout:
+            context, _ = attend(query, key, value, mask, Dropout(self.dropout, train))
+        else:
+            context = attended(query, key, value, mask)  # b q h d
+        return Project(x.shape[-1:], inputs=2, dtype=self.dtype, name="out")(context)
+
+
+class SelfAttention(CrossAttention):
+    """Multi-head attention of a sequence to its own admitted steps.
+
+    With `causal(mask)` for a mask no step sees those after it, as in a decoder.
+    """
+
+    def __call__(self, x: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
+        """Maps x (b, l, d) under mask (b, l) or (b, l, l) to (b, l, d); `heads` must divide d."""
+        return super().__call__(x, x, mask, train)

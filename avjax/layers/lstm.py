@@ -1,0 +1,124 @@
+"""The recurrence of an LSTM, with a gradient of its own: that of the kernel is one product over all steps.
+
+Left to itself `jax.grad` adds up that gradient step by step, which for a few clips costs more than all the rest.
+Shapes: n step, b clip, d width. The gates stand side by side: input, forget, candidate, output.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avjax.layers.linear import Project
+
+States = tuple[jax.Array, jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def lstm(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: bool) -> States:
+    """Hidden and cell state after each step, (n, b, d) float32 each; the state is held where a step is not real.
+
+    Products are in the dtype of the inputs. Only reverse-mode derivatives exist.
+
+    Args:
+      inputs: (n, b, 4 d), what a step adds to the gates.
+      real: (n, b) bool.
+      kernel: (d, 4 d) float32, from the hidden state to the gates.
+      reverse: whether the last step comes first.
+    """
+    return _forward(inputs, real, kernel, reverse)[0]
+
+
+def _forward(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: bool) -> tuple[States, jax.Array]:
+    """The states, and the gates (n, b, 4 d) float32 past their sigmoids and tanh."""
+    kernel = kernel.astype(inputs.dtype)
+
+    def step(state, now):
+        (hidden, cell), (given, real) = state, now
+        gates = (given + hidden.astype(given.dtype) @ kernel).astype(jnp.float32)
+        admit, keep, candidate, emit = jnp.split(gates, 4, -1)
+        admit, keep, emit = (jax.nn.sigmoid(gate) for gate in (admit, keep, emit))
+        candidate = jnp.tanh(candidate)
+        new = jnp.where(real[:, None], keep * cell + admit * candidate, cell)
+        state = jnp.where(real[:, None], emit * jnp.tanh(new), hidden), new
+        return state, (state, jnp.concatenate([admit, keep, candidate, emit], -1))
+
+    zeros = jnp.zeros((inputs.shape[1], kernel.shape[0]), jnp.float32)
+    return jax.lax.scan(step, (zeros, zeros), (inputs, real), reverse=reverse)[1]
+
+
+def _kept(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: bool):
+    states, gates = _forward(inputs, real, kernel, reverse)
+    # Of the inputs the dtype alone is needed.
+    return states, (inputs[:0], real, kernel, gates, *states)
+
+
+def _backward(reverse: bool, kept, grads: States) -> tuple[jax.Array, None, jax.Array]:
+    inputs, real, kernel, gates, hidden, cell = kept
+    turned = kernel.T.astype(inputs.dtype)
+
+    def step(behind, now):
+        own, real, *states = now
+        of_hidden, of_cell = (x + y for x, y in zip(behind, own, strict=True))
+        of_gates, through = _through_gates(of_hidden, of_cell, *states)
+        of_gates = jnp.where(real[:, None], of_gates, 0).astype(inputs.dtype)
+        below = (of_gates @ turned).astype(jnp.float32)
+        return (jnp.where(real[:, None], below, of_hidden), jnp.where(real[:, None], through, of_cell)), of_gates
+
+    start = jnp.zeros_like(hidden[0]), jnp.zeros_like(cell[0])
+    steps = grads, real, gates, cell, _before(cell, reverse)
+    _, of_gates = jax.lax.scan(step, start, steps, reverse=not reverse)
+    known = _before(hidden, reverse).astype(inputs.dtype)
+    return of_gates, None, jnp.einsum("nbd,nbg->dg", known, of_gates, preferred_element_type=jnp.float32)
+
+
+def _through_gates(of_hidden, of_cell, gates, cell, before) -> tuple[jax.Array, jax.Array]:
+    """Gradients by the gates, ahead of their sigmoids and tanh, (b, 4 d), and by the cell state before (b, d)."""
+    admit, keep, candidate, emit = jnp.split(gates, 4, -1)
+    squashed = jnp.tanh(cell)
+    of_cell += of_hidden * emit * (1 - squashed**2)
+    of_gates = (
+        of_cell * candidate * admit * (1 - admit),
+        of_cell * before * keep * (1 - keep),
+        of_cell * admit * (1 - candidate**2),
+        of_hidden * squashed * emit * (1 - emit),
+    )
+    return jnp.concatenate(of_gates, -1), of_cell * keep
+
+
+def _before(states: jax.Array, reverse: bool) -> jax.Array:
+    """The state that each step finds."""
+    nothing = jnp.zeros_like(states[:1])
+    return jnp.concatenate([states[1:], nothing] if reverse else [nothing, states[:-1]])
+
+
+lstm.defvjp(_kept, _backward)
+
+
+class Recurrence(nn.Module):
+    """LSTM (Hochreiter and Schmidhuber 1997) over the real steps of a sequence; the state is held on the others.
+
+    So a backward one (`reverse`) starts at the last real step, and neither knows of any padding. The gates stand in
+    PyTorch's order: input, forget, candidate, output; its two biases are one here. The state is float32.
+    """
+
+    width: int
+    reverse: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps x (b, n, d) under mask (b, n) to the hidden and the cell state after each step, (b, n, width) each.
+
+        The last state is that at index -1, or at 0 if `reverse`: zeros for a clip without a real step.
+        """
+        x = jnp.where(mask[..., None], x, 0)
+        inputs = Project((4, self.width), dtype=self.dtype, name="input")(x)  # b n 4 d
+        # PyTorch's, uniform within 1 / sqrt(width). An orthogonal start would need a QR decomposition, and on two cores
+        # those of several lanes wait for each other for ever (jaxlib 0.10's batched LAPACK calls share one pool).
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel = self.param("kernel", init, (self.width, 4 * self.width))
+        over_time = jnp.moveaxis(inputs.reshape(*x.shape[:2], 4 * self.width), 1, 0)
+        hidden, cell = lstm(over_time, mask.T, kernel, self.reverse)
+        return jnp.moveaxis(hidden, 0, 1), jnp.moveaxis(cell, 0, 1)

@@ -1,0 +1,159 @@
+"""Models that train their encoders along: built from a configuration, and their encoders written out after training.
+
+A run reads what a raw preset stages (`presets.Preset.raw`): the inputs of the very encoders that are trained.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from avjax import encoders
+from avjax.encoders import bert, images, vit, wav2vec2, whisper
+from avjax.errors import AvjaxError
+from avjax.features import presets
+from avjax.features.presets import Encoding
+from avjax.models import etg_aver
+from avjax.models import lora as tuning
+from avjax.models.base import Model
+from avjax.models.end_to_end import PRETRAINED, Encode, EndToEnd
+from avjax.training import optim
+from avjax.utils.storage import replacing
+
+FAMILIES = (bert, vit, wav2vec2, whisper)
+TUNE = ("full", "lora")
+_EPS = 1e-5
+
+
+class Pretrained(Mapping):
+    """What every batch has under `PRETRAINED`: stream → params. Weights are fetched and read when first asked for, so
+    that a model can be described where there are none.
+
+    Args:
+      encodings: stream → encoder; random: as for `encoders.load`.
+    """
+
+    def __init__(self, encodings: Mapping[str, Encoding], random: bool):
+        self._encodings, self._random = encodings, random
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        if key != PRETRAINED:
+            raise KeyError(key)
+        return {stream: params for stream, (params, _) in self.weights.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((PRETRAINED,))
+
+    def __len__(self) -> int:
+        return 1
+
+    @functools.cached_property
+    def weights(self) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
+        """Stream → (params on the host, provenance of the encoder)."""
+        out = {}
+        for stream, e in self._encodings.items():
+            encoder = encoders.load(e.source, layer=e.layer, pool=e.pool, dtype="float32", random=self._random)
+            out[stream] = jax.device_get(encoder.params), encoder.provenance
+        return out
+
+
+def build(config, classes: int) -> Model:
+    """Makes ETG-AVER with the encoders of `config.encoders.preset`; `config` is the `model` part of a configuration.
+
+    Steps of sound are kept as the encoder gives them: the core averages them to segments of its own. Features of a
+    middle layer, which come before the encoder's last norm, are brought to mean 0 and variance 1 in each step.
+
+    Raises:
+      AvjaxError: the preset does not stage raw inputs of all streams, a setting does not fit, or as `etg_aver.build`.
+    """
+    model, settings = etg_aver.build(config, classes), config.encoders
+    encodings = _encodings(settings.preset, model.streams)
+    encoded = tuple((stream, _encode(e, config.dtype, settings.remat)) for stream, e in encodings.items())
+    return model.replace(
+        module=EndToEnd(model.module, encoded, _tuning(settings)),
+        pictures="video" if "video" in encodings else "",
+        constants=Pretrained(encodings, settings.random),
+    )
+
+
+def _encodings(preset: str, streams: Sequence[str]) -> dict[str, Encoding]:
+    chosen = presets.preset(preset)
+    if not chosen.raw:
+        raw = ", ".join(name for name, other in presets.PRESETS.items() if other.raw)
+        raise AvjaxError(f"preset {preset!r} has features, not the inputs of their encoders; take one of {raw}")
+    there = {"video": chosen.image, "audio": chosen.sound, "text": chosen.text}
+    return {stream: there[stream] for stream in streams}
+
+
+def _tuning(settings) -> tuning.Tuning:
+    if settings.tune not in TUNE:
+        raise AvjaxError(f"model.encoders.tune is {settings.tune!r}; choose one of {', '.join(TUNE)}")
+    lora = settings.lora
+    frozen, targets = tuple(settings.frozen), tuple(lora.targets)
+    optim.check_patterns(frozen, "model.encoders.frozen")
+    optim.check_patterns(targets, "model.encoders.lora.targets")
+    if lora.rank < 1:
+        raise AvjaxError(f"model.encoders.lora.rank is {lora.rank}; give at least 1")
+    low = tuning.Lora(lora.rank, lora.alpha, targets) if settings.tune == "lora" else None
+    return tuning.Tuning(frozen, low)
+
+
+def _encode(encoding: Encoding, dtype: str, remat: bool) -> Encode:
+    family, module, settings = encoders.architecture(encoding.source, layer=encoding.layer, dtype=dtype)
+    if family not in FAMILIES:
+        known = ", ".join(f.__name__.rpartition(".")[2] for f in FAMILIES)
+        raise AvjaxError(f"{encoding.source}: this encoder cannot be trained; those of {known} can")
+    # On a CPU, XLA orders what is computed once more so that it costs its time and saves no memory.
+    module = module.clone(remat=remat and jax.default_backend() != "cpu")
+
+    def run(params: Mapping[str, Any], inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features, real = encoders.pooled(*module.apply({"params": params}, inputs, mask), encoding.pool)
+        if encoding.layer is not None:
+            wide = features.astype(jnp.float32)
+            features = jax.nn.standardize(wide, variance=jnp.var(wide, -1, keepdims=True), epsilon=_EPS)
+        return (features[:, None], real[:, None]) if encoding.pool else (features, real)
+
+    def of_pictures(params, raw, mask):
+        b = raw.shape[0]
+        pictures = images.normalised(raw.reshape(-1, *raw.shape[2:]), settings)
+        features, real = run(params, pictures, mask.reshape(-1))
+        return features.reshape(b, -1, features.shape[-1]), real.reshape(b, -1)
+
+    def of_sequences(params, raw, mask):
+        return run(params, raw.swapaxes(1, 2) if family.INPUTS.rank == 3 else raw[..., 0], mask)
+
+    return of_pictures if family.INPUTS.length_axis is None else of_sequences
+
+
+def write_merged(folder: Path, model: Model, best: Mapping[str, Any], names: Sequence[tuple[str, int]]) -> None:
+    """Writes the encoders of a run that was trained by LoRA, the changes added to the kernels; of other runs nothing.
+
+    One file for each lane and stream, `<fold>-<seed>-<stream>.safetensors`, with all params by their paths; its
+    metadata have the source and the sha256 of the weights that it began with.
+
+    Args:
+      best: the variables of the lanes (`loop.State.best`); names: (fold, seed) of each lane.
+    """
+    if not (isinstance(model.module, EndToEnd) and model.module.tuning.lora):
+        return
+    for lane, (fold, seed) in enumerate(names):
+        for stream, (params, provenance) in model.constants.weights.items():
+            trained = jax.tree.map(lambda leaf, lane=lane: leaf[lane], best["params"].get(stream, {}))
+            about = {key: provenance[key] for key in ("source", "sha256")}
+            # A fold may be called after a folder.
+            path = folder / f"{quote(fold, safe='')}-{seed}-{stream}.safetensors"
+            _write(path, tuning.merged(model.module.tuning, params, trained), about)
+
+
+def _write(path: Path, params: Mapping[str, Any], about: dict[str, str]) -> None:
+    from safetensors.numpy import save
+
+    flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
+    with replacing(path, "wb") as file:
+        file.write(save(flat, about))

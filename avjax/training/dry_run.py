@@ -1,0 +1,125 @@
+"""What a run would be, without making it: parameters and their places, memory and work of a step, from the compiler."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from avjax.models.base import Model
+from avjax.training import loop, sharding, streamed_loop
+from avjax.training.batches import Resident
+from avjax.training.lanes import LanePlan
+from avjax.training.sharding import Placement
+from avjax.training.streamed_batches import Streamed, here
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A training step of all lanes as it was compiled for its devices.
+
+    Attributes:
+      state: shapes and places of the run's state; compiled: the program of one step.
+    """
+
+    state: Any
+    compiled: jax.stages.Compiled
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on each device: what goes in (state and batch), what is kept meanwhile, the program."""
+        found = self.compiled.memory_analysis()
+        return {
+            "arguments": found.argument_size_in_bytes,
+            "temporary": found.temp_size_in_bytes,
+            "program": found.generated_code_size_in_bytes,
+        }
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a step on each device, as the compiler counts them."""
+        return self.compiled.cost_analysis().get("flops", 0.0)
+
+
+def compile_step(model: Model, config, place: Placement, plan: LanePlan, clips: Resident | Streamed) -> Step:
+    """Compiles a training step from shapes alone; nothing is computed."""
+    few = here(clips).resident(np.arange(1))
+    lanes, shapes = _shapes(plan.lanes), _shapes(few)
+    count, size = len(plan.names), config.train.batch_size
+    one = lanes.replace(counted=jax.ShapeDtypeStruct((count, 1), np.float32))
+    state = jax.eval_shape(loop.make(model, config).init, one, shapes)
+    if place.mesh:
+        state = _placed(state, place.of_state(state))
+    turns = plan.lanes.train.shape[2:]
+    row = lambda dtype, *more: jax.ShapeDtypeStruct((count, size, *turns, *more), dtype)  # noqa: E731
+    batch = {
+        "rows": {k: row(v.dtype, *v.shape[1:]) for k, v in few.streams.items()},
+        "group": row(np.int32),
+        "there": row(bool),
+        "weight": row(np.float32),
+    }
+    live = jax.ShapeDtypeStruct((count,), bool)
+    step = streamed_loop.step(model, config, place)
+    lowered = step.lower(state, lanes, batch, _shapes(few.constants), live, np.int32(1), np.int32(0))
+    return Step(state, lowered.compile())
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda v: jax.ShapeDtypeStruct(np.shape(v), v.dtype), tree)
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+
+
+def show(
+    model: Model, config, place: Placement, plan: LanePlan, clips: Resident | Streamed, console: Console
+) -> Mapping[str, Any]:
+    """Prints the parameter table, devices, memory and FLOPs; gives the figures."""
+    step = compile_step(model, config, place, plan, clips)
+    console.print(parameter_table(step.state.params, place))
+    lanes, devices = len(plan.names), place.mesh.size if place.mesh else 1
+    size = sum(v.size for v in jax.tree.leaves(step.state.params)) // lanes
+    resident = 0 if isinstance(clips, Streamed) else sum(v.nbytes for v in jax.tree.leaves(clips))
+    figures = {
+        "parameters": size,
+        "lanes": lanes,
+        "devices": devices,
+        "processes": jax.process_count(),
+        "state_bytes": sum(_bytes_here(leaf) for leaf in jax.tree.leaves(step.state)),
+        "resident_bytes": resident,
+        **{f"{name}_bytes": value for name, value in step.memory.items()},
+        "flops": step.flops,
+    }
+    say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
+    say(f"{lanes} lanes of {size:,} parameters on {sharding.described(place)}")
+    say(f"on each device: state {_mib(figures['state_bytes'])}, resident clips {_mib(resident)}")
+    memory = ", ".join(f"{name} {_mib(value)}" for name, value in step.memory.items())
+    work = f"{figures['flops'] / 1e9:.3g} GFLOP"
+    say(f"a step of batch {config.train.batch_size}, on each device: {memory}; {work}")
+    say("dry run: nothing was trained or written")
+    return figures
+
+
+def parameter_table(params: Any, place: Placement) -> Table:
+    """Path, shape, number and place of each parameter of a lane; the shapes have the lanes in front."""
+    table = Table("parameter", "shape", "number", "place")
+    table.columns[2].justify = "right"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        where = str(leaf.sharding.spec) if place.mesh else "one device"
+        shape = leaf.shape[1:]
+        table.add_row(sharding.joined(path)[1:], " × ".join(map(str, shape)), f"{int(np.prod(shape)):,}", where)
+    return table
+
+
+def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array on one device."""
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    return int(np.prod(shape)) * leaf.dtype.itemsize
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"

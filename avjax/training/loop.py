@@ -1,0 +1,465 @@
+"""Training as one compiled program: a pure step, scanned over steps and epochs, `vmap`ped over the lanes of a protocol.
+
+Each lane carries its own parameters, optimizer state, best parameters so far and a stop flag; a stopped lane keeps its
+state while the others go on. All random draws come from the lane's seed and the epoch, so a run can be cut between two
+calls and go on bit for bit.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from avjax import tasks
+from avjax.errors import AvjaxError
+from avjax.models.base import CHOSEN, Model
+from avjax.training import optim
+from avjax.training.augment import augment
+from avjax.training.batches import Resident, alive, batches, gather, lane_statistics, shuffled
+from avjax.training.lanes import Lane, LanePlan
+from avjax.training.sharding import ALONE, Placement
+from avjax.training.standardise import Statistics
+
+SELECT = ("val", "last")
+_EVAL_BATCH = 64
+# Bytes of the batches of all lanes. Measured with ETG-AVER on two cores with 32 MiB of cache: 25 lanes of batch 32 make
+# 65 to 260 MB, and together take 1.2 times as long; 15 of batch 8 make 10 MB, and together take 0.7 of the time.
+_CACHE = 32 << 20
+
+
+@flax.struct.dataclass
+class State:
+    """What one lane carries from step to step.
+
+    Attributes:
+      params, moments, step: parameters, optimizer state, number of updates made.
+      stats: the lane's standardisation statistics, fixed from the start; an answer needs them beside the parameters.
+      running: what else the model keeps, such as running statistics of norms: moved by training, not by gradients.
+      best: the variables that the lane will answer with; best_epoch: the epoch they are from, counted from 1.
+      best_head: the head, as a place in `Model.heads`, that they answer with.
+      best_score, best_loss: their validation score (`tasks.Scoring.picks`); ties are broken by the loss.
+      bad: epochs since the best; stopped: whether the lane has stopped early.
+    """
+
+    params: dict
+    moments: tuple
+    step: jax.Array
+    stats: Statistics
+    running: dict
+    best: dict
+    best_epoch: jax.Array
+    best_head: jax.Array
+    best_score: jax.Array
+    best_loss: jax.Array
+    bad: jax.Array
+    stopped: jax.Array
+
+
+@flax.struct.dataclass
+class Trainer:
+    """The compiled functions of a run, all over lanes; `Lane` and `State` have a leading lane axis.
+
+    Attributes:
+      init: (lanes, data) → state.
+      epochs: (state, lanes, data, first) → (state, sums), `epochs_per_call` epochs beginning with epoch `first`; the
+        state is donated.
+      predict: (state, lanes, data) → {head: (lanes, n_test, c)}, each lane's test clips by its best parameters; of
+        conversations (lanes, n_test, u, c).
+    """
+
+    init: Callable = flax.struct.field(pytree_node=False)
+    epochs: Callable = flax.struct.field(pytree_node=False)
+    predict: Callable = flax.struct.field(pytree_node=False)
+
+
+def make(model: Model, config, place: Placement = ALONE) -> Trainer:
+    """Compiles nothing yet; `config` is a whole training configuration.
+
+    Args:
+      place: where arrays live; lanes and data that the functions are given have been put there.
+
+    Raises:
+      AvjaxError: `protocol.select` is unknown.
+    """
+    check_select(config)
+    tx = optim.transform(config.train)
+    over = functools.partial(over_lanes, model, place)
+    init = over_lanes(None, place, functools.partial(_init, model, tx), (0, None))
+    epochs = over(functools.partial(_epochs, model, tx, config, place), (0, 0, None, None), config.train.batch_size)
+    predict = over(functools.partial(_predict_test, model, place), (0, 0, None))
+
+    def placed_epochs(*arguments):
+        state, sums = epochs(*arguments)
+        return place.state(state), place.whole(sums)
+
+    return Trainer(
+        init=jax.jit(lambda *arguments: place.state(init(*arguments))),
+        epochs=jax.jit(placed_epochs, donate_argnums=0),
+        predict=jax.jit(lambda *arguments: place.whole(predict(*arguments))),
+    )
+
+
+def check_select(config) -> None:
+    """Raises AvjaxError where `protocol.select` is unknown."""
+    if config.protocol.select not in SELECT:
+        raise AvjaxError(f"protocol.select is {config.protocol.select!r}; choose one of {', '.join(SELECT)}")
+
+
+def check_streams(model: Model, few: Resident, preset: str) -> None:
+    """Raises AvjaxError where features lack a stream of the model, or are not pictures where it wants them.
+
+    Args:
+      few: at least one clip; preset: how the features are called.
+    """
+    there = sorted(s for s in few.streams if f"{s}_mask" in few.streams and s != "surface")
+    if missing := [s for s in model.streams if s not in there]:
+        raise AvjaxError(
+            f"model.streams has {', '.join(missing)}; the features of preset {preset!r} have {', '.join(there)}: "
+            "extract with a preset that makes it, or set model.streams"
+        )
+    pictures = {s for s in model.streams if few.streams[s].ndim > 3}
+    if pictures != set(filter(None, [model.pictures])):
+        wants = f"pictures as {model.pictures}" if model.pictures else "feature sequences"
+        has = f"pictures as {', '.join(pictures)}" if pictures else "feature sequences"
+        raise AvjaxError(
+            f"the model reads {wants}, the features of preset {preset!r} are {has}: set model.settings.frames, or take "
+            "another preset"
+        )
+
+
+def over_lanes(
+    model: Model | None, place: Placement, function: Callable, axes: tuple[int | None, ...], batch: int = 0
+) -> Callable:
+    """`function` over the lanes of those arguments whose axis is 0: together, as `vmap` does.
+
+    On one CPU device lanes go one after another instead where there is nothing to gain from taking them together: a
+    model of pictures keeps gigabytes for the gradients of each, and batches that do not fit into the cache are slower.
+
+    Args:
+      model: whose answers the function needs; None for none. batch: clips of a batch that it takes of resident data.
+    """
+
+    def over(*arguments):
+        large = model and (model.pictures or _batches_bytes(arguments, axes, batch) > _CACHE)
+        if large and not place.mesh and jax.default_backend() == "cpu":
+            return one_by_one(*arguments)
+        return jax.vmap(function, axes, spmd_axis_name=place.axis)(*arguments)
+
+    def one_by_one(*arguments):
+        def one(lane):
+            rest = iter(lane)
+            return function(*(a if axis is None else next(rest) for a, axis in zip(arguments, axes, strict=True)))
+
+        return jax.lax.map(one, tuple(a for a, axis in zip(arguments, axes, strict=True) if axis is not None))
+
+    return over
+
+
+def _batches_bytes(arguments: Sequence, axes: Sequence[int | None], batch: int) -> int:
+    """The bytes of a batch of each lane, as far as it comes out of resident data."""
+    shared = [a for a, axis in zip(arguments, axes, strict=True) if axis is None and isinstance(a, Resident)]
+    lanes = next(jax.tree.leaves(a)[0].shape[0] for a, axis in zip(arguments, axes, strict=True) if axis == 0)
+    clip = sum(v.size * v.dtype.itemsize // v.shape[0] for data in shared for v in data.streams.values())
+    return lanes * batch * clip
+
+
+def _init(model: Model, tx, lane: Lane, data: Resident) -> State:
+    stats = lane_statistics(data, lane.counted)
+    return begun(model, tx, lane, stats, gather(data, stats, lane.train[:1], lane.train_weight[:1]))
+
+
+def begun(model: Model, tx, lane: Lane, stats: Statistics, batch) -> State:
+    """The state of a lane before its first step; `batch` shows the model what it will read."""
+    variables = model.module.init(jax.random.key(lane.seed), batch)
+    running = {k: v for k, v in variables.items() if k != "params"}
+    params, zero = variables["params"], jnp.int32(0)
+    # The best variables start as a copy: donated buffers must not alias.
+    return State(
+        params=params,
+        moments=tx.init(params),
+        step=zero,
+        stats=stats,
+        running=running,
+        best=jax.tree.map(jnp.copy, variables),
+        best_epoch=zero,
+        best_head=zero,
+        best_score=jnp.float32(-jnp.inf),
+        best_loss=jnp.float32(jnp.inf),
+        bad=zero,
+        stopped=jnp.bool_(False),
+    )
+
+
+def _epochs(model: Model, tx, config, place: Placement, state: State, lane: Lane, data: Resident, first: jax.Array):
+    def one(state, epoch):
+        live = ~state.stopped
+        state, train = _train_epoch(model, tx, config, place, state, lane, data, epoch)
+        val = _evaluate(model, place, state, lane, data)
+        scoring = tasks.scoring_of(data.streams["label"])
+        return select(model, config, state, val, scoring, epoch), train | val | {"live": live}
+
+    return jax.lax.scan(one, state, first + jnp.arange(config.train.epochs_per_call))
+
+
+def _batch(place: Placement, data: Resident, stats: Statistics, index, weight) -> dict[str, jax.Array]:
+    return place.batch(gather(data, stats, index, weight), data.constants)
+
+
+def _train_epoch(model: Model, tx, config, place: Placement, state: State, lane: Lane, data: Resident, epoch):
+    order = epoch_order(lane, epoch, config.train.batch_size)
+    live = ~state.stopped
+
+    def one(state, item):
+        index, weight, step_key = item
+        batch = _batch(place, data, state.stats, index, weight)
+        return train_step(model, tx, config, state, lane, batch, step_key, live)
+
+    # Keys are derived one by one: step 3 draws the same whether a lane is padded to 5 steps or to 7.
+    keys = jax.vmap(functools.partial(step_key, lane, epoch))(jnp.arange(order[0].shape[0]))
+    # Sums are kept per step and term, so that a value that is not finite can be traced to its clips.
+    state, (terms, gradient) = jax.lax.scan(one, state, (*order, keys))
+    return state, {"train_terms": terms, "train_gradient": gradient, "train_size": jnp.sum(lane.train_weight)}
+
+
+def train_step(
+    model: Model, tx, config, state: State, lane: Lane, batch, key: jax.Array, live: jax.Array
+) -> tuple[State, tuple]:
+    """One update of a `live` lane at the learning rate of its place in the run; else, or of padding alone, nothing.
+
+    Where a loss or the gradient is not finite the lane is stopped, with the state before that step.
+
+    Returns:
+      the state, and (summed loss by term, gradient norm).
+    Raises:
+      AvjaxError: gradients are to be accumulated, but the loss or what the model keeps is of a whole batch.
+    """
+    total = config.train.epochs * jnp.ceil(jnp.sum(alive(lane.train_weight)) / config.train.batch_size)
+    rate = optim.learning_rate(config.train, (state.step + 0.5) / total)
+    if model.pictures and "augment" in config.train:
+        how, draw = config.train.augment, jax.random.fold_in(key, 0)
+        batch = batch | {model.pictures: augment(batch[model.pictures], draw, degrees=how.degrees, flip=how.flip)}
+    return _step(model, tx, config.train.accumulate, config.train.remat, state, batch, lane.prior, rate, key, live)
+
+
+def _keys(lane: Lane, epoch) -> jax.Array:
+    """The two keys of an epoch: for its order, and for its steps."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(lane.seed), epoch))
+
+
+def step_key(lane: Lane, epoch, step) -> jax.Array:
+    """From which all draws of a step come."""
+    return jax.random.fold_in(_keys(lane, epoch)[1], step)
+
+
+def epoch_order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Array]:
+    """The indices and weights (steps, batch) of an epoch of a lane."""
+    return shuffled(_keys(lane, epoch)[0], lane.train, lane.train_weight, batch_size)
+
+
+def _step(
+    model: Model, tx, pieces: int, remat: bool, state: State, batch, prior, rate, key, live
+) -> tuple[State, tuple]:
+    """(state, batch) → (state, (summed loss by term, gradient norm))."""
+    size = jnp.sum(batch["weight"])
+    gradient = functools.partial(_gradient, model, remat, state, prior, jnp.maximum(size, 1.0))
+    if pieces > 1:
+        _check_divisible(model, state, batch, pieces)
+        (grads, sums), running = _accumulated(gradient, *optim.cut(batch, pieces), key), state.running
+    else:
+        grads, (sums, running) = gradient(batch, key)
+    directions, moments = tx.update(grads, state.moments, state.params)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
+    moved = state.replace(params=params, moments=moments, running=running, step=state.step + 1)
+    norm, due = optax.global_norm(grads), live & ~state.stopped & (size > 0)
+    # No loss scale: bfloat16 has the exponents of float32, so nothing underflows that would not there.
+    finite = jnp.isfinite(norm) & jnp.isfinite(sum(sums.values()))
+    kept = state.replace(stopped=state.stopped | (due & ~finite))
+    return _where(due & finite, moved, kept), (sums, norm)
+
+
+def _gradient(model: Model, remat: bool, state: State, prior, size, batch, key) -> tuple[dict, tuple]:
+    """Of the loss summed over a batch and divided by `size`; and (summed loss by term, what the model keeps)."""
+
+    def mean_loss(params):
+        variables, mutable = {"params": params, **state.running}, list(state.running)
+        output, running = model.module.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=mutable)
+        terms = model.loss(output, batch, prior)
+        sums = {name: jnp.sum(term * batch["weight"]) for name, term in terms.items()}
+        return sum(sums.values()) / size, (sums, running)
+
+    return jax.grad(jax.checkpoint(mean_loss) if remat else mean_loss, has_aux=True)(state.params)
+
+
+def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) -> tuple[dict, dict]:
+    """The sums of the gradients, and of the losses by term, of the pieces (`optim.cut`) that a batch was cut into."""
+
+    def one(total, item):
+        number, piece = item
+        grads, (sums, _) = gradient(whole | piece, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, (grads, sums)), None
+
+    first = jax.tree.map(lambda v: v[0], rows)
+    grads, (sums, _) = jax.eval_shape(lambda: gradient(whole | first, key))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
+    return jax.lax.scan(one, zero, (jnp.arange(len(rows["weight"])), rows))[0]
+
+
+def _check_divisible(model: Model, state: State, batch, pieces: int) -> None:
+    if model.whole or state.running or tasks.scoring_of(batch["label"]).loss:
+        what = "the statistics of its norms" if state.running else "its loss"
+        raise AvjaxError(
+            f"train.accumulate is {pieces}, but the model learns by whole batches ({what}): set it to 1, and "
+            "train.batch_size to what memory holds"
+        )
+
+
+def _variables(state: State) -> dict:
+    return {"params": state.params, **state.running}
+
+
+def _where(condition: jax.Array, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def parts(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Batches to evaluate in: no larger than the set, which without validation clips is a single row of padding."""
+    return batches(index, weight, min(_EVAL_BATCH, index.shape[0]))
+
+
+def _evaluate(model: Model, place: Placement, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
+    """Validation sums of one lane: the table of each head (`tasks.Scoring`), summed loss, number of clips."""
+    scoring = tasks.scoring_of(data.streams["label"])
+
+    def one(sums, item):
+        batch = _batch(place, data, state.stats, *item)
+        return jax.tree.map(jnp.add, sums, validation(model, scoring, state, batch, lane.prior)), None
+
+    table = jnp.zeros((len(model.heads), *scoring.shape(lane.prior.shape[0])))
+    zero = {"val_tables": table, "val_loss": jnp.float32(0), "val_size": jnp.float32(0)}
+    return whole(scoring, jax.lax.scan(one, zero, parts(lane.val, lane.val_weight))[0])
+
+
+def whole(scoring: tasks.Scoring, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Validation sums whose loss is that of the whole set, not a mean over batches."""
+    if not scoring.loss:
+        return sums
+    return sums | {"val_loss": sums["val_size"] * jnp.sum(scoring.loss(sums["val_tables"]))}
+
+
+def validation(model: Model, scoring: tasks.Scoring, state: State, batch, prior) -> dict[str, jax.Array]:
+    """The validation sums of a batch."""
+    output = model.module.apply(_variables(state), batch, train=False)
+    loss = sum(model.loss(output, batch, prior).values())
+    tables = [scoring.table(batch["label"], output.logits[head], batch["weight"]) for head in model.heads]
+    return {
+        "val_tables": jnp.stack(tables),
+        "val_loss": jnp.sum(loss * batch["weight"]),
+        "val_size": jnp.sum(batch["weight"]),
+    }
+
+
+def candidates(model: Model) -> list[int]:
+    """The places in `Model.heads` of the heads that may predict."""
+    return [model.heads.index(head) for head in model.candidates or model.heads[:1]]
+
+
+def select(model: Model, config, state: State, val: dict[str, jax.Array], scoring: tasks.Scoring, epoch) -> State:
+    """Keeps the best epoch and head on validation, or the last one, and decides whether to stop; test plays no part."""
+    among = jnp.array(candidates(model))
+    scores = scoring.scores(val["val_tables"])[scoring.picks][among]
+    score, head = jnp.max(scores), among[jnp.argmax(scores)]
+    loss = val["val_loss"] / jnp.maximum(val["val_size"], 1.0)
+    better = (score > state.best_score) | ((score == state.best_score) & (loss < state.best_loss))
+    by_val = (config.protocol.select == "val") & (val["val_size"] > 0)
+    take = ~state.stopped & (better | ~by_val)
+    kept = state.replace(
+        best=_variables(state),
+        best_epoch=jnp.int32(epoch),
+        best_head=jnp.where(by_val, head, among[0]).astype(jnp.int32),
+        best_score=score,
+        best_loss=loss,
+        bad=jnp.int32(-1),
+    )
+    state = _where(take, kept, state)
+    bad = jnp.where(state.stopped, state.bad, state.bad + 1)
+    patience = config.train.patience
+    stop = state.stopped | (epoch >= config.train.epochs) | ((patience > 0) & by_val & (bad >= max(patience, 1)))
+    return state.replace(bad=bad, stopped=stop)
+
+
+def _predict_test(model: Model, place: Placement, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
+    answer = _answer(model, place, state.best, state.stats, data, lane.test, lane.test_weight)
+    return with_chosen(model, answer, state.best_head)
+
+
+def with_chosen(model: Model, logits: dict[str, jax.Array], head: jax.Array) -> dict[str, jax.Array]:
+    """The logits by head, and beside them those of the head at place `head`, where validation chooses it."""
+    if len(model.candidates) < 2:
+        return logits
+    return logits | {CHOSEN: jnp.stack([logits[name] for name in model.heads])[head]}
+
+
+def _answer(
+    model: Model, place: Placement, variables, stats: Statistics, data: Resident, index, weight
+) -> dict[str, jax.Array]:
+    """{head: (n, c)} for the clips `index (n,)`, or {head: (n, u, c)} for the conversations `index (n, u)`."""
+
+    def one(_, item):
+        batch = _batch(place, data, stats, *item)
+        return None, model.module.apply(variables, batch, train=False).logits
+
+    logits = jax.lax.scan(one, None, parts(index, weight))[1]
+    return {h: v.reshape(-1, *v.shape[2:])[: index.shape[0]] for h, v in logits.items()}
+
+
+def answers(model: Model) -> Callable[[dict, jax.Array, Statistics, Resident], dict[str, jax.Array]]:
+    """Compiled (best, best_head, stats, data) → {head: (lanes, clips, c)}: all resident clips by each lane's best.
+
+    To a model of conversations each clip is one of its own.
+    """
+
+    def every(best, head, stats, data):
+        count = data.group.shape[0]
+        if not model.turns:
+            return with_chosen(
+                model, _answer(model, ALONE, best, stats, data, jnp.arange(count), jnp.ones(count)), head
+            )
+        alone = _answer(model, ALONE, best, stats, data, jnp.arange(count)[:, None], jnp.ones((count, 1)))
+        return with_chosen(model, {head: logits[:, 0] for head, logits in alone.items()}, head)
+
+    return jax.jit(over_lanes(model, ALONE, every, (0, 0, 0, None)))
+
+
+def attention(model: Model, state: State, plan: LanePlan, data, count: int = 3) -> list[tuple[int, dict]]:
+    """Attention in the first `count` test clips of the first lane: (clip, {name: weights (q, k) of the real steps}).
+
+    Args:
+      data: resident or streamed clips.
+    """
+    lane, state = (jax.tree.map(lambda v: v[0], tree) for tree in (plan.lanes, state))
+    index = lane.test[: min(count, int(jnp.sum(lane.test_weight)))]
+    few = data.resident(index)
+
+    def one(places):
+        batch = gather(few, state.stats, places, jnp.ones(places.shape))
+        return model.module.apply(state.best, batch, train=False).attention, batch
+
+    weights, batch = jax.device_get(jax.jit(one)(jnp.arange(len(index))))
+    found = []
+    for row, clip in enumerate(index.tolist()):
+        maps = {}
+        for name, *both in model.pictured:
+            if name in weights:
+                maps[name] = _of_real_steps(weights[name][row], [batch[f"{s}_mask"][row] for s in both])
+        found.append((clip, maps))
+    return found
+
+
+def _of_real_steps(weights: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Weights (q, k) of the real steps; of a stream that the model has shortened, those that have any weight."""
+    masks = [m if len(m) == weights.shape[i] else weights.any(1 - i) for i, m in enumerate(masks)]
+    return weights[np.ix_(*masks)]

@@ -1,0 +1,124 @@
+"""The protocol of a run: which clips train, choose and test, checked before anything is trained, and its record.
+
+Nothing chooses by test clips: the parts of a fold must be disjoint, and `protocol.select` knows no part but validation.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from avjax import tasks
+from avjax.datasets.base import Fold
+from avjax.datasets.folds import natural_folds
+from avjax.datasets.metadata import about
+from avjax.errors import AvjaxError
+from avjax.features.store import Features
+from avjax.training.lanes import LanePlan
+
+_STANDARDISED = {
+    "train": "features standardised on the training clips",
+    "speaker": "features standardised per speaker over the speaker's own unlabelled clips (transductive)",
+    "enrol": "features standardised per speaker on unlabelled enrolment clips",
+    "none": "features not standardised",
+}
+_PARTS = (("train", "test"), ("val", "test"), ("train", "val"))
+
+
+def folds(features: Features, config) -> tuple[list[Fold], str]:
+    """The folds of `features` by `config`, the `protocol` part of a configuration, and their name.
+
+    Raises:
+      AvjaxError: the data do not admit the folds asked for (`natural_folds`); two parts of a fold share a clip; folds
+        that test the same clips are asked for together, or there is none called `config.only`; or a division that the
+        data set does not bring itself puts a speaker on both sides, and `config.allow_speaker_overlap` is not set.
+    """
+    made, name = natural_folds(features.clips, features.folds, config.folds, config.fold_count)
+    for fold in made:
+        _check_disjoint(fold)
+    chosen = [f for f in made if f.name == config.only] if config.only else made
+    if not chosen:
+        raise AvjaxError(f"protocol.only is {config.only!r}; the folds are {', '.join(f.name for f in made)}")
+    _check_tested_once(chosen)
+    shared = max(len(_shared(features, f)) for f in chosen)
+    if shared and made != list(features.folds) and not config.allow_speaker_overlap:
+        raise AvjaxError(
+            f"protocol.folds={config.folds}: {name}: up to {shared} speakers of a fold are in training and in test, "
+            "which makes results look better than they are; use --config.protocol.folds=speaker, or "
+            "--config.protocol.allow_speaker_overlap=True, which stamps it on every result"
+        )
+    return chosen, f"fold {config.only} alone of {name}" if config.only else name
+
+
+def _check_disjoint(fold: Fold) -> None:
+    for one, other in _PARTS:
+        if both := set(getattr(fold, one)) & set(getattr(fold, other)):
+            raise AvjaxError(
+                f"fold {fold.name}: {len(both)} clips are in {one} and in {other}, such as {min(both)}; a part that is "
+                "trained on or chosen by must not be tested on: mend the lists (python -m avjax.doctor data finds them)"
+            )
+
+
+def _check_tested_once(made: Sequence[Fold]) -> None:
+    tested = Counter(clip for fold in made for clip in fold.test)
+    if again := sum(n > 1 for n in tested.values()):
+        raise AvjaxError(
+            f"{again} clips are tested in more than one of the folds {', '.join(f.name for f in made)}: these are "
+            f"reported one by one and never pooled; choose one with --config.protocol.only={made[0].name}"
+        )
+
+
+def _shared(features: Features, fold: Fold) -> set[str]:
+    """The known speakers that are on both sides of a fold."""
+    speaker = {c.id: c.speaker for c in features.clips if c.speaker}
+    return {speaker.get(i) for i in (*fold.train, *fold.val)} & {speaker.get(i) for i in fold.test} - {None}
+
+
+def line(name: str, plan: LanePlan, config, random: bool = False, task: str = "single", chosen: str = "") -> str:
+    """One line that says how the figures came about; it stands beside every figure.
+
+    Args:
+      name: of the division; config: the `protocol` part of a configuration; random: whether the features come from
+        weights drawn at random; task: its kind; chosen: the head that predicts where validation cannot choose among
+        several, "" for no choice.
+    """
+    warning = ["RANDOM WEIGHTS in the encoders: the figures mean nothing"] if random else []
+    shared = max(c["speaker_overlap"] or 0 for c in plan.counts)
+    overlap = [f"SPEAKERS OVERLAP: up to {shared} speakers of a fold are in training and in test"] if shared else []
+    heads = [f"head: {_selection(plan, config, task, chosen)}"] if chosen else []
+    epoch = f"epoch: {_selection(plan, config, task, 'last epoch')}"
+    return "; ".join([*warning, *overlap, name, *plan.notes, epoch, *heads, _STANDARDISED[config.standardise]])
+
+
+def _selection(plan: LanePlan, config, task: str, without: str) -> str:
+    """By what epoch or head is chosen; `without` is what counts where no clip is held out."""
+    held_out = {c["n_val"] > 0 for c in plan.counts} if config.select == "val" else {False}
+    scoring = tasks.SCORINGS[task]
+    ways = {True: f"best validation {scoring.names[scoring.picks]}", False: without}
+    return " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
+
+
+def record(features: Features, plan: LanePlan, config, says: str) -> dict[str, object]:
+    """The content of `protocol.json`: what was used and dropped and why, who is on which side, and what chooses.
+
+    Args:
+      config: the `protocol` part of a configuration; says: `line`.
+    """
+    known = about(features.dataset)
+    used = len(features.ids)
+    return {
+        "protocol": says,
+        "dataset": features.dataset,
+        "task": features.task,
+        "classes": list(features.classes),
+        "features": features.content,
+        "clips": {
+            "used": used,
+            "dropped": len(features.rejected),
+            "published": (known.clips or None) if known else None,
+        },
+        "dropped": [{"clip_id": i, "reason": reason} for i, reason in features.rejected],
+        "selection": _selection(plan, config, features.task, "last epoch"),
+        "standardise": config.standardise,
+        "folds": [
+            {"fold": fold, "seed": seed, **counts} for (fold, seed), counts in zip(plan.names, plan.counts, strict=True)
+        ],
+    }

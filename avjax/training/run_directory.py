@@ -1,0 +1,180 @@
+"""The run directory: what is in it, whether it belongs to this run, and its files written so that a kill costs nothing.
+
+W/config.json environment.json protocol.json metrics.jsonl checkpoints/ events.*    while the run goes on
+W/predictions.npz metrics.json confusion.png curves.png report.html   when it is done; report.html last
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from avjax import __version__, tasks
+from avjax.errors import AvjaxError
+from avjax.features.packed import shapes
+from avjax.features.store import Features
+from avjax.utils.storage import is_local, only_writer, write_text
+
+# Keys that do not change what is computed, so that data and machines may be others at the next call of a run.
+_PLACES = re.compile(r"data\.(root|features|mode)$|train\.(save_steps|remat)$|mesh\.|processes\.")
+
+
+def default(config, features: Features) -> Path:
+    """`runs/<config>-<variants>`, and `-<data set>` where another one stands in for the configuration's."""
+    stand_in = "" if features.dataset == config.dataset else features.dataset
+    return Path("runs") / "-".join(filter(None, [config.name, *config.variants.split(","), stand_in]))
+
+
+def is_finished(workdir: Path) -> bool:
+    return (workdir / "report.html").is_file()
+
+
+@contextlib.contextmanager
+def held(workdir: Path, writes: bool) -> Iterator[None]:
+    """Holds `workdir` for the process that `writes`, and clears away what a killed one left half-written.
+
+    Raises:
+      AvjaxError: another run is writing there, or nothing can be written.
+    """
+    with only_writer(workdir, "choose another --workdir") if writes else contextlib.nullcontext():
+        yield
+
+
+def begin(workdir: Path, config, features: Features) -> None:
+    """Claims `workdir` for a run, or checks that it holds this very run.
+
+    Args:
+      config: the run's configuration; features: what it trains on.
+    Raises:
+      AvjaxError: the directory holds a run of another configuration, or of other features.
+    """
+    new = {k: v for k, v in _flat(config.to_dict()).items() if not _PLACES.match(k)}
+    path = workdir / "config.json"
+    if path.is_file():
+        old = {k: v for k, v in _flat(json.loads(path.read_text())).items() if not _PLACES.match(k)}
+        new_plain = json.loads(json.dumps(new))
+        changed = [
+            f"{k}: {old.get(k)!r} there, {new_plain.get(k)!r} now"
+            for k in sorted({*old, *new_plain})
+            if old.get(k) != new_plain.get(k)
+        ]
+        was = json.loads((workdir / "environment.json").read_text())["features"]
+        if was["content"] != features.content:
+            changed.append("the features have changed since it began")
+        if changed:
+            raise AvjaxError(
+                f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir or remove it"
+            )
+        return
+    about = {"content": features.content, "made_by": features.made_by, "random": features.random}
+    about |= {"streams": shapes(features)}
+    write_text(workdir / "environment.json", json.dumps(environment() | {"features": about}, indent=1))
+    write_text(path, json.dumps(config.to_dict(), indent=1))
+
+
+def environment() -> dict[str, object]:
+    """Versions and devices, for the record."""
+    import jax
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn", "transformers")
+    return {
+        "avjax": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "packages": {n: importlib.metadata.version(n) for n in names},
+    }
+
+
+def read_history(workdir: Path, upto: int) -> list[dict]:
+    """The rows of `metrics.jsonl` up to epoch `upto`; later ones belong to work that was lost with a kill."""
+    path = workdir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # a line that a kill cut short: its epoch is not in a checkpoint
+            break
+    return [r for r in rows if r["epoch"] <= upto]
+
+
+def write_history(workdir: Path, rows: Iterable[Mapping]) -> None:
+    """Writes `metrics.jsonl`, one line per epoch and lane, whole."""
+    write_text(workdir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+
+
+def mean_over_lanes(rows: Sequence[Mapping]) -> list[dict[str, float]]:
+    """One row per epoch: each score averaged over the lanes that were still training."""
+    by_epoch: dict[int, list[Mapping]] = {}
+    for row in rows:
+        by_epoch.setdefault(row["epoch"], []).append(row)
+    out = []
+    for epoch, group in sorted(by_epoch.items()):
+        names = [k for k in group[0] if k.startswith(("train_", "val_"))]
+        out.append({"epoch": epoch} | {k: float(np.mean([g[k] for g in group if k in g])) for k in names})
+    return out
+
+
+def progress(rows: Sequence[Mapping], epochs: int, lanes: int, seconds: float, task: str) -> str:
+    """One line about the newest epoch: scores averaged over the lanes still training; `seconds` that the call took."""
+    last = mean_over_lanes(rows)[-1]
+    going = sum(r["epoch"] == last["epoch"] for r in rows)
+    name = tasks.SCORINGS[task].picks
+    val = f", val {tasks.SCORINGS[task].names[name]} {100 * last[f'val_{name}']:.1f}" if f"val_{name}" in last else ""
+    return (
+        f"epoch {last['epoch']}/{epochs}: train loss {last['train_loss']:.3f}{val}; "
+        f"{going} of {lanes} lanes training; {seconds:.1f} s"
+    )
+
+
+class Events:
+    """TensorBoard event files of a run; those of an earlier, killed call are written anew from `rows`."""
+
+    def __init__(self, workdir: Path, rows: Sequence[Mapping]):
+        # On cloud storage there are none: an object there cannot be added to.
+        self._workdir = workdir if is_local(workdir) else None
+        self._before, self._writer = list(rows), None
+        self._picked = {f"val_{scoring.picks}" for scoring in tasks.SCORINGS.values()}
+
+    def _begin(self) -> None:
+        # Late, and so after the first epochs: its package may take seconds to import.
+        from tensorboardX import SummaryWriter
+
+        for old in self._workdir.glob("events.*"):
+            old.unlink()
+        self._writer = SummaryWriter(str(self._workdir))
+        self.add(self._before)
+
+    def add(self, rows: Sequence[Mapping]) -> None:
+        """Adds the mean over lanes of each score, and of each lane that by which validation picks."""
+        if self._workdir is None:
+            return
+        if self._writer is None:
+            self._begin()
+        for row in mean_over_lanes(rows):
+            for name in row.keys() - {"epoch"}:
+                self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])
+        for row in rows:
+            for name in row.keys() & self._picked:
+                self._writer.add_scalar(f"{name}/fold {row['fold']} seed {row['seed']}", row[name], row["epoch"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict[str, object]:
+    out: dict[str, object] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return out

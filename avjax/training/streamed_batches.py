@@ -1,0 +1,229 @@
+"""Features that do not fit on the device, read batch by batch through Grain; what does fit is `batching.Resident`.
+
+The order of clips is the one that resident training draws, so both see the same batches; reading it in several threads
+changes nothing, and a stream begins at any step.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avjax.errors import AvjaxError
+from avjax.features import tfds
+from avjax.features.packed import Packed
+from avjax.features.store import Features
+from avjax.training import batches as batching
+from avjax.training import standardise as feature_statistics
+from avjax.training.sharding import ALONE, Placement
+from avjax.utils import multihost
+
+MODES = ("auto", "resident", "streamed")
+# Of the memory where data would be resident, the share that they may take.
+_SHARE = 0.4
+# Padding and decoding make of a packed view at most about so many times its size.
+_GROWS = 2
+_BLOCK = 64  # clips read at a time where all are read
+_THREADS = 4
+_AHEAD = 4  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """Clips on disk, or in the memory of the host.
+
+    Attributes:
+      clips: clip number → {batch key: array} without a batch axis, padded to the longest clip.
+      label, group: (n,) or (n, c), and (n,), as in `batching.Resident`.
+      groups: number of standardisation groups; 0 = nothing is standardised.
+      constants: as in `batching.Resident`.
+    """
+
+    clips: Sequence[Mapping[str, np.ndarray]]
+    label: np.ndarray
+    group: np.ndarray
+    groups: int
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def rows(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """The streams of the clips `index (…)`, of any shape: key → (…, …); a clip that comes twice is read once."""
+        index = np.minimum(index, len(self.label) - 1)
+        wanted, where = np.unique(index, return_inverse=True)
+        read = [self.clips[i] for i in wanted.tolist()]
+        out = {key: np.stack([clip[key] for clip in read])[where.reshape(index.shape)] for key in read[0]}
+        return out | {"label": self.label[index], "group": self.group[index]}
+
+    def resident(self, index: np.ndarray) -> batching.Resident:
+        """The clips `index (m,)` alone on the device, numbered from 0."""
+        rows = self.rows(np.asarray(index))
+        group = rows.pop("group")
+        streams = {k: jnp.asarray(v) for k, v in rows.items()}
+        return batching.Resident(streams, jnp.asarray(group), self.groups, dict(self.constants))
+
+    def blocks(self, part: int = 0, parts: int = 1) -> Iterator[tuple[np.ndarray, batching.Resident]]:
+        """All clips in blocks, or a part of these: their numbers, and them."""
+        for index in np.array_split(np.arange(len(self.label)), range(_BLOCK, len(self.label), _BLOCK))[part::parts]:
+            yield index, self.resident(index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Beside:
+    """Clips on disk, and what of all of them is held in memory."""
+
+    disk: Packed
+    held: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.disk)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return self.disk[i] | {key: array[i] for key, array in self.held.items()}
+
+
+class _Batches:
+    """A random-access source of batches: the clips `index[k] (…)` and `index[k]` itself, for Grain."""
+
+    def __init__(self, data: Streamed, index: np.ndarray):
+        self._data, self._index = data, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, k: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return self._index[k], self._data.rows(self._index[k])
+
+
+def batches(data: Streamed, index: np.ndarray, first: int = 0) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The clips of each step of `index (steps, …)`, from step `first` on, read ahead by several threads."""
+    if first >= len(index):
+        return iter(())
+    import grain  # here: what stays on the device does not wait for it
+
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
+    return iter(grain.MapDataset.source(_Batches(data, index[first:])).to_iter_dataset(options))
+
+
+def choose(
+    features: Features, config, constants: Mapping[str, Any] = MappingProxyType({}), place: Placement = ALONE
+) -> batching.Resident | Streamed:
+    """The data of a run: on the device, or streamed where `config.data.mode` says so or there is too much of them.
+
+    Args:
+      constants: as for `batching.resident`.
+      place: where arrays live. Resident clips are whole on every device; of those that were left on disk each process
+        reads its part.
+    Raises:
+      AvjaxError: the mode is unknown, or as `batching.resident`.
+    """
+    mode = config.data.mode
+    if mode not in MODES:
+        raise AvjaxError(f"data.mode is {mode!r}; choose one of {', '.join(MODES)}")
+    source, standardise = config.model.text_source, config.protocol.standardise
+    size = sum(v.nbytes for v in features.arrays.values())
+    if features.packed is None and (mode == "resident" or (mode == "auto" and size <= room())):
+        return batching.resident(features, source, standardise, constants, place.put)
+    group, groups = batching.groups(features, standardise)
+    shared = place.put({**features.constants, **constants})
+    streamed = Streamed(_clips(features, source), features.label, group, groups, shared)
+    root_dataset_preset = features.packed
+    if root_dataset_preset and not too_large(*root_dataset_preset, mode):
+        return _read_together(streamed, place)
+    return streamed
+
+
+def _read_together(data: Streamed, place: Placement) -> batching.Resident:
+    """Resident clips, of which each process reads an equal part from disk."""
+    count, processes = len(data.label), jax.process_count()
+    each = -(-count // (processes * jax.local_device_count())) * jax.local_device_count()
+    mine = np.minimum(np.arange(each) + each * jax.process_index(), count - 1)
+    rows = place.shared_out(data.rows(mine), count)
+    group = rows.pop("group")
+    return batching.Resident(rows, group, data.groups, dict(data.constants))
+
+
+def here(data: batching.Resident | Streamed) -> batching.Resident | Streamed:
+    """The same clips as one device of this process has them, for work that no other process takes part in."""
+    first = lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree)  # noqa: E731
+    if isinstance(data, Streamed):
+        return dataclasses.replace(data, constants=first(dict(data.constants)))
+    return first(data)
+
+
+def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
+    """Whether a packed view is to be left on disk."""
+    if mode != "auto":
+        return mode == "streamed"
+    files = tfds.readable(root, dataset, preset).glob("*.array_record*")
+    return _GROWS * sum(f.stat().st_size for f in files) > room()
+
+
+def room() -> float:
+    """Bytes that resident data may take: a share of the accelerator's memory, or of the machine's on a CPU."""
+    device = jax.local_devices()[0]
+    limits = device.memory_stats() if device.platform != "cpu" else None
+    whole = limits["bytes_limit"] if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _SHARE * whole
+
+
+def _clips(features: Features, text_source: str) -> Sequence[Mapping[str, np.ndarray]]:
+    if features.packed:
+        here = f"text_{text_source}" in features.arrays
+        disk = Packed(*features.packed, features.clips, "" if here else text_source)
+        held = batching.streams_of(features, text_source if here else "")
+        return _Beside(disk, held) if held else disk
+    host = batching.streams_of(features, text_source)
+    return [{key: array[i] for key, array in host.items()} for i in range(len(features.ids))]
+
+
+def statistics(data: Streamed, counted: np.ndarray) -> feature_statistics.Statistics:
+    """The standardisation statistics of lanes, as `batching.lane_statistics` has them, in two passes over the clips.
+
+    Args:
+      counted: (lanes, clips), above 0 for clips that count.
+    Returns:
+      stream → (mean, std), each (lanes, groups, d).
+    """
+    if not data.groups:
+        return {}
+    totals = _summed(data, counted, None)
+    means = {s: feature_statistics.average(total, added) for s, (total, added) in totals.items()}
+    spreads = _summed(data, counted, means)
+    return {s: feature_statistics.moments(total, means[s], squares) for s, (total, squares) in spreads.items()}
+
+
+def _summed(data: Streamed, counted: np.ndarray, means) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """By stream, steps counted (lanes, groups, 1) and the sums of values, or of squares about `means`."""
+    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+    for index, block in data.blocks(jax.process_index(), jax.process_count()):
+        added = _block_sums(block, jnp.asarray(counted[:, index]), means)
+        found = jax.tree.map(jnp.add, found, added) if found else added
+    if not found:  # more processes than blocks
+        index, block = next(data.blocks())
+        found = _block_sums(block, jnp.zeros((len(counted), len(index))), means)
+    return multihost.summed(found)
+
+
+@jax.jit
+def _block_sums(block: batching.Resident, counted: jax.Array, means):
+    streams = batching.standardised(block)
+
+    def one(counted, means):
+        return {
+            s: feature_statistics.sums(
+                block.streams[s],
+                block.streams[f"{s}_mask"],
+                block.group,
+                counted,
+                block.groups,
+                None if means is None else means[s],
+            )
+            for s in streams
+        }
+
+    return jax.vmap(one, (0, None if means is None else 0))(counted, means)

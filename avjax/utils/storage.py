@@ -1,0 +1,153 @@
+""""""
+
+import contextlib
+import fcntl
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from avjax.errors import AvjaxError
+
+_CLOUD = re.compile(r"(gs|s3|az)://")
+
+
+def place(text: str) -> Path:
+    """The path that `text` names: on this machine, or on cloud storage (`gs://`, `s3://`, `az://`).
+
+    Raises:
+      AvjaxError: the package that reaches that storage is missing.
+    """
+    found = _CLOUD.match(text)
+    if not found:
+        return Path(text).expanduser()
+    from etils import epath
+
+    package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}[found[1]]
+    try:
+        (out := epath.Path(text)).exists()
+    except ImportError as error:
+        raise AvjaxError(f"{text}: needs the package {package} (pip install {package})") from error
+    return out
+
+
+def is_local(path: Path) -> bool:
+    """Whether a path is on this machine."""
+    return isinstance(path, Path)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies the files of a folder, flat, from or to any place."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        copy(path, target / path.name)
+
+
+@contextlib.contextmanager
+def filled(folder: Path, last: str) -> Iterator[Path]:
+    """A folder on this machine for work on the files of `folder`: itself, or of one on cloud storage a copy.
+
+    Args:
+      last: name of the file that is copied back after all others, as it says that all are there.
+    """
+    if is_local(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="avjax-") as name:
+        here = Path(name)
+        for path in folder.iterdir():
+            if path.is_file():
+                copy(path, here / path.name)
+        yield here
+        for path in sorted((p for p in here.rglob("*") if p.is_file()), key=lambda p: p.name == last):
+            target = folder / str(path.relative_to(here))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy(path, target)
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder and what is in it, if it is there."""
+    if is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.rmtree()
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a file from or to any place."""
+    with source.open("rb") as old, target.open("wb") as new:
+        shutil.copyfileobj(old, new)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str) -> Iterator[IO]:
+    """Opens a file beside `path`, "w" (UTF-8) or "wb", and moves it there when all was written.
+
+    The file beside it is named `.<name>.<process>.part`, so that two writers do not share one.
+    """
+    if not is_local(path):
+        # Held until it is whole: a stream that is closed by an error would leave a part of it there.
+        with io.BytesIO() if "b" in mode else io.StringIO(newline="") as held:
+            yield held
+            content = held.getvalue()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if "b" in mode else content.encode())
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with part.open(mode, **text) as file:
+            yield file
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    os.replace(part, path)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, otherwise: str) -> Iterator[None]:
+    """Holds `folder` for one process, and clears away what killed ones left beside the files in and below it.
+
+    On cloud storage nothing is held: there are no locks there, and whoever writes second wins.
+
+    Args:
+      otherwise: what a user can do where that fails, for the error.
+    Raises:
+      AvjaxError: another process holds it, or it cannot be written.
+    """
+    if not is_local(folder):
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise AvjaxError(f"{folder}: cannot be written ({error.strerror}); {otherwise}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AvjaxError(f"{folder}: another process is writing here; wait for it, or {otherwise}") from error
+        _sweep(folder)
+        try:
+            yield
+        finally:
+            # Workers that were killed at their time limit leave parts, too.
+            _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    for part in folder.glob("**/.*.part"):
+        # An orphan of a killed run may still be moving its last one into place.
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole."""
+    with replacing(path, "w") as file:
+        file.write(text)

@@ -1,0 +1,261 @@
+"""Scaling on paper: what devices say to each other in a training step, by the compiler, and the bound that this sets.
+
+python -m benchmarks.scaling CLIPS MODEL PRESET...
+
+is the process that compiles, for as many devices as it sees: one row of JSON for each preset. Nothing is computed, and
+no weights are needed.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from avjax import config as configs
+from avjax import encoders, models
+from avjax.errors import AvjaxError
+from avjax.features import presets
+from avjax.models.base import Model
+from avjax.models.end_to_end import PRETRAINED
+from avjax.training import sharding
+from avjax.training.dry_run import compile_step
+from avjax.training.lanes import Lane, LanePlan
+from avjax.training.streamed_batches import Streamed
+from benchmarks import collectives
+
+KEY = ("benchmark", "model", "preset", "devices", "clips", "machine", "cores", "device")
+TABLE = {
+    "model": "model",
+    "preset": "preset",
+    "devices": "devices",
+    "gflop": "GFLOP",
+    "calls": "collectives",
+    "all_reduce_mb": "all-reduce MB",
+    "all_gather_mb": "all-gather MB",
+    "sent_mb": "in all MB",
+    "h100_efficiency": "H100 ≤",
+    "h100_efficiency_overlapped": "overlapped ≤",
+    "v5e_efficiency": "v5e ≤",
+    "v5e_efficiency_overlapped": "overlapped ≤",
+}
+CLASSES = 7
+SHARED = ("dp", "fsdp", "tp")
+_ALONE = "single"
+# What a well-written step of dense layers reaches of a device's peak.
+UTILISATION = 0.4
+# Not to compile as long: without the optimisations of machine code, which change neither collectives nor FLOPs.
+_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model that is compiled.
+
+    Attributes:
+      config: its configuration, and `settings`, what of it differs.
+      streams: shape and dtype of a clip's streams.
+      presets: of the mesh.
+    """
+
+    config: str
+    streams: Mapping[str, tuple[tuple[int, ...], str]]
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    presets: tuple[str, ...] = SHARED
+
+
+_PAPER = {"model__width": 768, "model__summary": "first"}
+# The streams are those of the papers' encoders (`avjax.features.presets`), of a clip with a sentence of 48 tokens.
+CASES: dict[str, Case] = {
+    "etg_aver": Case(
+        "configs/etg_mafw.py",
+        {"text": ((48, 768), "float32"), "audio": ((50, 768), "float32"), "video": ((8, 768), "float32")},
+        _PAPER,
+        (*SHARED, "lanes"),
+    ),
+    "de_iii": Case(
+        "configs/deiii_crema_d.py",
+        {"audio": ((125, 1024), "float32"), "video": ((75, 1408), "float32"), "flow": ((75, 1408), "float32")},
+    ),
+    "etg_aver_raw": Case(
+        "configs/etg_mafw.py:finetune",
+        {"text": ((48, 1), "int32"), "audio": ((160_000, 1), "float32"), "video": ((8, 224, 224, 3), "uint8")},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Devices and their links.
+
+    Attributes:
+      peak: FLOP/s of a device in products of float32 at JAX's default precision.
+      node: devices that are linked to each other.
+      inside, beyond: bytes that a device sends in a second at most, to its node and to others; by the number of devices
+        in use, the first whose number is not below it counts.
+    """
+
+    peak: float
+    node: int
+    inside: Mapping[int, float]
+    beyond: float
+
+    def seconds(self, said: Sequence[collectives.Collective], devices: int) -> float:
+        """The time that the collectives take one after another; within and between nodes at the same time."""
+        inside = next(speed for most, speed in self.inside.items() if devices <= most)
+        both = ((c.sent(), c.beyond(self.node)) for c in said)
+        return sum(max((sent - far) / inside, far / self.beyond) for sent, far in both)
+
+
+# Sources: docs/scaling.md.
+MACHINES = {
+    # TF32, dense. Eight GPUs with 18 links of NVLink, 25 GB/s each way; beyond, an InfiniBand port of 400 Gb/s each.
+    "h100": Machine(494.7e12, 8, {2**30: 450e9}, 50e9),
+    # bfloat16. Four links of 50 GB/s each way; an axis shorter than 16 is open, and chips at its ends have one less: of
+    # slices up to 8 x 8, of 8 x 16 and of 16 x 16 those with the fewest have two, three and four.
+    "v5e": Machine(197e12, 256, {64: 100e9, 128: 150e9, 2**30: 200e9}, 3.125e9),
+}
+
+
+def measure(
+    names: Sequence[str], devices: Sequence[int], clips: int, say: Callable[[str], None]
+) -> Iterator[list[dict[str, object]]]:
+    """Compiles a training step of each of the models `names`, of CASES, under each preset for so many devices.
+
+    Args:
+      clips: of each device, so that the batch grows with the devices; say: is told about the progress.
+    Yields:
+      For each model and number of devices rows: model, preset, devices, clips, parameters, gflop (of a device),
+      gflop_alone (of one device without others, with its clips), calls (collectives), megabytes (10⁶) that a device
+      sends by each kind, sent_mb in all, beyond_mb (those to another node of eight); for each of MACHINES the seconds
+      of the work and of the links, and the bounds on the efficiency (`bounds`) without and with overlap.
+    Raises:
+      AvjaxError: a step cannot be compiled, or as `collectives.read`.
+    """
+    for name in names:
+        (alone,) = _compiled(name, 1, clips, [_ALONE])
+        say(f"{name}: one device {alone['gflop']:.3g} GFLOP")
+        for count in devices:
+            found = _compiled(name, count, clips, CASES[name].presets)
+            say(f"{name}: compiled for {count} devices")
+            yield [_row(name, clips, row, alone["gflop"]) for row in found]
+
+
+def _row(name: str, clips: int, found: Mapping[str, Any], alone: float) -> dict[str, object]:
+    said = [collectives.Collective(c["kind"], c["size"], c["groups"], c["times"]) for c in found["collectives"]]
+    sent = {kind: sum(c.sent() for c in said if c.kind == kind) / 1e6 for kind in collectives.KINDS}
+    row = {
+        "model": name,
+        "preset": found["preset"],
+        "devices": found["devices"],
+        "clips": clips,
+        "parameters": found["parameters"],
+        "gflop": found["gflop"],
+        "gflop_alone": alone,
+        "calls": sum(c.times for c in said),
+        **{f"{kind.replace('-', '_')}_mb": float(mb) for kind, mb in sent.items()},
+        "sent_mb": float(sum(sent.values())),
+        "beyond_mb": float(sum(c.beyond(MACHINES["h100"].node) for c in said) / 1e6),
+    }
+    for machine, about in MACHINES.items():
+        rate = about.peak * UTILISATION / 1e9
+        work, links = found["gflop"] / rate, about.seconds(said, found["devices"])
+        plain, overlapped = bounds(alone / rate, work, links)
+        row |= {f"{machine}_work_seconds": work, f"{machine}_link_seconds": links}
+        row |= {f"{machine}_efficiency": plain, f"{machine}_efficiency_overlapped": overlapped}
+    return row
+
+
+def bounds(alone: float, work: float, links: float) -> tuple[float, float]:
+    """The most that a device can do of what it does alone, if links wait for work and work for links, and if not.
+
+    Args:
+      alone: seconds that its clips take one device without others; work, links: those of a step among others.
+    """
+    return min(1.0, alone / (work + links)), min(1.0, alone / max(work, links))
+
+
+# ---- The process that compiles --------------------------------------------------------------------------------------
+
+
+def _compiled(name: str, devices: int, clips: int, chosen: Sequence[str]) -> list[dict[str, Any]]:
+    """What `main` prints of a model, in a process with so many devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {_FLAGS}"
+    environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "benchmarks.scaling", str(clips), name, *chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise AvjaxError(f"{name} on {devices} devices ({', '.join(chosen)}) was not compiled: {last[0]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def main(clips: str, name: str, *chosen: str) -> None:
+    jax.lax.platform_dependent = as_on_accelerators
+    for preset in chosen:
+        print(json.dumps(compiled(CASES[name], preset, int(clips))), flush=True)
+
+
+def as_on_accelerators(*arguments, default: Callable, **ways: Callable) -> Any:
+    """Stands for `jax.lax.platform_dependent`: on CPUs some layers are computed otherwise, heads one after another."""
+    return default(*arguments)
+
+
+def compiled(case: Case, preset: str, clips: int) -> dict[str, Any]:
+    """A step of the model on all devices of this process: preset, devices, parameters, gflop of a device, and the
+    fields of its collectives; with the preset "lanes" of as many lanes as devices, else of one."""
+    count = jax.device_count()
+    lanes = count if preset == "lanes" else 1
+    config = configs.load(case.config, **case.settings, mesh__preset=preset)
+    config.train.batch_size = clips * count // lanes
+    model, place = models.build(config.model, CLASSES), sharding.place(config, lanes)
+    step = compile_step(model, config, place, _plan(lanes), _clips(case, config, model))
+    return {
+        "preset": preset,
+        "devices": count,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(step.state.params)) // lanes,
+        "gflop": step.flops / 1e9,
+        "collectives": [dataclasses.asdict(c) for c in collectives.read(step.compiled.as_text())],
+    }
+
+
+def _plan(lanes: int) -> LanePlan:
+    """Lanes that train on one clip: a compiled step knows nothing of their number of clips."""
+    index, weight = np.zeros((lanes, 1), np.int32), np.ones((lanes, 1), np.float32)
+    prior, seed = np.full((lanes, CLASSES), 1 / CLASSES, np.float32), np.arange(lanes, dtype=np.uint32)
+    made = Lane(index, weight, index, weight, index, weight, counted=weight, prior=prior, seed=seed)
+    return LanePlan(made, [("paper", i) for i in range(lanes)], [], [])
+
+
+def _clips(case: Case, config, model: Model) -> Streamed:
+    clip = {stream: np.zeros(shape, dtype) for stream, (shape, dtype) in case.streams.items()}
+    clip |= {f"{stream}_mask": np.ones(shape[0], bool) for stream, (shape, _) in case.streams.items()}
+    groups = int(config.protocol.standardise != "none")
+    one = np.zeros(1, np.int32)
+    return Streamed([clip], one, one, groups, _pretrained(config) if model.constants else {})
+
+
+class _Shape(jax.ShapeDtypeStruct):
+    """Stands for an array that is on every device."""
+
+    def addressable_data(self, index: int) -> "_Shape":
+        return self
+
+
+def _pretrained(config) -> dict[str, Any]:
+    """The shapes of the encoders' weights."""
+    preset = presets.preset(config.preset)
+    out = {}
+    for stream, encoding in {"video": preset.image, "audio": preset.sound, "text": preset.text}.items():
+        family, module, _ = encoders.architecture(encoding.source, layer=encoding.layer, dtype="float32")
+        out[stream] = jax.tree.map(lambda s: _Shape(s.shape, s.dtype), family.shapes(module.config))
+    return {PRETRAINED: out}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

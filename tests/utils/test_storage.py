@@ -1,0 +1,83 @@
+"""Files appear whole or not at all, and nothing is left beside them."""
+
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+from etils import epath
+
+from avjax.errors import AvjaxError
+from avjax.features import spool
+from avjax.utils import storage
+
+
+def test_a_file_is_replaced_whole_and_folders_are_made(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    storage.write_text(path, "one")
+    with storage.replacing(path, "w") as file:
+        file.write("two")
+        file.flush()
+        assert path.read_text() == "one"
+    assert path.read_text() == "two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError), storage.replacing(path, "wb") as file:
+        file.writelines([b"new", None])
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pile_gives_back_in_blocks_what_was_put_on_it_in_others(tmp_path):
+    rows = np.arange(60, dtype=np.float16).reshape(10, 3, 2)
+    pile = spool.Spool.begun(tmp_path / "new", (3, 2), "float16")
+    assert list(pile.blocks(4)) == []
+    for part in (rows[:1], rows[:0], rows[1:7], rows[7:]):
+        pile.add(part)
+    assert [len(block) for block in pile.blocks(4)] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate(list(pile.blocks(4))), rows)
+    there = pickle.loads(pickle.dumps(pile))
+    np.testing.assert_array_equal(next(there.blocks(99)), rows)
+    pile.discard()
+    pile.discard()
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_pile_that_nobody_discards_is_swept_away(tmp_path):
+    spool.Spool.begun(tmp_path / "room", (1,), "uint8").add(np.ones((3, 1)))
+    with storage.only_writer(tmp_path, "wait"):
+        assert not list((tmp_path / "room").iterdir())
+
+
+def test_a_pile_without_room_says_so(tmp_path):
+    pile = spool.Spool(pathlib.Path("/dev/full"), (1000,), "float64")
+    with pytest.raises(AvjaxError, match="No space left"):
+        pile.add(np.ones((9, 1000)))
+
+
+def test_a_folder_on_cloud_storage_is_filled_with_its_last_file_last(tmp_path, monkeypatch):
+    there, copied = epath.Path(tmp_path / "there"), []
+    there.mkdir()
+    (there / "old.json").write_text("old")
+    copy = storage.copy
+    monkeypatch.setattr(storage, "copy", lambda a, b: (copied.append(b.name), copy(a, b)))
+    with storage.filled(there, last="a.html") as here:
+        assert (here / "old.json").read_text() == "old"
+        (here / "a.html").write_text("done")
+        (here / "sub").mkdir()
+        (here / "sub" / "z.bin").write_bytes(b"z")
+        assert not (there / "a.html").exists()
+    assert copied[-1] == "a.html"
+    assert (there / "sub" / "z.bin").read_bytes() == b"z"
+    storage.remove(there / "sub")
+    storage.remove(there / "sub")
+    assert sorted(p.name for p in there.iterdir()) == ["a.html", "old.json"]
+
+
+def test_a_folder_on_this_machine_is_filled_itself(tmp_path):
+    with storage.filled(tmp_path, last="a") as here:
+        assert here == tmp_path
