@@ -34,7 +34,7 @@ class EndToEnd(nn.Module):
 
     core: EtgAver
     encoders: tuple[tuple[str, Encode], ...]
-    lora: lora.Tuning
+    tuning: lora.Tuning
 
     @nn.compact
     def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
