@@ -11,6 +11,8 @@ import signal
 import jax
 import pytest
 
+from tests import budget
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
@@ -19,6 +21,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL = pathlib.Path(os.environ.get("AVJAX_TEST_DATA", pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Adds the plugin of budgets and keeps compiled programs between runs, also those of the commands that tests start.
+
+    `-p no:budget` and `-p no:cacheprovider` do without; `--cache-clear` forgets them; `JAX_COMPILATION_CACHE_DIR` wins.
+    """
+    config.pluginmanager.register(budget, "budget")
+    if config.pluginmanager.hasplugin("cacheprovider") and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        _keep_programs(config.cache.mkdir("xla"))
+
+
+def _keep_programs(folder: pathlib.Path) -> None:
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")
