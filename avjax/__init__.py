@@ -1,6 +1,8 @@
 """avjax: audio-visual emotion recognition in JAX and Flax."""
 
-__version__ = "0.1.0"
+from avjax.utils.version import VERSION as __version__
+
+__all__ = ["__version__", "load"]
 
 
 def load(folder):

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avjax import __version__
 from avjax.errors import AvjaxError
 from avjax.utils.storage import replacing
+from avjax.utils.version import VERSION
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +46,7 @@ def circumstances() -> dict[str, object]:
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
-        "avjax": __version__,
+        "avjax": VERSION,
         "date": datetime.date.today().isoformat(),
     }
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from avjax import __version__
 from avjax.errors import AvjaxError
 from avjax.utils import paths
+from avjax.utils.version import VERSION
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 EXTRAS = {
@@ -82,7 +82,7 @@ def table(rows: Sequence[Row]):
 
 def packages() -> Iterator[Row]:
     """Python, avjax, and what it requires, against the ranges in its metadata."""
-    yield Row("packages", "avjax", __version__)
+    yield Row("packages", "avjax", VERSION)
     try:
         about = importlib.metadata.metadata("avjax")
     except importlib.metadata.PackageNotFoundError:

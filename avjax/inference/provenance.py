@@ -8,13 +8,12 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from avjax import __version__
-from avjax.demo import corpus as demo
 from avjax.encoders.registry import REGISTRY
-from avjax.features import presets, store
+from avjax.features import presets
 from avjax.features.presets import Encoding, Preset
 from avjax.inference.run import Run, read_json
-from avjax.training.data import STAND_INS
+from avjax.training import data
+from avjax.utils.version import VERSION
 
 
 def of_run(run: Run, config: ConfigDict, workdir: Path, inputs: Mapping[str, dict]) -> dict[str, object]:
@@ -54,16 +53,14 @@ def of_run(run: Run, config: ConfigDict, workdir: Path, inputs: Mapping[str, dic
         },
         "inputs": dict(inputs),
         "pretrained": pretrained(settings) if settings else {},
-        "exported_with": {"avjax": __version__, "jax": jax.__version__},
+        "exported_with": {"avjax": VERSION, "jax": jax.__version__},
         "trained_with": machine,
     }
 
 
 def _records(config: ConfigDict, dataset: str, made_by: Mapping[str, str]) -> dict[str, dict]:
     """The records of how features were made, by key, as far as the feature store is where it was and has them."""
-    stand_in = dataset in STAND_INS.values()
-    place = demo.place() / "features" if stand_in else store.place(config.dataset, config.data.features)
-    paths = {key: place / "provenance" / f"{key}.json" for key in made_by.values()}
+    paths = {key: data.store_of(config, dataset) / "provenance" / f"{key}.json" for key in made_by.values()}
     return {key: json.loads(path.read_text(encoding="utf-8")) for key, path in paths.items() if path.is_file()}
 
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.panel import Panel
 
 from avjax.datasets import registry
-from avjax.demo import corpus
 from avjax.errors import AvjaxError
 from avjax.features import extract as extraction
 from avjax.features import store
@@ -39,10 +38,21 @@ def obtain(config, console: Console) -> Features:
     return prompts.attach(found, config, console)
 
 
+def store_of(config, dataset: str) -> Path:
+    """Finds the feature store of `dataset`: that of `config`, or the demo corpus's own where it stands in."""
+    if dataset not in STAND_INS.values():
+        return store.place(config.dataset, config.data.features)
+    from avjax.demo import corpus  # here: finished runs and bundles are read without it
+
+    return corpus.place() / "features"
+
+
 def _stored(config, console: Console) -> Features:
-    dataset, root, place = config.dataset, config.data.root, store.place(config.dataset, config.data.features)
+    from avjax.demo import corpus  # here: as in `store_of`
+
+    dataset, root, place = config.dataset, config.data.root, store_of(config, config.dataset)
     if _stand_in(config, place):
-        dataset, root, place = STAND_INS[dataset], str(corpus.place()), corpus.place() / "features"
+        dataset, root, place = STAND_INS[dataset], str(corpus.place()), store_of(config, STAND_INS[dataset])
         console.print(Panel(_banner(config), title=registry.title(dataset), border_style="yellow"))
         corpus.make(corpus.place(), console)
     elif root:

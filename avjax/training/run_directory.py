@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from avjax import __version__, tasks
+from avjax import tasks
 from avjax.errors import AvjaxError
 from avjax.features.packed import shapes
 from avjax.features.store import Features
 from avjax.utils.storage import is_local, only_writer, write_text
+from avjax.utils.version import VERSION
 
 # Keys that do not change what is computed, so that data and machines may be others at the next call of a run.
 _PLACES = re.compile(r"data\.(root|features|mode)$|train\.(save_steps|remat)$|mesh\.|processes\.")
@@ -84,7 +85,7 @@ def environment() -> dict[str, object]:
 
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn", "transformers")
     return {
-        "avjax": __version__,
+        "avjax": VERSION,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
