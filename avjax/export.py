@@ -19,13 +19,12 @@ SEED = flags.DEFINE_integer("seed", None, "The lanes of this seed alone.")
 
 def main(_: list[str]) -> None:
     from avjax.inference import bundle
-    from avjax.inference.run import read_json
     from avjax.utils import storage
 
     cli.use_compile_cache()
     out = storage.place(OUT.value)
     bundle.write(storage.place(WORKDIR.value), out, FOLD.value, SEED.value)
-    says = read_json(out / "provenance.json")
+    says = storage.read_json(out / "provenance.json")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {says['run']}, {len(says['lanes'])} of {says['lanes_of_run']} lanes, {size / 1e6:.1f} MB")
     for name, stream in says["inputs"].items():

@@ -6,7 +6,6 @@ clip, so that a killed inspection goes on where it was.
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from avjax.errors import UnusableMedia
 from avjax.media import video
 from avjax.utils import progress, worker_pool
 from avjax.utils.media_files import trouble
+from avjax.utils.storage import sha256
 
 SILENT = 1e-3  # of full scale, -60 dB: below, nothing is said
 # Lossy codecs round off clipped tops, which then lie on either side of full scale: from -1 dB on they count.
@@ -219,11 +219,8 @@ def inspect(clip: Clip, key: list, tracker=None) -> Facts:
     return Facts(clip.id, key, **found)
 
 
-@functools.lru_cache(8)
-def _sha256(path: Path) -> str:
-    # Clips that are parts of one file come one after the other.
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# Clips that are parts of one file come one after the other.
+_sha256 = functools.lru_cache(8)(sha256)
 
 
 def _picture(clip: Clip) -> dict[str, object]:

@@ -5,10 +5,10 @@ A data set is named by its corpus, or `corpus:target` where the corpus has sever
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 
 from avjax.utils import paths
+from avjax.utils.storage import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,6 @@ def about(name: str) -> About | None:
     file = f"data/{corpus(name)}.json"
     if file not in paths.names("data"):
         return None
-    known = json.loads(paths.path(file).read_text(encoding="utf-8"))
+    known = read_json(paths.path(file))
     targets = known.pop("targets", {})
     return About(**known | (targets[target(name)] if target(name) else {}))

@@ -8,7 +8,6 @@ class. Folds are disjoint in speakers. Nothing here says how well a model does o
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -23,7 +22,7 @@ from avjax.errors import AvjaxError
 from avjax.features import extract as extraction
 from avjax.media.audio import SAMPLE_RATE
 from avjax.utils import paths, progress, worker_pool
-from avjax.utils.storage import only_writer, replacing, write_text
+from avjax.utils.storage import only_writer, read_json, replacing, write_text
 
 VERSION = 1  # of the recipe; another version is another corpus, kept in another place
 TAKES = 2  # clips per class and speaker
@@ -101,7 +100,7 @@ def write_lists(root: Path) -> None:
         for part in ("train", "test"):
             lines = [f"{p.name}.mp4 {p.emotion}\n" for p in every if (p.fold == fold) == (part == "test")]
             write_text(root / f"Train & Test Set/single/no_caption/set_{fold}/{part}.txt", "".join(lines))
-    about = json.loads(paths.path("data/demo/portrait.json").read_text())
+    about = read_json(paths.path("data/demo/portrait.json"))
     note = f"Demo corpus {VERSION} of avjax: synthetic, not MAFW.\nPortrait: {about['source']}\n{about['licence']}\n"
     write_text(root / "README.txt", note)
 

@@ -7,12 +7,12 @@ strength, so an expression is a weighted sum of fields and one remapping of the 
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 
 import numpy as np
 
 from avjax.utils import paths
+from avjax.utils.storage import read_json
 
 # Landmarks of the MediaPipe mesh by the part of the face that they move with: those on the left of the picture, and
 # their mirror images. Points on the midline stand in both.
@@ -181,7 +181,7 @@ def portrait() -> Portrait:
     import cv2
     from scipy.interpolate import RBFInterpolator
 
-    about = json.loads(paths.path("data/demo/portrait.json").read_text())
+    about = read_json(paths.path("data/demo/portrait.json"))
     image = cv2.cvtColor(cv2.imread(str(paths.path("data/demo/portrait.png"))), cv2.COLOR_BGR2RGB)
     size = len(image)
     points = {int(i): p for i, p in about["landmarks"].items()}

@@ -12,7 +12,6 @@ and the Flax module maps (inputs, mask) → (features (b, s, d), mask (b, s)).
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from avjax.encoders import (
 )
 from avjax.errors import AvjaxError
 from avjax.layers.masking import masked_mean
+from avjax.utils.storage import read_json, sha256
 
 # model_type of the hub's config.json → family
 FAMILIES = {
@@ -103,7 +103,7 @@ def load(
         params = family.convert(formats.read(files.tensors), module.config, **more)
     provenance = {
         "source": str(source) if source in weights.REGISTRY else files.tensors.parent.name,
-        "sha256": random_weights.STATED if random else weights.sha256(files.tensors),
+        "sha256": random_weights.STATED if random else sha256(files.tensors),
         "model_type": files.config["model_type"],
         "layer": "last" if layer is None else str(layer),
         "pool": pool or "none",
@@ -354,7 +354,4 @@ def _tensors(folder: Path) -> Path:
 
 
 def _json(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text()) if file.is_file() else None
-    except ValueError as error:
-        raise AvjaxError(f"{file}: not JSON ({error}); fetch it again") from error
+    return read_json(file, "fetch it again") if file.is_file() else None

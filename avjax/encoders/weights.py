@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from avjax.encoders.registry import REGISTRY
-from avjax.encoders.sources import Entry, File, Source, Unavailable, sha256
+from avjax.encoders.sources import Entry, File, Source, Unavailable
 from avjax.errors import AvjaxError
 from avjax.utils import paths
-from avjax.utils.storage import write_text
+from avjax.utils.storage import read_json, sha256, write_text
 
 _SUMS = "sha256.json"
 
@@ -163,7 +163,7 @@ def _collect(source: Source, files: Mapping[str, File], folder: Path) -> None:
 def _kept_sums(folder: Path) -> dict[str, str]:
     """file → sha256 of the files that are not pinned here, as they arrived."""
     path = folder / _SUMS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _check_all(entry: Entry, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """From the test logits of all lanes to `predictions.npz` and `metrics.json`. Equal runs give equal files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from avjax.evaluation.baselines import summary
 from avjax.features.store import Features
 from avjax.tasks import metrics
 from avjax.training.lanes import LanePlan
-from avjax.utils.storage import replacing
+from avjax.utils.storage import read_json, replacing
 
 
 def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -172,7 +171,7 @@ def write_predictions(path: Path, rows: Mapping[str, np.ndarray]) -> None:
 
 def read(workdir: Path) -> dict:
     """`metrics.json` of a finished run."""
-    return json.loads((workdir / "metrics.json").read_text())
+    return read_json(workdir / "metrics.json")
 
 
 def _scores(scoring: tasks.Scoring, table: np.ndarray) -> dict[str, float]:

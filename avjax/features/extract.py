@@ -30,7 +30,7 @@ from avjax.text import template
 from avjax.utils import progress, worker_pool
 from avjax.utils.media_files import trouble
 from avjax.utils.progress import Stopwatch
-from avjax.utils.storage import write_text
+from avjax.utils.storage import sha256, write_text
 
 CLIP_SECONDS = 120.0
 _PART = 256  # clips in a file of the packed view
@@ -72,11 +72,10 @@ def bench(settings: Preset, store: stores.Store, clock: Stopwatch) -> Bench:
       AvjaxError: a package or weights are missing.
     """
     need_media()
-    from avjax.encoders import weights
     from avjax.features import encode  # here: it brings JAX, which the workers do not need
 
     model = clip_features.landmarker()
-    landmarker = weights.sha256(model)
+    landmarker = sha256(model)
     stages = encode.stages(settings, store, clock, landmarker)
     made_by = {
         "video": store.record(clip_features.provenance("video", settings, face_landmarker=landmarker)),

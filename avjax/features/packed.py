@@ -9,7 +9,7 @@ import numpy as np
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
 from avjax.features import store, tfds
-from avjax.utils.storage import write_text
+from avjax.utils.storage import read_json, write_text
 
 _SCANNED = "avjax_lengths.json"  # beside the records
 
@@ -79,7 +79,7 @@ def _scanned(folder: Path, source) -> dict[str, dict[str, int]]:
             steps |= {f"text_{name}": len(tokens) for name, tokens in row["text"].items()}
             longest = {name: max(1, count, longest.get(name, 1)) for name, count in steps.items()}
         write_text(path, json.dumps({"places": places, "longest": longest}))
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def _padded(steps: np.ndarray, mask: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:

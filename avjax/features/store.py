@@ -33,7 +33,7 @@ from avjax.datasets.metadata import target as target_of
 from avjax.errors import AvjaxError
 from avjax.features import tfds
 from avjax.utils import paths, storage
-from avjax.utils.storage import is_local, only_writer, replacing, write_text
+from avjax.utils.storage import is_local, only_writer, read_json, replacing, write_text
 
 STREAMS = ("video", "flow", "audio")  # flow where the preset has it
 _PARTS = ("train", "test", "val")
@@ -97,7 +97,7 @@ class Store:
           AvjaxError: another process is writing to it, it holds another data set, or it cannot be written.
         """
         with only_writer(self.root, "choose another --out"):
-            there = {json.loads(path.read_text())["dataset"] for path in self.root.glob("index*.json")}
+            there = {read_json(path)["dataset"] for path in self.root.glob("index*.json")}
             if other := [name for name in sorted(there) if corpus_of(name) != corpus_of(self.dataset)]:
                 raise AvjaxError(f"{self.root}: holds features of {other[0]}, not {self.dataset}; use another --out")
             self._sweep()
@@ -150,11 +150,11 @@ class Store:
     def note(self, key: str, about: Mapping[str, object]) -> None:
         """Adds what was measured of the features to their provenance record."""
         path = self.root / "provenance" / f"{key}.json"
-        write_text(path, json.dumps(json.loads(path.read_text()) | {"measured": about}, indent=1, sort_keys=True))
+        write_text(path, json.dumps(read_json(path) | {"measured": about}, indent=1, sort_keys=True))
 
     def noted(self, key: str) -> bool:
         """Whether `note` was called for the provenance record."""
-        return "measured" in json.loads((self.root / "provenance" / f"{key}.json").read_text())
+        return "measured" in read_json(self.root / "provenance" / f"{key}.json")
 
     def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """Writes a CSV file of the store, whole."""
@@ -265,7 +265,7 @@ def _scratch(root: Path) -> Path:
 def read_index(root: Path, dataset: str = "") -> dict | None:
     """The store's index of `dataset`, or None where there is none yet."""
     path = index_path(root, dataset)
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def is_finished(root: Path, preset: str, dataset: str = "") -> bool:

@@ -35,8 +35,8 @@ from avjax.inference import model_card, provenance, stablehlo
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.inference.predict import Prediction
-from avjax.inference.run import MANIFEST, WEIGHTS, Run, read_json
-from avjax.utils.storage import is_local, only_writer, write_text
+from avjax.inference.run import MANIFEST, WEIGHTS, Run
+from avjax.utils.storage import is_local, only_writer, read_json, sha256, write_text
 
 FORMAT = "avjax bundle 1"
 PROGRAM, PARAMS = "model.stablehlo", "params"
@@ -181,8 +181,7 @@ def _described(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _sealed(made_by: str, files: Mapping[str, Any]) -> str:

@@ -1,7 +1,6 @@
 """What a bundle says of the run that it is of: data, protocol, features and how they were made, machine, licences."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from ml_collections import ConfigDict
 from avjax.encoders.registry import REGISTRY
 from avjax.features import presets
 from avjax.features.presets import Encoding, Preset
-from avjax.inference.run import Run, read_json
+from avjax.inference.run import Run
 from avjax.training import data
+from avjax.utils.storage import read_json
 from avjax.utils.version import VERSION
 
 
@@ -61,7 +61,7 @@ def of_run(run: Run, config: ConfigDict, workdir: Path, inputs: Mapping[str, dic
 def _records(config: ConfigDict, dataset: str, made_by: Mapping[str, str]) -> dict[str, dict]:
     """The records of how features were made, by key, as far as the feature store is where it was and has them."""
     paths = {key: data.store_of(config, dataset) / "provenance" / f"{key}.json" for key in made_by.values()}
-    return {key: json.loads(path.read_text(encoding="utf-8")) for key, path in paths.items() if path.is_file()}
+    return {key: read_json(path) for key, path in paths.items() if path.is_file()}
 
 
 def _of_tables(config: ConfigDict) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """A finished run, read from its directory."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from avjax.evaluation.fewshot_cache import Cache
 from avjax.models.base import Model
 from avjax.training import checkpoint, run_directory, standardise
 from avjax.utils.media_files import shown
+from avjax.utils.storage import read_json
 
 # Of a bundle: one of them is there even if the other is lost.
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
@@ -144,16 +144,6 @@ def _config(workdir: Path) -> ConfigDict:
     if not (workdir / "config.json").is_file():
         raise AvjaxError(f"{workdir}: no run of avjax.train here (no config.json); set --workdir to the one it wrote")
     return ConfigDict(read_json(workdir / "config.json"))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AvjaxError(f"{path}: cannot be read ({error}); restore a copy, or train again") from error
-    if not isinstance(content, dict):
-        raise AvjaxError(f"{path}: holds a {type(content).__name__}, not an object; restore a copy, or train again")
-    return content
 
 
 def _chosen(workdir: Path, names: Sequence[tuple[str, int]], fold: str | None, seed: int | None) -> list[int]:

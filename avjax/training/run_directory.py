@@ -19,7 +19,7 @@ from avjax import tasks
 from avjax.errors import AvjaxError
 from avjax.features.packed import shapes
 from avjax.features.store import Features
-from avjax.utils.storage import is_local, only_writer, write_text
+from avjax.utils.storage import is_local, only_writer, read_json, write_text
 from avjax.utils.version import VERSION
 
 # Keys that do not change what is computed, so that data and machines may be others at the next call of a run.
@@ -58,14 +58,14 @@ def begin(workdir: Path, config, features: Features) -> None:
     new = {k: v for k, v in _flat(config.to_dict()).items() if not _PLACES.match(k)}
     path = workdir / "config.json"
     if path.is_file():
-        old = {k: v for k, v in _flat(json.loads(path.read_text())).items() if not _PLACES.match(k)}
+        old = {k: v for k, v in _flat(read_json(path)).items() if not _PLACES.match(k)}
         new_plain = json.loads(json.dumps(new))
         changed = [
             f"{k}: {old.get(k)!r} there, {new_plain.get(k)!r} now"
             for k in sorted({*old, *new_plain})
             if old.get(k) != new_plain.get(k)
         ]
-        was = json.loads((workdir / "environment.json").read_text())["features"]
+        was = read_json(workdir / "environment.json")["features"]
         if was["content"] != features.content:
             changed.append("the features have changed since it began")
         if changed:

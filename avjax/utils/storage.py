@@ -1,15 +1,17 @@
-""""""
+"""Reads and writes files on this machine and on cloud storage: whole or not at all, and by one process at a time."""
 
 import contextlib
 import fcntl
+import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from avjax.errors import AvjaxError
 
@@ -151,3 +153,24 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file whole."""
     with replacing(path, "w") as file:
         file.write(text)
+
+
+def read_json(path: Path, remedy: str = "restore a copy, or make it anew") -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+      AvjaxError: it is missing or holds anything else; the message ends with the `remedy`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AvjaxError(f"{path}: cannot be read as JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise AvjaxError(f"{path}: holds a {type(content).__name__}, not an object; {remedy}")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Returns the sha256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

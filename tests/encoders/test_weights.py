@@ -18,6 +18,7 @@ from huggingface_hub import constants
 
 from avjax.encoders import formats, sources, weights
 from avjax.errors import AvjaxError
+from avjax.utils.storage import sha256
 
 CONTENT = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b"numbers" * 1000}
 
@@ -399,7 +400,7 @@ def test_registered_files_can_be_had(name):
     except AvjaxError as error:
         pytest.skip(str(error))
     files = [found] if found.is_file() else [found / file for file in weights.REGISTRY[name].files]
-    assert {f.name: weights.sha256(f) for f in files} == {n: f.sha256 for n, f in weights.REGISTRY[name].files.items()}
+    assert {f.name: sha256(f) for f in files} == {n: f.sha256 for n, f in weights.REGISTRY[name].files.items()}
 
 
 # The web

@@ -10,7 +10,7 @@ from typing import Any
 
 from avjax.errors import AvjaxError
 from avjax.evaluation.report import tables
-from avjax.utils.storage import write_text
+from avjax.utils.storage import read_json, write_text
 
 MOST_SENTENCES = 12
 _FILES = ("metrics.json", "config.json", "environment.json", "curves.png")
@@ -32,7 +32,7 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
       AvjaxError: a file is missing or is not JSON.
     """
     _check_there(workdir, _FILES)
-    metrics = _read_json(workdir / "metrics.json")
+    metrics = read_json(workdir / "metrics.json")
     answers = ANSWERS[metrics["task"]]
     _check_there(workdir, (answers,))
     files = {"answers": answers, "curves": "curves.png", "attention": "attention.png"}
@@ -49,8 +49,8 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
         pictures={n: _embedded(workdir / f) if (workdir / f).is_file() else "" for n, f in files.items()},
         sentences=sentences[:MOST_SENTENCES],
         more_sentences=len(sentences) > MOST_SENTENCES,
-        config=list(_flat(_read_json(workdir / "config.json"))),
-        environment=list(_flat(_read_json(workdir / "environment.json"))),
+        config=list(_flat(read_json(workdir / "config.json"))),
+        environment=list(_flat(read_json(workdir / "environment.json"))),
     )
     path = workdir / "report.html"
     write_text(path, page)  # a run is finished once its report is there, so it appears whole
@@ -69,13 +69,6 @@ def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{path}.{key}" if path else key)
     else:
         yield path, tree if isinstance(tree, str) else json.dumps(tree, ensure_ascii=False)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AvjaxError(f"{path}: not JSON ({error}); evaluate the run again to write it anew") from error
 
 
 def _embedded(picture: Path) -> str:

@@ -33,6 +33,7 @@ from avjax.features import tfds
 from avjax.features.tables import readers
 from avjax.features.tables.description import FORMATS, Description, Fact, File, Format, text_of
 from avjax.utils import paths as assets
+from avjax.utils.storage import sha256
 
 CODE_VERSION = 1  # raised when a change of code changes what is packed
 TEXT_SOURCE = "given"  # by which `model.text_source` names the stream `text`
@@ -105,8 +106,7 @@ def _of_clips(root: Path, path: str) -> list[str]:
 def _sha256(root: Path, path: str) -> str:
     if not (root / path).is_file():
         raise AvjaxError(f"{root / path}: no such file; set --config.data.root to the folder that {path!r} is in")
-    with (root / path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(root / path)
 
 
 # A stream (or a key) → steps (n, d) float32 and their mask (n,).

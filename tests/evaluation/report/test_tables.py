@@ -301,5 +301,5 @@ def test_page_needs_a_finished_run(tmp_path):
         page.write_report(tmp_path)
     workdir(tmp_path, run())
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(AvjaxError, match=r"config\.json: not JSON"):
+    with pytest.raises(AvjaxError, match=r"config\.json: cannot be read as JSON"):
         page.write_report(tmp_path)
