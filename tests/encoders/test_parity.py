@@ -1,8 +1,9 @@
 """Every kind of encoder against its PyTorch original, and what padding, batching, layers and precision may do.
 
-`AVJAX_ENCODER_SEEDS=7,8 pytest tests/encoders/test_parity.py` draws other architectures.
+Thorough tests draw further architectures; `AVJAX_ENCODER_SEEDS=7,8 pytest tests/encoders/test_parity.py` draws others.
 """
 
+import functools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from avjax.utils.storage import sha256
 from tests.originals import bert, clip, efficientnet, perceiver, stirred, vit, wav2vec2, whisper
 
 SEEDS = [int(s) for s in os.environ.get("AVJAX_ENCODER_SEEDS", "0").split(",")]
+FURTHER = [pytest.param(1, marks=pytest.mark.thorough)] if SEEDS == [0] else []
 KINDS = {}
 for family in (
     bert,
@@ -35,7 +37,7 @@ for family in (
 FULL = [(kind, name) for kind, original in KINDS.items() for name in original.full]
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_seed = pytest.mark.parametrize("seed", SEEDS)
+every_seed = pytest.mark.parametrize("seed", SEEDS + FURTHER)
 
 
 def in_pytorch(kind, seed):
@@ -58,6 +60,12 @@ def assert_close(got, want, mask, tolerance=1e-4):
     assert np.abs(got - want)[mask].max() <= tolerance * want[mask].std()
 
 
+def quick(kinds):
+    """All kinds, those that are not among `kinds` as thorough tests."""
+    return [kind if kind in kinds else pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS]
+
+
+@functools.cache
 def of_random_params(kind, seed=0, dtype=jnp.float32, layer=None, pool=None):
     """A small encoder that needs no PyTorch, with its configuration."""
     config = KINDS[kind].draw(random.Random(seed))
@@ -108,27 +116,41 @@ def test_parity_with_the_original(tmp_path, kind, seed):
 LAYERED = [kind for kind in KINDS if kind not in ("efficientnet", "perceiver")]
 
 
-@pytest.mark.parametrize("seed", SEEDS[:1])
 @pytest.mark.parametrize("kind", LAYERED)
-def test_every_layer_is_the_originals(tmp_path, kind, seed):
-    model, config = in_pytorch(kind, seed)
+def test_a_layer_is_the_originals(tmp_path, kind):
+    """The one below the last."""
+    model, config = in_pytorch(kind, SEEDS[0])
     model.save_pretrained(tmp_path)
-    inputs, mask = asked(kind, config, seed)
-    depth = encoders.FAMILIES[config.model_type].build(config.to_dict(), jnp.float32, None).config.layers
-    for layer in range(depth + 1):
-        enc = encoders.load(tmp_path, layer=layer, dtype="float32")
-        want, want_mask = KINDS[kind].reference(model, inputs, mask, None if layer == depth else layer)
-        assert_close(enc(inputs, mask)[0], want, want_mask)
-        assert enc.provenance["layer"] == str(layer)
+    depth = layers_of(config)
+    assert_is_the_originals(model, config, tmp_path, depth - 1)
     with pytest.raises(AvjaxError, match=rf"layer is {depth + 1}, expected 0 .* to {depth}"):
         encoders.load(tmp_path, layer=depth + 1)
 
 
-# Op by op, where it takes seconds: the rest with the slow ones.
-QUICK = ("clip_text_model", "distilbert", "vit", "whisper")
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", LAYERED)
+def test_every_layer_is_the_originals(tmp_path, kind):
+    model, config = in_pytorch(kind, SEEDS[0])
+    model.save_pretrained(tmp_path)
+    for layer in range(layers_of(config) + 1):
+        assert_is_the_originals(model, config, tmp_path, layer)
 
 
-@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def layers_of(config):
+    return encoders.FAMILIES[config.model_type].build(config.to_dict(), jnp.float32, None).config.layers
+
+
+def assert_is_the_originals(model, config, folder, layer):
+    """The features after `layer` blocks, of the last one as `last_hidden_state` has them."""
+    kind = config.model_type
+    inputs, mask = asked(kind, config, SEEDS[0])
+    enc = encoders.load(folder, layer=layer, dtype="float32")
+    want, want_mask = KINDS[kind].reference(model, inputs, mask, None if layer == layers_of(config) else layer)
+    assert_close(enc(inputs, mask)[0], want, want_mask)
+    assert enc.provenance["layer"] == str(layer)
+
+
+@pytest.mark.parametrize("kind", quick(["clip_text_model"]))  # op by op it takes seconds
 def test_parity_without_jit(tmp_path, kind):
     model, config = in_pytorch(kind, SEEDS[0])
     model.save_pretrained(tmp_path)
@@ -186,9 +208,10 @@ def cut(kind, inputs, mask, row):
     return np.take(alone, range(length), axis), np.ones((1, length), bool)
 
 
+@every_seed
 @every_kind
-def test_padding_and_neighbours_do_not_change_an_answer(kind):
-    enc, config = of_random_params(kind)
+def test_padding_and_neighbours_do_not_change_an_answer(kind, seed):
+    enc, config = of_random_params(kind, seed)
     inputs, mask = asked(kind, config)
     together, real = enc(inputs, mask)
     size = together[real].std()
@@ -196,13 +219,14 @@ def test_padding_and_neighbours_do_not_change_an_answer(kind):
         alone, steps = enc(*cut(kind, inputs, mask, row))
         assert steps.all()
         np.testing.assert_allclose(together[row][real[row]], alone[0], atol=1e-5 * size, rtol=1e-5)
-    twice, _ = enc(np.concatenate([inputs, inputs[::-1]]), np.concatenate([mask, mask[::-1]]))
-    np.testing.assert_allclose(twice[: len(inputs)], together, atol=1e-5 * size, rtol=1e-5)
+    turned, _ = enc(inputs[::-1], mask[::-1])
+    np.testing.assert_allclose(turned[::-1], together, atol=1e-5 * size, rtol=1e-5)
 
 
+@every_seed
 @every_kind
-def test_what_lies_under_the_mask_does_not_matter(kind):
-    enc, config = of_random_params(kind)
+def test_what_lies_under_the_mask_does_not_matter(kind, seed):
+    enc, config = of_random_params(kind, seed)
     inputs, mask = asked(kind, config)
     together, _ = enc(inputs, mask)
     axis = enc._family.INPUTS.length_axis
@@ -215,19 +239,25 @@ def test_what_lies_under_the_mask_does_not_matter(kind):
         np.testing.assert_array_equal(other, together)
 
 
+@every_seed
 @every_kind
-def test_rows_without_a_real_step_and_empty_batches_give_zeros(kind):
-    enc, config = of_random_params(kind)
+def test_rows_without_a_real_step_and_empty_batches_give_zeros(kind, seed):
+    enc, config = of_random_params(kind, seed)
     inputs, mask = asked(kind, config)
     features, real = enc(inputs, np.zeros_like(mask))
     assert not features.any()
     assert not real.any()
-    none, real = enc(inputs[:0], mask[:0])
-    assert none.shape == (0, *features.shape[1:])
+    row, step = cut(kind, inputs, mask, 0)
+    none, real = enc(row[:0], step[:0])
+    assert none.shape == (0, *enc(row, step)[0].shape[1:])
     assert real.shape == none.shape[:2]
 
 
-@pytest.mark.parametrize("kind", ["distilbert", "efficientnet", "wav2vec2"])  # texts, pictures, sound
+@pytest.mark.parametrize(
+    "kind",
+    # texts, pictures, sound
+    ["distilbert", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("efficientnet", "wav2vec2"))],
+)
 def test_pooling_is_one_step_or_the_mean_of_the_real_ones(kind):
     enc, config = of_random_params(kind)
     inputs, mask = asked(kind, config)
@@ -236,21 +266,28 @@ def test_pooling_is_one_step_or_the_mean_of_the_real_ones(kind):
     np.testing.assert_allclose(first, features[:, 0], atol=1e-5)
     np.testing.assert_array_equal(kept, real[:, 0])
     mean, kept = of_random_params(kind, pool="mean")[0](inputs, mask)
-    for row in range(len(features)):
-        want = features[row][real[row]].mean(0) if real[row].any() else 0
-        np.testing.assert_allclose(mean[row], want, atol=1e-5)
-        assert kept[row] == real[row].any()
+    np.testing.assert_allclose(mean, means(features, real), atol=1e-5)
+    np.testing.assert_array_equal(kept, real.any(1))
 
 
+def means(features, real):
+    """The mean of each row's real steps, 0 where there is none."""
+    return np.stack(
+        [row[steps].mean(0) if steps.any() else 0 * row[0] for row, steps in zip(features, real, strict=True)]
+    )
+
+
+@every_seed
 @every_kind
-def test_bfloat16_points_the_same_way(kind):
-    full, config = of_random_params(kind, pool="mean")
+def test_bfloat16_points_the_same_way(kind, seed):
+    full, config = of_random_params(kind, seed)
     inputs, mask = asked(kind, config)
     want, real = full(inputs, mask)
-    got, _ = of_random_params(kind, dtype=jnp.bfloat16, pool="mean")[0](inputs, mask)
+    got, _ = of_random_params(kind, seed, dtype=jnp.bfloat16)[0](inputs, mask)
     assert got.dtype == np.float32
     assert np.abs(got - want).max() > 0, "bfloat16 was asked for, yet nothing was rounded"
-    assert cosines(got[real], want[real]).min() >= 0.999
+    got, want = (means(x, real)[real.any(1)] for x in (got, want))
+    assert cosines(got, want).min() >= 0.999
 
 
 @every_kind
