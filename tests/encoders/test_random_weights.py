@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from avjax import encoders
-from avjax.encoders import random_weights, registry, weights
+from avjax.encoders import loading, random_weights, registry, weights
 from avjax.errors import AvjaxError
 
 
@@ -36,7 +36,7 @@ def test_every_byte_of_a_text_is_a_token_between_the_first_and_the_last():
 def test_every_registered_architecture_is_known(name):
     contents = registry.REGISTRY[name].written["config.json"]
     for tower in ("vision", "text") if contents["model_type"] == "clip" else (None,):
-        contents = encoders._of_tower(registry.REGISTRY[name].written["config.json"], tower)
+        contents = loading.select_tower(registry.REGISTRY[name].written["config.json"], tower)
         family = encoders.FAMILIES[contents["model_type"]]
         assert family.shapes(family.build(contents, np.dtype("float32"), None).config)
 

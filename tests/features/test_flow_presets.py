@@ -122,7 +122,7 @@ def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
     _, made = packed(name)
     monkeypatch.setattr(encode, "BLOCK", 7)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr("avjax.encoders.default_dtype", lambda: "float32")
+    monkeypatch.setattr("avjax.encoders.loading.default_dtype", lambda: "float32")
     with (data / "labels.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
     (tmp_path / "alone").mkdir()

@@ -150,7 +150,7 @@ def test_time_and_precision_are_recorded(packed):
 def test_accelerators_get_batches_and_clips_the_same_features(packed, data, preset, tmp_path, monkeypatch):
     _, alone = packed
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr("avjax.encoders.default_dtype", lambda: "float32")
+    monkeypatch.setattr("avjax.encoders.loading.default_dtype", lambda: "float32")
     monkeypatch.setattr(encode, "CLIPS", 2)
     seen = []
     real = encode._joined
@@ -167,7 +167,7 @@ def test_accelerators_get_batches_and_clips_the_same_features(packed, data, pres
 
 @pytest.mark.slow
 def test_a_lower_precision_is_told(preset, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("avjax.encoders.default_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("avjax.encoders.loading.default_dtype", lambda: "bfloat16")
     extract(data, tmp_path / "F")
     records = [json.loads(p.read_text()) for p in (tmp_path / "F" / "provenance").iterdir()]
     cosines = [r["measured"]["cosine_to_float32"]["least"] for r in records if "measured" in r]

@@ -190,7 +190,7 @@ def test_what_is_staged_is_not_staged_again_whatever_encoders_compute_in(packed,
     out, _ = packed
     staged = {p: p.stat().st_mtime_ns for p in out.glob("staged/*/*")}
     monkeypatch.setitem(presets.PRESETS, "raw", raw)
-    monkeypatch.setattr("avjax.encoders.default_dtype", lambda: "bfloat16")
+    monkeypatch.setattr("avjax.encoders.loading.default_dtype", lambda: "bfloat16")
     monkeypatch.setattr("avjax.media.faces.FaceTracker.track", None)
     extract(data, out, "raw")
     assert {p: p.stat().st_mtime_ns for p in out.glob("staged/*/*")} == staged

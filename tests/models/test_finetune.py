@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from avjax import encoders, models
 from avjax.datasets.base import Fold
-from avjax.encoders import formats
+from avjax.encoders import formats, random_weights
 from avjax.errors import AvjaxError
 from avjax.features import presets
 from avjax.models import finetune, lora
@@ -314,7 +314,7 @@ def test_remat_gives_the_same_and_holds_less_for_the_gradient(kind):
     contents = tiny_raw.SHAPES[kind] | changes
     family = encoders.FAMILIES[contents["model_type"]]
     module = family.build(contents, jnp.float32, None)
-    params = encoders.untrained.params(family.shapes(module.config))
+    params = random_weights.params(family.shapes(module.config))
     draw = np.random.default_rng(0)
     inputs = draw.integers(0, 1000, shape).astype(np.int32) if kind == "tiny_text" else draw.normal(size=shape)
     inputs = inputs if kind == "tiny_text" else inputs.astype(np.float32)

@@ -1,0 +1,179 @@
+"""A pretrained network with its preprocessing: batches are padded to a few shapes, so that it compiles seldom."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from avjax.encoders import base, random_weights
+from avjax.errors import AvjaxError
+from avjax.layers.masking import masked_mean
+
+
+class Encoder:
+    """A pretrained network with its preprocessing, as `encoders.load` makes it.
+
+    Attributes:
+      module, params: the Flax module and its params, on the device, which a model may train further; `pool` is not
+        part of it.
+      config: the architecture, of the family's own class.
+      settings: of preprocessing, the contents of preprocessor_config.json.
+      width: of the features.
+      longest: the longest input, None where there is no limit.
+      random: whether its weights were drawn at random.
+      provenance: source, sha256, model_type, layer, pool and dtype, as strings: what the features depend on.
+    """
+
+    def __init__(
+        self,
+        family: Any,
+        module: Any,
+        params: Mapping,
+        provenance: dict[str, str],
+        *,
+        pool: str | None = None,
+        files: base.Files | None = None,
+    ):
+        self.module, self.config = module, module.config
+        self.width = module.config.joint if pool == "projected" else module.config.width
+        self.longest = module.config.longest
+        self.provenance = provenance
+        self.random = provenance.get("sha256") == random_weights.STATED
+        self._family = family
+        self._steps = module.config.steps
+        self._pool = pool
+        self._files = files or base.Files({}, Path("model.safetensors"))
+        self.settings = self._files.settings
+        devices = jax.local_devices()
+        mesh = jax.make_mesh((len(devices),), ("batch",), axis_types=(AxisType.Auto,), devices=devices)
+        self._devices = len(devices)
+        self._shard = NamedSharding(mesh, PartitionSpec("batch"))
+        self.params = jax.device_put(_without_blocks_above(module, params), NamedSharding(mesh, PartitionSpec()))
+
+        @jax.jit
+        def run(params: Mapping, inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+            features, real = module.apply({"params": params}, inputs, mask)
+            features = jnp.where(real[..., None], features, 0).astype(jnp.float32)
+            return pooled(features, real, pool)
+
+        self._run = run
+
+    def __call__(
+        self, inputs: np.ndarray | jax.Array, mask: np.ndarray | jax.Array | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes a batch. Neither what lies under a False mask nor the other rows change the features of a row.
+
+        Batch and length are padded to a power of two or to three quarters of it, so that there are few compilations
+        however sizes vary; all local devices share the batch.
+
+        Args:
+          inputs: token ids (b, l), waveforms (b, samples) at 16 kHz, images (b, h, w, 3) or log-mel (b, bins, frames),
+            as `prepare` gives them.
+          mask: (b, length) bool, True = real; (b,) for images; default all True.
+        Returns:
+          features (b, s, d) float32, zeros under a False mask, and their mask (b, s); with `pool`, (b, d) and (b,).
+        Raises:
+          AvjaxError: the shapes are not those of this encoder, or the input is longer than `longest`.
+        """
+        inputs = np.asarray(inputs)
+        batch, axis = len(inputs), self._family.INPUTS.length_axis
+        rows = _bucket(-(-batch // self._devices)) * self._devices
+        wide = [np.pad(x, [(0, rows - batch)] + [(0, 0)] * (x.ndim - 1)) for x in self.padded(inputs, mask)]
+        features, real = self.on_device(*jax.device_put(wide, self._shard))
+        features, real = np.asarray(features)[:batch], np.asarray(real)[:batch]
+        if self._pool or axis is None:
+            return features, real
+        steps = self._steps(inputs.shape[axis])
+        return features[:, :steps], real[:, :steps]
+
+    def on_device(self, inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Computes what a call does of inputs on the device and leaves it there; compiles for each new shape."""
+        return self._run(self.params, inputs, mask)
+
+    def padded(self, inputs: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Pads the length of inputs and mask to its bucket; arguments and errors as in a call."""
+        mask, axis = self._family.INPUTS.masked(inputs, mask), self._family.INPUTS.length_axis
+        if axis is None:
+            return inputs, mask
+        length = inputs.shape[axis]
+        room = _bucket(length, self._family.INPUTS.least)
+        # A bucket longer than the encoder takes is cut to that; a longer input is the encoder's to refuse.
+        spare = max(length, min(room, self.longest or room)) - length
+        padding = [(0, spare if a == axis else 0) for a in range(inputs.ndim)]
+        return np.pad(inputs, padding), np.pad(mask, [(0, 0), (0, spare)])
+
+    def prepare(self, raw: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Makes this encoder's inputs and their mask, as the original's processor makes them.
+
+        Args:
+          raw: texts; or waveforms at 16 kHz, a sequence of (samples,) float32; or pictures, uint8 (n, h, w, 3) or a
+            sequence of (h, w, 3).
+        """
+        if self._family.INPUTS.text:
+            return self.tokenize(raw)
+        return self._family.prepare(raw, self.settings)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The `tokenizers.Tokenizer` of tokenizer.json: the ids of transformers' fast tokenizers without their import.
+
+        Raises:
+          AvjaxError: the folder has none.
+        """
+        if self.random:
+            return random_weights.tokenizer(self.provenance["model_type"])
+        file = self._files.tensors.with_name("tokenizer.json")
+        if not file.is_file():
+            raise AvjaxError(f"{file}: no such file; put the tokenizer of this encoder there")
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(file))
+
+    def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Turns texts into ids (b, l) int32 and mask (b, l) bool, l being the longest text's.
+
+        Args:
+          texts: b strings.
+          max_length: longer texts are cut to this many ids, special ones included; default `longest`.
+        Raises:
+          AvjaxError: `max_length` leaves no room for text, or exceeds `longest`.
+        """
+        limit = self.longest if max_length is None else max_length
+        special = self.tokenizer.num_special_tokens_to_add(False)
+        if not special < limit <= self.longest:
+            raise AvjaxError(f"max_length is {limit}, expected {special + 1} to {self.longest}")
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(limit)
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
+        lengths = np.array([len(row) for row in rows], int)
+        mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
+        ids = np.full(mask.shape, self._files.config.get("pad_token_id") or 0, np.int32)
+        ids[mask] = np.concatenate([np.empty(0, np.int32), *rows])
+        return ids, mask
+
+
+def pooled(features: jax.Array, mask: jax.Array, pool: str | None) -> tuple[jax.Array, jax.Array]:
+    """Pools features (b, s, d) and mask (b, s) to (b, d) and (b,); they stay as they are where `pool` is None."""
+    if pool in ("first", "projected"):
+        return features[:, 0], mask[:, 0]
+    if pool == "mean":
+        return masked_mean(features, mask), mask.any(1)
+    return features, mask
+
+
+def _without_blocks_above(module: Any, params: Mapping) -> Mapping:
+    """Drops the params of the blocks above the layer that is asked for."""
+    if module.layer is None:
+        return params
+    return {k: v for k, v in params.items() if not k.startswith("block_") or int(k[6:]) < module.layer}
+
+
+def _bucket(size: int, least: int = 1) -> int:
+    """Rounds up to the next power of two, or to three quarters of it where that is enough."""
+    power = 1 << max(0, size - 1).bit_length()
+    return max(least, power * 3 // 4 if size <= power * 3 // 4 else power)
