@@ -28,10 +28,10 @@ class Packed:
     """
 
     def __init__(self, root: Path, dataset: str, preset: str, clips: Sequence[Clip], text_source: str):
-        import tensorflow_datasets as tfds
+        import tensorflow_datasets
 
         folder = tfds.readable(root, dataset, preset)
-        self._source = tfds.builder_from_directory(str(folder)).as_data_source("clips")
+        self._source = tensorflow_datasets.builder_from_directory(str(folder)).as_data_source("clips")
         scanned = _scanned(folder, self._source)
         self._place = [scanned["places"][clip.id] for clip in clips]
         self.longest = scanned["longest"]
