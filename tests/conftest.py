@@ -39,6 +39,17 @@ def _keep_programs(folder: pathlib.Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compiles the programs of quick tests, and of the commands that they start, without optimising: in half the time.
+
+    Thorough and slow tests, and those marked `optimised`, run them as users do.
+    """
+    optimised = any(item.get_closest_marker(mark) for mark in ("thorough", "slow", "optimised"))
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimised))
+    jax.config.update("jax_disable_most_optimizations", not optimised)
+
+
 @pytest.fixture(scope="session")
 def java_sed() -> pathlib.Path:
     """The folder of 96 real clips; tests that need it skip where it is not at hand."""

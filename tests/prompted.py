@@ -7,7 +7,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from ml_collections import ConfigDict
 
 from avjax import config as configs
@@ -57,14 +56,6 @@ def compiled(chosen: str, classes: int):
     config = ConfigDict(json.loads(chosen))
     model = models.build(config.model, classes)
     return model, loop.make(model, config)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Programs of a few clips are compiled in half the time where nothing is optimised; for modules that import it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Run:

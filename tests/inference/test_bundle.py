@@ -24,7 +24,6 @@ from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.utils.storage import only_writer
 from tests import exported
-from tests.prompted import quick  # noqa: F401
 
 FILES = {
     "config.json",

@@ -10,7 +10,6 @@ from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.models.fusions import registry as fusions
 from tests import portable, tiny_raw
-from tests.prompted import quick  # noqa: F401
 
 
 def checked(run: runs.Run, clips, config, folder) -> runs.Run:

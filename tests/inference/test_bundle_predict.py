@@ -21,7 +21,6 @@ from avjax.inference import bundle, model_card
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from tests import exported, portable, tiny_run
-from tests.prompted import quick  # noqa: F401
 
 CLOSE = 1e-5
 # All that is needed, and what jax brings.

@@ -16,7 +16,6 @@ from avjax.inference import run as runs
 from avjax.inference import stablehlo
 from avjax.models.fusions.registry import FUSIONS
 from tests import portable, tiny_raw
-from tests.prompted import quick  # noqa: F401
 
 CLOSE = 1e-6
 # Models that cut steps into groups, or ask for a least number of them.

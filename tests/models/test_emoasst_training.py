@@ -18,7 +18,7 @@ from avjax.models import emoasst
 from avjax.models.base import Output
 from avjax.training import batches, streamed_batches
 from tests import prompted
-from tests.prompted import Run, equal, quick  # noqa: F401
+from tests.prompted import Run, equal
 
 FEATURES = prompted.make(signal=1.0)
 TRAIN, VAL, TEST = slice(0, 26), slice(26, 36), slice(36, 48)  # of the first lane; the second has a part of TRAIN alone
