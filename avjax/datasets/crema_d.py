@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from avjax.datasets import fold_tables
 from avjax.datasets.base import GENDERS, Clip, Corpus, Fold
 from avjax.datasets.fold_tables import gathered
 from avjax.datasets.labels import numbers
 from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
-from avjax.utils import media_files
+from avjax.utils import media_files, tables
 
 # Of each class, in their order: its code in file names, letter in tables of votes, column in lists of shares.
 _CODES = ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")
@@ -92,7 +91,7 @@ def votes(table: Path) -> dict[str, dict[str, float]]:
       AvjaxError: it is not such a table.
     """
     names = dict(zip(_LETTERS, about("crema_d").classes, strict=True))
-    found = {row["FileName"]: row["MultiModalVote"] for row in fold_tables.table(table, ("FileName", "MultiModalVote"))}
+    found = {row["FileName"]: row["MultiModalVote"] for row in tables.read(table, ("FileName", "MultiModalVote"))}
     most = {name: [names[letter] for letter in vote.split(":") if letter in names] for name, vote in found.items()}
     return {name: dict.fromkeys(emotions, 1 / max(len(emotions), 1)) for name, emotions in most.items()}
 
@@ -127,8 +126,8 @@ def _by_id(folder: Path, suffix: str) -> dict[str, Path]:
 
 def _genders(root: Path) -> dict[str, str]:
     """Actor → gender, by the first VideoDemographics.csv, if there is one."""
-    tables = [p for p in media_files.files(root, ".csv") if p.name == "VideoDemographics.csv"]
-    rows = fold_tables.table(tables[0], ("ActorID", "Sex")) if tables else []
+    found = [p for p in media_files.files(root, ".csv") if p.name == "VideoDemographics.csv"]
+    rows = tables.read(found[0], ("ActorID", "Sex")) if found else []
     return {row["ActorID"]: row["Sex"].lower() for row in rows if row["Sex"].lower() in GENDERS}
 
 
@@ -161,10 +160,10 @@ def _majority(classes: Sequence[str], shares: Shares) -> tuple[str, str]:
 
 def _partitions(root: Path) -> tuple[dict[str, tuple[Shares, str]], dict[str, dict[str, str]]]:
     """Clip → shares and why they are none ("" if they are some); and partition → clip → its part."""
-    tables = media_files.files(root, ".csv")
+    lists = media_files.files(root, ".csv")
     shares, parts = {}, {}
     for name in _PARTITIONS:
-        path = _one(root, [p for p in tables if p.name.endswith(f"label_consensus_{name}.csv")], name)
+        path = _one(root, [p for p in lists if p.name.endswith(f"label_consensus_{name}.csv")], name)
         rows = _rows(path)
         shares[name] = {clip: numbers("soft", {c: row[c] for c in _COLUMNS}) for clip, row in rows.items()}
         parts[name] = {clip: _part(path, row) for clip, row in rows.items()}
@@ -186,7 +185,7 @@ def _one(root: Path, found: Sequence[Path], name: str) -> Path:
 
 def _rows(path: Path) -> dict[str, dict[str, str]]:
     """Clip → its row."""
-    table = fold_tables.table(path, ("FileName", *_COLUMNS, "Split_Set"))
+    table = tables.read(path, ("FileName", *_COLUMNS, "Split_Set"))
     rows = {row["FileName"].removesuffix(".wav"): row for row in table}
     if len(rows) < len(table):
         raise AvjaxError(f"{path}: {len(table)} rows of {len(rows)} clips; expected each clip once")

@@ -12,7 +12,7 @@ from avjax.datasets import fold_tables
 from avjax.datasets.base import Corpus
 from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
-from avjax.utils import media_files
+from avjax.utils import media_files, tables
 
 _FILMS = "Clip/original"
 _NUMBER = re.compile(r"\d{1,9}", re.ASCII)
@@ -59,7 +59,7 @@ def _id(number: str) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
     """Where it stands, a clip's id and its number of a class, of each row of a fold list."""
-    for row in fold_tables.table(path, ("video_name", "label")):
+    for row in tables.read(path, ("video_name", "label")):
         if not _NUMBER.fullmatch(row["video_name"]):
             raise AvjaxError(f"{path}: video_name is {row['video_name']!r}; expected a number such as 02522")
         yield str(path), _id(row["video_name"]), row["label"]

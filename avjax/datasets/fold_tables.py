@@ -1,6 +1,5 @@
-"""What comes with a data set as text: tables of rows, and official fold lists, which are checked before use."""
+"""Official fold lists, which are checked before use, and the data sets that they make."""
 
-import csv
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,30 +13,6 @@ from avjax.utils import media_files
 
 # A fold's name and "train" or "test".
 Part = tuple[str, str]
-
-
-def table(path: Path, columns: Sequence[str], hint: str = "") -> list[dict[str, str]]:
-    """The rows of a CSV table in UTF-8 as column → text without blanks at its ends, "" where a row is short.
-
-    Args:
-      columns: those to read; names of the header may have blanks around them.
-      hint: what to do where there is no such file.
-    Raises:
-      AvjaxError: there is no such file, it is not UTF-8 or not CSV, or it lacks a column.
-    """
-    if not path.is_file():
-        raise AvjaxError(f"{path}: not found; {hint}")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            if missing := [c for c in columns if c not in reader.fieldnames]:
-                raise AvjaxError(f"{path}: no column {', '.join(missing)}; expected {', '.join(columns)}")
-            return [{c: row[c].strip() for c in columns} for row in reader]
-    except UnicodeDecodeError as error:
-        raise AvjaxError(f"{path}: not UTF-8 (byte {error.start}); take the table of the download") from error
-    except csv.Error as error:
-        raise AvjaxError(f"{path}: not a CSV table ({error}); take the table of the download") from error
 
 
 @dataclasses.dataclass(frozen=True)

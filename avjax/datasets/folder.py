@@ -13,16 +13,20 @@ Any label is a class, unless a file `classes.txt` stands beside the table: one c
 with another label are then rejected.
 """
 
-import csv
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from avjax.datasets import labels
 from avjax.datasets.base import GENDERS, Clip, Corpus, Task
 from avjax.errors import AvjaxError
-from avjax.utils import media_files
+from avjax.utils import media_files, tables
 
 _MARKS = {"regression": "value:", "multilabel": "is:", "soft": "share:"}
+_HINT = (
+    "expected a table with the columns file,label[,speaker][,split|fold][,transcript]; a folder data set has it as "
+    "labels.csv (set --config.data.root to its folder)"
+)
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
@@ -43,7 +47,8 @@ def read(table: Path, *, anywhere: bool = False) -> Corpus:
       AvjaxError: no such table, it or `classes.txt` is not UTF-8, it is not CSV, no column `file` or `label`,
         `classes.txt` has no class or one twice, or no usable row.
     """
-    root, rows = table.parent, _read(table)
+    rows = tables.read(table, ("file",), hint=_HINT, raw=("file", "audio"), name=lambda text: text.strip().lower())
+    root = table.parent
     task, columns = _numbers(table, rows)
     classes = () if columns else _classes(root / "classes.txt")
     clips, rejected, seen = [], [], set()
@@ -66,15 +71,19 @@ def read(table: Path, *, anywhere: bool = False) -> Corpus:
     return Corpus("folder", Task(task, classes), tuple(clips), (), tuple(rejected))
 
 
-def _numbers(table: Path, rows: list[dict[str, str]]) -> tuple[str, tuple[str, ...]]:
+def _numbers(table: Path, rows: Sequence[Mapping]) -> tuple[str, tuple[str, ...]]:
     """The kind of task, and the columns of numbers in the place of `label`, () where there are none."""
-    columns = {kind: tuple(c for c in rows[0] if c.startswith(mark)) for kind, mark in _MARKS.items()} if rows else {}
-    found = {kind: names for kind, names in columns.items() if names}
-    if len(found) > 1 or (found and "label" in rows[0]):
-        there = ", ".join(c for c in rows[0] if c == "label" or c.startswith(tuple(_MARKS.values())))
+    names = [name for name in rows[0] if name] if rows else ["file", "label"]
+    columns = {kind: tuple(c for c in names if c.startswith(mark)) for kind, mark in _MARKS.items()}
+    found = {kind: marked for kind, marked in columns.items() if marked}
+    if not found:
+        tables.check_columns(table, names, ("file", "label"))
+        return "single", ()
+    if len(found) > 1 or "label" in names:
+        there = ", ".join(c for c in names if c == "label" or c.startswith(tuple(_MARKS.values())))
         marks = ", ".join(f"{mark}<name>" for mark in _MARKS.values())
         raise AvjaxError(f"{table}: columns {there}; expected one kind of label: label, {marks}")
-    return next(iter(found.items()), ("single", ()))
+    return next(iter(found.items()))
 
 
 def _classes(path: Path) -> tuple[str, ...]:
@@ -91,44 +100,7 @@ def _classes(path: Path) -> tuple[str, ...]:
     return classes
 
 
-def _read(table: Path) -> list[dict[str, str]]:
-    """The rows as column name → stripped text, "" where a row is short; `surplus` is what it has beyond the columns."""
-    if not table.is_file():
-        raise AvjaxError(
-            f"{table}: not found; expected a table with the columns file,label[,speaker][,split|fold][,transcript]; a "
-            "folder data set has it as labels.csv (set --config.data.root to its folder)"
-        )
-    try:
-        # Foreign bytes are let through, for names of files; `_check_text` refuses them elsewhere.
-        with table.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            header = file.readline()
-            _check_text(table, 1, header)
-            file.seek(0)
-            # Spreadsheets of many countries separate by semicolons.
-            separator = max(",;\t", key=header.count)
-            reader = csv.DictReader(file, delimiter=separator, strict=True, restval="")
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            labelled = any(name.startswith(tuple(_MARKS.values())) for name in reader.fieldnames)
-            if missing := {"file", *(() if labelled else ("label",))} - set(reader.fieldnames):
-                lacking = " or ".join(sorted(missing))
-                raise AvjaxError(f"{table}: no column {lacking}; got {header.strip()!r}, expected file,label[,…]")
-            rows = []
-            for row in reader:
-                _check_text(table, reader.line_num, *(row[n] for n in reader.fieldnames if n not in ("file", "audio")))
-                rows.append({n: row[n].strip() for n in reader.fieldnames} | {"surplus": row.get(None, "")})
-            return rows
-    except csv.Error as error:
-        raise AvjaxError(
-            f'{table}, line {reader.reader.line_num}: {error}; a cell with a quote in it is written "say ""this"""'
-        ) from error
-
-
-def _check_text(table: Path, line: int, *cells: str) -> None:
-    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
-        raise AvjaxError(f"{table}, line {line}: not UTF-8; save the table as UTF-8")
-
-
-def _label(row: dict[str, str], task: str, columns: tuple[str, ...]) -> tuple[str | tuple[float, ...], str]:
+def _label(row: Mapping[str | None, str], task: str, columns: tuple[str, ...]) -> tuple[str | tuple[float, ...], str]:
     """A row's label, and why it is none ("" if it is one)."""
     if not columns:
         return row["label"], "" if row["label"] else "no label"
@@ -136,12 +108,12 @@ def _label(row: dict[str, str], task: str, columns: tuple[str, ...]) -> tuple[st
 
 
 def _clip(
-    root: Path, row: dict[str, str], task: str, columns: tuple[str, ...], anywhere: bool
+    root: Path, row: Mapping[str | None, str], task: str, columns: tuple[str, ...], anywhere: bool
 ) -> tuple[Clip | None, str]:
     """A row's clip, and why it cannot be used ("" if it can)."""
     if not row["file"]:
         return None, "no file name"
-    if row["surplus"]:
+    if None in row:
         return None, "more cells than columns; put a text with a separator in it in double quotes"
     try:
         start, end = (float(row[k]) if row.get(k) else None for k in ("start", "end"))

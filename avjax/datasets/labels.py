@@ -4,6 +4,8 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 
+from avjax.utils.tables import number
+
 NUMBERS = ("regression", "multilabel", "soft")  # the tasks (`avjax.tasks`) whose labels are numbers
 
 
@@ -21,10 +23,7 @@ def numbers(task: str, told: Mapping[str, str]) -> tuple[tuple[float, ...], str]
     Values are any numbers, answers are 1 or 0; shares may be votes: they are divided by their sum.
     """
     said = f"{', '.join(told)}: {', '.join(text or 'nothing' for text in told.values())}"
-    try:
-        found = tuple(map(float, told.values()))
-    except ValueError:
-        return (), f"{said}; expected numbers"
+    found = tuple(map(number, told.values()))
     if not all(map(math.isfinite, found)):
         return (), f"{said}; expected numbers"
     if task == "multilabel" and not set(found) <= {0.0, 1.0}:

@@ -7,11 +7,11 @@
 import re
 from pathlib import Path
 
-from avjax.datasets import fold_tables, labels
+from avjax.datasets import labels
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
-from avjax.utils import media_files
+from avjax.utils import media_files, tables
 
 _PARTS = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
 # A table is not to lead out of the folder of films.
@@ -39,7 +39,7 @@ def index(root: Path) -> Corpus:
     rejected: list[tuple[str, str]] = []
     for part, folder in _PARTS.items():
         table = root / f"{part}_sent_emo.csv"
-        made = [_clip(root, part, folder, row) for row in fold_tables.table(table, _COLUMNS, _MISSING)]
+        made = [_clip(root, part, folder, row) for row in tables.read(table, _COLUMNS, hint=_MISSING)]
         reasons = {c.id: known.broken.get(c.id) or _trouble(c, classes) for c in made}
         rejected += [(clip_id, reason) for clip_id, reason in reasons.items() if reason]
         clips[part] = [c for c in made if not reasons[c.id]]

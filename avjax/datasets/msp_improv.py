@@ -10,8 +10,8 @@ from pathlib import Path
 from avjax.datasets.base import Clip, Corpus
 from avjax.datasets.fold_tables import gathered
 from avjax.errors import AvjaxError
-from avjax.features.tables.readers import number
 from avjax.utils import media_files
+from avjax.utils.tables import number
 
 _RATINGS = ("Evalution.txt", "Evaluation.txt")
 # Sentence and its emotion, speaker, scenario, who speaks to whom and the number of the turn.

@@ -1,8 +1,6 @@
 """Reads the lists of folds that S2D, HiCMAE, OGM-GE and VAVL publish of DFEW, MAFW, CREMA-D, RAVDESS and MSP-IMPROV."""
 
-import csv
 import dataclasses
-import gzip
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from avjax.datasets.folder import SPLITS
 from avjax.errors import AvjaxError
+from avjax.utils import tables
 
 # ---- Lists of folds -----------------------------------------------------------------------------------------------
 
@@ -84,14 +83,8 @@ def _lists(folder: Path, path: Path) -> list[tuple[Path, Listed]]:
 
 def _rows(path: Path) -> list[list[str]]:
     """The cells of each line: separated by commas where the first has one, else by blanks."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            lines = [line for line in file.read().decode("utf-8-sig").splitlines() if line.strip()]
-        except (UnicodeDecodeError, OSError, EOFError) as error:
-            raise AvjaxError(f"{path}: {error}; expected a list in UTF-8") from error
-    if lines and "," in lines[0]:
-        return list(csv.reader(lines))
-    return [line.split() for line in lines]
+    rows = tables.read_cells(path)
+    return rows if rows and len(rows[0]) > 1 else [" ".join(row).split() for row in rows]
 
 
 def _clip(path: Path, row: Sequence[str]) -> tuple[str, str]:

@@ -16,7 +16,6 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
-import io
 import json
 import shutil
 import tempfile
@@ -32,7 +31,7 @@ from avjax.datasets.metadata import corpus as corpus_of
 from avjax.datasets.metadata import target as target_of
 from avjax.errors import AvjaxError
 from avjax.features import tfds
-from avjax.utils import paths, storage
+from avjax.utils import paths, storage, tables
 from avjax.utils.storage import is_local, only_writer, read_json, replacing, write_text
 
 STREAMS = ("video", "flow", "audio")  # flow where the preset has it
@@ -168,16 +167,7 @@ class Store:
           AvjaxError: it is not UTF-8, as some spreadsheet programs save it, or lacks one of `columns`.
         """
         path = self.root / name
-        if not path.is_file():
-            return []
-        try:
-            with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
-                rows = csv.DictReader(file, restval="")
-                if missing := set(columns) - set(rows.fieldnames or ()):
-                    raise AvjaxError(f"{path}: no column {', '.join(sorted(missing))}; expected {','.join(columns)}")
-                return list(rows)
-        except UnicodeDecodeError as error:
-            raise AvjaxError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 CSV") from error
+        return tables.read(path, columns, cell=str) if path.is_file() else []
 
     def is_packed(self, preset: str, recipe: str) -> bool:
         """Whether the packed view of `preset` was made from `recipe`, a hash of all that goes into it."""

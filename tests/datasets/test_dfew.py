@@ -141,7 +141,7 @@ def test_a_layout_that_is_not_dfew(tmp_path):
 
 def test_a_list_that_is_no_such_table(tmp_path):
     listed(write(tmp_path), 2, "train").write_text("id,emotion\n00001,1\n")
-    with pytest.raises(AvjaxError, match=r"set_2\.csv: no column video_name, label; expected video_name, label"):
+    with pytest.raises(AvjaxError, match=r"set_2\.csv: no column video_name, label; got id, emotion; expected"):
         registry.index("dfew", str(tmp_path))
 
 

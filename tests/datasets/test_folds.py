@@ -106,8 +106,9 @@ def test_folder_rejects_a_row_and_keeps_the_rest(folder, tmp_path, row, reason):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("", "no column file or label"),
-        ("path,label\na.mp4,sad\n", "no column file; got 'path,label', expected file,label"),
+        ("", "labels.csv: is empty; expected a table"),
+        ("path,label\na.mp4,sad\n", "no column file; got path, label; expected file"),
+        ("file,name\na.mp4,sad\n", "no column label; got file, name; expected file, label"),
         ("file,label\n", "none of its 0 rows can be used"),
         ("file,label\nno.mp4,sad\n", "none of its 1 rows can be used; the first: no: no such file"),
         ('file,label,transcript\na.mp4,sad,"never ends\nb.mp4,sad,\n', "labels.csv, line 3: unexpected end of data"),

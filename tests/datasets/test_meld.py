@@ -137,7 +137,12 @@ def test_the_published_counts(tmp_path):
     [
         (lambda root: (root / "dev_sent_emo.csv").unlink(), "dev_sent_emo.csv: not found; set --config.data.root"),
         (lambda root: (root / "dev_sent_emo.csv").write_text("a,b\n1,2\n"), "no column Utterance, Speaker"),
-        (lambda root: (root / "dev_sent_emo.csv").write_bytes(b"Utterance\n\xff\n"), r"not UTF-8 \(byte 10\)"),
+        (
+            lambda root: (root / "dev_sent_emo.csv").write_bytes(
+                b"Utterance,Speaker,Emotion,Dialogue_ID,Utterance_ID\n\xff"
+            ),
+            "line 2: not UTF-8",
+        ),
         (lambda root: write(root, "dev", []), "none of its rows has a film"),
     ],
 )

@@ -11,7 +11,8 @@ import numpy as np
 from avjax.datasets import labels
 from avjax.errors import AvjaxError
 from avjax.features import store as stores
-from avjax.features.tables import mmsa, mosei, openface, readers
+from avjax.features.tables import mmsa, mosei, openface
+from avjax.utils import tables
 
 STREAMS = (*stores.STREAMS, "text")
 FACTS = ("label", "id", "speaker", "gender", "transcript", "split", "fold", "dialogue", "turn")
@@ -99,7 +100,7 @@ class Fact:
         """The fact, and why there is none ("" if there is)."""
         text = text_of(value)
         if self.at_least is not None:
-            number = readers.number(text)
+            number = tables.number(text)
             if not math.isfinite(number):
                 return "", f"is {text!r}; expected a number"
             text = str(int(number >= self.at_least))

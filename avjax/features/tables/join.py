@@ -34,6 +34,7 @@ from avjax.features.tables import readers
 from avjax.features.tables.description import FORMATS, Description, Fact, File, Format, text_of
 from avjax.utils import paths as assets
 from avjax.utils.storage import sha256
+from avjax.utils.tables import number
 
 CODE_VERSION = 1  # raised when a change of code changes what is packed
 TEXT_SOURCE = "given"  # by which `model.text_source` names the stream `text`
@@ -326,7 +327,7 @@ def _numbers(column: Sequence) -> Sequence[np.ndarray]:
     """Rows as float32, without a copy where they are; text that is no number, and what is too large, is not finite."""
     with np.errstate(over="ignore"):
         if all(isinstance(v, str) for v in column):
-            return np.array([readers.number(v) for v in column]).astype(np.float32)
+            return np.array([number(v) for v in column]).astype(np.float32)
         rows = [np.asarray(v).astype(np.float32, casting="same_kind", copy=False) for v in column]
         return rows if rows[0].ndim else np.stack(rows)
 
@@ -430,4 +431,4 @@ def _clips(root: Path, path: str, file: File, load: Load, broken: dict[str, str]
 def _of_steps(column: object) -> object:
     """The texts of a table whose rows are steps as numbers (steps, 1)."""
     texts = isinstance(column, tuple)
-    return np.array([readers.number(text) for text in column], np.float32)[:, None] if texts else column
+    return np.array([number(text) for text in column], np.float32)[:, None] if texts else column

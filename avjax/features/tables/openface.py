@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from avjax.errors import AvjaxError
-from avjax.features.tables import readers
+from avjax.utils import tables
 
 # The action units whose intensity OpenFace gives, 0 to 5; of one more it says only whether it is there.
 UNITS = tuple(f"AU{n:02d}" for n in (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17, 20, 23, 25, 26, 45))
@@ -34,7 +34,7 @@ def openface(path: Path) -> dict[str, np.ndarray]:
     Raises:
       AvjaxError: it is no table, has no frame, or lacks a column.
     """
-    columns = readers.read_csv(path)
+    columns = tables.read_columns(path)
     parts = {
         "timestamp": ("timestamp",),
         "confidence": ("confidence",),
@@ -58,7 +58,7 @@ def openface(path: Path) -> dict[str, np.ndarray]:
 
 
 def _floats(columns: Iterable[Sequence[str]]) -> np.ndarray:
-    return np.array([[readers.number(cell) for cell in column] for column in columns], np.float32).T
+    return np.array([[tables.number(cell) for cell in column] for column in columns], np.float32).T
 
 
 def _followed(faces: Sequence[str], confidence: np.ndarray) -> np.ndarray:

@@ -1,17 +1,17 @@
 """Files that hold tables or arrays → columns or arrays by name: CSV, .npy, .npz, HDF5 and pickles."""
 
-import csv
 import glob
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from avjax.errors import AvjaxError
 from avjax.features.tables import safe_pickle
+from avjax.utils import tables
 
 _CSV = (".csv", ".tsv", ".txt")
 
@@ -30,7 +30,7 @@ def load(path: Path, header: bool = True) -> object:
     if path.is_dir() or path.suffix == ".npy":
         return {"value": np.atleast_2d(frames(path))}
     if path.suffix in _CSV:
-        return read_csv(path, header)
+        return tables.read_columns(path, header)
     if path.suffix not in _READERS:
         raise AvjaxError(f"{path}: expected {', '.join([*_CSV, *_READERS, '.npy'])}")
     return _READERS[path.suffix](path)
@@ -86,38 +86,6 @@ def _npy(path: Path) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf" or array.ndim not in (1, 2):
         raise AvjaxError(f"{path}: {getattr(array, 'shape', 'an archive')}; expected numbers, (d,) or (steps, d)")
     return array
-
-
-def read_csv(path: Path, header: bool = True) -> dict[str, Sequence[str]]:
-    """Column → the texts of its rows; without a header the columns are called "0", "1", ….
-
-    Raises:
-      AvjaxError: the file is empty or no UTF-8, two columns have one name, or a row has more or fewer cells.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            rows = [row for row in csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise AvjaxError(f"{path}: {error}; expected a table in UTF-8, its cells separated by , ; or tabs") from error
-    if not rows:
-        raise AvjaxError(f"{path}: is empty")
-    names = [n.strip() for n in rows.pop(0)] if header else [str(i) for i in range(len(rows[0]))]
-    if len(set(names)) < len(names):
-        raise AvjaxError(f"{path}: two columns have one name; set header to False if it has no names")
-    for number, row in enumerate(rows, 1 + header):
-        if len(row) != len(names):
-            raise AvjaxError(f"{path}, row {number}: {len(row)} cells; expected {len(names)}")
-    return dict(zip(names, zip(*rows, strict=True) if rows else [()] * len(names), strict=True))
-
-
-def number(text: str) -> float:
-    """The number that a text is, not a number where it is none."""
-    try:
-        return float(text)
-    except ValueError:
-        return np.nan
 
 
 def entry(place: Path, value: object, path: str) -> Mapping[str, object]:
