@@ -226,7 +226,6 @@ def _log_mel(waveform: np.ndarray, bins: int) -> np.ndarray:
 @functools.cache
 def _mel_filters(bins: int) -> np.ndarray:
     """The mel filters (bins, 201) of Slaney's Auditory Toolbox, 0 to 8 kHz."""
-    from transformers.audio_utils import mel_filter_bank
+    import librosa
 
-    limits = {"min_frequency": 0.0, "max_frequency": _SAMPLE_RATE / 2}
-    return mel_filter_bank(_CENTRE + 1, bins, **limits, sampling_rate=_SAMPLE_RATE, norm="slaney", mel_scale="slaney").T
+    return librosa.filters.mel(sr=_SAMPLE_RATE, n_fft=_FFT, n_mels=bins, dtype=np.float64)
