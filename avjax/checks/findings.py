@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 from avjax.checks.clip_facts import FACE_FRAMES, SILENT, Facts
 from avjax.datasets.base import Clip, Corpus, Fold
+from avjax.datasets.folds import overlaps, repeated, some
 from avjax.datasets.metadata import About, corpus
 
 SEVERITIES = ("invalid", "loss", "note")
@@ -25,8 +26,6 @@ _CUT = 0.5, 0.05  # a clip is cut short when that many seconds lack, and that sh
 _DECODED = 0.9  # of the frames that the header states
 # Divided by dialogues, as published: the same persons speak in all parts.
 _SHARED_SPEAKERS = ("meld",)
-_PARTS = (("train", "test"), ("val", "test"), ("train", "val"))
-_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +133,7 @@ def of_folds(data: Corpus, folds: Sequence[Fold]) -> Iterator[Finding]:
     clip = {c.id: c for c in data.clips}
     # What the data set brings itself may be divided otherwise; a division made or given here must keep speakers apart.
     by_design = list(folds) == list(data.folds) and corpus(data.name) in _SHARED_SPEAKERS
-    tested = Counter(i for fold in folds for i in fold.test)
-    if again := [i for i, count in tested.items() if count > 1]:
+    if again := repeated(i for fold in folds for i in fold.test):
         how = "note" if data.overlapping else "invalid"
         reason = f"{len(again)} clips are tested in more than one fold, which must not be pooled: {some(again)}"
         yield Finding(how, "tested twice", "", reason)
@@ -147,26 +145,21 @@ def of_folds(data: Corpus, folds: Sequence[Fold]) -> Iterator[Finding]:
 
 
 def _of_shared_clips(fold: Fold) -> Iterator[Finding]:
-    for one, other in _PARTS:
-        first, second = set(getattr(fold, one)), set(getattr(fold, other))
-        both = sorted(first & second)
+    for one, other, both in overlaps(fold.parts):
         severity = "invalid" if other == "test" else "note"
-        if both and first == second:
+        if set(fold.parts[one]) == set(fold.parts[other]):
             yield Finding(severity, "equal parts", "", f"fold {fold.name}: {one} equals {other}, {len(both)} clips")
-        elif both:
-            yield Finding(
-                severity, "overlap", "", f"fold {fold.name}: {len(both)} clips are in {one} and {other}: {some(both)}"
-            )
+        else:
+            reason = f"fold {fold.name}: {len(both)} clips are in {one} and {other}: {some(both)}"
+            yield Finding(severity, "overlap", "", reason)
 
 
 def _of_shared_speakers(fold: Fold, clip: Mapping[str, Clip], by_design: bool) -> Iterator[Finding]:
-    for one, other in _PARTS:
-        both = sorted(speakers(getattr(fold, one), clip) & speakers(getattr(fold, other), clip))
-        if both:
-            how = "; so the data set was published" if by_design else ""
-            severity = "invalid" if other == "test" and not by_design else "note"
-            reason = f"fold {fold.name}: {len(both)} speakers are in {one} and {other}: {some(both)}{how}"
-            yield Finding(severity, "shared speakers", "", reason)
+    for one, other, both in overlaps({part: speakers(ids, clip) for part, ids in fold.parts.items()}):
+        how = "; so the data set was published" if by_design else ""
+        severity = "invalid" if other == "test" and not by_design else "note"
+        reason = f"fold {fold.name}: {len(both)} speakers are in {one} and {other}: {some(both)}{how}"
+        yield Finding(severity, "shared speakers", "", reason)
 
 
 def _of_unseen_classes(fold: Fold, clip: Mapping[str, Clip]) -> Iterator[Finding]:
@@ -261,9 +254,3 @@ def _name(name: str) -> str:
     """What is the same of a clip's name in all lists: without folder, and without zeros before a number."""
     last = PurePosixPath(name).name
     return str(int(last)) if last.isascii() and last.isdecimal() else last
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

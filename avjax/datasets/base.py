@@ -61,6 +61,11 @@ class Fold:
     test: tuple[str, ...]
     val: tuple[str, ...] = ()
 
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Name of a part → its ids."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:

@@ -1,12 +1,12 @@
 """Official fold lists, which are checked before use, and the data sets that they make."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from avjax.datasets import labels as labelling
 from avjax.datasets.base import Clip, Corpus, Fold, Task
+from avjax.datasets.folds import repeated, some
 from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
 from avjax.utils import media_files
@@ -101,17 +101,13 @@ def _check_folds(place: Path, parts: Mapping[Part, list[str]]) -> None:
         _check_once(f"{place}, fold {fold}: in train and test of one fold", parts[fold, "train"] + parts[fold, "test"])
     tested = [name for fold in folds for name in parts[fold, "test"]]
     _check_once(f"{place}: tested in two folds", tested)
-    if never := {name for names in parts.values() for name in names} - set(tested):
-        raise AvjaxError(f"{place}: tested in no fold: {_some(never)}; are these the official lists?")
+    if never := sorted({name for names in parts.values() for name in names} - set(tested)):
+        raise AvjaxError(f"{place}: tested in no fold: {some(never)}; are these the official lists?")
 
 
 def _check_once(trouble: str, names: list[str]) -> None:
-    if repeated := {name for name, count in Counter(names).items() if count > 1}:
-        raise AvjaxError(f"{trouble}, or listed twice: {_some(repeated)}; are these the official lists?")
-
-
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if twice := sorted(repeated(names)):
+        raise AvjaxError(f"{trouble}, or listed twice: {some(twice)}; are these the official lists?")
 
 
 def gathered(

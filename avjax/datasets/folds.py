@@ -1,11 +1,38 @@
-"""Makes the folds of a protocol, and holds out validation clips."""
+"""Makes the folds of a protocol, holds out validation clips, and finds what parts of folds share."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
+
+# The worst first: what is tested must neither be trained on nor chosen by.
+_PAIRS = (("train", "test"), ("val", "test"), ("train", "val"))
+_NAMED = 3
+
+
+def overlaps(parts: Mapping[str, Iterable[str]]) -> list[tuple[str, str, list[str]]]:
+    """Finds what two parts of a fold share: a part, another, and what is in both, sorted.
+
+    Args:
+      parts: "train", "val" and "test", as far as there are such → ids of clips, or names of speakers.
+    """
+    sets = {part: set(names) for part, names in parts.items()}
+    pairs = [(one, other) for one, other in _PAIRS if sets.keys() >= {one, other}]
+    return [(one, other, sorted(both)) for one, other in pairs if (both := sets[one] & sets[other])]
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Finds what is there more than once, in its order, such as clips among those that several folds test."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def some(names: Sequence[str]) -> str:
+    """Writes the first of some names, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def natural_folds(

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 
 from avjax.datasets.folder import SPLITS
+from avjax.datasets.folds import overlaps, repeated
 from avjax.errors import AvjaxError
 from avjax.utils import tables
 
@@ -129,10 +129,10 @@ def problems(lists: Sequence[Listed]) -> list[str]:
     """What is wrong with lists, a line for each: clips in two parts, tested twice or never, or with two labels."""
     by_fold = defaultdict(dict)
     for one in lists:
-        by_fold[one.fold][one.part] = set(one.clips)
+        by_fold[one.fold][one.part] = one.clips.keys()
     found = [line for fold, parts in by_fold.items() for line in _shared(fold, parts)]
-    tested = Counter(clip for parts in by_fold.values() for clip in parts.get("test", ()))
-    if several := [clip for clip, count in tested.items() if count > 1]:
+    tested = [clip for parts in by_fold.values() for clip in parts.get("test", ())]
+    if several := repeated(tested):
         found.append(f"{len(several)} clips are tested in several folds, such as {min(several)}")
     if len(by_fold) > 1 and (never := {c for one in lists for c in one.clips} - set(tested)):
         found.append(f"{len(never)} clips are tested in no fold, such as {min(never)}")
@@ -141,14 +141,13 @@ def problems(lists: Sequence[Listed]) -> list[str]:
     return found + _two_labels(lists)
 
 
-def _shared(fold: str, parts: Mapping[str, set[str]]) -> list[str]:
-    where, out = f"fold {fold}: " if fold else "", []
-    for (first, a), (second, b) in combinations(parts.items(), 2):
-        if a == b:
-            out.append(f"{where}{first} and {second} are the same {len(a)} clips")
-        elif a & b:
-            out.append(f"{where}{len(a & b)} clips are in {first} and {second}, such as {min(a & b)}")
-    return out
+def _shared(fold: str, parts: Mapping[str, Set[str]]) -> Iterator[str]:
+    where = f"fold {fold}: " if fold else ""
+    for one, other, both in overlaps(parts):
+        if parts[one] == parts[other]:
+            yield f"{where}{one} and {other} are the same {len(both)} clips"
+        else:
+            yield f"{where}{len(both)} clips are in {one} and {other}, such as {both[0]}"
 
 
 def _two_labels(lists: Sequence[Listed]) -> list[str]:

@@ -3,12 +3,11 @@
 Nothing chooses by test clips: the parts of a fold must be disjoint, and `protocol.select` knows no part but validation.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 from avjax import tasks
 from avjax.datasets.base import Fold
-from avjax.datasets.folds import natural_folds
+from avjax.datasets.folds import natural_folds, overlaps, repeated
 from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
 from avjax.features.store import Features
@@ -20,7 +19,6 @@ _STANDARDISED = {
     "enrol": "features standardised per speaker on unlabelled enrolment clips",
     "none": "features not standardised",
 }
-_PARTS = (("train", "test"), ("val", "test"), ("train", "val"))
 
 
 def folds(features: Features, config) -> tuple[list[Fold], str]:
@@ -49,19 +47,17 @@ def folds(features: Features, config) -> tuple[list[Fold], str]:
 
 
 def _check_disjoint(fold: Fold) -> None:
-    for one, other in _PARTS:
-        if both := set(getattr(fold, one)) & set(getattr(fold, other)):
-            raise AvjaxError(
-                f"fold {fold.name}: {len(both)} clips are in {one} and in {other}, such as {min(both)}; a part that is "
-                "trained on or chosen by must not be tested on: mend the lists (python -m avjax.doctor data finds them)"
-            )
+    for one, other, both in overlaps(fold.parts):
+        raise AvjaxError(
+            f"fold {fold.name}: {len(both)} clips are in {one} and in {other}, such as {both[0]}; a part that is "
+            "trained on or chosen by must not be tested on: fix the lists (python -m avjax.doctor data finds them)"
+        )
 
 
 def _check_tested_once(made: Sequence[Fold]) -> None:
-    tested = Counter(clip for fold in made for clip in fold.test)
-    if again := sum(n > 1 for n in tested.values()):
+    if again := repeated(clip for fold in made for clip in fold.test):
         raise AvjaxError(
-            f"{again} clips are tested in more than one of the folds {', '.join(f.name for f in made)}: these are "
+            f"{len(again)} clips are tested in more than one of the folds {', '.join(f.name for f in made)}: these are "
             f"reported one by one and never pooled; choose one with --config.protocol.only={made[0].name}"
         )
 

@@ -299,7 +299,7 @@ def test_lists_whose_validation_is_test(tmp_path):
     same = SOUND | {"01": SOUND["01"] | {"val": range(3, 6)}}
     done = doctor("lists", write_lists(tmp_path, same))
     assert done.returncode == 1
-    assert "invalid: fold 1: test and val are the same 3 clips" in done.stdout
+    assert "invalid: fold 1: val and test are the same 3 clips" in done.stdout
 
 
 @pytest.mark.parametrize(("name", "status"), [("msp-improv", 1), ("ravdess", 0)])
@@ -311,5 +311,5 @@ def test_real_lists(name, status):
     found = json.loads(done.stdout)
     tested = sum(part["clips"] for part in found["parts"] if part["part"] == "test")
     assert tested == {"msp-improv": 7787, "ravdess": 1440}[name]
-    assert [problem for problem in found["problems"] if "test and val are the same" not in problem] == []
+    assert [problem for problem in found["problems"] if "val and test are the same" not in problem] == []
     assert len(found["problems"]) == {"msp-improv": 6, "ravdess": 0}[name]

@@ -27,6 +27,7 @@ import numpy as np
 from avjax.datasets import labels
 from avjax.datasets.base import Clip, Corpus, Task
 from avjax.datasets.folder import SPLITS
+from avjax.datasets.folds import repeated
 from avjax.errors import AvjaxError
 from avjax.features import store as stores
 from avjax.features import tfds
@@ -185,7 +186,7 @@ def _task(description: Description, clips: Sequence[Clip]) -> Task:
 
 
 def _check_unique(what: str, values: Iterable) -> None:
-    if twice := [str(v) for v, n in Counter(values).items() if n > 1]:
+    if twice := repeated(values):
         raise AvjaxError(f"{len(twice)} times two clips have one {what}, such as {twice[0]}; each must have its own")
 
 
@@ -347,7 +348,7 @@ def _table(description: Description, name: str, root: Path, load: Load) -> _Tabl
             f"{name}: rows {dict(Counter(words))}, but {dict(Counter(own))} in {file.key}; expected as many"
         )
     keys = [_key(name, file.pattern, text_of(key)) for key in keys]
-    if twice := [k for k, n in Counter(keys).items() if n > 1]:
+    if twice := repeated(keys):
         raise AvjaxError(f"{name}: {len(twice)} keys stand there twice, such as {twice[0]!r}; expected each once")
     split = {k: w for k, w in zip(keys, words, strict=True) if w}
     broken = {_key(name, file.pattern, key): reason for key, reason in broken.items()}

@@ -206,7 +206,7 @@ def test_of_msp_improv_validation_is_the_test():
     assert "MSP-IMPROV-S01A-F01-P-FM01" in lists[0].clips
     counts = (916, 1328, 1622, 1044, 1407, 1470)
     assert published_folds.problems(lists) == [
-        f"fold {fold}: test and val are the same {count} clips" for fold, count in enumerate(counts, 1)
+        f"fold {fold}: val and test are the same {count} clips" for fold, count in enumerate(counts, 1)
     ]
 
 
