@@ -122,3 +122,24 @@ class Recurrence(nn.Module):
         over_time = jnp.moveaxis(inputs.reshape(*x.shape[:2], 4 * self.width), 1, 0)
         hidden, cell = lstm(over_time, mask.T, kernel, self.reverse)
         return jnp.moveaxis(hidden, 0, 1), jnp.moveaxis(cell, 0, 1)
+
+
+class LstmEncoder(nn.Module):
+    """An LSTM over the real steps of a stream, beside one from behind if `bidirectional`."""
+
+    width: int
+    bidirectional: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps x (b, n, w) under mask (b, n) to the states after each step (b, n, d) and the last of each way (b, d).
+
+        d is `width`, or twice that. States are in `dtype`, and zeros for a clip without a real step.
+        """
+        states, _ = Recurrence(self.width, dtype=self.dtype, name="forth")(x, mask)
+        last = states[:, -1]
+        if self.bidirectional:
+            behind, _ = Recurrence(self.width, reverse=True, dtype=self.dtype, name="back")(x, mask)
+            states, last = jnp.concatenate([states, behind], -1), jnp.concatenate([last, behind[:, 0]], -1)
+        return states.astype(self.dtype), last.astype(self.dtype)

@@ -96,3 +96,25 @@ def align(x: jax.Array, mask: jax.Array, onto: jax.Array) -> tuple[jax.Array, ja
     total = jnp.einsum("bmn,bnd->bmd", member.astype(x.dtype), jnp.where(mask[..., None], x, 0))
     size = jnp.sum(member, -1)
     return total / jnp.maximum(size, 1).astype(x.dtype)[..., None], size > 0
+
+
+def zero_masked(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Zeros where `mask` (b, n) is False: (b, n, ...) → the same shape."""
+    return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
+def turns(
+    batch: Mapping[str, jax.Array], streams: Sequence[str], dtype: jnp.dtype
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Averages the steps of each turn of a batch of conversations.
+
+    A clip of no conversation is a conversation of one turn.
+
+    Args:
+      batch: `<stream>` (b, u, n, w) with `<stream>_mask` (b, u, n), and `turn_mask` (b, u): b conversation, u turn.
+    Returns:
+      stream → the means (b, u, w) of each turn's real steps, and which turns have the stream (b, u).
+    """
+    steps, masks = enter(batch, streams, dtype)
+    present = {s: jnp.any(masks[s], -1) & batch["turn_mask"] for s in streams}
+    return {s: masked_mean(steps[s], masks[s]) for s in streams}, present

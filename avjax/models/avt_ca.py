@@ -1,7 +1,7 @@
 """AVT-CA as its paper has it: transformer blocks on sound and pictures, then cross-attention in both directions.
 
 Venkatraman et al. 2024, "Multimodal Emotion Recognition using Audio-Video Transformer Fusion with Cross Attention".
-What its authors released differs from it and is `fusion_frames.AvtCaReleased`. Shapes: b clip, t video step, s audio
+What its authors released differs from it and is `avtca_released.AvtCaReleased`. Shapes: b clip, t video step, s audio
 step, n frame of any clip, h row or head, w column or width of what enters, d width, c class.
 
 What the paper leaves open is settled so:
@@ -35,8 +35,9 @@ from avjax.layers.conv2d import PictureConvolution, halved
 from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project, TimeConvolution
 from avjax.layers.masking import masked_max
-from avjax.models.base import Fusion, Output
-from avjax.models.fusions.frames import Batch, Stream, softhard
+from avjax.models.base import Batch, Fusion, Output
+from avjax.models.fusions.base import FusionModule
+from avjax.models.fusions.mmer import Stream, softhard
 
 _BLOCKS = ("both", "self", "cross")
 _REDUCTION = 16  # of the channels, between the layers of channel attention
@@ -193,11 +194,10 @@ class TransformerBlock(nn.Module):
         return x + project((width,), name="down")(Dropout(self.dropout, train)(hidden))
 
 
-class AvtCa(nn.Module):
+class AvtCa(FusionModule):
     """AVT-CA of the paper (Algorithm 1).
 
     Attributes:
-      classes: number of classes c.
       streams: audio and video, in any order.
       frames: whether video is pictures (b, t, h, w, 3) from 0 to 255; else it is a feature sequence (b, t, w), which a
         linear layer brings to `width` where the frame network would end.
@@ -205,11 +205,9 @@ class AvtCa(nn.Module):
       heads: of each attention; must divide width.
       dropout: rate inside the feed-forward networks (Eq. 5b), training only.
       blocks: "both", or "self" or "cross" alone (rows IT and CT of Table V).
-      softhard: whether training has the modality dropout of `fusion_frames.softhard` (rng "dropout").
-      dtype: compute dtype.
+      softhard: whether training has the modality dropout of `mmer.softhard` (rng "dropout").
     """
 
-    classes: int
     streams: tuple[str, ...] = ("audio", "video")
     frames: bool = False
     width: int = 128
@@ -217,7 +215,6 @@ class AvtCa(nn.Module):
     dropout: float = 0.1
     blocks: str = "both"
     softhard: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
@@ -240,7 +237,7 @@ class AvtCa(nn.Module):
         if self.blocks != "self":
             audio, video, weights = self._meet(audio, video)
         fused = masked_max(*audio) + masked_max(*video)
-        return Output({"fusion": nn.Dense(self.classes, name="head")(fused)}, {"fusion": fused}, weights)
+        return self.predict(fused, {}, weights)
 
     def _audio(self, batch: Batch) -> Stream:
         x, mask = pack(batch["audio"].astype(self.dtype), batch["audio_mask"])

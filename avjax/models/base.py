@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from avjax import tasks
 
+Batch = Mapping[str, jax.Array]  # `<stream>` (b, n, w) and `<stream>_mask` (b, n) of each stream, "label", "weight"
+Streams = dict[str, jax.Array]  # by the name of a stream
+
 CHOSEN = "chosen"  # stands for the head that validation chose
 
 
@@ -72,11 +75,11 @@ class Model:
         return self.readers or ((CHOSEN, *self.heads) if len(self.candidates) > 1 else self.heads)
 
 
-Loss = Callable[[Output, Mapping[str, jax.Array], jax.Array], dict[str, jax.Array]]
+Loss = Callable[[Output, Batch, jax.Array], dict[str, jax.Array]]
 Build = Callable[[Any, int], Model]
 
 
-def head_loss(output: Output, batch: Mapping[str, jax.Array], head: str) -> jax.Array:
+def head_loss(output: Output, batch: Batch, head: str) -> jax.Array:
     """The task's loss (`tasks.loss`) of one head by clip; one named after a stream costs nothing in clips without."""
     label, weight = batch["label"], batch["weight"]
     if f"{head}_mask" not in batch:
@@ -85,12 +88,12 @@ def head_loss(output: Output, batch: Mapping[str, jax.Array], head: str) -> jax.
     return jnp.where(there, tasks.loss(output.logits[head], label, weight * there), 0.0)
 
 
-def heads_loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
+def heads_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
     """`head_loss` of every head."""
     return {head: head_loss(output, batch, head) for head in output.logits}
 
 
-def fusion_loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
+def fusion_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
     """`head_loss` of the head "fusion" alone."""
     return {"fusion": head_loss(output, batch, "fusion")}
 

@@ -29,7 +29,8 @@ from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project
 from avjax.layers.masking import enter, masked_max, masked_mean, masked_softmax
 from avjax.layers.transformer import PostNormBlock
-from avjax.models.base import Fusion, Output, heads_loss
+from avjax.models.base import Batch, Fusion, Output, heads_loss
+from avjax.models.fusions.base import FusionModule
 
 Stream = tuple[jax.Array, jax.Array]  # (b, n, d), zeros where its mask (b, n) is False
 
@@ -120,14 +121,13 @@ def _unit(x: jax.Array) -> jax.Array:
     return (wide * jax.lax.rsqrt(jnp.maximum(squares, _SHORT))).astype(x.dtype)
 
 
-class DeIII(nn.Module):
+class DeIII(FusionModule):
     """DE-III and, by its settings, every row of the paper's Tables 2 and 3: see `VARIANTS`.
 
     Not stated by the paper and chosen here: `kernel`, `expansion`, `dropout`; biases, which all layers have but those
     that Eqs. 3, 4 and 6 write as matrices.
 
     Attributes:
-      classes: number of classes c.
       streams: audio, and one or both of video and flow; one of these alone takes the place of both.
       width, heads, kernel, expansion: of the blocks; heads divides width, kernel is odd.
       depths: stream → number of blocks; a single encoder of video and flow has the video's.
@@ -146,7 +146,6 @@ class DeIII(nn.Module):
       dtype: compute dtype; parameters stay float32, as do softmax, lengths of vectors, and logits.
     """
 
-    classes: int
     streams: tuple[str, ...] = ("audio", "video", "flow")
     width: int = 512
     heads: int = 8
@@ -163,10 +162,9 @@ class DeIII(nn.Module):
     inter: bool = True
     head: str = "validation"
     legacy_relative: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> Output:
+    def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; video and flow have the same n.
 
         Heads and features "video", "audio" and "fusion": "video" is what video and flow have become, whichever there
@@ -192,7 +190,7 @@ class DeIII(nn.Module):
     def _both(self) -> bool:
         return {"video", "flow"} <= set(self.streams)
 
-    def _check(self, batch: Mapping[str, jax.Array]) -> None:
+    def _check(self, batch: Batch) -> None:
         for key, choices in (("visual", VISUALS), ("sequence", SEQUENCES), ("head", ("validation", *HEADS))):
             if (got := getattr(self, key)) not in choices:
                 raise AvjaxError(f"model.settings.{key} is {got!r}; choose one of {', '.join(choices)}")

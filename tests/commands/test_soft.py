@@ -18,7 +18,7 @@ from avjax.inference import run as runs
 from avjax.inference import tables as prediction_tables
 from avjax.models import etg_aver
 from avjax.models.base import Output
-from avjax.models.fusions import dialogue
+from avjax.models.fusions import m2fnet
 from tests import clips, synthetic
 from tests.commands.test_regression import concat
 
@@ -109,7 +109,7 @@ def test_guided_heads_cost_cross_entropy_with_shares_and_nothing_for_classes():
 def test_what_compares_classes_refuses_shares():
     batch = {"label": tasks.encoded([(0.5, 0.5, 0)], NAMES, "soft"), "weight": np.ones(1, np.float32)}
     with pytest.raises(AvjaxError, match="triplets compare classes; this is a task of soft"):
-        dialogue.m2fnet_loss(None, batch, None)
+        m2fnet.m2fnet_loss(None, batch, None)
 
 
 # ---- Folders ------------------------------------------------------------------------------------------------------

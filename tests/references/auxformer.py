@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.models.fusions.crossmodal import AuxFormer
+from avjax.models.fusions.auxformer import AuxFormer
 from benchmarks.torch import fusions as torch_fusions
 from tests.references import layouts
 from tests.references.mult import encoder

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.models.fusions.frames import AvtCaReleased, TwoStages
+from avjax.models.fusions.avtca_released import AvtCaReleased
+from avjax.models.fusions.mmer import TwoStages
 from benchmarks.torch import fusions as torch_fusions
 from tests.references import mmer_ia, mmer_it
 from tests.references.layouts import attention

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.models.fusions.tensor import Lmf
+from avjax.models.fusions.lmf import Lmf
 from benchmarks.torch import fusions as torch_fusions
 from tests.references import layouts
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from avjax.models.fusions.memory import Mfn
+from avjax.models.fusions.mfn import Mfn
 from benchmarks.torch import fusions as torch_fusions
 from tests.references import layouts
 from tests.references.lmf import batch

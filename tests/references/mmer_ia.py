@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from avjax.models.base import Output
-from avjax.models.fusions.frames import MmerIa, TwoStages
+from avjax.models.fusions.mmer import MmerIa, TwoStages
 from benchmarks.torch import fusions as torch_fusions
 from tests.references.layouts import dense, norm
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.models.fusions.frames import MmerIt, TwoStages
+from avjax.models.fusions.mmer import MmerIt, TwoStages
 from benchmarks.torch import fusions as torch_fusions
 from tests.references import mmer_ia
 from tests.references.mmer_ia import BRANCHES as IGNORED

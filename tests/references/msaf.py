@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from avjax.models.fusions.gates import MsafBlock
+from avjax.models.fusions.msaf import MsafBlock
 from tests.references import layouts
 
 IGNORED: dict[str, str] = {}

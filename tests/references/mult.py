@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.models.fusions.crossmodal import MulT
+from avjax.models.fusions.mult import MulT
 from benchmarks.torch import fusions as torch_fusions
 from tests.references import layouts
 

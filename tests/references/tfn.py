@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from avjax.models.fusions.tensor import Tfn
+from avjax.models.fusions.tfn import Tfn
 from benchmarks.torch import fusions as torch_fusions
 from tests.references import layouts
 from tests.references.lmf import batch, unimodal

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from avjax.models.base import Output
-from avjax.models.fusions.shared import Uavm
+from avjax.models.fusions.uavm import Uavm
 from benchmarks.torch import fusions as torch_fusions
 from tests.references.layouts import dense, norm
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from avjax.models.base import Output
-from avjax.models.fusions import crossmodal
+from avjax.models.fusions import mult, auxformer
+from avjax.layers import crossmodal
 from tests.references import agreement
 
 SMALL = {"width": 8, "heads": 2, "layers": 1}
@@ -26,8 +27,8 @@ def batch(real: int, padded: int = 0) -> dict[str, np.ndarray]:
 
 
 MODULES = {
-    "mult": crossmodal.MulT(3, streams=("text", "audio"), **SMALL),
-    "auxformer": crossmodal.AuxFormer(3, hidden=(6, 4), repeats=1, **SMALL),
+    "mult": mult.MulT(3, streams=("text", "audio"), **SMALL),
+    "auxformer": auxformer.AuxFormer(3, hidden=(6, 4), repeats=1, **SMALL),
 }
 
 
@@ -57,7 +58,7 @@ def test_the_future_is_hidden_by_the_clips_own_lengths():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_first_step_sees_the_last_one_only_without_the_causal_mask(causal):
-    encoder = crossmodal.Encoder(1, 2, causal=causal)
+    encoder = crossmodal.CrossmodalEncoder(1, 2, causal=causal)
     x, mask = jax.random.normal(jax.random.key(0), (1, 4, 8)), jnp.ones((1, 4), bool)
     variables = jax.jit(encoder.init)(jax.random.key(1), x, mask)
     apply = jax.jit(encoder.apply)
@@ -70,7 +71,7 @@ def test_auxformer_weighs_three_heads_alike_and_skips_what_is_missing():
     one = {"audio_mask": jnp.ones((2, 3), bool), "video_mask": jnp.eye(2, 3, dtype=bool)}
     one |= {"label": jnp.array([0, 1]), "weight": jnp.ones(2)}
     one["audio_mask"] = one["audio_mask"].at[0].set(False)
-    terms = crossmodal.auxformer_loss(Output(logits, {}, {}), one, jnp.ones(3) / 3)
+    terms = auxformer.auxformer_loss(Output(logits, {}, {}), one, jnp.ones(3) / 3)
     sure = math.log(math.e + 2) - 1
     np.testing.assert_allclose(terms["fusion"], [sure / 3, math.log(3) / 3], atol=1e-6)
     np.testing.assert_allclose(terms["audio"], [0, sure / 3], atol=1e-6)

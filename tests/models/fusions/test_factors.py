@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from avjax.models.base import Output
-from avjax.models.fusions import factors
-from avjax.models.fusions.factors import Mfm, Misa
+from avjax.models.fusions import misa, mfm, factors
+from avjax.models.fusions.mfm import Mfm
+from avjax.models.fusions.misa import Misa
 
 STREAMS = ("text", "audio", "video")
 SMALL = {
@@ -77,7 +78,7 @@ def test_what_stands_for_missing_sound_costs_nothing(name):
 
 # ---- MISA ---------------------------------------------------------------------------------------------------------
 
-discrepancy, overlap = jax.jit(factors.moment_discrepancy), jax.jit(factors.overlap)
+discrepancy, overlap = jax.jit(misa.moment_discrepancy), jax.jit(misa.overlap)
 
 
 def test_moment_discrepancy_is_hand_worked():
@@ -90,7 +91,7 @@ def test_moment_discrepancy_is_hand_worked():
 
 def test_equal_distributions_pull_at_nothing():
     x = np.float32([[0.1, 0.9], [0.4, 0.2]])
-    np.testing.assert_array_equal(jax.jit(jax.grad(factors.moment_discrepancy))(x, x, ALL[:2]), 0)
+    np.testing.assert_array_equal(jax.jit(jax.grad(misa.moment_discrepancy))(x, x, ALL[:2]), 0)
 
 
 def test_overlap_is_hand_worked():
@@ -106,7 +107,7 @@ def test_no_gradient_of_the_overlap_flows_through_lengths():
     size, other = np.linalg.norm(x, axis=-1, keepdims=True), y / np.linalg.norm(y, axis=-1, keepdims=True)
     # Of the mean square of G = (x/size)ᵀ·other, then of the centring.
     want = (other @ (2 / 9 * (x / size).T @ other).T) / size
-    got = jax.jit(jax.grad(factors.overlap))(x, y, ALL)
+    got = jax.jit(jax.grad(misa.overlap))(x, y, ALL)
     np.testing.assert_allclose(got, want - want.mean(0), atol=1e-5)
 
 
@@ -153,7 +154,7 @@ def test_misa_reads_text_by_its_mean():
 # ---- MFM ----------------------------------------------------------------------------------------------------------
 
 
-from_normal = jax.jit(factors.normal_discrepancy)
+from_normal = jax.jit(mfm.normal_discrepancy)
 
 
 def test_normal_discrepancy_is_hand_worked():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.models.fusions import gates
+from avjax.models.fusions import mag, mmtm, msaf, gates
 from tests.references import agreement
 
 TEXT, AUDIO, VIDEO = (
@@ -30,7 +30,7 @@ def randomised(variables, key: int = 5):
 @pytest.mark.parametrize("shift", [0.1, 50.0])
 def test_mag_shifts_each_token_by_a_bounded_step(shift):
     """Rahman et al. 2020, Eqs. 1–5; a large β leaves the whole shift."""
-    block = gates.MagBlock(shift, 0.0)
+    block = mag.MagBlock(shift, 0.0)
     variables = randomised(jax.eval_shape(block.init, jax.random.key(0), TEXT, STEPS, MASKS))
     params = variables["params"]
     want = np.zeros(TEXT.shape)
@@ -46,7 +46,7 @@ def test_mag_shifts_each_token_by_a_bounded_step(shift):
 
 
 def test_mag_leaves_text_alone_that_has_no_company():
-    block = gates.MagBlock(1.0, 0.0)
+    block = mag.MagBlock(1.0, 0.0)
     variables = randomised(jax.eval_shape(block.init, jax.random.key(0), TEXT, STEPS, MASKS))
     variables["params"]["norm"] = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
     nothing = {s: np.zeros((2, 3), bool) for s in STEPS}
@@ -58,7 +58,7 @@ def test_mag_leaves_text_alone_that_has_no_company():
 
 
 def test_mmtm_excites_channels_by_all_averages():
-    block = gates.MmtmBlock(reduction=3)
+    block = mmtm.MmtmBlock(reduction=3)
     variables = randomised(jax.eval_shape(block.init, jax.random.key(0), STEPS, MASKS))
     params = variables["params"]
     assert params["squeeze"]["kernel"].shape == (7, 2)  # seven channels over three
@@ -72,7 +72,7 @@ def test_mmtm_excites_channels_by_all_averages():
 
 def test_msaf_shares_sum_to_one_over_the_blocks_of_what_is_there():
     """Two channels of sound in one block of 3, five of picture in two, the last of them filled up."""
-    block = gates.MsafBlock(3)
+    block = msaf.MsafBlock(3)
     ones = {s: np.ones_like(x) for s, x in STEPS.items()}
     variables = randomised(jax.eval_shape(block.init, jax.random.key(0), ones, MASKS))
     for masks, sound in ((MASKS, True), (NO_SOUND, False)):
@@ -83,7 +83,7 @@ def test_msaf_shares_sum_to_one_over_the_blocks_of_what_is_there():
 
 
 def test_msaf_drops_whole_blocks():
-    block = gates.MsafBlock(2, dropout=0.5)
+    block = msaf.MsafBlock(2, dropout=0.5)
     x = {"video": np.ones((8, 3, 8), np.float32)}
     masks = {"video": np.ones((8, 3), bool)}
     variables = randomised(jax.eval_shape(block.init, jax.random.key(0), x, masks))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from avjax.errors import AvjaxError
-from avjax.models.fusions.local import C3dLstm, CfnSr, CrossModalBlock, ResidualBlock, Stages
+from avjax.models.fusions.c3d_lstm import C3dLstm, Stages
+from avjax.models.fusions.cfn_sr import CfnSr, CrossModalBlock, ResidualBlock
 
 CFN = {"width": 8, "heads": 2, "layers": 1, "blocks": 1, "kernel": 3}
 RNG = np.random.default_rng(0)

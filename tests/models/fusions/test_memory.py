@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from avjax.errors import AvjaxError
-from avjax.models.fusions.memory import Mfn
+from avjax.models.fusions.mfn import Mfn
 from tests.references import agreement
 
 SMALL = {

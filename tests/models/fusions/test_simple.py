@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax.models.fusions.simple import Additive, Amh, Concat, States, WeightedSum
+from avjax.models.fusions.averages import Additive, Concat, WeightedSum
+from avjax.models.fusions.amh import Amh
+from avjax.layers.lstm import LstmEncoder
 
 WIDTHS = {"text": 4, "audio": 3, "video": 5}
 STATES = {"text": 4, "audio": 2, "video": 3}
@@ -92,7 +94,7 @@ def test_additive_attention_by_plain_loops():
 def encoded(stream: str):
     """States and last state of a stream, as the module with the params of `run(Amh)` has them."""
     params = run(Amh)[1]["params"][f"{stream}_states"]
-    apply = jax.jit(States(STATES[stream]).apply)
+    apply = jax.jit(LstmEncoder(STATES[stream]).apply)
     return [np.float64(x) for x in apply({"params": params}, batch()[stream], batch()[f"{stream}_mask"])]
 
 
@@ -131,7 +133,7 @@ def test_two_streams_hop_to_and_fro():
 
 
 def test_an_encoder_from_behind_reads_the_clip_turned_round():
-    encoder = States(2, bidirectional=True)
+    encoder = LstmEncoder(2, bidirectional=True)
     x, mask = batch()["text"][:1, :3], np.ones((1, 3), bool)
     params = randomised(jax.eval_shape(encoder.init, jax.random.key(0), x, mask))["params"]
     apply = jax.jit(encoder.apply)

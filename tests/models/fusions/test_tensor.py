@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from avjax.models.fusions.tensor import Lmf, Tfn
+from avjax.models.fusions.lmf import Lmf
+from avjax.models.fusions.tfn import Tfn
 from tests.references import agreement
 
 MODULES = {

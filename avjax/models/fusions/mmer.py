@@ -1,8 +1,7 @@
-"""MMER's three fusions and AVT-CA as released: sound and picture meet between, or behind, two convolutional stages.
+"""MMER's three fusions: audio and video meet between, or behind, two convolutional stages.
 
-Chumachenko, Iosifidis, Gabbouj 2022, "Self-attention fusion for audiovisual emotion recognition with incomplete data";
-the released AVT-CA builds on its code. Shapes: b clip, s step of the first stream (audio), t of the second (video),
-d width, h head, c class.
+Chumachenko, Iosifidis, Gabbouj 2022, "Self-attention fusion for audiovisual emotion recognition with incomplete data".
+Shapes: b clip, s step of the first stream (audio), t of the second (video), d width, h head, c class.
 
 The first stream runs through unpadded convolutions, which need `LEAST` steps: a shorter clip is followed by zeros. The
 second runs through padded ones; with `frames` it is pictures, which `EfficientFace` turns into vectors first. Padding
@@ -14,24 +13,26 @@ one's half of the joined vector is zero; without either the answer is the classi
 """
 
 import functools
-from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.attention import SelfAttention, attend
+from avjax.layers.attention import attend
 from avjax.layers.conformer import StepNorm, pack
 from avjax.layers.linear import Project, TimeConvolution
 from avjax.layers.masking import masked_mean, masked_softmax
-from avjax.models.base import Fusion, Output
+from avjax.models.base import Batch, Fusion, Output
 from avjax.models.efficientface import EfficientFace
+from avjax.models.fusions.base import FusionModule
 
-Batch = Mapping[str, jax.Array]
 Stream = tuple[jax.Array, jax.Array]  # (b, n, d) and its mask (b, n), real steps first
+
 
 _SHRINK = 3  # steps that an unpadded convolution of 3 and a maximum over 2 take away
 _FIRST = ((64, 128), (256, 128))  # widths of the two blocks of each stage
+
+
 _SECOND = ((64, 64), (128, 128))
 LEAST = 1 + _SHRINK * sum(len(stage) for stage in _FIRST)
 
@@ -120,11 +121,10 @@ def softhard(batch: Batch, streams: tuple[str, str], key: jax.Array) -> Batch:
     return dropped
 
 
-class TwoStages(nn.Module):
+class TwoStages(FusionModule):
     """What the four have in common; each says what happens between and behind the stages.
 
     Attributes:
-      classes: number of classes c.
       streams: first and second stream, by the roles that audio and video have in the paper.
       heads: of each attention; must divide 64 and 128.
       frames: the second stream is pictures (b, t, height, width, 3), uint8, and their network is part of this one;
@@ -132,12 +132,10 @@ class TwoStages(nn.Module):
       softhard: whether training has the paper's modality dropout (rng "dropout").
     """
 
-    classes: int
     streams: tuple[str, ...] = ("audio", "video")
     heads: int = 1
     frames: bool = False
     softhard: bool = True
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
@@ -150,7 +148,7 @@ class TwoStages(nn.Module):
         first, second = self._convolve(1, first, second)
         first, second, behind = self.behind(first, second)
         joined = jnp.concatenate([masked_mean(x.astype(jnp.float32), mask) for x, mask in (first, second)], -1)
-        return Output({"fusion": nn.Dense(self.classes, name="head")(joined)}, {"fusion": joined}, met | behind)
+        return self.predict(joined, {}, met | behind)
 
     def between(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
         """What the streams do to each other after the first stage: the streams again, and attention weights."""
@@ -227,21 +225,6 @@ class MmerLt(TwoStages):
         return (_where_any(second[1], a, first[0]), first[1]), (_where_any(first[1], v, second[0]), second[1]), weights
 
 
-class AvtCaReleased(MmerIt):
-    """AVT-CA as its authors released it, which differs from their paper: `MmerIt`, then one shared self-attention.
-
-    The attention has no residual. The released class uses 8 heads everywhere, whatever it is told; the modality dropout
-    is an option of its training.
-    """
-
-    heads: int = 8
-    softhard: bool = False
-
-    def behind(self, first, second):
-        attention = SelfAttention(self.heads, self.dtype, name="final")
-        return (attention(*first), first[1]), (attention(*second), second[1]), {}
-
-
 def _meet(module: TwoStages, first: Stream, second: Stream) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """What each stream gets by asking the other, and its weights by the name of the stream that asks."""
     block = lambda name: AskingBlock(module.heads, module.dtype, name=name)  # noqa: E731
@@ -265,12 +248,4 @@ FUSIONS: dict[str, Fusion] = {
     "mmer_ia": _mmer(MmerIa),
     "mmer_it": _mmer(MmerIt),
     "mmer_lt": _mmer(MmerLt),
-    "avtca_released": Fusion(
-        module=AvtCaReleased,
-        least=2,
-        most=2,
-        # Theirs is 0.06, damped as MMER's.
-        recipe={"optimizer": "sgd", "learning_rate": 0.006, "batch_size": 8, "weight_decay": 1e-3, "epochs": 128},
-        paper="AVT-CA, released code: see systems specification, section 3",
-    ),
 }

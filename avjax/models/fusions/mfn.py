@@ -1,4 +1,4 @@
-"""Memory fusion network: an LSTM per modality and a gated memory of what their cells do together.
+"""MFN: an LSTM per modality and a gated memory of what their cells do together.
 
 Zadeh et al., "Memory Fusion Network for Multi-view Sequential Learning", AAAI 2018. Equation names are the paper's.
 Shapes: b clip, n step, d width, m memory width, c class.
@@ -23,7 +23,8 @@ from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project
 from avjax.layers.lstm import Recurrence
 from avjax.layers.masking import align, enter
-from avjax.models.base import Fusion, Output
+from avjax.models.base import Batch, Fusion, Output
+from avjax.models.fusions.base import FusionModule
 
 
 class Perceptron(nn.Module):
@@ -65,25 +66,20 @@ class MemoryGate(nn.Module):
         return inputs, keep, gate
 
 
-class Mfn(nn.Module):
+class Mfn(FusionModule):
     """Memory fusion network (Zadeh et al. 2018).
 
     The defaults are one point of the grid that the authors searched.
 
     Attributes:
-      classes: number of classes c.
-      streams: any of text, audio, video.
       widths: of the streams' LSTMs.
       memory: m.
       attention, proposal, retain, update: hidden widths of D_a, of D_u, of γ1 and of γ2; output: of the last layers.
       dropouts: rates in those five, in that order.
       segment_count: n of the common clock.
       faithful: the streams as they stand, see the description of this file.
-      dtype: compute dtype.
     """
 
-    classes: int
-    streams: tuple[str, ...] = ("text", "audio", "video")
     widths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"text": 128, "audio": 32, "video": 128})
     memory: int = 128
     attention: int = 128
@@ -94,10 +90,9 @@ class Mfn(nn.Module):
     dropouts: tuple[float, ...] = (0.2, 0.5, 0.7, 0.0, 0.5)
     segment_count: int = 20
     faithful: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> Output:
+    def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)`; features hold the last states as "states".
 
         Raises:
@@ -117,8 +112,7 @@ class Mfn(nn.Module):
         joint = jnp.concatenate([*(hidden[:, -1] for hidden, _ in states), memory], -1)
         fused = jax.nn.relu(Project((self.output,), dtype=self.dtype, name="output")(joint))
         fused = Dropout(self.dropouts[4], train)(fused)
-        logits = nn.Dense(self.classes, name="head")(fused.astype(jnp.float32))
-        return Output({"fusion": logits}, {"fusion": fused, "states": joint}, {})
+        return self.predict(fused, {"states": joint})
 
     def _perceptron(self, name: str, index: int, width: int) -> Perceptron:
         return Perceptron(getattr(self, name), width, self.dropouts[index], self.dtype, name=name)

@@ -1,13 +1,12 @@
-"""Products of modalities: one vector per stream, then every product of their entries, whole or of low rank.
+"""TFN: one vector per stream, then every product of their entries.
 
-TFN: Zadeh et al., "Tensor Fusion Network for Multimodal Sentiment Analysis", EMNLP 2017.
-LMF: Liu et al., "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors", ACL 2018.
-Shapes: b clip, n step of a stream, d width, r rank, c class.
+Zadeh et al., "Tensor Fusion Network for Multimodal Sentiment Analysis", EMNLP 2017.
+Shapes: b clip, n step of a stream, d width, c class.
 
-The released systems normalise the averaged sound and picture by a batch norm, which makes clips of a batch depend on
-each other. Features come standardised by the training clips here, and the rest of such a norm is the affine map that
-follows it anyway: a trained batch norm folds into the first dense layer exactly. The last state of the text is that of
-its last real step; `faithful` reads padding as steps of zeros instead, in text and averages, as the released code does.
+The released system normalises the averaged audio and video by a batch norm, which makes clips of a batch depend on each
+other. Features come standardised by the training clips here, and the rest of such a norm is the affine map that follows
+it anyway: a trained batch norm folds into the first dense layer exactly. The last state of the text is that of its last
+real step; `faithful` reads padding as steps of zeros instead, in text and averages, as the released code does.
 
 A missing modality is an all-False mask. Its vector is zero, so that only the products without it remain.
 """
@@ -23,7 +22,8 @@ from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project
 from avjax.layers.lstm import Recurrence
 from avjax.layers.masking import enter, masked_mean
-from avjax.models.base import Fusion, Output
+from avjax.models.base import Batch, Fusion, Output
+from avjax.models.fusions.base import FusionModule
 
 
 class Unimodal(nn.Module):
@@ -41,7 +41,7 @@ class Unimodal(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> dict[str, jax.Array]:
+    def __call__(self, batch: Batch, train: bool = False) -> dict[str, jax.Array]:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)`; stream → (b, d)."""
         drop = Dropout(self.dropout, train)
         steps, masks = enter(batch, self.streams, self.dtype, self.faithful)
@@ -64,64 +64,17 @@ def with_one(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (1, 0)), constant_values=1)
 
 
-class Lmf(nn.Module):
-    """Low-rank multimodal fusion (Liu et al. 2018, Eqs. 6–8): all products of the streams through factors of rank r.
-
-    The ranks are weighed by learned numbers rather than summed, as in the released code.
-
-    Attributes:
-      classes: number of classes c.
-      streams: any of text, audio, video.
-      widths, text_width: of the streams' vectors, see `Unimodal`.
-      rank: r.
-      dropout: rate on the averaged streams and on the text's last state.
-      faithful: padding read as zeros, see the description of this file.
-      dtype: compute dtype.
-    """
-
-    classes: int
-    streams: tuple[str, ...] = ("text", "audio", "video")
-    widths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"text": 128, "audio": 16, "video": 128})
-    text_width: int = 64
-    rank: int = 4
-    dropout: float = 0.2
-    faithful: bool = False
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> Output:
-        """Features: the products (b, r·c) that the head weighs, and the vector of each stream."""
-        vectors = Unimodal(
-            self.streams, self.widths, self.text_width, self.dropout, self.faithful, self.dtype, name="unimodal"
-        )(batch, train)
-        fused = 1.0
-        for stream, vector in vectors.items():
-            fused = fused * self._factor(stream, with_one(vector)).astype(jnp.float32)  # b r c
-        weights = self.param("weights", nn.initializers.glorot_normal(), (1, self.rank))
-        bias = self.param("bias", nn.initializers.zeros, (self.classes,))
-        logits = jnp.einsum("or,brc->boc", weights, fused)[:, 0] + bias[None]
-        return Output({"fusion": logits}, {"fusion": fused.reshape(len(fused), -1)} | vectors, {})
-
-    def _factor(self, stream: str, x: jax.Array) -> jax.Array:
-        init = nn.initializers.variance_scaling(1.0, "fan_avg", "normal", in_axis=1, out_axis=2, batch_axis=0)
-        factor = self.param(f"factor_{stream}", init, (self.rank, x.shape[-1], self.classes))
-        return jnp.einsum("bi,ric->brc", x, factor.astype(self.dtype))
-
-
-class Tfn(nn.Module):
+class Tfn(FusionModule):
     """Tensor fusion network (Zadeh et al. 2017, section 4.2): the outer product of all streams' vectors, with ones.
 
     Attributes:
-      classes: number of classes c.
       streams: any of text, audio, video, in the order of the product.
       widths, text_width: of the streams' vectors, see `Unimodal`.
       hidden: width of the two layers before the head.
       dropout: rate on the averaged streams and on the text's last state; product_dropout: on the product.
       faithful: padding read as zeros, see the description of this file.
-      dtype: compute dtype.
     """
 
-    classes: int
     streams: tuple[str, ...] = ("audio", "video", "text")
     widths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"text": 128, "audio": 32, "video": 128})
     text_width: int = 32
@@ -129,10 +82,9 @@ class Tfn(nn.Module):
     dropout: float = 0.3
     product_dropout: float = 0.5
     faithful: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False) -> Output:
+    def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Features: what the head reads, the flat "product" (b, ∏ (1 + d)), and the vector of each stream."""
         vectors = Unimodal(
             self.streams, self.widths, self.text_width, self.dropout, self.faithful, self.dtype, name="unimodal"
@@ -143,16 +95,10 @@ class Tfn(nn.Module):
         fused = Dropout(self.product_dropout, train)(product)
         for i in range(2):
             fused = jax.nn.relu(Project((self.hidden,), dtype=self.dtype, name=f"hidden_{i}")(fused))
-        logits = nn.Dense(self.classes, name="head")(fused.astype(jnp.float32))
-        return Output({"fusion": logits}, {"fusion": fused, "product": product} | vectors, {})
+        return self.predict(fused, {"product": product} | vectors)
 
 
 FUSIONS: dict[str, Fusion] = {
-    "lmf": Fusion(
-        module=Lmf,
-        recipe={"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 32, "weight_decay": 1e-3},
-        paper="Liu et al. 2018, ACL",
-    ),
     "tfn": Fusion(
         module=Tfn,
         recipe={"optimizer": "adam", "learning_rate": 1e-3, "batch_size": 32, "weight_decay": 0.0},

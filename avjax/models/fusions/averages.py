@@ -1,0 +1,107 @@
+"""Plain baselines on the streams' averages: joined, weighed by additive attention, or by one number each.
+
+Additive attention: Bahdanau et al., "Neural Machine Translation by Jointly Learning to Align and Translate", ICLR 2015.
+Shapes: b clip, n step of a stream, s stream, d width, c class.
+
+A missing modality is an all-False mask. Its vector is zero, and where streams share attention it takes no share.
+Without any stream nothing is left but the biases of the layers behind.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avjax.layers.dropout import Dropout
+from avjax.layers.linear import Project
+from avjax.layers.masking import enter, masked_mean, masked_softmax
+from avjax.models.base import Batch, Fusion, Output
+from avjax.models.fusions.base import FusionModule
+
+
+class Averages(FusionModule):
+    """The mean of each stream's real steps, projected; what becomes of these vectors is up to the subclasses.
+
+    A projection is affine, so that the projected mean is the mean of the projected steps. Utterance features are
+    streams of one step.
+
+    Attributes:
+      width: d of a projected stream; hidden: of the layer before the head.
+      dropout: rate on what that layer reads.
+    """
+
+    width: int = 256
+    hidden: int = 256
+    dropout: float = 0.5
+
+    def combine(self, vectors: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Streams (b, s, d) and which of them a clip has (b, s) → a vector (b, ·) and weights for pictures."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(self, batch: Batch, train: bool = False) -> Output:
+        """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams.
+
+        Features hold the combined vector as "joint", beside what the head reads.
+        """
+        steps, masks = enter(batch, self.streams, self.dtype)
+        present = jnp.stack([jnp.any(masks[s], -1) for s in self.streams], -1)
+        means = {s: masked_mean(steps[s], masks[s]) for s in self.streams}
+        vectors = [Project((self.width,), dtype=self.dtype, name=f"project_{s}")(x) for s, x in means.items()]
+        joint, attention = self.combine(jnp.where(present[..., None], jnp.stack(vectors, 1), 0), present)
+        hidden = Dropout(self.dropout, train)(joint)
+        hidden = jax.nn.relu(Project((self.hidden,), dtype=self.dtype, name="hidden")(hidden))
+        return self.predict(hidden, {"joint": joint}, attention)
+
+
+class Concat(Averages):
+    """`Averages`, joined end to end."""
+
+    def combine(self, vectors: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return vectors.reshape(len(vectors), -1), {}
+
+
+def weigh(vectors: jax.Array, scores: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sum of vectors (b, s, d) by the softmax of scores (b, s) over those present (b, s), and that softmax."""
+    weights = masked_softmax(scores.astype(jnp.float32), present)
+    return jnp.einsum("bs,bsd->bd", weights.astype(vectors.dtype), vectors), {"streams": weights}
+
+
+class Additive(Averages):
+    """`Averages`, summed by additive attention (Bahdanau et al. 2015, appendix A.1.2): scores v·tanh(W x + b).
+
+    There is no query but what v has learned. Attention "streams" (b, s) in the order of `streams`.
+    """
+
+    def combine(self, vectors: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hidden = jnp.tanh(Project((self.width,), dtype=self.dtype, name="attention")(vectors))
+        scores = Project((1,), dtype=self.dtype, bias=False, name="score")(hidden)[..., 0]
+        return weigh(vectors, scores, present)
+
+
+class WeightedSum(Averages):
+    """`Averages`, summed by one learned weight per stream: a softmax, over the streams that a clip has.
+
+    Attention "streams" (b, s) in the order of `streams`. All start with the same weight.
+    """
+
+    def combine(self, vectors: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        scores = self.param("scores", nn.initializers.zeros, (len(self.streams),))
+        return weigh(vectors, jnp.broadcast_to(scores, present.shape), present)
+
+
+FUSIONS: dict[str, Fusion] = {
+    "concat": Fusion(
+        module=Concat,
+        paper="plain baseline",
+    ),
+    "additive": Fusion(
+        module=Additive,
+        least=2,
+        paper="Bahdanau, Cho, Bengio 2015, ICLR",
+    ),
+    "weighted_sum": Fusion(
+        module=WeightedSum,
+        least=2,
+        paper="plain baseline",
+    ),
+}

@@ -1,0 +1,35 @@
+"""AVT-CA as its authors released it, which differs from their paper (`avjax.models.avt_ca`).
+
+The code builds on that of MMER: shapes, missing streams and padding are as in `avjax.models.fusions.mmer`.
+"""
+
+from avjax.layers.attention import SelfAttention
+from avjax.models.base import Fusion
+from avjax.models.fusions.mmer import MmerIt
+
+
+class AvtCaReleased(MmerIt):
+    """AVT-CA as its authors released it, which differs from their paper: `MmerIt`, then one shared self-attention.
+
+    The attention has no residual. The released class uses 8 heads everywhere, whatever it is told; the modality dropout
+    is an option of its training.
+    """
+
+    heads: int = 8
+    softhard: bool = False
+
+    def behind(self, first, second):
+        attention = SelfAttention(self.heads, self.dtype, name="final")
+        return (attention(*first), first[1]), (attention(*second), second[1]), {}
+
+
+FUSIONS: dict[str, Fusion] = {
+    "avtca_released": Fusion(
+        module=AvtCaReleased,
+        least=2,
+        most=2,
+        # Theirs is 0.06, damped as MMER's.
+        recipe={"optimizer": "sgd", "learning_rate": 0.006, "batch_size": 8, "weight_decay": 1e-3, "epochs": 128},
+        paper="AVT-CA, released code: see systems specification, section 3",
+    ),
+}

@@ -1,0 +1,100 @@
+"""MulT: every modality asks the others, step by step, before it is read by itself.
+
+Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences", ACL 2019.
+Shapes: b clip, n step of a stream, d width, c class.
+
+The released system knows of no masks: see `avjax.layers.crossmodal`, whose `faithful` gives its behaviour back. Here
+the last real step of a clip predicts. A missing modality is an all-False mask: its own vector is zero.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from avjax.layers.crossmodal import CrossmodalEncoder
+from avjax.layers.dropout import Dropout
+from avjax.layers.linear import Project
+from avjax.layers.masking import enter, last_step
+from avjax.models.base import Batch, Fusion, Output
+from avjax.models.fusions.base import FusionModule
+
+
+class Residual(nn.Module):
+    """A perceptron of the given widths, ReLU between them, and the vector itself: (b, d) → (b, d)."""
+
+    widths: tuple[int, ...]
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        hidden = x
+        for i, width in enumerate(self.widths):
+            hidden = Project((width,), dtype=self.dtype, name=f"hidden_{i}")(hidden)
+            hidden = Dropout(self.dropout, train)(jax.nn.relu(hidden))
+        return x + Project(x.shape[-1:], dtype=self.dtype, name="out")(hidden)
+
+
+class MulT(FusionModule):
+    """Multimodal Transformer (Tsai et al. 2019, section 3).
+
+    Every stream asks each of the others in a crossmodal transformer; the answers, joined, go through a transformer of
+    the stream's own, whose last step is its vector. The defaults are those of the paper's Table 5 for IEMOCAP.
+
+    Attributes:
+      width: d of a projected stream; heads: divides it.
+      layers: blocks of a crossmodal transformer; those of the streams' own have 3 at least, as in the released code.
+      causal: hide the future, as the released code does.
+      dropout: rate in the residual branches; attention_dropout: on the weights; embedding_dropout: on the embedded
+        streams; out_dropout: in the last perceptron.
+      faithful: the released code's way with padding, see the description of this file.
+    """
+
+    width: int = 40
+    heads: int = 10
+    layers: int = 4
+    causal: bool = True
+    dropout: float = 0.1
+    attention_dropout: float = 0.25
+    embedding_dropout: float = 0.3
+    out_dropout: float = 0.1
+    faithful: bool = False
+
+    @nn.compact
+    def __call__(self, batch: Batch, train: bool = False) -> Output:
+        """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams.
+
+        Features hold the joined vectors as "joint", beside what the head reads.
+        """
+        steps, masks = enter(batch, self.streams, self.dtype, self.faithful)
+        steps = {s: Project((self.width,), dtype=self.dtype, bias=False, name=f"project_{s}")(steps[s]) for s in steps}
+        joint = jnp.concatenate([self._vector(s, steps, masks, train) for s in self.streams], -1)
+        fused = Residual(joint.shape[-1:], self.out_dropout, self.dtype, name="fuse")(joint, train)
+        return self.predict(fused, {"joint": joint})
+
+    def _vector(self, stream: str, steps, masks, train: bool) -> jax.Array:
+        """The last step of a stream that has asked all others: (b, (streams - 1)·d)."""
+        answers = []
+        for other in self.streams:
+            if other != stream:
+                encoder = self._encoder(self.layers, f"{stream}_with_{other}")
+                answers.append(encoder(steps[stream], masks[stream], steps[other], masks[other], train))
+        own = self._encoder(max(self.layers, 3), f"{stream}_memory")
+        return last_step(own(jnp.concatenate(answers, -1), masks[stream], train=train), masks[stream])
+
+    def _encoder(self, layers: int, name: str) -> CrossmodalEncoder:
+        return CrossmodalEncoder(
+            layers, self.heads, self.causal, dropout=self.dropout, attention_dropout=self.attention_dropout,
+            embedding_dropout=self.embedding_dropout, faithful=self.faithful, dtype=self.dtype, name=name,
+        )  # fmt: skip
+
+
+FUSIONS: dict[str, Fusion] = {
+    "mult": Fusion(
+        module=MulT,
+        small={"layers": 1},
+        least=2,
+        recipe={"optimizer": "adam", "learning_rate": 2e-3, "batch_size": 32, "epochs": 30, "weight_decay": 0.0},
+        paper="Tsai et al. 2019, ACL",
+    ),
+}
