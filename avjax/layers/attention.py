@@ -1,19 +1,15 @@
 """Multi-head attention under masks (Vaswani et al. 2017, section 3.2)."""
 
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from avjax.layers import cpu
 from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project
 from avjax.layers.masking import masked_softmax
-
-# A score of what may not be attended to: its exponential is 0 beside any other, and 1 where there is none.
-_LOW = -1e30
-
 
 # Keys up to which attention head by head is no faster.
 _FEW = 32
@@ -51,32 +47,13 @@ def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     if isinstance(key.shape[1], int) and key.shape[1] < _FEW:
         return attend(query, key, value, mask)[0]
     return jax.lax.platform_dependent(
-        query, key, value, mask, cpu=_head_by_head, default=lambda *arrays: attend(*arrays)[0]
+        query, key, value, _for_queries(mask), cpu=cpu.attend, default=lambda *arrays: attend(*arrays)[0]
     )
 
 
 def _for_queries(mask: jax.Array) -> jax.Array:
     """A mask of `attend` as (b, 1, k) or (b, q, k)."""
     return mask if mask.ndim == 3 else mask[:, None]
-
-
-def _head_by_head(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    mask = _for_queries(mask)
-    some = mask.any(-1, keepdims=True)
-
-    # Weights are computed once more for gradients: that costs less than to keep those of all heads.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, k, v = head  # b l d
-        scores = jnp.einsum("bqd,bkd->bqk", q / jnp.sqrt(q.shape[-1]).astype(q.dtype), k).astype(jnp.float32)
-        scores = jnp.where(mask, scores, _LOW)
-        weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
-        # Divided by their sum after the product, which is narrower than the weights.
-        summed = jnp.einsum("bqk,bkd->bqd", weights.astype(v.dtype), v)
-        return jnp.where(some, summed / jnp.sum(weights, -1, keepdims=True).astype(v.dtype), 0)
-
-    heads = tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))
-    return jnp.moveaxis(jax.lax.map(one, heads), 0, 2)
 
 
 class CrossAttention(nn.Module):

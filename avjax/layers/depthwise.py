@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from avjax.layers import cpu
+
 
 def shifted(x: jax.Array, kernel: int) -> list[jax.Array]:
     """The first, second, … step of every window of `kernel` steps of x (b, n, d): each (b, n - kernel + 1, d)."""
@@ -23,14 +25,8 @@ def _gradients(given: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple
     x, kernel = given
     around = ((0, 0), (len(kernel) - 1, len(kernel) - 1), (0, 0))
     # Elsewhere at once: of a loop over devices that share the clips each turn would be a message to the others.
-    of_kernel = jax.lax.platform_dependent(x, gradient, cpu=_tap_by_tap, default=_of_all_taps)
+    of_kernel = jax.lax.platform_dependent(x, gradient, cpu=cpu.depthwise_kernel_gradient, default=_of_all_taps)
     return depthwise(jnp.pad(gradient, around), kernel[::-1]), of_kernel
-
-
-def _tap_by_tap(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    length = gradient.shape[1]
-    of_tap = lambda i: jnp.sum(jax.lax.dynamic_slice_in_dim(x, i, length, 1) * gradient, (0, 1))  # noqa: E731
-    return jax.lax.map(of_tap, jnp.arange(x.shape[1] - length + 1))
 
 
 def _of_all_taps(x: jax.Array, gradient: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
+from avjax.utils import murmur3
 
 
 class Dropout(nn.Module):
@@ -39,14 +40,8 @@ class Dropout(nn.Module):
 
 
 def hashed(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """A uint32 for each index of `shape`, mixed with both words of a key; good for masks, not for secrets.
-
-    The mixing is the 32-bit finaliser of MurmurHash3 (Appleby 2011), once after each word.
-    """
+    """Hashes each index of `shape` with both words of a key: uint32; good for masks, not for secrets."""
     index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     for word in jax.random.key_data(key):
-        index ^= word
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            index = (index ^ (index >> shift)) * jnp.uint32(factor)
-        index ^= index >> 16
+        index = murmur3.finalise(index ^ word)
     return index

@@ -18,13 +18,12 @@ import orbax.checkpoint as ocp
 
 from avjax.errors import AvjaxError
 from avjax.training.sharding import joined
-from avjax.utils import multihost
+from avjax.utils import multihost, murmur3
 from avjax.utils.storage import is_local, remove
 
 DAMAGED = "damaged"  # beside the checkpoints: those that could not be read
 REFUSED = "not_finite"  # of the run directory: the state before a step that was not finite
 _PLACE = 0x9E3779B1  # odd, near 2^32 over the golden ratio
-_MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))  # the 32-bit finaliser of MurmurHash3 (Appleby 2011)
 
 
 class Checkpoints:
@@ -189,10 +188,7 @@ def _digest(array: jax.Array) -> jax.Array:
     bits, place = array.astype(jnp.uint32), jnp.zeros(array.shape, jnp.uint32)
     for axis, length in enumerate(array.shape):
         place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    mixed = bits ^ (place * jnp.uint32(_PLACE))
-    for shift, factor in _MIX:
-        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+    return jnp.sum(murmur3.finalise(bits ^ (place * jnp.uint32(_PLACE))), dtype=jnp.uint32)
 
 
 def difference(saved: Mapping[str, int], found: Mapping[str, int]) -> str:

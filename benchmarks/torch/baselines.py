@@ -8,9 +8,9 @@ Shapes: b clip or conversation, u turn, n step, s stream, d width, c class.
 import itertools
 from collections.abc import Mapping
 
-from avjax.models.fusions.misa import DIFFERENCE, MOMENTS, RECONSTRUCTION, SIMILARITY
-from avjax.models.fusions.mfm import PRIOR, REBUILT
 from avjax.models.fusions.amh import ROUND
+from avjax.models.fusions.mfm import PRIOR, REBUILT
+from avjax.models.fusions.misa import DIFFERENCE, MOMENTS, RECONSTRUCTION, SIMILARITY
 from benchmarks.torch import fusions as torch_fusions
 from benchmarks.torch import states as torch_states
 from benchmarks.torch.fusions import layer_norm, linear

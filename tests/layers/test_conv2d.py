@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avjax.layers import conv2d, cpu
 from avjax.layers.conv2d import PictureConvolution, halved
 
 jitted = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-WAYS = ("_products", "_convolution")
+WAYS = (cpu.convolve2d, conv2d.convolve)
 # Sides, channels, width, settings.
 LAYERS = {
     "usual": ((6, 7), 3, 5, {}),
@@ -28,6 +29,12 @@ LAYERS = {
     "wide window": ((8, 3), 3, 2, {"kernel": 7, "stride": 2, "bias": False}),
     "smaller than its window": ((1, 2), 3, 2, {"dilation": 4}),
 }
+
+
+def window(way, layer) -> dict:
+    """What a way of convolving is given beside the arrays."""
+    shared = {"stride": layer.stride, "dilation": layer.dilation}
+    return shared | ({"channelwise": layer.channelwise} if way is cpu.convolve2d else {})
 
 
 def flax_convolution(layer, channels):
@@ -62,7 +69,7 @@ def test_convolution_is_that_of_flax_both_ways(name):
 
     def by(way):
         def apply(params, x):
-            y = getattr(layer, way)(x, params["kernel"])
+            y = functools.partial(way, **window(way, layer))(x, params["kernel"])
             return y + params["bias"][None, None, None] if layer.bias else y
 
         return apply
@@ -95,7 +102,7 @@ def test_precision_is_that_asked_for_and_parameters_stay_in_float32(way):
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert jax.eval_shape(layer.apply, {"params": params}, x).dtype == jnp.bfloat16
     half = (x.astype(jnp.bfloat16), params["kernel"].astype(jnp.bfloat16))
-    assert jax.eval_shape(getattr(layer, way), *half).dtype == jnp.bfloat16
+    assert jax.eval_shape(functools.partial(way, **window(way, layer)), *half).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("sides", [(6, 4), (5, 4), (6, 3), (5, 7), (1, 1)])

@@ -9,7 +9,7 @@ from sklearn import metrics as sk
 
 from avjax import tasks
 from avjax.errors import AvjaxError
-from avjax.models.fusions import m2fnet, terms
+from avjax.models.fusions import base, m2fnet
 
 CLASSES = 3
 KINDS = tuple(tasks.SCORINGS)
@@ -238,7 +238,7 @@ def test_concordance_is_the_whole_batchs_and_the_same_for_every_clip():
 
 def test_losses_beside_the_heads_know_of_other_tasks():
     weight = jnp.ones(2)
-    value = terms.for_clips({"label": jnp.zeros((2, 3)), "weight": weight}, jnp.float32(4))
+    value = base.for_clips({"label": jnp.zeros((2, 3)), "weight": weight}, jnp.float32(4))
     np.testing.assert_array_equal(value, [4, 4])
     with pytest.raises(AvjaxError, match="m2fnet's triplets compare classes; this is a task of regression"):
         m2fnet.m2fnet_loss(None, {"label": jnp.zeros((2, 3)), "weight": weight}, None)

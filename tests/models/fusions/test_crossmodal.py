@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.models.base import Output
-from avjax.models.fusions import mult, auxformer
 from avjax.layers import crossmodal
+from avjax.models.base import Output
+from avjax.models.fusions import auxformer, mult
 from tests.references import agreement
 
 SMALL = {"width": 8, "heads": 2, "layers": 1}

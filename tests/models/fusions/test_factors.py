@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from avjax.models.base import Output
-from avjax.models.fusions import misa, mfm, factors
+from avjax.models.fusions import mfm, misa
 from avjax.models.fusions.mfm import Mfm
 from avjax.models.fusions.misa import Misa
+from avjax.models.fusions.registry import FUSIONS
 
 STREAMS = ("text", "audio", "video")
 SMALL = {
@@ -51,7 +52,7 @@ def run(name: str):
     return variables, apply, apply(variables, batch())
 
 
-LOSSES = {name: jax.jit(factors.FUSIONS[name].loss) for name in SMALL}
+LOSSES = {name: jax.jit(FUSIONS[name].loss) for name in SMALL}
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.models.fusions.frames import FUSIONS
-from avjax.models.fusions.mmer import LEAST, CrossGate, MmerIa, MmerIt
 from avjax.models.fusions.avtca_released import AvtCaReleased
+from avjax.models.fusions.mmer import LEAST, CrossGate, MmerIa, MmerIt
+from avjax.models.fusions.registry import FUSIONS
 
 PARITY = pathlib.Path(os.environ.get("AVJAX_PARITY_DIR", pathlib.Path(__file__).parents[2] / "parity"))
-LIGHT = [name if name == "mmer_ia" else pytest.param(name, marks=pytest.mark.slow) for name in FUSIONS]
+LIGHT = [
+    name if name == "mmer_ia" else pytest.param(name, marks=pytest.mark.slow)
+    for name in ("mmer_ia", "mmer_it", "mmer_lt", "avtca_released")
+]
 WIDTHS = {"audio": (16, 7), "video": (5, 9)}
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.models.fusions import mag, mmtm, msaf, gates
+from avjax.models.fusions import mag, mmtm, msaf
+from avjax.models.fusions.registry import FUSIONS
 from tests.references import agreement
 
 TEXT, AUDIO, VIDEO = (
@@ -97,7 +98,7 @@ def test_msaf_drops_whole_blocks():
 @pytest.mark.parametrize("name", [pytest.param("mmtm", marks=pytest.mark.slow), "msaf"])
 def test_towers_hear_each_other_through_the_gate_alone(name):
     """A tower of one layer has no gate: then the picture leaves the sound's part of the joined vector as it is."""
-    module = gates.FUSIONS[name].module(3, streams=("audio", "video"), width=8, heads=2)
+    module = FUSIONS[name].module(3, streams=("audio", "video"), width=8, heads=2)
     one = {**STEPS, **{f"{s}_mask": m for s, m in MASKS.items()}}
     for layers, hears in ((1, False), (2, True)):
         tower = module.clone(layers=layers)

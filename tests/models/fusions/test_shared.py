@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from avjax.models.base import Output
-from avjax.models.fusions import uavm, vavl, ladder
+from avjax.models.fusions import ladder, uavm, vavl
 from avjax.models.fusions.ladder import Ladder
 from avjax.models.fusions.uavm import Uavm
 from avjax.models.fusions.vavl import Vavl

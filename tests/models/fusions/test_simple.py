@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax.models.fusions.averages import Additive, Concat, WeightedSum
-from avjax.models.fusions.amh import Amh
 from avjax.layers.lstm import LstmEncoder
+from avjax.models.fusions.amh import Amh
+from avjax.models.fusions.averages import Additive, Concat, WeightedSum
 
 WIDTHS = {"text": 4, "audio": 3, "video": 5}
 STATES = {"text": 4, "audio": 2, "video": 3}

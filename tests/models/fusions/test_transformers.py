@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.models.fusions.transformers import FUSIONS
 from avjax.models.fusions.mma_dfer import Bottleneck
+from avjax.models.fusions.registry import FUSIONS
 
 SMALL = {
     "tmep": {"streams": ("audio", "video"), "width": 8, "heads": 2, "layers": 1, "joint_layers": 1},
