@@ -55,14 +55,6 @@ class Encoder:
         self._shard = NamedSharding(mesh, PartitionSpec("batch"))
         self.params = jax.device_put(_without_blocks_above(module, params), NamedSharding(mesh, PartitionSpec()))
 
-        @jax.jit
-        def run(params: Mapping, inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-            features, real = module.apply({"params": params}, inputs, mask)
-            features = jnp.where(real[..., None], features, 0).astype(jnp.float32)
-            return pooled(features, real, pool)
-
-        self._run = run
-
     def __call__(
         self, inputs: np.ndarray | jax.Array, mask: np.ndarray | jax.Array | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +85,7 @@ class Encoder:
 
     def on_device(self, inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes what a call does of inputs on the device and leaves it there; compiles for each new shape."""
-        return self._run(self.params, inputs, mask)
+        return run(self.module, self._pool, self.params, inputs, mask)
 
     def padded(self, inputs: np.ndarray, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Pads the length of inputs and mask to its bucket; arguments and errors as in a call."""
@@ -155,6 +147,15 @@ class Encoder:
         ids = np.full(mask.shape, self._files.config.get("pad_token_id") or 0, np.int32)
         ids[mask] = np.concatenate([np.empty(0, np.int32), *rows])
         return ids, mask
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(
+    module: Any, pool: str | None, params: Mapping, inputs: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Computes features and mask, pooled as `load` says; encoders of one architecture share its programs."""
+    features, real = module.apply({"params": params}, inputs, mask)
+    return pooled(jnp.where(real[..., None], features, 0).astype(jnp.float32), real, pool)
 
 
 def pooled(features: jax.Array, mask: jax.Array, pool: str | None) -> tuple[jax.Array, jax.Array]:
