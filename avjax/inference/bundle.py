@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
@@ -70,7 +71,8 @@ def write(workdir: Path, out: Path, fold: str | None = None, seed: int | None = 
         _write_json(folder / "config.json", _placeless(config))
         _write_json(folder / "labels.json", {"task": run.task, "classes": list(run.classes)})
         _write_json(folder / "provenance.json", says)
-        write_text(folder / "model_card.md", model_card.markdown(out.name, says, metrics, known))
+        params = jax.tree.map(lambda leaf: leaf[0], run.best["params"])
+        write_text(folder / "model_card.md", model_card.markdown(out.name, says, metrics, known, params))
         write_text(folder / MANIFEST, _sealed(FORMAT, _described(folder)))
 
 

@@ -13,14 +13,16 @@ from avjax.tasks import ONE_CLASS
 _STEPS = 16  # of the made-up clips in the card, where there is a choice
 
 
-def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known: Any | None) -> str:
+def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known: Any | None, params: Any) -> str:
     """The card as Markdown.
 
     Args:
       name: of the bundle's folder; says: content of `provenance.json`; metrics: of the run's `metrics.json`.
-      known: what is known of a public data set (`datasets.about.About`), else None.
+      known: what is known of a public data set (`datasets.metadata.About`), else None.
+      params: of one of the networks.
     """
     import jinja2
+    from clu import parameter_overview
     from markupsafe import Markup
 
     # Names come out of data: they are shown, never obeyed.
@@ -47,6 +49,8 @@ def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known:
         by_class=Markup(_by_class(metrics)),
         references=Markup(_table(tables.reference_columns(metrics), tables.reference_rows(metrics))),
         notes=tables.run_notes(metrics),
+        parameters=parameter_overview.count_parameters(params),
+        overview=Markup(parameter_overview.get_parameter_overview(params, include_stats=False)),
         measured=bool(says["pretrained"]),
         folds=len({lane["fold"] for lane in says["lanes"]}),
         lengths=_lengths([about["shape"][1] for about in says["inputs"].values()]),

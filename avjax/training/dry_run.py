@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from avjax.models.base import Model
 from avjax.training import loop, sharding, streamed_loop
@@ -80,7 +79,6 @@ def show(
 ) -> Mapping[str, Any]:
     """Prints the parameter table, devices, memory and FLOPs; gives the figures."""
     step = compile_step(model, config, place, plan, clips)
-    console.print(parameter_table(step.state.params, place))
     lanes, devices = len(plan.names), place.mesh.size if place.mesh else 1
     size = sum(v.size for v in jax.tree.leaves(step.state.params)) // lanes
     resident = 0 if isinstance(clips, Streamed) else sum(v.nbytes for v in jax.tree.leaves(clips))
@@ -94,7 +92,8 @@ def show(
         **{f"{name}_bytes": value for name, value in step.memory.items()},
         "flops": step.flops,
     }
-    say = lambda text: console.print(text, soft_wrap=True)  # noqa: E731
+    say = lambda text: console.print(text, soft_wrap=True, markup=False)  # noqa: E731
+    say(parameters(step.state.params, place))
     say(f"{lanes} lanes of {size:,} parameters on {sharding.described(place)}")
     say(f"on each device: state {_mib(figures['state_bytes'])}, resident clips {_mib(resident)}")
     memory = ", ".join(f"{name} {_mib(value)}" for name, value in step.memory.items())
@@ -104,15 +103,11 @@ def show(
     return figures
 
 
-def parameter_table(params: Any, place: Placement) -> Table:
-    """Path, shape, number and place of each parameter of a lane; the shapes have the lanes in front."""
-    table = Table("parameter", "shape", "number", "place")
-    table.columns[2].justify = "right"
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        where = str(leaf.sharding.spec) if place.mesh else "one device"
-        shape = leaf.shape[1:]
-        table.add_row(sharding.joined(path)[1:], " × ".join(map(str, shape)), f"{int(np.prod(shape)):,}", where)
-    return table
+def parameters(params: Any, place: Placement) -> str:
+    """Lists name, shape, dtype and size of each parameter, and its sharding on a mesh; the lanes are the first axis."""
+    from clu import parameter_overview
+
+    return parameter_overview.get_parameter_overview(params, include_stats="sharding" if place.mesh else False)
 
 
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:

@@ -144,7 +144,11 @@ def test_lanes_are_chosen_when_a_bundle_is_written_and_when_it_is_read(workdir, 
     for run in (bundle.read(tmp_path / "B"), bundle.read(whole, "s1", 2)):
         assert run.lanes == (("s1", 2),)
         np.testing.assert_allclose(prediction.answers_of(run, features), expected, rtol=0, atol=1e-6)
-    assert "of 1 of the run's 6 networks" in (tmp_path / "B" / "model_card.md").read_text()
+    card = (tmp_path / "B" / "model_card.md").read_text()
+    assert "of 1 of the run's 6 networks" in card
+    size = sum(leaf.size for leaf in flatten_dict(run.best["params"]).values())
+    assert f"{size:,} in each network:" in card
+    assert f"\nTotal: {size:,} -- {4 * size:,} bytes\n" in card
     with pytest.raises(AvjaxError, match="B: no fold 's2'; its folds are s1"):
         bundle.read(tmp_path / "B", "s2")
 

@@ -148,7 +148,8 @@ def test_a_dry_run_tells_parameters_memory_and_work(capsys):
     figures = dry_run.show(model, config, sharding.ALONE, plan, data, Console(width=200))
     told = capsys.readouterr().out
     assert "fuse/query/kernel" in told
-    assert "16 × 16" in told
+    assert "(2, 16, 16)" in told
+    assert f"Total: {2 * figures['parameters']:,}" in told
     assert "nothing was trained" in told
     assert figures["lanes"] == 2
     assert f"2 lanes of {figures['parameters']:,} parameters" in told
