@@ -39,7 +39,7 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
     import numpy as np
     from rich.console import Console
 
-    from avjax import models, tasks
+    from avjax import models
     from avjax.datasets import registry
     from avjax.evaluation import fewshot, finish_run, results
     from avjax.evaluation.report import tables
@@ -75,10 +75,10 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
     # ---- Protocol and model ---------------------------------------------------------------------------------------
     # Before the directory is claimed: what is refused here is to be mended and started again in the same one.
     folds, folds_name = protocol.folds(features, config.protocol)
-    model, scoring = models.build(config.model, len(features.classes)), tasks.SCORINGS[features.task]
+    model = models.build(config.model, len(features.classes), features.task)
     plan = lane_plans.plan(features, folds, config.train.seeds, config.protocol, model.turns)
     place = sharding.place(config, len(plan.names))
-    chosen, heads = model.heads[0] if len(model.candidates) > 1 else "", loop.candidates(model)
+    chosen = model.heads[0] if len(model.candidates) > 1 else ""
     says = protocol.line(folds_name, plan, config.protocol, features.random, features.task, chosen)
     if model.readers:
         says += f"; {fewshot.described(plan, config.model.settings)}"
@@ -107,7 +107,7 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         # ---- State ------------------------------------------------------------------------------------------------
         told = lambda: multihost.agree(cli.told_to_stop())  # noqa: E731
         if streamed:
-            trainer = streamed_loop.make(model, config, workdir, features.task, say, place, cli.told_to_stop)
+            trainer = streamed_loop.make(model, config, workdir, say, place, cli.told_to_stop)
         else:
             trainer = loop.make(model, config, place)
         lanes = place.put_lanes(plan.lanes)
@@ -133,7 +133,7 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
                 sums = jax.device_get(sums)
                 with kept_if_refused(workdir / REFUSED, done + 1, state):
                     history.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)
-                new = history.epoch_rows(sums, plan.names, done + 1, scoring, heads)
+                new = history.epoch_rows(sums, plan.names, done + 1, model)
                 new = [{"dataset": dataset} | row for row in new]
                 rows += new
                 done += sums["live"].shape[1]

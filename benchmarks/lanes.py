@@ -261,7 +261,7 @@ def protocol(case: Case, trainer: loop.Trainer, plan: lane_plans.LanePlan) -> En
     state = trainer.init(plan.lanes, case.data)
     state, sums = trainer.epochs(state, plan.lanes, case.data, jnp.int32(1))
     history.check_finite(sums, plan, case.features.ids, 1, case.config.train.batch_size)
-    history.epoch_rows(sums, plan.names, 1)
+    history.epoch_rows(sums, plan.names, 1, case.model)
     logits = trainer.predict(state, plan.lanes, case.data)[case.model.heads[0]]
     return Ended(state, jax.device_get(logits))
 

@@ -52,7 +52,7 @@ def fusion(name: str, task: str = "single", **changes) -> runs.Run:
     chosen.streams = fusions.FUSIONS[name].streams
     chosen.settings.update(SMALL.get(name, {}))
     chosen.update(changes)
-    return run_of(models.build(chosen, CLASSES), features(2), task=task)
+    return run_of(models.build(chosen, CLASSES, task), features(2))
 
 
 def run_of(model: Model, few: Features, **more) -> runs.Run:

@@ -52,7 +52,7 @@ def yardsticks(data: Resident | Streamed, plan: LanePlan) -> dict[str, dict]:
     """
     vectors = pooled(data)
     label = np.asarray(data.label)
-    scoring, fit = tasks.scoring_of(label), _FITS[tasks.kind(label)]
+    scoring, fit = tasks.SCORINGS[data.task], _FITS[data.task]
     lanes = jax.device_get(plan.lanes)
     first_seed = [i for i, (_, seed) in enumerate(plan.names) if seed == plan.names[0][1]]
     out = {}

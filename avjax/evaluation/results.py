@@ -37,7 +37,7 @@ def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndar
         "speaker": np.array(features.speakers, np.str_)[index],
         "fold": np.array([name for name, _ in plan.names])[lane],
         "seed": np.array([seed for _, seed in plan.names], np.int64)[lane],
-        "label": _plain(features.label[index]),
+        "label": _plain(features.label[index], features.task),
         **{f"logits_{head}": np.asarray(v)[real] for head, v in logits.items()},
     }
 
@@ -130,10 +130,8 @@ def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, task: s
     return summary(folds, scoring.names)
 
 
-def _plain(label: np.ndarray) -> np.ndarray:
-    if tasks.kind(label) == "soft":
-        return np.asarray(tasks.shares(label))
-    return label.astype(np.int64) if label.dtype == np.int32 else label
+def _plain(label: np.ndarray, task: str) -> np.ndarray:
+    return label.astype(np.int64) if task == "single" else label
 
 
 def attention(features: Features, found: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> list[dict[str, object]]:

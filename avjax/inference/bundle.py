@@ -219,7 +219,7 @@ def _restored(folder: Path, config: ConfigDict) -> Run:
     labels, says = (read_json(folder / f"{name}.json") for name in ("labels", "provenance"))
     tree = unflatten_dict(load_file(folder / WEIGHTS), sep="/")
     lanes = tuple((lane["fold"], lane["seed"]) for lane in says["lanes"])
-    model = models.build(config.model, len(labels["classes"]))
+    model = models.build(config.model, len(labels["classes"]), labels["task"])
     streams = says["preprocessing"]["streams"]
     return Run(
         name=says["run"],
@@ -235,7 +235,6 @@ def _restored(folder: Path, config: ConfigDict) -> Run:
         lanes=lanes,
         made_by=says["features"]["made_by"],
         random=says["random_weights"],
-        task=labels["task"],
         caches=tuple(fewshot.read_caches(folder, lanes)) if model.readers else (),
         streams={name: (tuple(stream["longest"]), stream["dtype"]) for name, stream in streams.items()},
     )

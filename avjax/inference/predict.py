@@ -183,6 +183,7 @@ def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> s
         sentences={s: [e["sentence"][s] for e in examples] for s in clip_features.TEXTS},
         counts={},
         made_by={},
+        task=run.task,
     )
 
 

@@ -29,7 +29,6 @@ class Run:
     Attributes:
       name: of its directory; dataset, protocol: as every table names them; classes: in the order of the logits.
       preset: how clips are measured; text_source: which sentence the model reads, "" for none.
-      task: its kind.
       model: without parameters; best, best_head, stats: of the lanes, with a leading lane axis
       (`avjax.training.loop.State`). lanes: (fold, seed) of each.
       made_by: how the features were made that it was trained on (`extraction.made_by`).
@@ -51,9 +50,13 @@ class Run:
     lanes: tuple[tuple[str, int], ...]
     made_by: Mapping[str, str]
     random: bool = False
-    task: str = "single"
     caches: tuple[Cache, ...] = ()
     streams: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """The kind of task (`avjax.tasks.SCORINGS`)."""
+        return self.model.task
 
 
 def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *, new_clips: bool = True) -> Run:
@@ -75,12 +78,12 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *,
         if new_clips:
             check_statistics(workdir, config)
         names = tuple((lane["fold"], lane["seed"]) for lane in metrics["folds"])
-        about = {key: metrics[key] for key in ("dataset", "protocol", "task")}
+        about = {key: metrics[key] for key in ("dataset", "protocol")}
         classes = tuple(metrics["classes"])
         about |= {"classes": classes, "preset": config.preset, "text_source": config.model.text_source}
         made = read_json(workdir / "environment.json")["features"]
         about |= {"made_by": made["made_by"], "random": made["random"]}
-        model = models.build(config.model, len(classes))
+        model = models.build(config.model, len(classes), metrics["task"])
     except (KeyError, AttributeError, TypeError) as error:
         raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
     saved = checkpoint.read(workdir / "checkpoints", "best", "best_head", "stats")

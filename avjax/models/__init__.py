@@ -1,4 +1,4 @@
-"""The registry of models: name → a function of (model configuration, number of classes)."""
+"""The registry of models: name → a function of (model configuration, number of classes, task)."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from avjax.models.base import Build, Model
 from avjax.models.fusions import registry as fusions
 
 
-def _end_to_end(config: Any, classes: int) -> Model:
+def _end_to_end(config: Any, classes: int, task: str) -> Model:
     # Models know arrays; this one brings pretrained encoders, which know files.
     from avjax.models import finetune
 
-    return finetune.build(config, classes)
+    return finetune.build(config, classes, task)
 
 
 REGISTRY: dict[str, Build] = {
@@ -22,12 +22,12 @@ REGISTRY: dict[str, Build] = {
 } | dict.fromkeys(fusions.FUSIONS, fusions.build)
 
 
-def build(config: Any, classes: int) -> Model:
-    """Builds `config.name` with `config`'s settings for `classes` classes.
+def build(config: Any, classes: int, task: str = "single") -> Model:
+    """Builds `config.name` with `config`'s settings for `classes` classes, labels or values of a kind of task.
 
     Raises:
       AvjaxError: no model has that name.
     """
     if config.name not in REGISTRY:
         raise AvjaxError(f"model.name is {config.name!r}; the registry has {', '.join(sorted(REGISTRY))}")
-    return REGISTRY[config.name](config, classes)
+    return REGISTRY[config.name](config, classes, task)

@@ -40,6 +40,7 @@ class Model:
       module: `module.apply(variables, batch, train=..., rngs=...)` → `Output`.
       loss: (output, batch, class_prior (c,)) → {term: (b,)}, unreduced and already weighted; their sum is minimised.
       heads: head names, the predicting one first.
+      task: the kind of task (`avjax.tasks.SCORINGS`).
       pictures: the stream that is raw pictures, uint8 (b, t, h, w, 3), "" for none.
       candidates: the heads among which validation chooses, fold by fold, the one that predicts; one alone has nothing
         to choose.
@@ -60,6 +61,7 @@ class Model:
     )
     heads: tuple[str, ...] = flax.struct.field(pytree_node=False)
     streams: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    task: str = flax.struct.field(pytree_node=False, default="single")
     turns: bool = flax.struct.field(pytree_node=False, default=False)
     pictures: str = flax.struct.field(pytree_node=False, default="")
     candidates: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
@@ -76,26 +78,28 @@ class Model:
 
 
 Loss = Callable[[Output, Batch, jax.Array], dict[str, jax.Array]]
-Build = Callable[[Any, int], Model]
+Build = Callable[[Any, int, str], Model]
+# Of a fusion, which needs no class prior: (output, batch, kind of task) → {term: (b,)}.
+TaskLoss = Callable[[Output, Batch, str], dict[str, jax.Array]]
 
 
-def head_loss(output: Output, batch: Batch, head: str) -> jax.Array:
-    """The task's loss (`tasks.loss`) of one head by clip; one named after a stream costs nothing in clips without."""
-    label, weight = batch["label"], batch["weight"]
+def head_loss(output: Output, batch: Batch, head: str, task: str) -> jax.Array:
+    """Computes the task's loss of one head by clip; one named after a stream costs nothing in clips without it."""
+    label, weight, loss = batch["label"], batch["weight"], tasks.SCORINGS[task].loss
     if f"{head}_mask" not in batch:
-        return tasks.loss(output.logits[head], label, weight)
+        return loss(output.logits[head], label, weight)
     there = jnp.any(batch[f"{head}_mask"], -1)
-    return jnp.where(there, tasks.loss(output.logits[head], label, weight * there), 0.0)
+    return jnp.where(there, loss(output.logits[head], label, weight * there), 0.0)
 
 
-def heads_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
-    """`head_loss` of every head."""
-    return {head: head_loss(output, batch, head) for head in output.logits}
+def heads_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
+    """Computes `head_loss` of every head."""
+    return {head: head_loss(output, batch, head, task) for head in output.logits}
 
 
-def fusion_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
-    """`head_loss` of the head "fusion" alone."""
-    return {"fusion": head_loss(output, batch, "fusion")}
+def fusion_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
+    """Computes `head_loss` of the head "fusion" alone."""
+    return {"fusion": head_loss(output, batch, "fusion", task)}
 
 
 def stream_heads(module: nn.Module) -> tuple[str, ...]:
@@ -110,7 +114,7 @@ class Fusion:
     Attributes:
       module: class of the Flax module; its fields are its settings, with the paper's values as defaults.
       paper: authors, year, venue.
-      loss: as `Model.loss`.
+      loss: as `Model.loss`, with the kind of task in the place of the class prior.
       heads: of a module, the heads it has, the predicting one first; candidates: as `Model.candidates`.
       pictured: as `Model.pictured`.
       needs: streams that must be among those it reads; reads: all that it can read, () for any.
@@ -122,7 +126,7 @@ class Fusion:
 
     module: type[nn.Module]
     paper: str
-    loss: Loss = fusion_loss
+    loss: TaskLoss = fusion_loss
     heads: Callable[[nn.Module], tuple[str, ...]] = lambda module: ("fusion",)
     candidates: Callable[[nn.Module], tuple[str, ...]] = lambda module: ()
     pictured: tuple[tuple[str, str, str], ...] = ()

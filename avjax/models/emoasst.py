@@ -204,7 +204,7 @@ def settings() -> dict[str, Any]:
     }
 
 
-def build(config, classes: int) -> Model:
+def build(config, classes: int, task: str) -> Model:
     """Makes the model of `config` (the `model` part of a configuration).
 
     Raises:
@@ -234,6 +234,7 @@ def build(config, classes: int) -> Model:
         loss=contrast(given["visual_loss"]),
         heads=tuple(f"{m}_zero" for m in answered),
         streams=streams,
+        task=task,
         readers=(primary, *others),
         whole=True,
     )

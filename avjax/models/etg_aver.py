@@ -19,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax import tasks
 from avjax.errors import AvjaxError
 from avjax.layers.masking import masked_mean, masked_softmax
 from avjax.models.base import Model, Output, head_loss
@@ -314,8 +313,6 @@ def hierarchical_loss(
 ) -> dict[str, jax.Array]:
     """Eqs. 6–7: one weighted cross entropy per head and clip; a modality that a clip lacks costs nothing there.
 
-    Of other tasks than classes their loss (`tasks.loss`) stands in its place.
-
     Args:
       output: the model's answer; batch: with `label (b,)` and the masks of the streams.
       prior: (c,) shares of the training labels, for the imbalance options.
@@ -325,12 +322,6 @@ def hierarchical_loss(
     Returns:
       {head: (b,)}.
     """
-    if tasks.kind(batch["label"]) != "single":
-        if imbalance != "none" or smoothing:
-            raise AvjaxError(
-                f"model.imbalance is {imbalance!r}, model.smoothing {smoothing}; both are for classes: set 'none' and 0"
-            )
-        return {head: weights[head] * head_loss(output, batch, head) for head in output.logits}
     factor = losses.balanced_weights(prior) if imbalance == "class_weights" else None
     entropy = functools.partial(losses.cross_entropy, smoothing=smoothing, class_weight=factor)
     cost = losses.focal if imbalance == "focal" else entropy
@@ -343,12 +334,14 @@ def hierarchical_loss(
     return terms
 
 
-def build(config, classes: int) -> Model:
-    """Makes the model of `config` (the `model` part of a configuration).
+def build(config, classes: int, task: str) -> Model:
+    """Makes the model of `config` (the `model` part of a configuration) for a kind of task.
+
+    Of other tasks than "single" their own loss stands in the place of the cross entropy.
 
     Raises:
-      AvjaxError: a setting is not one of its choices, text guides a model without text, or labels are smoothed for the
-        focal loss.
+      AvjaxError: a setting is not one of its choices, text guides a model without text, labels are smoothed for the
+        focal loss, or a setting for classes is used for another task.
     """
     streams = tuple(config.streams)
     for key, choices in (
@@ -366,6 +359,11 @@ def build(config, classes: int) -> Model:
             f"model.smoothing is {config.smoothing} with model.imbalance='focal'; the focal loss reads hard labels: "
             "set model.smoothing=0.0, or choose another model.imbalance"
         )
+    if task != "single" and (config.imbalance != "none" or config.smoothing):
+        raise AvjaxError(
+            f"model.imbalance is {config.imbalance!r}, model.smoothing {config.smoothing}; both are for classes, and "
+            f"the task is {task!r}: set 'none' and 0"
+        )
     if (config.guide or config.fusion != "concat") and set(streams) != {"text", "audio", "video"}:
         raise AvjaxError(
             f"model.streams is {streams}; text guidance and attention fusion need text, audio and video: "
@@ -377,8 +375,10 @@ def build(config, classes: int) -> Model:
     module = EtgAver(classes=classes, streams=streams, dtype=jnp.dtype(config.dtype), **settings)
 
     def loss(output, batch, prior):
+        if task != "single":
+            return {head: weights[head] * head_loss(output, batch, head, task) for head in output.logits}
         return hierarchical_loss(
             output, batch, prior, weights=weights, imbalance=config.imbalance, smoothing=config.smoothing
         )
 
-    return Model(module=module, loss=loss, heads=heads, streams=streams)
+    return Model(module=module, loss=loss, heads=heads, streams=streams, task=task)

@@ -63,7 +63,7 @@ class Pretrained(Mapping):
         return out
 
 
-def build(config, classes: int) -> Model:
+def build(config, classes: int, task: str) -> Model:
     """Makes ETG-AVER with the encoders of `config.encoders.preset`; `config` is the `model` part of a configuration.
 
     Steps of sound are kept as the encoder gives them: the core averages them to segments of its own. Features of a
@@ -72,7 +72,7 @@ def build(config, classes: int) -> Model:
     Raises:
       AvjaxError: the preset does not stage raw inputs of all streams, a setting does not fit, or as `etg_aver.build`.
     """
-    model, settings = etg_aver.build(config, classes), config.encoders
+    model, settings = etg_aver.build(config, classes, task), config.encoders
     encodings = _encodings(settings.preset, model.streams)
     encoded = tuple((stream, _encode(e, config.dtype, settings.remat)) for stream, e in encodings.items())
     return model.replace(

@@ -1,5 +1,5 @@
 """What a model predicts: kinds of tasks, losses and metrics."""
 
-from avjax.tasks.scoring import ONE_CLASS, SCORINGS, Scoring, encoded, kind, loss, prior, scoring_of, shares
+from avjax.tasks.scoring import ONE_CLASS, SCORINGS, Scoring, encoded, prior
 
-__all__ = ["ONE_CLASS", "SCORINGS", "Scoring", "encoded", "kind", "loss", "prior", "scoring_of", "shares"]
+__all__ = ["ONE_CLASS", "SCORINGS", "Scoring", "encoded", "prior"]

@@ -26,12 +26,14 @@ class Resident:
       group: (clips,) the standardisation group of each clip (its speaker, or 0).
       groups: number of groups.
       constants: batch key → what every batch has whole and all lanes share (`Features.constants`, `Model.constants`).
+      task: the kind of task that `label` is of (`avjax.tasks.SCORINGS`).
     """
 
     streams: dict[str, jax.Array]
     group: jax.Array
     groups: int = flax.struct.field(pytree_node=False)
     constants: dict[str, Any] = flax.struct.field(default_factory=dict)
+    task: str = flax.struct.field(pytree_node=False, default="single")
 
     @property
     def label(self) -> jax.Array:
@@ -64,7 +66,7 @@ def resident(
     """
     arrays = {"label": features.label} | streams_of(features, text_source)
     group, count = groups(features, standardise)
-    return Resident(put(arrays), put(group), count, put({**features.constants, **constants}))
+    return Resident(put(arrays), put(group), count, put({**features.constants, **constants}), features.task)
 
 
 def streams_of(features: Features, text_source: str) -> dict[str, np.ndarray]:

@@ -1,31 +1,24 @@
 """The sums of a call of `loop.Trainer.epochs`: as rows of `metrics.jsonl`, and whether all of them are finite."""
 
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 
 from avjax import tasks
 from avjax.errors import AvjaxError
+from avjax.models.base import Model
 from avjax.training import loop
 from avjax.training.lanes import LanePlan
 
 _VALIDATION = "the validation loss"
 
 
-def epoch_rows(
-    sums: dict,
-    names: list[tuple[str, int]],
-    first: int,
-    scoring: tasks.Scoring = tasks.SCORINGS["single"],
-    heads: Sequence[int] = (0,),
-) -> list[dict[str, object]]:
-    """The sums of one call as rows, one per epoch and lane that was still training: losses and validation scores.
+def epoch_rows(sums: dict, names: list[tuple[str, int]], first: int, model: Model) -> list[dict[str, object]]:
+    """Makes rows of the sums of one call, one per epoch and lane that was still training: losses, validation scores.
 
-    Scores are those of the best of the `heads` that may predict (`loop.candidates`).
+    Scores are those of the best of the heads that may predict (`loop.candidates`).
     """
-    sums = jax.device_get(sums)
-    scores = scoring.scores(sums["val_tables"][:, :, np.array(heads)])  # (lanes, epochs, heads)
+    sums, scoring = jax.device_get(sums), tasks.SCORINGS[model.task]
+    scores = scoring.scores(sums["val_tables"][:, :, np.array(loop.candidates(model))])  # (lanes, epochs, heads)
     best = np.argmax(scores[scoring.picks], -1)[..., None]
     scores = {name: np.take_along_axis(np.asarray(score), best, -1)[..., 0] for name, score in scores.items()}
     terms = {f"train_{k}": v.sum(-1) / sums["train_size"] for k, v in sums["train_terms"].items()}  # (lanes, epochs)

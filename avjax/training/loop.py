@@ -199,8 +199,7 @@ def _epochs(model: Model, tx, config, place: Placement, state: State, lane: Lane
         live = ~state.stopped
         state, train = _train_epoch(model, tx, config, place, state, lane, data, epoch)
         val = _evaluate(model, place, state, lane, data)
-        scoring = tasks.scoring_of(data.streams["label"])
-        return select(model, config, state, val, scoring, epoch), train | val | {"live": live}
+        return select(model, config, state, val, epoch), train | val | {"live": live}
 
     return jax.lax.scan(one, state, first + jnp.arange(config.train.epochs_per_call))
 
@@ -267,7 +266,7 @@ def _step(
     size = jnp.sum(batch["weight"])
     gradient = functools.partial(_gradient, model, remat, state, prior, jnp.maximum(size, 1.0))
     if pieces > 1:
-        _check_divisible(model, state, batch, pieces)
+        _check_divisible(model, state, pieces)
         (grads, sums), running = _accumulated(gradient, *optim.cut(batch, pieces), key), state.running
     else:
         grads, (sums, running) = gradient(batch, key)
@@ -308,8 +307,8 @@ def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) ->
     return jax.lax.scan(one, zero, (jnp.arange(len(rows["weight"])), rows))[0]
 
 
-def _check_divisible(model: Model, state: State, batch, pieces: int) -> None:
-    if model.whole or state.running or tasks.scoring_of(batch["label"]).loss:
+def _check_divisible(model: Model, state: State, pieces: int) -> None:
+    if model.whole or state.running or tasks.SCORINGS[model.task].set_loss:
         what = "the statistics of its norms" if state.running else "its loss"
         raise AvjaxError(
             f"train.accumulate is {pieces}, but the model learns by whole batches ({what}): set it to 1, and "
@@ -332,29 +331,30 @@ def parts(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _evaluate(model: Model, place: Placement, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
     """Validation sums of one lane: the table of each head (`tasks.Scoring`), summed loss, number of clips."""
-    scoring = tasks.scoring_of(data.streams["label"])
 
     def one(sums, item):
         batch = _batch(place, data, state.stats, *item)
-        return jax.tree.map(jnp.add, sums, validation(model, scoring, state, batch, lane.prior)), None
+        return jax.tree.map(jnp.add, sums, validation(model, state, batch, lane.prior)), None
 
-    table = jnp.zeros((len(model.heads), *scoring.shape(lane.prior.shape[0])))
+    table = jnp.zeros((len(model.heads), *tasks.SCORINGS[model.task].shape(lane.prior.shape[0])))
     zero = {"val_tables": table, "val_loss": jnp.float32(0), "val_size": jnp.float32(0)}
-    return whole(scoring, jax.lax.scan(one, zero, parts(lane.val, lane.val_weight))[0])
+    return whole(model, jax.lax.scan(one, zero, parts(lane.val, lane.val_weight))[0])
 
 
-def whole(scoring: tasks.Scoring, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Validation sums whose loss is that of the whole set, not a mean over batches."""
-    if not scoring.loss:
+def whole(model: Model, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Puts the loss of the whole set into validation sums, of tasks where it is no mean over batches."""
+    set_loss = tasks.SCORINGS[model.task].set_loss
+    if not set_loss:
         return sums
-    return sums | {"val_loss": sums["val_size"] * jnp.sum(scoring.loss(sums["val_tables"]))}
+    return sums | {"val_loss": sums["val_size"] * jnp.sum(set_loss(sums["val_tables"]))}
 
 
-def validation(model: Model, scoring: tasks.Scoring, state: State, batch, prior) -> dict[str, jax.Array]:
+def validation(model: Model, state: State, batch, prior) -> dict[str, jax.Array]:
     """The validation sums of a batch."""
     output = model.module.apply(_variables(state), batch, train=False)
     loss = sum(model.loss(output, batch, prior).values())
-    tables = [scoring.table(batch["label"], output.logits[head], batch["weight"]) for head in model.heads]
+    table = tasks.SCORINGS[model.task].table
+    tables = [table(batch["label"], output.logits[head], batch["weight"]) for head in model.heads]
     return {
         "val_tables": jnp.stack(tables),
         "val_loss": jnp.sum(loss * batch["weight"]),
@@ -367,9 +367,9 @@ def candidates(model: Model) -> list[int]:
     return [model.heads.index(head) for head in model.candidates or model.heads[:1]]
 
 
-def select(model: Model, config, state: State, val: dict[str, jax.Array], scoring: tasks.Scoring, epoch) -> State:
+def select(model: Model, config, state: State, val: dict[str, jax.Array], epoch) -> State:
     """Keeps the best epoch and head on validation, or the last one, and decides whether to stop; test plays no part."""
-    among = jnp.array(candidates(model))
+    among, scoring = jnp.array(candidates(model)), tasks.SCORINGS[model.task]
     scores = scoring.scores(val["val_tables"])[scoring.picks][among]
     score, head = jnp.max(scores), among[jnp.argmax(scores)]
     loss = val["val_loss"] / jnp.maximum(val["val_size"], 1.0)

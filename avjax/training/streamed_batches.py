@@ -42,7 +42,7 @@ class Streamed:
       clips: clip number → {batch key: array} without a batch axis, padded to the longest clip.
       label, group: (n,) or (n, c), and (n,), as in `batching.Resident`.
       groups: number of standardisation groups; 0 = nothing is standardised.
-      constants: as in `batching.Resident`.
+      constants, task: as in `batching.Resident`.
     """
 
     clips: Sequence[Mapping[str, np.ndarray]]
@@ -50,6 +50,7 @@ class Streamed:
     group: np.ndarray
     groups: int
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task: str = "single"
 
     def rows(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """The streams of the clips `index (…)`, of any shape: key → (…, …); a clip that comes twice is read once."""
@@ -64,7 +65,7 @@ class Streamed:
         rows = self.rows(np.asarray(index))
         group = rows.pop("group")
         streams = {k: jnp.asarray(v) for k, v in rows.items()}
-        return batching.Resident(streams, jnp.asarray(group), self.groups, dict(self.constants))
+        return batching.Resident(streams, jnp.asarray(group), self.groups, dict(self.constants), self.task)
 
     def blocks(self, part: int = 0, parts: int = 1) -> Iterator[tuple[np.ndarray, batching.Resident]]:
         """All clips in blocks, or a part of these: their numbers, and them."""
@@ -130,7 +131,7 @@ def choose(
         return batching.resident(features, source, standardise, constants, place.put)
     group, groups = batching.groups(features, standardise)
     shared = place.put({**features.constants, **constants})
-    streamed = Streamed(_clips(features, source), features.label, group, groups, shared)
+    streamed = Streamed(_clips(features, source), features.label, group, groups, shared, features.task)
     root_dataset_preset = features.packed
     if root_dataset_preset and not too_large(*root_dataset_preset, mode):
         return _read_together(streamed, place)
@@ -144,7 +145,7 @@ def _read_together(data: Streamed, place: Placement) -> batching.Resident:
     mine = np.minimum(np.arange(each) + each * jax.process_index(), count - 1)
     rows = place.shared_out(data.rows(mine), count)
     group = rows.pop("group")
-    return batching.Resident(rows, group, data.groups, dict(data.constants))
+    return batching.Resident(rows, group, data.groups, dict(data.constants), data.task)
 
 
 def here(data: batching.Resident | Streamed) -> batching.Resident | Streamed:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax import tasks
 from avjax.errors import Stopped
 from avjax.models.base import Model
 from avjax.training import batches, loop, optim, standardise, streamed_batches
@@ -31,7 +30,6 @@ def make(
     model: Model,
     config,
     workdir: Path | None = None,
-    task: str = "single",
     say: Callable[[str], None] = lambda line: None,
     place: Placement = ALONE,
     told: Callable[[], bool] = lambda: False,
@@ -40,21 +38,21 @@ def make(
 
     Args:
       workdir: where checkpoints within epochs go; None for none.
-      task: its kind; say: is told of each such checkpoint, as a sign of progress.
+      say: is told of each such checkpoint, as a sign of progress.
       place: where arrays live; each process reads what its devices need of a batch.
       told: whether the run is to stop; it then writes a checkpoint after the step and raises `Stopped`.
     Raises:
       AvjaxError: `protocol.select` is unknown.
     """
     loop.check_select(config)
-    run = _Run(model, config, workdir / FOLDER if workdir else None, task, say, place, told)
+    run = _Run(model, config, workdir / FOLDER if workdir else None, say, place, told)
     return loop.Trainer(init=run.init, epochs=run.epochs, predict=run.predict)
 
 
 class _Run:
     """The compiled functions of a run over lanes, and what goes on between them."""
 
-    def __init__(self, model: Model, config, folder: Path | None, task: str, say, place: Placement, told):
+    def __init__(self, model: Model, config, folder: Path | None, say, place: Placement, told):
         self._say, self._place, self._told = say, place, told
         self._config, self._folder = config, folder
         tx = optim.transform(config.train)
@@ -67,7 +65,7 @@ class _Run:
         self._step = step(model, config, place)
         score = over(functools.partial(_score, model, place), (0, 0, 0, None))
         self._score = jax.jit(lambda *arguments: place.whole(score(*arguments)))
-        end = jax.vmap(functools.partial(_end, model, config, tasks.SCORINGS[task]), (0, 0, None))
+        end = jax.vmap(functools.partial(_end, model, config), (0, 0, None))
         self._end = jax.jit(lambda *arguments: _placed(place, end(*arguments)))
         answer = over(functools.partial(_answer, model, place), (0, 0, None))
         self._answer = jax.jit(lambda *arguments: place.whole(answer(*arguments)))
@@ -194,14 +192,13 @@ def _step(
 
 
 def _score(model: Model, place, state: loop.State, lane: Lane, batch: dict, constants: dict) -> dict[str, jax.Array]:
-    prepared = _prepared(place, state.stats, batch, constants)
-    return loop.validation(model, tasks.scoring_of(prepared["label"]), state, prepared, lane.prior)
+    return loop.validation(model, state, _prepared(place, state.stats, batch, constants), lane.prior)
 
 
-def _end(model: Model, config, scoring: tasks.Scoring, state: loop.State, val: dict, epoch: jax.Array):
+def _end(model: Model, config, state: loop.State, val: dict, epoch: jax.Array):
     """The state after an epoch, and its validation sums."""
-    val = loop.whole(scoring, val)
-    return loop.select(model, config, state, val, scoring, epoch), val
+    val = loop.whole(model, val)
+    return loop.select(model, config, state, val, epoch), val
 
 
 def _answer(model: Model, place, state: loop.State, batch: dict, constants: dict) -> dict[str, jax.Array]:

@@ -129,7 +129,7 @@ def test_training_is_the_same():
     plan, _, _, first, last, sums, logits = trained()
     torch_etg, model, streams, run = in_torch(lane(first.params))
     ended = torch_etg.fit(model, streams, run, settings())
-    rows = history.epoch_rows(sums, plan.names, 1)
+    rows = history.epoch_rows(sums, plan.names, 1, models.build(settings().model, 3))
     for name in ("train_loss", "val_loss", "val_uar"):
         np.testing.assert_allclose([r[name] for r in ended.rows], [r[name] for r in rows], atol=1e-4, err_msg=name)
     assert ended.steps == int(last.step[0]) == 8

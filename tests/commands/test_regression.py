@@ -57,7 +57,8 @@ class Two(nn.Module):
 
 TWO = Model(
     module=Two(),
-    loss=heads_loss,
+    loss=lambda output, batch, prior: heads_loss(output, batch, "regression"),
+    task="regression",
     heads=("video", "audio"),
     streams=("video", "audio"),
     candidates=("video", "audio"),
@@ -99,7 +100,7 @@ def de_iii(run_folder):
 @pytest.fixture(scope="module")
 def headed(run_folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.REGISTRY, "two", lambda config, classes: TWO)
+        patch.setitem(models.REGISTRY, "two", lambda config, classes, task: TWO)
         settings = CONCAT | {"model__name": "two"}
         yield trained(synthetic.values(), run_folder / "headed", "configs/fusion_folder.py:concat", settings)
 

@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 from scipy.special import softmax
 
-from avjax import evaluate, tasks
+from avjax import config, evaluate, models, tasks
 from avjax.datasets import folder, registry
 from avjax.errors import AvjaxError
 from avjax.evaluation import significance
@@ -16,7 +16,6 @@ from avjax.features import store
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.inference import tables as prediction_tables
-from avjax.models import etg_aver
 from avjax.models.base import Output
 from avjax.models.fusions import m2fnet
 from tests import clips, synthetic
@@ -92,24 +91,24 @@ def test_a_store_keeps_shares(tmp_path):
     read = store.load(tmp_path, "lite")
     assert (read.task, read.classes) == ("soft", NAMES)
     np.testing.assert_array_equal(read.label, features.label)
-    assert read.label.dtype == np.uint32
+    assert read.label.dtype == np.float32
 
 
 def test_guided_heads_cost_cross_entropy_with_shares_and_nothing_for_classes():
     label = tasks.encoded([(0.5, 0.5, 0)], NAMES, "soft")
     batch = {"label": label, "weight": np.ones(1, np.float32)}
     output = Output({"fusion": np.zeros((1, 3), np.float32)}, {}, {})
-    settings = {"weights": {"fusion": 2.0}, "smoothing": 0.0}
-    found = etg_aver.hierarchical_loss(output, batch, np.ones(3) / 3, imbalance="none", **settings)
+    chosen = config.load("configs/etg_folder.py").model
+    found = models.build(chosen, 3, "soft").loss(output, batch, np.ones(3) / 3)
     np.testing.assert_allclose(found["fusion"], 2 * np.log(3), rtol=1e-6)
     with pytest.raises(AvjaxError, match="both are for classes"):
-        etg_aver.hierarchical_loss(output, batch, np.ones(3) / 3, imbalance="focal", **settings)
+        models.build(config.load("configs/etg_folder.py", model__imbalance="focal").model, 3, "soft")
 
 
 def test_what_compares_classes_refuses_shares():
     batch = {"label": tasks.encoded([(0.5, 0.5, 0)], NAMES, "soft"), "weight": np.ones(1, np.float32)}
-    with pytest.raises(AvjaxError, match="triplets compare classes; this is a task of soft"):
-        m2fnet.m2fnet_loss(None, batch, None)
+    with pytest.raises(AvjaxError, match="triplets compare classes; the task is 'soft'"):
+        m2fnet.m2fnet_loss(None, batch, "soft")
 
 
 # ---- Folders ------------------------------------------------------------------------------------------------------

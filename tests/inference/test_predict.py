@@ -21,6 +21,7 @@ from avjax.features import store as stores
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.inference import tables as prediction_tables
+from avjax.models.base import Model
 from tests import clips, tiny_run
 
 pytestmark = pytest.mark.weights
@@ -237,7 +238,20 @@ def test_a_clip_that_takes_too_long(trained):
 def made_up(count: int) -> tuple[runs.Run, list[prediction.Prediction]]:
     names = ("disappointment", "happiness", "helplessness", "contempt")
     lanes = (("1", 1), ("2", 1))
-    run = runs.Run("W", "demo, not MAFW", "5 folds", names, "lite", "both", None, {}, np.zeros(2), {}, lanes, {})
+    run = runs.Run(
+        "W",
+        "demo, not MAFW",
+        "5 folds",
+        names,
+        "lite",
+        "both",
+        Model(None, None, (), ()),
+        {},
+        np.zeros(2),
+        {},
+        lanes,
+        {},
+    )
     chances = dict(zip(names, (0.1, 0.7, 0.2, 0.0), strict=True))
     missing = {"sound": "no audio stream"}
     return run, [prediction.Prediction(f"/far/away/{i}.mp4", chances, "They smile.", missing) for i in range(count)]
@@ -281,7 +295,7 @@ def numbered(task: str) -> tuple[runs.Run, list[prediction.Prediction]]:
     numbers = {"regression": (0.25, -1.5), "multilabel": (0.9, 0.501)}[task]
     names = ("valence", "arousal")
     said = [dataclasses.replace(a, answers=dict(zip(names, numbers, strict=True))) for a in answers]
-    return dataclasses.replace(run, task=task, classes=names), said
+    return dataclasses.replace(run, model=run.model.replace(task=task), classes=names), said
 
 
 @pytest.mark.parametrize(

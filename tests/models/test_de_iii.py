@@ -91,7 +91,7 @@ def compiled_loss(row: str, dtype: str):
         batch = {k: x for k, x in batch.items() if k.removesuffix("_mask") in (*module.streams, "label", "weight")}
         variables, rngs = {"params": params, **running}, {"dropout": jax.random.key(seed)}
         output, running = module.apply(variables, batch, train=True, rngs=rngs, mutable=list(running))
-        terms = FUSION.loss(output, batch, jnp.full(CLASSES, 1 / CLASSES))
+        terms = FUSION.loss(output, batch, "single")
         assert set(terms) == set(HEADS)
         return sum(jnp.sum(term) for term in terms.values()), running
 

@@ -213,7 +213,7 @@ class Trained:
         self.rows = []
         for first in (1, 5):
             self.state, sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(first))
-            self.rows += history.epoch_rows(sums, self.plan.names, first)
+            self.rows += history.epoch_rows(sums, self.plan.names, first, self.model)
         self.answers = jax.device_get(self.trainer.predict(self.state, self.plan.lanes, self.data))
 
 

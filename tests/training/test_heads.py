@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax import tasks
 from avjax.datasets.base import Fold
 from avjax.layers.masking import masked_mean
 from avjax.models.base import Model, Output, heads_loss
@@ -29,9 +28,13 @@ class Heads(nn.Module):
         return Output(logits, {}, {"video": jnp.where(real, place[None], jnp.nan)})
 
 
+def of_heads(output, batch, prior):
+    return heads_loss(output, batch, "single")
+
+
 HEADS = Model(
     module=Heads(),
-    loss=heads_loss,
+    loss=of_heads,
     heads=("audio", "video"),
     streams=("audio", "video"),
     candidates=("audio", "video"),
@@ -80,8 +83,9 @@ def test_attention_of_a_shortened_stream_is_that_of_its_steps_with_weight():
 
 def test_rows_show_the_head_that_would_be_chosen(headed):
     among = loop.candidates(HEADS)
-    both = history.epoch_rows(headed.sums, headed.plan.names, 5, heads=among)
-    alone = [history.epoch_rows(headed.sums, headed.plan.names, 5, heads=(head,)) for head in among]
+    both = history.epoch_rows(headed.sums, headed.plan.names, 5, HEADS)
+    each = [HEADS.replace(candidates=(HEADS.heads[head],)) for head in among]
+    alone = [history.epoch_rows(headed.sums, headed.plan.names, 5, model) for model in each]
     for row, *each in zip(both, *alone, strict=True):
         assert row["val_uar"] == max(r["val_uar"] for r in each)
     assert {row["fold"]: row["val_uar"] for row in both}["deaf"] > {r["fold"]: r["val_uar"] for r in alone[0]}["deaf"]
@@ -113,7 +117,7 @@ def confusions(*right: int) -> jax.Array:
 
 def selected(state: loop.State, epoch: int, tables: jax.Array, loss: float = 1.0, **more) -> loop.State:
     val = {"val_tables": tables, "val_loss": jnp.float32(12 * loss), "val_size": jnp.sum(tables[0])}
-    return loop.select(HEADS, settings(**more), state, val, tasks.SCORINGS["single"], jnp.int32(epoch))
+    return loop.select(HEADS, settings(**more), state, val, jnp.int32(epoch))
 
 
 def test_epoch_and_head_are_chosen_together():
@@ -166,7 +170,7 @@ def test_values_are_validated_as_one_set_however_many_batches_it_takes():
     features = synthetic.values(clips=150)
     ids = features.ids
     fold = Fold("x", tuple(ids[:60]), tuple(ids[:2]), tuple(ids[60:]))  # 90 clips: two batches
-    model = SMALL.replace(loss=heads_loss)
+    model = SMALL.replace(loss=of_heads)
     run = Run(features, [fold], (1,), model, train__epochs=4).call()
     run.check()
     state = jax.tree.map(lambda v: v[0], run.state)

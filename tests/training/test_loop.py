@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from avjax import config, models, tasks
+from avjax import config, models
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
 from avjax.evaluation import results
@@ -70,7 +70,7 @@ class Run:
     """A protocol that is trained call by call."""
 
     def __init__(self, features=FEATURES, folds=FOLDS, seeds=(1, 2), model=SMALL, **more):
-        self.config, self.features = settings(**more), features
+        self.config, self.features, self.model = settings(**more), features, model
         self.plan = lane_plans.plan(features, folds, seeds, self.config.protocol, model.turns)
         self.data = batches.resident(features, "both", self.config.protocol.standardise)
         self.trainer = trainer_of(model, self.config.to_json())
@@ -81,7 +81,7 @@ class Run:
         for _ in range(times):
             first = self.done + 1
             self.state, self.sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(first))
-            self.rows += history.epoch_rows(self.sums, self.plan.names, first, tasks.SCORINGS[self.features.task])
+            self.rows += history.epoch_rows(self.sums, self.plan.names, first, self.model)
             self.done += self.config.train.epochs_per_call
         return self
 

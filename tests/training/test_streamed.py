@@ -41,7 +41,7 @@ class Run:
     def __init__(self, features=FEATURES, made=None, workdir=None, model=SMALL, folds=FOLDS, say=lambda line: None):
         self.config = made or chosen()
         self.plan = lane_plans.plan(features, folds, (1, 2), self.config.protocol, model.turns)
-        self.data = streamed_batches.choose(features, self.config)
+        self.data, self.model = streamed_batches.choose(features, self.config), model
         streamed = isinstance(self.data, streamed_batches.Streamed)
         if streamed:
             self.trainer = streamed_loop.make(model, self.config, workdir, say=say)
@@ -53,7 +53,7 @@ class Run:
     def train(self, first: int = 1, last: int = 2) -> "Run":
         for epoch in range(first, last + 1):
             self.state, sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(epoch))
-            self.rows += history.epoch_rows(sums, self.plan.names, epoch)
+            self.rows += history.epoch_rows(sums, self.plan.names, epoch, self.model)
         return self
 
     def answers(self) -> dict[str, np.ndarray]:

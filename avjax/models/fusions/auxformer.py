@@ -88,9 +88,9 @@ class AuxFormer(FusionModule):
         )  # fmt: skip
 
 
-def auxformer_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
+def auxformer_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
     """One third of the cross entropy of each head: {head: (b,)}; a modality that a clip lacks costs nothing there."""
-    return {head: head_loss(output, batch, head) / 3 for head in output.logits}
+    return {head: head_loss(output, batch, head, task) / 3 for head in output.logits}
 
 
 FUSIONS: dict[str, Fusion] = {

@@ -97,10 +97,10 @@ def _climb(layers: list[nn.Dense], bottom: jax.Array, corrupt) -> list[jax.Array
     return found
 
 
-def ladder_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
+def ladder_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
     """Cross entropy, and the mean of the decoders' errors over streams and layers, each with weight 1."""
     cost = jnp.mean(output.features["errors"], -1)
-    return {"fusion": head_loss(output, batch, "fusion"), "reconstruction": cost}
+    return {"fusion": head_loss(output, batch, "fusion", task), "reconstruction": cost}
 
 
 FUSIONS: dict[str, Fusion] = {

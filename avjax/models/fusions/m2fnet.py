@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax import tasks
 from avjax.errors import AvjaxError
 from avjax.layers.attention import attend
 from avjax.layers.dropout import Dropout
@@ -113,7 +112,7 @@ def adaptive_triplet(x: jax.Array, label: jax.Array, counts: jax.Array) -> jax.A
     return jnp.where(both, jnp.maximum(far - near + margin, 0), 0)
 
 
-def m2fnet_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
+def m2fnet_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
     """Cross entropy, and a twentieth of each stream's `adaptive_triplet` over the scored turns of the batch.
 
     The paper trains the extractors of sound and picture by the triplets, apart; features are given here, so that the
@@ -122,12 +121,10 @@ def m2fnet_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax
     Raises:
       AvjaxError: labels are no classes.
     """
+    if task != "single":
+        raise AvjaxError(f"m2fnet's triplets compare classes; the task is {task!r}: take another model")
     label = batch["label"]
-    if tasks.kind(label) != "single":
-        raise AvjaxError(
-            f"m2fnet's triplets compare classes; this is a task of {tasks.kind(label)}: take another model"
-        )
-    terms = {"fusion": head_loss(output, batch, "fusion")}
+    terms = {"fusion": head_loss(output, batch, "fusion", task)}
     for s in [name for name in output.features if name != "fusion"]:
         counts, x = counted(batch, s), output.features[s]
         triplets = adaptive_triplet(x.reshape(-1, x.shape[-1]), label.reshape(-1), counts.reshape(-1))

@@ -120,7 +120,7 @@ def normal_discrepancy(z: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.where(count > 0, among - 2 * across + (square / (square + 4)) ** half, 0.0)
 
 
-def mfm_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
+def mfm_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
     """Cross entropy, the mean squared error of each stream's rebuilt mean, and the latent variables' prior.
 
     Weighted as in the run that the defaults come from (released code). A missing stream is not rebuilt, and the prior
@@ -129,7 +129,7 @@ def mfm_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Ar
     rebuilt, latents = of_kind(output, "rebuilt"), of_kind(output, "latent")
     rows = {s: counted(batch, s) for s in rebuilt}
     rows["label"] = functools.reduce(jnp.logical_or, list(rows.values()))
-    terms = {"fusion": head_loss(output, batch, "fusion")}
+    terms = {"fusion": head_loss(output, batch, "fusion", task)}
     for s, x in rebuilt.items():
         target = masked_mean(batch[s].astype(jnp.float32), batch[f"{s}_mask"])
         terms[f"{s}_rebuilt"] = REBUILT[s] * jnp.where(rows[s], jnp.mean((x - target) ** 2, -1), 0.0)

@@ -124,7 +124,7 @@ def overlap(x: jax.Array, y: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.mean((units[0].T @ units[1]) ** 2)
 
 
-def misa_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
+def misa_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
     """Cross entropy and the paper's three further terms, weighted as released for MOSI.
 
     similarity: the mean of `moment_discrepancy` over pairs of streams in the shared space.
@@ -137,7 +137,7 @@ def misa_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.A
     difference = [overlap(private[s], shared[s], counted(batch, s)) for s in private]
     difference += [overlap(private[s], private[o], rows) for s, o, rows in pairs]
     return {
-        "fusion": head_loss(output, batch, "fusion"),
+        "fusion": head_loss(output, batch, "fusion", task),
         "similarity": for_clips(batch, SIMILARITY * sum(similarity) / len(similarity)),
         "difference": for_clips(batch, DIFFERENCE * sum(difference)),
         "reconstruction": RECONSTRUCTION * _misa_reconstruction(output, batch),

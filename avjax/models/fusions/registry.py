@@ -118,7 +118,7 @@ def model_config(name: str) -> ConfigDict:
     )
 
 
-def build(config: Any, classes: int) -> Model:
+def build(config: Any, classes: int, task: str) -> Model:
     """Makes the fusion of `config` (the `model` part of a configuration).
 
     Raises:
@@ -142,9 +142,10 @@ def build(config: Any, classes: int) -> Model:
     module = fusion.module(classes=classes, streams=streams, dtype=jnp.dtype(config.dtype), **given)
     return Model(
         module=module,
-        loss=fusion.loss,
+        loss=lambda output, batch, prior: fusion.loss(output, batch, task),
         heads=fusion.heads(module),
         streams=streams,
+        task=task,
         turns=fusion.turns,
         # Those that read pictures say so in a setting, and read them in their second stream.
         pictures=streams[1] if getattr(module, "frames", False) else "",

@@ -82,10 +82,10 @@ class Uavm(FusionModule):
         return Output({"fusion": together(logits)} | logits, {"fusion": together(features)} | features, {})
 
 
-def uavm_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
+def uavm_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
     """Cross entropy of each stream alone, weighted by the chance that the paper's training draws it: even."""
     streams = [head for head in output.logits if head != "fusion"]
-    return {s: head_loss(output, batch, s) / len(streams) for s in streams}
+    return {s: head_loss(output, batch, s, task) / len(streams) for s in streams}
 
 
 FUSIONS: dict[str, Fusion] = {

@@ -97,9 +97,9 @@ def _through(blocks: list[ConformerBlock], x: jax.Array, mask: jax.Array, train:
     return x
 
 
-def vavl_loss(output: Output, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
+def vavl_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
     """Cross entropy of every head, and twice the mean squared error of each stream's rebuilt mean (released code)."""
-    terms = {head: head_loss(output, batch, head) for head in output.logits}
+    terms = {head: head_loss(output, batch, head, task) for head in output.logits}
     for s in [head for head in output.logits if head != "fusion"]:
         target = masked_mean(batch[s].astype(jnp.float32), batch[f"{s}_mask"])
         error = jnp.mean((output.features[f"{s}_rebuilt"] - target) ** 2, -1)

@@ -71,7 +71,7 @@ def test_auxformer_weighs_three_heads_alike_and_skips_what_is_missing():
     one = {"audio_mask": jnp.ones((2, 3), bool), "video_mask": jnp.eye(2, 3, dtype=bool)}
     one |= {"label": jnp.array([0, 1]), "weight": jnp.ones(2)}
     one["audio_mask"] = one["audio_mask"].at[0].set(False)
-    terms = auxformer.auxformer_loss(Output(logits, {}, {}), one, jnp.ones(3) / 3)
+    terms = auxformer.auxformer_loss(Output(logits, {}, {}), one, "single")
     sure = math.log(math.e + 2) - 1
     np.testing.assert_allclose(terms["fusion"], [sure / 3, math.log(3) / 3], atol=1e-6)
     np.testing.assert_allclose(terms["audio"], [0, sure / 3], atol=1e-6)

@@ -27,7 +27,6 @@ SMALL = {
         segment_count=3,
     ),
 }
-PRIOR = np.full(3, 1 / 3, np.float32)
 ALL = np.ones(4, bool)
 
 
@@ -52,15 +51,15 @@ def run(name: str):
     return variables, apply, apply(variables, batch())
 
 
-LOSSES = {name: jax.jit(FUSIONS[name].loss) for name in SMALL}
+LOSSES = {name: jax.jit(FUSIONS[name].loss, static_argnums=2) for name in SMALL}
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_terms_of_a_batch_ignore_its_padding(name):
     output = run(name)[2]
-    padded = LOSSES[name](output, batch(), PRIOR)
+    padded = LOSSES[name](output, batch(), "single")
     first = jax.tree.map(lambda x: x[:4], (output, batch()))
-    for term, want in LOSSES[name](*first, PRIOR).items():
+    for term, want in LOSSES[name](*first, "single").items():
         assert padded[term].shape == (6,)
         np.testing.assert_allclose(padded[term][:4], want, rtol=1e-5, atol=1e-6)
 
@@ -72,7 +71,7 @@ def test_what_stands_for_missing_sound_costs_nothing(name):
     clip = np.arange(6)[:, None] == 2
     changed = {k: np.where(clip, 0.3, v) if k.endswith("_audio") else v for k, v in output.features.items()}
     assert sum(k.endswith("_audio") for k in changed) >= 2
-    before, after = (LOSSES[name](o, batch(), PRIOR) for o in (output, output.replace(features=changed)))
+    before, after = (LOSSES[name](o, batch(), "single") for o in (output, output.replace(features=changed)))
     for term in before:
         np.testing.assert_allclose(after[term], before[term], rtol=1e-6)
 
@@ -121,7 +120,7 @@ def test_misa_loss_weighs_its_terms():
         "private_audio": sides, "private_video": still, "shared_audio": sides, "shared_video": still,
         "utterance_audio": sides, "utterance_video": sides, "rebuilt_audio": sides + 2, "rebuilt_video": sides,
     }  # fmt: skip
-    terms = LOSSES["misa"](Output({"fusion": jnp.zeros((2, 3))}, features, {}), one, PRIOR)
+    terms = LOSSES["misa"](Output({"fusion": jnp.zeros((2, 3))}, features, {}), one, "single")
     np.testing.assert_allclose(terms["fusion"], math.log(3), rtol=1e-6)
     np.testing.assert_allclose(terms["similarity"], 1 / 4 + 1 / 16, rtol=1e-6)
     # Sound's two vectors are the same: (1 + 1)². Picture's do not vary, nor do they go with the sound's.
@@ -189,7 +188,7 @@ def test_mfm_loss_weighs_its_terms():
         one |= {s: jnp.array([[[value - 1], [value + 1], [99.0]]]), f"{s}_mask": jnp.array([[True, True, False]])}
     features = {f"rebuilt_{s}": jnp.zeros((1, 1)) for s in STREAMS}
     features |= {f"latent_{s}": jnp.zeros((1, 1)) for s in ("label", *STREAMS)}
-    terms = LOSSES["mfm"](Output({"fusion": jnp.zeros((1, 3))}, features, {}), one, PRIOR)
+    terms = LOSSES["mfm"](Output({"fusion": jnp.zeros((1, 3))}, features, {}), one, "single")
     prior = 1 - 2 / math.sqrt(3) + 1 / math.sqrt(5)
     want = {"fusion": math.log(3), "text_rebuilt": 1.0, "audio_rebuilt": 0.04, "video_rebuilt": 4.5, "prior": 4 * prior}
     assert {k: float(v[0]) for k, v in terms.items()} == pytest.approx(want, rel=1e-4)

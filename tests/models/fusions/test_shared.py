@@ -58,7 +58,7 @@ def test_uavm_loss_is_half_of_each_stream_that_is_there():
     variables, apply = compiled("uavm")
     one = batch("audio")
     output = apply(variables, one)
-    terms = uavm.uavm_loss(output, one, jnp.ones(3) / 3)
+    terms = uavm.uavm_loss(output, one, "single")
     assert set(terms) == {"audio", "video"}
     for s in terms:
         expected = [cross_entropy(np.float64(output.logits[s][i]), y) / 2 for i, y in enumerate(one["label"])]
@@ -117,7 +117,7 @@ def test_vavl_loss_is_hand_worked():
     }
     logits = jnp.array([[0.0, 1.0], [2.0, 0.0]])
     features = {"audio_rebuilt": jnp.array([[1.0, 1.0], [5.0, 5.0]])}
-    terms = vavl.vavl_loss(Output({"fusion": logits, "audio": logits}, features, {}), one, jnp.ones(2) / 2)
+    terms = vavl.vavl_loss(Output({"fusion": logits, "audio": logits}, features, {}), one, "single")
     entropy = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(-2))]
     np.testing.assert_allclose(terms["fusion"], entropy, atol=1e-6)
     np.testing.assert_allclose(terms["audio"], [entropy[0], 0], atol=1e-6)
@@ -141,7 +141,7 @@ def test_ladder_mends_noise_from_the_other_stream(missing):
 
     def cost(params):
         output = SMALL["ladder"].apply({"params": params}, one, train=True, rngs={"dropout": jax.random.key(1)})
-        terms = ladder.ladder_loss(output, one, jnp.ones(3) / 3)
+        terms = ladder.ladder_loss(output, one, "single")
         return terms["reconstruction"].sum(), (terms, output)
 
     gradient = jax.jit(jax.grad(cost, has_aux=True))
