@@ -23,7 +23,6 @@ from avjax.models import etg_aver
 from avjax.models import lora as tuning
 from avjax.models.base import Model
 from avjax.models.end_to_end import PRETRAINED, Encode, EndToEnd
-from avjax.training import optim
 from avjax.utils.storage import replacing
 
 FAMILIES = (bert, vit, wav2vec2, whisper)
@@ -96,8 +95,8 @@ def _tuning(settings) -> tuning.Tuning:
         raise AvjaxError(f"model.encoders.tune is {settings.tune!r}; choose one of {', '.join(TUNE)}")
     lora = settings.lora
     frozen, targets = tuple(settings.frozen), tuple(lora.targets)
-    optim.check_patterns(frozen, "model.encoders.frozen")
-    optim.check_patterns(targets, "model.encoders.lora.targets")
+    tuning.check_patterns(frozen, "model.encoders.frozen")
+    tuning.check_patterns(targets, "model.encoders.lora.targets")
     if lora.rank < 1:
         raise AvjaxError(f"model.encoders.lora.rank is {lora.rank}; give at least 1")
     low = tuning.Lora(lora.rank, lora.alpha, targets) if settings.tune == "lora" else None

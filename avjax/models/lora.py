@@ -54,6 +54,15 @@ class Tuning:
                 )
 
 
+def check_patterns(patterns: Iterable[str], key: str) -> None:
+    """Raises AvjaxError where one of the `patterns` of the configuration's `key` is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AvjaxError(f"{key}: {pattern!r} is no regular expression ({error})") from error
+
+
 def _found(patterns: Iterable[str], path: str) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 

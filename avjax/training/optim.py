@@ -14,6 +14,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from avjax.errors import AvjaxError
+from avjax.models.lora import check_patterns
 
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -95,15 +96,6 @@ def _steps_down(depths: dict[str, int], path: str) -> int:
         if path.startswith(f"{encoder}/") and not path.startswith(f"{encoder}/{_AFTER}/"):
             return depth + 1
     return 0
-
-
-def check_patterns(patterns: Iterable[str], key: str) -> None:
-    """Raises AvjaxError where one of the `patterns` of the configuration's `key` is no regular expression."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise AvjaxError(f"{key}: {pattern!r} is no regular expression ({error})") from error
 
 
 def learning_rate(config, progress: jax.Array) -> jax.Array:
