@@ -4,9 +4,9 @@ Nothing that a file says is executed, and no memory is taken on its word: sizes 
 Names are those of the PyTorch module that the file was made from.
 """
 
+import io
 import math
 import os
-import pickletools
 import re
 import struct
 import zipfile
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avjax.errors import AvjaxError
+from avjax.utils import safe_pickle
 
 Tensors = dict[str, np.ndarray]
 
@@ -282,14 +283,35 @@ class _Tensor(NamedTuple):
     metadata: Any = None
 
 
+class _Ordered(dict):
+    """Stands for an OrderedDict; its attributes, the _metadata of a state_dict, are of no use here."""
+
+    __slots__ = ()
+
+    def __init__(self):
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _tensor(*arguments: Any) -> _Tensor:
+    tensor = _Tensor(*arguments)
+    if not isinstance(tensor.storage, _Storage):
+        raise TypeError("a tensor without a storage")
+    if not _sizes(tensor.offset, *tensor.shape, *tensor.strides) or len(tensor.shape) != len(tensor.strides):
+        raise ValueError("a tensor whose sizes are no sizes")
+    return tensor
+
+
 # The only names that a description may use, and what stands for them here.
-_ADMITTED: Mapping[str, Any] = {
-    "torch._utils _rebuild_tensor_v2": _Tensor,
-    "collections OrderedDict": dict,
-    "torch FloatStorage": np.dtype("<f4"),
-    "torch HalfStorage": np.dtype("<f2"),
-    "torch BFloat16Storage": np.dtype(jnp.bfloat16),
-    "torch LongStorage": np.dtype("<i8"),
+_ADMITTED: safe_pickle.Admitted = {
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("collections", "OrderedDict"): _Ordered,
+    ("torch", "FloatStorage"): np.dtype("<f4"),
+    ("torch", "HalfStorage"): np.dtype("<f2"),
+    ("torch", "BFloat16Storage"): np.dtype(jnp.bfloat16),
+    ("torch", "LongStorage"): np.dtype("<i8"),
 }
 
 
@@ -297,7 +319,7 @@ def _pytorch(path: Path) -> Tensors:
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path.stat().st_size)
-            tensors = _state_dict(_Description().follow(archive.read(members["data.pkl"])))
+            tensors = _state_dict(_described(archive.read(members["data.pkl"])))
             storages = {t.storage: _storage(archive, members, t.storage) for t in tensors.values()}
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:  # all of them come from zipfile
         raise AvjaxError(f"not a readable file of torch.save ({error}); fetch it again") from error
@@ -319,115 +341,23 @@ def _members(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipI
     return members
 
 
-class _Description:
-    """Follows the few pickle operations that a state_dict needs.
-
-    This is stricter than an Unpickler with a list of admitted names: no operation here hashes, compares, allocates or
-    calls anything of the file's choosing.
-    """
-
-    def __init__(self):
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-
-    def follow(self, program: bytes) -> Any:
-        """What `program` leaves on the stack: numbers, texts, tuples, dicts and what `_ADMITTED` lists."""
-        try:
-            for operation, argument, _ in pickletools.genops(program):
-                self._step(operation.name, argument)
-            return self._stack.pop()
-        except (ValueError, IndexError, KeyError, TypeError) as error:
-            raise AvjaxError(f"data.pkl is malformed ({error}); fetch it again") from error
-
-    def _step(self, operation: str, argument: Any) -> None:
-        push, pop = self._stack.append, self._stack.pop
-        match operation:
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINUNICODE":
-                push(argument)
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                push({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[operation])
-            case "BINPUT" | "LONG_BINPUT":
-                self._memo[argument] = self._stack[-1]
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = self._stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                push(self._memo[argument])
-            case "MARK":
-                self._marks.append(len(self._stack))
-            case "TUPLE":
-                push(tuple(self._since_mark()))
-            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                size = ("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3").index(operation)
-                push(tuple(reversed([pop() for _ in range(size)])))
-            case "EMPTY_DICT":
-                push({})
-            case "SETITEM":
-                value, key = pop(), pop()
-                self._set([key, value])
-            case "SETITEMS":
-                self._set(self._since_mark())
-            case "GLOBAL":
-                push(_admitted(argument))
-            case "STACK_GLOBAL":
-                name, module = pop(), pop()
-                push(_admitted(_text(module) + " " + _text(name)))
-            case "BINPERSID":
-                push(_referred(pop()))
-            case "REDUCE":
-                arguments, function = pop(), pop()
-                push(_made(function, arguments))
-            case "BUILD":
-                pop()  # attributes: the _metadata of a state_dict, of no use here
-            case _:
-                raise AvjaxError(f"data.pkl uses the operation {operation}, which tensors do not need; refused")
-
-    def _since_mark(self) -> list[Any]:
-        mark = self._marks.pop()
-        taken, self._stack[mark:] = self._stack[mark:], []
-        return taken
-
-    def _set(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) is not dict:
-            raise TypeError("entries for something that is no dict")
-        target.update((_text(key), value) for key, value in zip(items[::2], items[1::2], strict=True))
-
-
-def _text(value: Any) -> str:
-    # Only the type goes into the message: a hostile value can be too deep to print.
-    if type(value) is not str:
-        raise TypeError(f"{type(value).__name__} where a text was expected")
-    return value
-
-
-def _admitted(name: str) -> Any:
-    if name not in _ADMITTED:
-        raise AvjaxError(f"data.pkl asks for {name.replace(' ', '.')}, which tensors do not need; refused")
-    return _ADMITTED[name]
+def _described(program: bytes) -> object:
+    """What data.pkl describes: plain values and what `_ADMITTED` lists."""
+    try:
+        return safe_pickle.unpickle(io.BytesIO(program), len(program), _ADMITTED, _referred)
+    except safe_pickle.Refused as error:
+        raise AvjaxError(f"data.pkl asks for {error}, which tensors do not need; refused") from error
+    except safe_pickle.BROKEN as error:
+        raise AvjaxError(f"data.pkl is malformed ({error}); fetch it again") from error
 
 
 def _referred(reference: Any) -> _Storage:
     """The storage that a persistent id stands for."""
     kind, dtype, key, _, size = reference
-    if kind != "storage" or not isinstance(dtype, np.dtype) or not _sizes(size):
+    stored = getattr(dtype, "function", None)
+    if kind != "storage" or not isinstance(stored, np.dtype) or type(key) is not str or not _sizes(size):
         raise ValueError("a reference to something that is no storage")
-    return _Storage(dtype, _text(key), size)
-
-
-def _made(function: Any, arguments: Any) -> Any:
-    if function is dict and arguments == ():
-        return {}
-    if function is not _Tensor:
-        raise TypeError("a call of what is no function")
-    tensor = _Tensor(*arguments)
-    if not isinstance(tensor.storage, _Storage):
-        raise TypeError("a tensor without a storage")
-    if not _sizes(tensor.offset, *tensor.shape, *tensor.strides) or len(tensor.shape) != len(tensor.strides):
-        raise ValueError("a tensor whose sizes are no sizes")
-    return tensor
+    return _Storage(stored, key, size)
 
 
 def _sizes(*numbers: Any) -> bool:
@@ -436,10 +366,11 @@ def _sizes(*numbers: Any) -> bool:
 
 
 def _state_dict(described: Any) -> dict[str, _Tensor]:
-    if type(described) is not dict:
+    if not isinstance(described, dict):
         raise AvjaxError(f"data.pkl describes a {type(described).__name__}, expected a state_dict")
-    others = [name for name, value in described.items() if not isinstance(value, _Tensor)]
-    if others:
+    if any(type(name) is not str for name in described):
+        raise AvjaxError("data.pkl describes a dict whose keys are no names, expected a state_dict")
+    if others := [name for name, value in described.items() if not isinstance(value, _Tensor)]:
         raise AvjaxError(f"{', '.join(others[:5])}: not tensors; save the model's state_dict alone")
     return described
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from avjax.errors import AvjaxError
-from avjax.features.tables import readers, safe_pickle
+from avjax.features.tables import readers
+from avjax.utils import safe_pickle
 
 MMSA_PARTS = ("train", "valid", "test")
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from avjax.errors import AvjaxError
-from avjax.features.tables import safe_pickle
-from avjax.utils import tables
+from avjax.utils import safe_pickle, tables
 
 _CSV = (".csv", ".tsv", ".txt")
 

@@ -1,9 +1,9 @@
 """Pickles of strangers: arrays and plain containers, and nothing that runs.
 
 A pickle is a program. This reader refuses by name whatever is none of: dict, list, tuple, set, str, bytes, numbers,
-None, and numpy's arrays and scalars of plain numbers and text. It does so in two passes: the opcodes are read without
-running them, then run with stand-ins for numpy's own functions, which trust what they are given (a dtype that lies
-about itself turns bytes into pointers).
+None, and what a caller admits: for `load` numpy's arrays and scalars of plain numbers and text. It does so in two
+passes: the opcodes are read without running them, then run with stand-ins for numpy's own functions, which trust what
+they are given (a dtype that lies about itself turns bytes into pointers).
 
 Both passes read from the file, and arrays are not copied: in memory is what the file holds, once. Only protocols 0 to 2
 write arrays as text, which is then there beside them.
@@ -13,7 +13,7 @@ import math
 import pickle
 import pickletools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +23,7 @@ from avjax.errors import AvjaxError
 
 MOST_BYTES = 2**34
 _DEEPEST = 32
-# Opcodes that make plain values and containers, keep and recall them, or call what `_ADMITTED` names. Not among them:
+# Opcodes that make plain values and containers, keep and recall them, or call what is admitted. Not among them:
 # those that make instances of classes, look names up in registries, or take bytes from outside the file.
 _OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP",
@@ -56,38 +56,105 @@ def load(path: Path) -> object:
         raise AvjaxError(f"{path}: {size:,} bytes; at most {MOST_BYTES:,} are read. Convert it to .npz or .h5")
     try:
         with path.open("rb") as file:
-            _inspect(file, size)
-            file.seek(0)
-            return _plain(_Reader(file, encoding="latin1").load(), {}, 0)
-    except _Refused as error:
+            return _plain(unpickle(file, size, _ADMITTED), {}, 0)
+    except Refused as error:
         raise AvjaxError(f"{path}: refused: {error}. Only numpy arrays and plain containers are read from pickles; "
                          "convert the file to .npz where you trust it") from error  # fmt: skip
-    # A broken program fails in any of these ways; that it fails is all that can be said of it.
-    except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-        MemoryError, UnicodeError,
-    ) as error:  # fmt: skip
+    except BROKEN as error:
         raise AvjaxError(f"{path}: not a whole pickle of arrays ({type(error).__name__}: {error})") from error
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """What a pickle asks for and does not get."""
 
 
-def _inspect(file: BinaryIO, size: int) -> None:
-    """Refuses opcodes, names and places in the memo before any of them is executed."""
-    for count, (name, argument, at) in enumerate(_opcodes(file, size), 1):
-        if name not in _OPCODES:
-            raise _Refused(f"the opcode {name} at byte {at}")
-        if name == "GLOBAL":
-            _admitted(*argument.split(" ", 1))
+# A broken program fails in any of these ways; that it fails is all that can be said of it.
+BROKEN = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+    MemoryError, UnicodeError,
+)  # fmt: skip
+# (module, name) → what stands for it.
+Admitted = Mapping[tuple[str, str], object]
+
+
+def unpickle(file: BinaryIO, size: int, admitted: Admitted, refer: Callable[[object], object] | None = None) -> object:
+    """Runs the program of a pickle, after all its opcodes were looked at.
+
+    Args:
+      file: at its beginning, of `size` bytes.
+      admitted: the only names that it may use; they arrive as `Call`.
+      refer: persistent id → the object outside the file; None refuses all such.
+    Raises:
+      Refused: it asks for anything else.
+      BROKEN: it is no whole pickle.
+    """
+    _inspect(file, size, admitted, _OPCODES | ({"BINPERSID"} if refer else set()))
+    file.seek(0)
+    return _Reader(file, admitted, refer).load()
+
+
+def _inspect(file: BinaryIO, size: int, admitted: Admitted, opcodes: Collection[str]) -> None:
+    """Refuses opcodes, names, places in the memo and keys before any of them is executed."""
+    stack = _Stack()
+    for count, (opcode, argument, at) in enumerate(_opcodes(file, size), 1):
+        if opcode.name not in opcodes:
+            raise Refused(f"the opcode {opcode.name} at byte {at}")
+        if opcode.name == "GLOBAL":
+            _admitted(admitted, *argument.split(" ", 1))
         # The memo is as large as its highest place: one number could ask for gigabytes.
-        if name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= count:
-            raise _Refused(f"place {argument} of the memo after {count} opcodes")
+        if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= count:
+            raise Refused(f"place {argument} of the memo after {count} opcodes")
+        stack.follow(opcode, argument)
 
 
-def _opcodes(file: BinaryIO, size: int) -> Iterator[tuple[str, object, int]]:
-    """(name, argument, place) of each opcode; `pickletools.genops` fails at bytes in Python 2's protocol 0.
+class _Stack:
+    """How deep the tuples on the stack are nested: to hash a deep one as a key would overflow the machine's stack."""
+
+    def __init__(self):
+        self._depths: list[int] = []
+        self._marks: list[int] = []
+        self._memo: dict[object, int] = {}
+
+    def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
+        """Takes from the stack what an opcode takes, and puts on it what it makes."""
+        name, depths = opcode.name, self._depths
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = depths[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            depths.append(self._memo[argument])
+        elif name == "DUP":
+            depths.append(depths[-1])
+        elif name == "MARK":
+            self._marks.append(len(depths))
+        elif name == "POP" and self._marks and self._marks[-1] == len(depths):
+            self._marks.pop()
+        else:
+            taken = self._taken(opcode)
+            _check_keys(name, taken)
+            made = [1 + max(taken, default=0) if "TUPLE" in name else 0] * len(opcode.stack_after)
+            depths += made[opcode.stack_before.index(pickletools.markobject) :] if _is_marked(opcode) else made
+
+    def _taken(self, opcode: pickletools.OpcodeInfo) -> list[int]:
+        start = self._marks.pop() if _is_marked(opcode) else len(self._depths) - len(opcode.stack_before)
+        if not 0 <= start <= len(self._depths):
+            raise EOFError(f"{opcode.name} of an empty stack")
+        taken, self._depths[start:] = self._depths[start:], []
+        return taken
+
+
+def _is_marked(opcode: pickletools.OpcodeInfo) -> bool:
+    return pickletools.markobject in opcode.stack_before
+
+
+def _check_keys(name: str, taken: Sequence[int]) -> None:
+    """Refuses keys of dicts and members of sets that are tuples of tuples."""
+    keys = {"SETITEM": taken[1:2], "SETITEMS": taken[::2], "DICT": taken[::2], "ADDITEMS": taken, "FROZENSET": taken}
+    if max(keys.get(name, ()), default=0) > 1:
+        raise Refused("a key made of tuples in tuples")
+
+
+def _opcodes(file: BinaryIO, size: int) -> Iterator[tuple[pickletools.OpcodeInfo, object, int]]:
+    """(opcode, argument, place) of each opcode; `pickletools.genops` fails at bytes in Python 2's protocol 0.
 
     There is no argument where it is long: it is only seen to lie within the `size` bytes of the file.
     """
@@ -101,10 +168,10 @@ def _opcodes(file: BinaryIO, size: int) -> Iterator[tuple[str, object, int]]:
         name = known.name
         if name in _LONG:
             _step_over(file, name, size)
-            yield name, None, at
+            yield known, None, at
         else:
             reader = type(file).readline if name == "STRING" else known.arg and known.arg.reader
-            yield name, reader(file) if reader else None, at
+            yield known, reader(file) if reader else None, at
 
 
 def _step_over(file: BinaryIO, name: str, size: int) -> None:
@@ -116,33 +183,37 @@ def _step_over(file: BinaryIO, name: str, size: int) -> None:
         file.seek(length, 1)
 
 
-def _admitted(module: str, name: str) -> Callable:
-    if (module, name) not in _ADMITTED:
-        raise _Refused(f"{module}.{name}")
-    return _ADMITTED[module, name]
+def _admitted(admitted: Admitted, module: str, name: str) -> object:
+    if (module, name) not in admitted:
+        raise Refused(f"{module}.{name}")
+    return admitted[module, name]
 
 
 class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> "_Call":
-        return _Call(_admitted(module, name))
+    def __init__(self, file: BinaryIO, admitted: Admitted, refer: Callable[[object], object] | None):
+        super().__init__(file, encoding="latin1")
+        self._names, self._refer = admitted, refer
 
-    def persistent_load(self, pid: object) -> None:
-        raise _Refused(f"the outside object {pid!r}")
+    def find_class(self, module: str, name: str) -> "Call":
+        return Call(_admitted(self._names, module, name))
+
+    def persistent_load(self, pid: object) -> object:
+        return self._refer(pid)
 
 
-class _Call:
-    """A function that a pickle can call and not change."""
+class Call:
+    """What an admitted name stands for: a pickle can call it, and not change it."""
 
-    __slots__ = ("_function",)
+    __slots__ = ("function",)
 
-    def __init__(self, function: Callable):
-        self._function = function
+    def __init__(self, function: object):
+        self.function = function
 
     def __call__(self, *arguments: object) -> object:
-        return self._function(*arguments)
+        return self.function(*arguments)
 
     def __setstate__(self, state: object) -> None:
-        raise _Refused("a change of a function")
+        raise Refused("a change of a function")
 
 
 class _Dtype:
@@ -153,13 +224,13 @@ class _Dtype:
     def __init__(self, name: object, align: object = False, copy: object = True):
         name = name.decode("latin1") if isinstance(name, bytes) else name
         if not isinstance(name, str) or not _DTYPE.fullmatch(name):
-            raise _Refused(f"an array of dtype {name!r}")
+            raise Refused(f"an array of dtype {name!r}")
         self.name, self.order = name, "="
 
     def __setstate__(self, state: tuple) -> None:
         _, order, subarray, names, fields, *_ = state
         if (subarray, names, fields) != (None, None, None) or order not in ("<", ">", "|", "="):
-            raise _Refused(f"a structured array (byte order {order!r}, fields {names!r})")
+            raise Refused(f"a structured array (byte order {order!r}, fields {names!r})")
         self.order = order
 
     def made(self) -> np.dtype:
@@ -188,17 +259,17 @@ class _Array:
 
 def _dtype(dtype: object) -> np.dtype:
     if not isinstance(dtype, _Dtype):
-        raise _Refused(f"{type(dtype).__name__} in place of a dtype")
+        raise Refused(f"{type(dtype).__name__} in place of a dtype")
     return dtype.made()
 
 
 def _of_bytes(data: object, dtype: object, shape: tuple, order: str) -> np.ndarray:
     made, shape = _dtype(dtype), tuple(map(int, shape))
     if made.hasobject:
-        raise _Refused("objects made of bytes")
+        raise Refused("objects made of bytes")
     data = data.encode("latin1") if isinstance(data, str) else data  # a byte string of Python 2
     if min(shape, default=0) < 0 or math.prod(shape) * made.itemsize != len(data):
-        raise _Refused(f"an array {shape} of {made} in {len(data)} bytes")
+        raise Refused(f"an array {shape} of {made} in {len(data)} bytes")
     return np.frombuffer(data, made).reshape(shape, order=order).astype(made.newbyteorder("="), copy=False)
 
 
@@ -214,14 +285,25 @@ def _scalar(dtype: object, data: object = b"") -> object:
 
 
 def _ndarray(*arguments: object) -> None:
-    raise _Refused("a call of numpy.ndarray")
+    raise Refused("a call of numpy.ndarray")
 
 
 def _bytes(text: str, encoding: str) -> bytes:
     """Bytes as protocols below 3 write them: `_codecs.encode(text, "latin1")`."""
     if encoding not in ("latin1", "latin-1"):
-        raise _Refused(f"text in the encoding {encoding!r}")
+        raise Refused(f"text in the encoding {encoding!r}")
     return text.encode("latin1")
+
+
+def _set(members: Sequence = ()) -> set:
+    """A set as protocols below 4 write it: out of a list."""
+    if any(type(member) is tuple and any(type(m) is tuple for m in member) for member in members):
+        raise Refused("a key made of tuples in tuples")
+    return set(members)
+
+
+def _frozenset(members: Sequence = ()) -> frozenset:
+    return frozenset(_set(members))
 
 
 def _no_bytes() -> bytes:
@@ -231,7 +313,7 @@ def _no_bytes() -> bytes:
 
 _MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
 _NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
-_ADMITTED: dict[tuple[str, str], Callable] = {
+_ADMITTED: Admitted = {
     ("numpy", "ndarray"): _ndarray,  # an argument of _reconstruct, never called
     ("numpy", "dtype"): _Dtype,
     **{(module, "_reconstruct"): _Array for module in _MULTIARRAY},
@@ -239,7 +321,7 @@ _ADMITTED: dict[tuple[str, str], Callable] = {
     **{(module, "_frombuffer"): _of_bytes for module in _NUMERIC},
     ("_codecs", "encode"): _bytes,
     **{(module, name): kind for module in ("builtins", "__builtin__") for name, kind in
-       (("set", set), ("frozenset", frozenset), ("complex", complex), ("bytes", _no_bytes))},
+       (("set", _set), ("frozenset", _frozenset), ("complex", complex), ("bytes", _no_bytes))},
 }  # fmt: skip
 
 
@@ -249,7 +331,7 @@ def _plain(value: object, done: dict[int, object], depth: int) -> object:
     `done` holds what was made plain by the id of what it was made of, which lives as long as the whole does.
     """
     if depth > _DEEPEST:
-        raise _Refused(f"containers nested in themselves, or deeper than {_DEEPEST}")
+        raise Refused(f"containers nested in themselves, or deeper than {_DEEPEST}")
     if id(value) not in done:
         done[id(value)] = _made_plain(value, lambda v: _plain(v, done, depth + 1))
     return done[id(value)]
@@ -262,6 +344,6 @@ def _made_plain(value: object, plain: Callable[[object], object]) -> object:
         return type(value)(plain(v) for v in value)
     if isinstance(value, _Array):
         return value.made(plain)
-    if isinstance(value, (_Call, _Dtype)):
-        raise _Refused("a function or a dtype as a value")
+    if isinstance(value, (Call, _Dtype)):
+        raise Refused("a function or a dtype as a value")
     return bytes(value) if isinstance(value, bytearray) else value

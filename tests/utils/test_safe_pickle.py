@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from avjax.errors import AvjaxError
-from avjax.features.tables import safe_pickle
+from avjax.utils import safe_pickle
 
 PLAIN = {
     "train": {"audio": np.arange(12, dtype=np.float32).reshape(2, 3, 2), "id": np.array(["a$_$1", "é"])},
@@ -179,6 +179,12 @@ def test_a_name_is_refused_before_what_stands_ahead_of_it_runs(tmp_path, monkeyp
         ),
         (b"c_codecs\nencode\n(Vabc\nVzlib\ntR.", "the encoding 'zlib'"),
         (b"]q\x00h\x00a.", "nested in themselves"),
+        # Keys so deep that to hash them would overflow the machine's stack: of a dict, of sets, out of the memo.
+        (b"})" + b"\x85" * 1000 + b"Ns.", "a key made of tuples in tuples"),
+        (b"}()" + b"\x85" * 300_000 + b"Nu.", "a key made of tuples in tuples"),
+        (b"\x8f()" + b"\x85" * 300_000 + b"\x90.", "a key made of tuples in tuples"),
+        (b"})" + b"\x85p1\n0g1\n\x85" * 1000 + b"Ns.", "a key made of tuples in tuples"),
+        (b"c__builtin__\nset\n](" + b")" + b"\x85" * 300_000 + b"e\x85R.", "a key made of tuples in tuples"),
         (b"]" * 200_000 + b"a" * 199_999 + b".", "deeper than 32"),
     ],
 )
@@ -228,7 +234,7 @@ def test_sizes_are_limited_and_files_must_exist(tmp_path, monkeypatch):
 
 PEAK = """
 import re, sys, pathlib
-from avjax.features.tables import safe_pickle as pickles
+from avjax.utils import safe_pickle as pickles
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
