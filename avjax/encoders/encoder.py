@@ -14,6 +14,9 @@ from avjax.encoders import base, random_weights
 from avjax.errors import AvjaxError
 from avjax.layers.masking import masked_mean
 
+# Files of a tokenizer in folders without tokenizer.json: of word pieces, and of byte pairs.
+_VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))
+
 
 class Encoder:
     """A pretrained network with its preprocessing, as `encoders.load` makes it.
@@ -112,19 +115,14 @@ class Encoder:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The `tokenizers.Tokenizer` of tokenizer.json: the ids of transformers' fast tokenizers without their import.
+        """The `tokenizers.Tokenizer` of the encoder's folder.
 
         Raises:
           AvjaxError: the folder has none.
         """
         if self.random:
             return random_weights.tokenizer(self.provenance["model_type"])
-        file = self._files.tensors.with_name("tokenizer.json")
-        if not file.is_file():
-            raise AvjaxError(f"{file}: no such file; put the tokenizer of this encoder there")
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_file(str(file))
+        return _read_tokenizer(self._files.tensors.parent)
 
     def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Turns texts into ids (b, l) int32 and mask (b, l) bool, l being the longest text's.
@@ -165,6 +163,36 @@ def pooled(features: jax.Array, mask: jax.Array, pool: str | None) -> tuple[jax.
     if pool == "mean":
         return masked_mean(features, mask), mask.any(1)
     return features, mask
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    """Reads the `tokenizers.Tokenizer` of a folder: of tokenizer.json, or of the vocabulary of older checkpoints.
+
+    A tokenizer.json is read without transformers, whose import takes seconds at every start; the ids are the same.
+
+    Raises:
+      AvjaxError: the folder has neither, or transformers cannot read the latter.
+    """
+    if (file := folder / "tokenizer.json").is_file():
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_file(str(file))
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        raise AvjaxError(
+            f"{file}: no such file; put the tokenizer of this encoder there, or vocab.txt, or vocab.json "
+            "with merges.txt"
+        )
+    import transformers
+
+    # Code that a folder brings along is never run, nor asked about.
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, **options).backend_tokenizer
+    except (AttributeError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise AvjaxError(
+            f"{folder}: transformers makes no tokenizer of its files ({reason}); put a tokenizer.json there"
+        ) from error
 
 
 def _without_blocks_above(module: Any, params: Mapping) -> Mapping:

@@ -58,8 +58,8 @@ def load(
 
     Args:
       source: a name of `weights.REGISTRY`, such as "minilm", or a folder in the hub's layout: config.json with
-        `model_type`, model.safetensors (or pytorch_model.bin, which is read strictly), and tokenizer.json for text. A
-        folder is trusted; its sha256 is recorded.
+        `model_type`, model.safetensors (or pytorch_model.bin, which is read strictly), and for text tokenizer.json,
+        or vocab.txt, or vocab.json with merges.txt. A folder is trusted; its sha256 is recorded.
       tower: "vision" or "text", of a source that has both.
       layer: the features after so many blocks, transformers' `hidden_states[layer]`, instead of `last_hidden_state`;
         blocks above it are not computed.
