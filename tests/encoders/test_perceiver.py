@@ -49,6 +49,12 @@ def made(hub=HUB, dtype=jnp.float32):
     return jax.jit(functools.partial(module.apply, {"params": random_params(module)}))
 
 
+@functools.cache
+def small():
+    """The network of HUB, compiled once."""
+    return made()
+
+
 def pairs_of(count, size=(9, 10)):
     return np.random.default_rng(1).uniform(-1, 1, (count, 2, *size, 3)).astype(np.float32)
 
@@ -60,7 +66,9 @@ def frames_of(count, size, seed=0):
 # The network
 
 
-@pytest.mark.parametrize(("height", "portions"), [(12, {70: 4, 1: 12}), (7, {70: 7})])
+@pytest.mark.parametrize(
+    ("height", "portions"), [(12, {70: 4, 1: 12}), pytest.param(7, {70: 7}, marks=pytest.mark.thorough)]
+)
 def test_going_over_the_pixels_in_portions_changes_nothing(monkeypatch, height, portions):
     hub = HUB | {"train_size": [height, 10]}
     pairs, mask = pairs_of(2, (height, 10)), np.ones(2, bool)
@@ -87,8 +95,7 @@ def test_in_portions_it_equals_the_original(monkeypatch):
 
 
 def test_pairs_under_the_mask_leave_no_trace():
-    run = made()
-    pairs = pairs_of(3)
+    run, pairs = small(), pairs_of(3)
     want, _ = run(pairs, np.ones(3, bool))
     bad = np.concatenate([pairs[:1], np.full_like(pairs[1:], np.nan)])
     flow, mask = run(bad, np.array([True, False, False]))
@@ -100,7 +107,7 @@ def test_pairs_under_the_mask_leave_no_trace():
 
 def test_bfloat16_moves_end_points_by_few_percent():
     pairs, mask = pairs_of(3), np.ones(3, bool)
-    want, _ = made()(pairs, mask)
+    want, _ = small()(pairs, mask)
     half, _ = made(dtype=jnp.bfloat16)(pairs, mask)
     error = np.linalg.norm(half - want, axis=-1).mean() / np.linalg.norm(want, axis=-1).mean()
     assert 0 < error < 0.05
@@ -109,7 +116,7 @@ def test_bfloat16_moves_end_points_by_few_percent():
 
 def test_pairs_of_another_size_are_refused():
     with pytest.raises(AvjaxError, match=r"pairs \(1, 2, 9, 11, 3\): expected \(batch, 2, 9, 10, 3\)"):
-        made()(pairs_of(1, (9, 11)), np.ones(1, bool))
+        small()(pairs_of(1, (9, 11)), np.ones(1, bool))
 
 
 # Checkpoints and configurations

@@ -1,6 +1,7 @@
 """What is particular to vision transformers; parity with the originals is in test_parity.py."""
 
 import dataclasses
+import functools
 import random
 import re
 
@@ -27,7 +28,7 @@ VIT = {
 }
 DINO = {k: v for k, v in VIT.items() if k != "intermediate_size"} | {"model_type": "dinov2", "mlp_ratio": 3}
 
-every_kind = pytest.mark.parametrize("hub", [VIT, DINO], ids=["vit", "dinov2"])
+every_kind = pytest.mark.parametrize("kind", ["vit", "dinov2"])
 
 
 def torch_and_transformers():
@@ -50,6 +51,13 @@ def initial(hub, layer=None, dtype=jnp.float32):
     return module, jax.tree.map(lambda leaf: rng.normal(0.3, 0.3, leaf.shape).astype(leaf.dtype), shapes)
 
 
+@functools.cache
+def answered(kind, layer=None):
+    """A compiled network of a kind, random params for it, and its module."""
+    module, variables = initial({"vit": VIT, "dinov2": DINO}[kind], layer)
+    return jax.jit(module.apply), variables, module
+
+
 def saved(model, folder):
     """The tensors of a PyTorch model as its checkpoint file has them."""
     model.save_pretrained(folder)
@@ -63,7 +71,9 @@ def same(a, b):
 # Pictures of other sizes
 
 
-@pytest.mark.parametrize("grid", [(16, 16), (37, 37), (1, 50), (74, 9)])
+@pytest.mark.parametrize(
+    "grid", [(1, 50), *(pytest.param(grid, marks=pytest.mark.thorough) for grid in ((16, 16), (37, 37), (74, 9)))]
+)
 def test_positions_of_dinov2_are_interpolated_as_in_the_original(tmp_path, grid):
     transformers = torch_and_transformers()
     hub = DINO | {"image_size": 37 * 2, "patch_size": 2}
@@ -102,36 +112,36 @@ def test_pictures_of_a_wrong_size_are_refused(hub, shape, message):
 
 
 @every_kind
-def test_class_token_first_then_patches_row_by_row(hub):
-    module, variables = initial(hub, layer=0)
-    plain, mask = module.apply(variables, np.zeros((1, 12, 12, 3), np.float32), np.ones(1, bool))
+def test_class_token_first_then_patches_row_by_row(kind):
+    answer, variables, module = answered(kind, layer=0)
+    plain, mask = answer(variables, np.zeros((1, 12, 12, 3), np.float32), np.ones(1, bool))
     spot = np.zeros((1, 12, 12, 3), np.float32)
     spot[0, 2, 9] = 1  # in the first row of patches, the third column
-    changed, _ = module.apply(variables, spot, np.ones(1, bool))
+    changed, _ = answer(variables, spot, np.ones(1, bool))
     np.testing.assert_array_equal(np.flatnonzero(np.abs(changed - plain)[0].sum(-1)), [3])
     assert plain.shape == (1, module.config.steps(0), 12)
     assert mask.shape == (1, 10)
 
 
 @every_kind
-def test_pictures_under_the_mask_leave_no_trace(hub):
-    module, variables = initial(hub)
+def test_pictures_under_the_mask_leave_no_trace(kind):
+    answer, variables, _ = answered(kind)
     batch = pictures(3, 12, 12)
-    alone, _ = module.apply(variables, batch[:1], np.ones(1, bool))
+    alone, _ = answer(variables, batch[:1], np.ones(1, bool))
     batch[1:] = np.nan
-    features, mask = module.apply(variables, batch, np.array([True, False, False]))
+    features, mask = answer(variables, batch, np.array([True, False, False]))
     np.testing.assert_allclose(features[0], alone[0], atol=1e-5)
     np.testing.assert_array_equal(mask, np.repeat([[True], [False], [False]], 10, 1))
     assert np.isfinite(features).all()
-    nothing, _ = module.apply(variables, batch, np.zeros(3, bool))
+    nothing, _ = answer(variables, batch, np.zeros(3, bool))
     assert np.isfinite(nothing).all()
 
 
-@every_kind
+@pytest.mark.parametrize("hub", [VIT, DINO], ids=["vit", "dinov2"])
 @pytest.mark.parametrize("layer", [0, 1, None])
 def test_only_blocks_below_the_layer_are_computed_in_the_asked_precision(hub, layer):
     module, variables = initial(hub, layer, jnp.bfloat16)
-    features, _ = module.apply(variables, pictures(1, 12, 12), np.ones(1, bool))
+    features, _ = jax.eval_shape(module.apply, variables, pictures(1, 12, 12), np.ones(1, bool))
     assert features.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     computed = {name for name in variables["params"] if name.startswith(("block_", "norm"))}
@@ -226,11 +236,11 @@ def test_configs_that_are_not_computed_are_refused(hub, message):
 
 def test_prepare_gives_what_the_encoder_takes():
     raw = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8)
-    module, variables = initial(VIT)
+    answer, variables, _ = answered("vit")
     batch, mask = vit.prepare(raw, {"size": 12})
     assert batch.shape == (2, 12, 12, 3)
     assert mask.tolist() == [True, True]
-    features, _ = module.apply(variables, batch, mask)
+    features, _ = answer(variables, batch, mask)
     assert np.abs(features[0] - features[1]).max() > 1e-3
     default, _ = vit.prepare(raw, {})
     assert default.shape == (2, 224, 224, 3)
@@ -257,6 +267,7 @@ def assert_close(got, want):
     assert np.abs(got - want).max() <= 1e-4 * want.std()
 
 
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_vit_s14_equals_dinov2_of_transformers(real):
     transformers = torch_and_transformers()
@@ -275,6 +286,7 @@ def test_vit_s14_equals_dinov2_of_transformers(real):
     assert_close(enc(batch)[0], want)
 
 
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_vit_s14_equals_onnxruntime_on_its_own_file(real):
     runtime = pytest.importorskip("onnxruntime", reason="the second reference, which no extra brings")

@@ -28,7 +28,15 @@ SPEECH = {
 STABLE = SPEECH | {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
 DATA2VEC = SPEECH | {"model_type": "data2vec-audio"}
 
-every_kind = pytest.mark.parametrize("hub", [SPEECH, STABLE, DATA2VEC], ids=["group", "stable", "data2vec"])
+KINDS_OF_NORM = {"group": SPEECH, "stable": STABLE, "data2vec": DATA2VEC}
+every_kind = pytest.mark.parametrize("hub", KINDS_OF_NORM.values(), ids=KINDS_OF_NORM)
+
+
+def every_kind_but(quick):
+    """Every kind, those that are not `quick` as thorough tests."""
+    marks = {name: () if name == quick else pytest.mark.thorough for name in KINDS_OF_NORM}
+    hubs = [pytest.param(hub, id=name, marks=marks[name]) for name, hub in KINDS_OF_NORM.items()]
+    return pytest.mark.parametrize("hub", hubs)
 
 
 def torch_and_transformers():
@@ -87,7 +95,7 @@ def test_true_sizes_make_a_step_each_20_ms():
 # Padding
 
 
-@every_kind
+@every_kind_but("group")
 def test_padding_and_neighbours_do_not_change_an_answer(hub):
     module, params = initial(hub)
     lengths = [300, 40, module.config.least, module.config.least - 1, 0, 171]
@@ -107,7 +115,7 @@ def test_padding_and_neighbours_do_not_change_an_answer(hub):
 def test_batches_too_short_for_a_step_have_none(hub):
     module, params = initial(hub)
     for n in (0, module.config.least - 1):
-        features, mask = module.apply(params, *noise(n, n))
+        features, mask = jax.eval_shape(module.apply, params, *noise(n, n))
         assert features.shape == (2, 0, hub["hidden_size"])
         assert mask.shape == (2, 0)
 
@@ -132,7 +140,7 @@ def test_statistics_over_time_do_not_overflow_or_drown_in_bfloat16():
 # Layers
 
 
-@every_kind
+@every_kind_but("stable")
 def test_a_lower_layer_needs_no_params_above_it(hub):
     module, params = initial(hub, layer=1)
     waves, mask = noise(200)

@@ -230,7 +230,7 @@ def clip(java_sed):
     return sound(sorted(java_sed.rglob("*.mp4"))[0])
 
 
-@pytest.fixture(scope="module", params=["whisper_tiny_en", "whisper_base"])
+@pytest.fixture(scope="module", params=["whisper_tiny_en", pytest.param("whisper_base", marks=pytest.mark.thorough)])
 def real(request):
     """An encoder, its file, and the hub's config.json."""
     hub = weights.REGISTRY[request.param].written["config.json"]
@@ -249,7 +249,9 @@ def assert_close(got, want):
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("samples", [None, 30 * 16000], ids=["true length", "30 s"])
+@pytest.mark.parametrize(
+    "samples", [None, pytest.param(30 * 16000, marks=pytest.mark.thorough)], ids=["true length", "30 s"]
+)
 def test_real_whisper_equals_pytorch_on_a_real_clip(real, clip, samples):
     torch = pytest.importorskip("torch", reason="the reference is in PyTorch (extra parity)")
     import transformers
