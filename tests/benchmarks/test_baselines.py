@@ -1,7 +1,6 @@
 """The baselines restated in PyTorch make the same step as ours, and one that differs is refused."""
 
 import dataclasses
-import importlib.util
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from benchmarks.torch import baselines as torch_baselines
 from benchmarks.torch import towers as torch_towers
 from benchmarks.torch.layers import named
 from benchmarks.torch.restated import sum_of_heads
+from tests.benched import needs_torch
 
-needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
 WIDTHS = {"text": 4, "audio": 3, "video": 5}
 SMALL = {
     "concat": {"width": 6, "hidden": 5},
@@ -32,8 +31,8 @@ SMALL = {
     "cfn_sr": {"width": 8, "heads": 2, "layers": 2, "blocks": 2, "kernel": 3},
     "vavl": {"bottleneck": 5, "width": 8, "heads": 2, "kernel": 5, "depth": 1, "shared_depth": 1},
 }
-# Those that compile longest.
-SLOW = ("mmtm", "misa", "mfm", "msaf", "tmep", "cfn_sr", "vavl")
+# A plain one, one of conversations and one of towers; the others are thorough.
+QUICK = ("concat", "bc_lstm", "m2fnet")
 # Whose loss has further terms than those of the heads.
 MORE_TERMS = ("m2fnet", "misa", "mfm", "vavl")
 RESTATED = torch_baselines.RESTATED | torch_towers.RESTATED
@@ -60,12 +59,12 @@ def test_what_is_restated_is_measured():
 
 
 @needs_torch
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SMALL])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.thorough) for n in SMALL])
 def test_both_sides_make_the_same_step(name):
     assert ways(name) == ["avjax", "pytorch"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_torch
 @pytest.mark.parametrize("name", MORE_TERMS)
 def test_a_loss_without_its_further_terms_is_refused(name, monkeypatch):

@@ -2,8 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +13,8 @@ from benchmarks import encoders as benchmark
 from benchmarks import record
 from benchmarks.encoders import Load, Peak
 from benchmarks.torch import originals
-from tests.benchmarks.test_lanes import bench
+from tests.benched import assert_one_line, bench, committed, needs_torch
 
-needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
 PEAK = Peak(1e12, "made up")
 SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
 CONVS = {"conv_dim": [4, 4], "conv_kernel": [10, 3], "conv_stride": [5, 2]}
@@ -79,12 +76,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(benchmark, "_LEAST_SECONDS", 0.01)
 
 
-@pytest.fixture
-def no_torch(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
-
-
 def measured(name: str, dtype: str = "float32", repeats: int = 2) -> tuple[list[dict], list[str]]:
     """The rows, and the lines that were said."""
     said: list[str] = []
@@ -120,7 +111,7 @@ def test_the_ways_are_timed_in_turn():
     assert timed == 3 * ["avjax", "pytorch"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_sound_is_measured_against_its_own_length(no_torch):
     rows, _ = measured("sound")
     for row, seconds in zip(rows, (0.05, 2 * 0.0375), strict=True):
@@ -319,7 +310,7 @@ def test_flops_of_a_product_are_of_the_fastest_call(monkeypatch, dtype):
 # ---- The command and its record -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_real_encoder_is_measured_and_recorded(tmp_path):
     out = tmp_path / "encoders.csv"
     command = ["encoders", "--encoders=minilm", "--dtype=bfloat16", "--repeats=1", f"--out={out}"]
@@ -342,20 +333,11 @@ def test_a_real_encoder_is_measured_and_recorded(tmp_path):
     [(["--encoders=smell"], "smell is not among minilm, distilbert"), (["--dtype=int8"], "float32|bfloat16")],
 )
 def test_mistakes_are_one_line(arguments, message):
-    done = bench("encoders", *arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert message in done.stderr
+    assert_one_line(bench("encoders", *arguments), message)
 
 
 def test_committed_results_can_be_added_to():
-    path = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "encoders.csv"
-    if not path.is_file():
-        pytest.skip("results are in a checkout")
-    with path.open() as file:
-        found = list(csv.DictReader(file))
-    keys = [tuple(row[k] for k in benchmark.KEY) for row in found]
-    assert len(keys) == len(set(keys))
+    found = committed("encoders", benchmark.KEY)
     assert {row["encoder"] for row in found} == set(TRUE_SIZE)
     (row, *_), _ = measured("text", repeats=1)
     assert list(found[0]) == ["benchmark", *row, *record.circumstances()]

@@ -1,13 +1,11 @@
 """The benchmark of extraction: its figures are those of the extraction, and its rows can be added to."""
 
-import csv
-import pathlib
-
 import pytest
 
 from avjax.features import presets
 from benchmarks import extract, record
 from tests import tiny_run
+from tests.benched import committed
 
 
 def test_encoders_are_one_stage_whatever_their_names():
@@ -36,7 +34,7 @@ def test_figures_are_those_of_the_median_run(monkeypatch):
     assert (row["weights"], row["repeats"], row["workers"]) == ("random", 3, record.cores())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows(tmp_path):
     tiny_run._write_data(tmp_path / "R")
     said = []
@@ -47,7 +45,7 @@ def test_rows(tmp_path):
     assert all(row[f"{stage}_seconds"] > 0 for stage in extract.STAGES if stage != "flow")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_stage_is_known(tmp_path):
     """What an extraction says it spent its time on is a stage, or the name of one of its preset's encoders."""
     tiny_run._write_data(tmp_path / "R")
@@ -58,12 +56,6 @@ def test_every_stage_is_known(tmp_path):
 
 
 def test_committed_results_can_be_added_to(monkeypatch):
-    path = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "extract.csv"
-    if not path.is_file():
-        pytest.skip("results are in a checkout")
-    with path.open() as file:
-        found = list(csv.DictReader(file))
-    keys = [tuple(row[k] for k in extract.KEY) for row in found]
-    assert len(keys) == len(set(keys))
+    found = committed("extract", extract.KEY)
     row = made(monkeypatch, 1.0)
     assert list(found[0]) == ["benchmark", *row, *record.circumstances()]

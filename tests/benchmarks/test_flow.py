@@ -1,8 +1,6 @@
 """The benchmark of flow: its figures are what they say, and its committed rows can be added to."""
 
-import csv
 import dataclasses
-import pathlib
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from avjax.features import presets
 from benchmarks import flow as benchmark
 from benchmarks import record
+from tests.benched import committed
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark.perceiver, "optical_flow", lambda _, a, b: np.zeros((*a.shape[:3], 2), np.float32))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows(small):
     for name in benchmark.SOURCES:
         said = []
@@ -46,14 +45,8 @@ def test_made_up_faces_move():
     assert np.median(made[..., 0]) == pytest.approx(2, abs=0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_committed_results_can_be_added_to(small):
-    path = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "flow.csv"
-    if not path.is_file():
-        pytest.skip("results are in a checkout")
-    with path.open() as file:
-        found = list(csv.DictReader(file))
-    keys = [tuple(row[k] for k in benchmark.KEY) for row in found]
-    assert len(keys) == len(set(keys))
+    found = committed("flow", benchmark.KEY)
     assert {row["source"] for row in found} == set(benchmark.SOURCES)
     assert list(found[0]) == ["benchmark", *benchmark.measure("dis", 1, print), *record.circumstances()]

@@ -2,11 +2,6 @@
 
 import csv
 import functools
-import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +15,8 @@ from avjax.training import batches, history, loop
 from avjax.training import lanes as lane_plans
 from benchmarks import lanes, record
 from tests import synthetic
+from tests.benched import assert_one_line, bench, committed, needs_torch
 
-needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
 FEATURES = synthetic.make(clips=40, signal=0.3, seed=5)  # clip 3 lacks sound, clip 5 lacks a face
 IDS = FEATURES.ids
 FOLD = Fold("one", tuple(IDS[:24]), tuple(IDS[30:]), tuple(IDS[24:30]))
@@ -72,7 +67,6 @@ def close(ours, others, share: float = 1e-4) -> None:
 # ---- PyTorch ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @needs_torch
 def test_the_models_have_the_same_parameters():
     params = lane(trained()[3].params)
@@ -80,7 +74,7 @@ def test_the_models_have_the_same_parameters():
     assert sum(p.numel() for p in model.parameters()) == sum(v.size for v in jax.tree.leaves(params))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_torch
 def test_logits_loss_and_gradient_are_the_same():
     import torch
@@ -109,7 +103,6 @@ def test_logits_loss_and_gradient_are_the_same():
         np.testing.assert_allclose(parameter.grad, expected[name], rtol=0, atol=1e-4 * everything, err_msg=name)
 
 
-@pytest.mark.slow
 @needs_torch
 def test_what_lies_under_a_mask_is_not_read():
     torch_etg, model, streams, run = in_torch(lane(trained()[3].params))
@@ -122,7 +115,7 @@ def test_what_lies_under_a_mask_is_not_read():
         close(torch_etg.answers(model, longer, run.test)[head], logits)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_torch
 def test_training_is_the_same():
     """Same optimizer, schedule, clipping, decay, selection: from equal parameters, equal epochs and answers."""
@@ -159,15 +152,7 @@ def measured(tmp_path_factory) -> tuple[list[dict[str, str]], list[str]]:
         return list(csv.DictReader(file)), done.stdout.splitlines()
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200"}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles in half the time; figures are not looked at
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.__main__", *arguments], env=env, capture_output=True, text=True
-    )
-
-
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows(measured):
     by_name = {row["what"]: row for row in measured[0]}
     assert list(by_name) == ["lanes", "one after another", "pytorch"]
@@ -187,15 +172,13 @@ def test_rows(measured):
     assert float(lanes_row["speed_up_over_one_after_another"]) == pytest.approx(ratio, rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_ways_are_timed_in_turn(measured):
     timed = [line.split(": ")[1].rsplit(" ", 2)[0] for line in measured[1] if "repeat" in line]
     assert timed == 2 * [row["what"] for row in measured[0] if row["seconds_min"]]
 
 
-def test_without_pytorch_its_row_is_empty(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+def test_without_pytorch_its_row_is_empty(no_torch):
     assert lanes.no_pytorch() == "not installed"
     ways = [lanes.Way("lanes", None, 1.0), lanes.Way("one after another", None, 2.0)]
     *measured, empty = lanes.timing_rows(ways, {"lanes": [1.0, 3.0, 2.0], "one after another": [8.0, 9.0, 7.0]})
@@ -252,13 +235,8 @@ def test_circumstances_are_complete():
 
 
 def test_committed_results_can_be_added_to():
-    path = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "lanes.csv"
-    if not path.is_file():
-        pytest.skip("results are in a checkout")
-    with path.open() as file:
-        found = list(csv.DictReader(file))
-    keys = [tuple(row[k] for k in lanes.KEY) for row in found]
-    assert len(keys) == len(set(keys)) >= 3
+    found = committed("lanes", lanes.KEY)
+    assert len(found) >= 3
     assert list(record.circumstances()) == list(found[0])[-len(record.circumstances()) :]
     assert {row["what"] for row in found} == {"lanes", "one after another", "pytorch"}
 
@@ -284,7 +262,4 @@ def test_help_says_what_is_measured():
     ],
 )
 def test_mistakes_are_one_line(arguments, message):
-    done = bench(*arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert message in done.stderr
+    assert_one_line(bench(*arguments), message)

@@ -1,9 +1,7 @@
 """The benchmark of scaling: collectives are found in the text of HLO, counted by the ring formulas, and bound steps."""
 
-import csv
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -15,7 +13,7 @@ from avjax.errors import AvjaxError
 from avjax.layers import attention
 from benchmarks import collectives, record, scaling
 from benchmarks.collectives import Collective
-from tests.benchmarks.test_lanes import bench
+from tests.benched import assert_one_line, bench, committed
 
 EIGHT = tuple(range(8))
 
@@ -221,7 +219,7 @@ for preset in ("dp", "fsdp", "lanes"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_small_steps():
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -265,19 +263,10 @@ def test_a_process_that_fails_is_an_error():
     ],
 )
 def test_a_mistake_is_one_line(flag, said):
-    done = bench("scaling", flag)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert said in done.stderr
+    assert_one_line(bench("scaling", flag), said)
 
 
 def test_committed_results_can_be_added_to():
-    path = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "scaling.csv"
-    if not path.is_file():
-        pytest.skip("results are in a checkout")
-    with path.open() as file:
-        found = list(csv.DictReader(file))
-    keys = [tuple(row[k] for k in scaling.KEY) for row in found]
-    assert len(keys) == len(set(keys))
+    found = committed("scaling", scaling.KEY)
     assert {row["model"] for row in found} <= set(scaling.CASES)
     assert list(found[0]) == ["benchmark", *found_row(), *record.circumstances()]

@@ -1,8 +1,6 @@
 """The benchmark of the start: what it takes for the first step, how time is divided, and a start of a small run."""
 
-import csv
 import importlib
-import pathlib
 
 import pytest
 
@@ -10,6 +8,7 @@ from avjax.errors import AvjaxError
 from avjax.features import extract as extraction
 from benchmarks import record, startup
 from tests import tiny_run
+from tests.benched import committed
 
 COMPILE, LOWER, TRACE = (startup.PARTS[part][0] for part in ("compiling", "lowering", "tracing"))
 
@@ -64,7 +63,7 @@ def test_a_training_that_ends_early_is_an_error(tmp_path):
         startup.start(["--config=nowhere.py"], tmp_path / "run", tmp_path / "cache")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows(tmp_path, monkeypatch):
     tiny_run._write_data(tmp_path / "R")
     store = extraction.extract("folder", "lite", root=str(tmp_path / "R"), out=str(tmp_path / "F"), random=True)
@@ -89,13 +88,7 @@ def test_rows(tmp_path, monkeypatch):
 
 
 def test_committed_results_can_be_added_to():
-    path = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "startup.csv"
-    if not path.is_file():
-        pytest.skip("results are in a checkout")
-    with path.open() as file:
-        found = list(csv.DictReader(file))
-    keys = [tuple(row[k] for k in startup.KEY) for row in found]
-    assert len(keys) == len(set(keys))
+    found = committed("startup", startup.KEY)
     start = startup.Start(1.0, 2.0, dict.fromkeys((*startup.PARTS, "other"), 0.1))
     row = startup.row("c", startup.EMPTY, [start])
     assert list(found[0]) == ["benchmark", *row, *record.circumstances()]

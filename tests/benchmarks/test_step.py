@@ -2,8 +2,6 @@
 
 import csv
 import dataclasses
-import importlib.util
-import pathlib
 
 import jax
 import numpy as np
@@ -16,9 +14,8 @@ from benchmarks.torch import fusions as torch_fusions
 from benchmarks.torch import sequences as torch_sequences
 from benchmarks.torch import systems as torch_systems
 from benchmarks.ways import chosen
-from tests.benchmarks.test_lanes import bench
+from tests.benched import assert_one_line, bench, committed, needs_torch
 
-needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
 SMALL = {
     "etg_aver": {"width": 8, "segment_count": 3},
     "emoasst": {"width": 8, "heads": 2, "inner": 12},
@@ -45,9 +42,10 @@ SMALL = {
     "c3d_lstm": {"widths": (4, 5), "hidden": 6},
     "ladder": {"widths": (8, 6)},
     "bc_lstm": {"hidden": 4, "width": 5},
+    "concat": {"width": 6, "hidden": 5},
 }
-# Those that leave no doubt in little time; the others are slow.
-QUICK = ("etg_aver", "emoasst", "mmer_ia", "avt_ca", "c3d_lstm")
+# One of each file of restatements; the others are thorough. `test_row` has lmf.
+QUICK = ("etg_aver", "c3d_lstm")
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +59,21 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark.encoders, "_LEAST_SECONDS", 0.01)
 
 
-@pytest.fixture
-def no_torch(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch, programs):
+    """Cases of the same module share a compiled step."""
+    right = benchmark.our_program
+
+    def our_program(case):
+        program, state, given = right(case)
+        return programs.setdefault(f"{case.name} {case.model.module}", program), state, given
+
+    monkeypatch.setattr(benchmark, "our_program", our_program)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return {}
 
 
 def measured(name: str, repeats: int = 2) -> tuple[dict, list[str]]:
@@ -81,7 +90,7 @@ def case_of(name: str) -> benchmark.Case:
 # ---- Rows ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.budget(8)
 @needs_torch
 def test_row():
     row, said = measured("lmf")
@@ -111,8 +120,8 @@ def test_a_conversation_is_as_many_clips():
 
 
 def test_what_is_restated_nowhere_is_measured_alone(monkeypatch):
-    monkeypatch.delitem(benchmark.RESTATED, "ladder")
-    row, said = measured("ladder", 1)
+    monkeypatch.delitem(benchmark.RESTATED, "concat")
+    row, said = measured("concat", 1)
     assert row["avjax_seconds_median"] > 0
     assert {v for k, v in row.items() if k.startswith(("pytorch", "compiled", "speed_up"))} == {""}
     assert "compute the same" not in " ".join(said)
@@ -125,13 +134,13 @@ def test_without_pytorch_nothing_is_compared(no_torch):
 
 
 def test_every_size_has_a_row(monkeypatch):
-    two = benchmark.Size("one", {"widths": (5,)}), benchmark.Size("two", {"widths": (6,)}, {"video": (9, 3)})
-    monkeypatch.setitem(benchmark.SIZES, "ladder", two)
-    monkeypatch.delitem(benchmark.RESTATED, "ladder")
-    rows = benchmark.measure("ladder", 1, lambda line: None)
+    two = benchmark.Size("one", SMALL["concat"]), benchmark.Size("two", {"width": 5, "hidden": 5}, {"video": (9, 3)})
+    monkeypatch.setitem(benchmark.SIZES, "concat", two)
+    monkeypatch.delitem(benchmark.RESTATED, "concat")
+    rows = benchmark.measure("concat", 1, lambda line: None)
     assert [(row["size"], row["streams"]) for row in rows] == [
-        ("one", "audio 50x74 video 50x35"),
-        ("two", "audio 50x74 video 9x3"),
+        ("one", "text 20x300 audio 50x74 video 50x35"),
+        ("two", "text 20x300 audio 50x74 video 9x3"),
     ]
     assert rows[0]["parameters"] != rows[1]["parameters"]
 
@@ -148,19 +157,24 @@ def test_names_that_are_not_there_are_named():
 def test_what_is_restated_is_a_model_and_restated_once():
     files = [set(file.RESTATED) for file in (torch_fusions, torch_sequences, torch_systems)]
     assert sum(len(names) for names in files) == len(set.union(*files))
-    assert set.union(*files) == set(SMALL) - {"bc_lstm"}
+    assert set.union(*files) == set(SMALL) - {"bc_lstm", "concat"}
     assert set.union(*files) <= set(benchmark.RESTATED) <= set(benchmark.MODELS)
 
 
 @needs_torch
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL if name != "bc_lstm"],
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough)
+        for name in SMALL
+        if name not in ("bc_lstm", "concat")
+    ],
 )
 def test_both_sides_make_the_same_step(name):
     assert [way.name for way in benchmark.make_ways(case_of(name))] == ["avjax", "pytorch"]
 
 
+@pytest.mark.thorough
 @needs_torch
 def test_both_read_the_first_token_where_it_is_the_summary(monkeypatch):
     settings = SMALL["etg_aver"] | {"summary": "first"}
@@ -170,11 +184,11 @@ def test_both_read_the_first_token_where_it_is_the_summary(monkeypatch):
 
 @needs_torch
 def test_another_loss_is_refused(monkeypatch):
-    restated = benchmark.RESTATED["avt_ca"]
+    restated = benchmark.RESTATED["lmf"]
     other = lambda answers, inputs: -restated.loss(answers, inputs)  # noqa: E731
-    monkeypatch.setitem(benchmark.RESTATED, "avt_ca", dataclasses.replace(restated, loss=other))
-    with pytest.raises(AvjaxError, match=r"avt_ca: pytorch: what an update changes in the logits of 'fusion' differ"):
-        measured("avt_ca")
+    monkeypatch.setitem(benchmark.RESTATED, "lmf", dataclasses.replace(restated, loss=other))
+    with pytest.raises(AvjaxError, match=r"lmf: pytorch: what an update changes in the logits of 'fusion' differ"):
+        measured("lmf")
 
 
 @needs_torch
@@ -215,7 +229,7 @@ def test_no_weight_can_be_mistaken_for_another():
 # ---- The command and its record -----------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @needs_torch
 def test_a_model_is_measured_and_recorded(tmp_path):
     out = tmp_path / "step.csv"
@@ -230,21 +244,12 @@ def test_a_model_is_measured_and_recorded(tmp_path):
 
 
 def test_a_mistake_is_one_line():
-    done = bench("step", "--models=alloy")
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert "alloy is not among " in done.stderr
+    assert_one_line(bench("step", "--models=alloy"), "alloy is not among ")
 
 
 def test_committed_results_can_be_added_to(monkeypatch):
-    path = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "step.csv"
-    if not path.is_file():
-        pytest.skip("results are in a checkout")
-    with path.open() as file:
-        found = list(csv.DictReader(file))
-    keys = [tuple(row[k] for k in benchmark.KEY) for row in found]
-    assert len(keys) == len(set(keys))
+    found = committed("step", benchmark.KEY)
     assert {row["model"] for row in found} == set(benchmark.MODELS)
-    monkeypatch.delitem(benchmark.RESTATED, "ladder")
-    row, _ = measured("ladder", 1)
+    monkeypatch.delitem(benchmark.RESTATED, "concat")
+    row, _ = measured("concat", 1)
     assert list(found[0]) == ["benchmark", *row, *record.circumstances()]
