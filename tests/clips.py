@@ -1,5 +1,6 @@
 """Tiny media files for tests: a drawn pattern and a sine, no face and no speech."""
 
+import collections
 import pathlib
 import wave
 from fractions import Fraction
@@ -60,3 +61,19 @@ def _sound(seconds: float, hz: float):
         frame = av.AudioFrame.from_ndarray(samples[None, at : at + 1024], "s16", "mono")
         frame.sample_rate, frame.pts, frame.time_base = RATE, at, Fraction(1, RATE)
         yield frame
+
+
+def count_decoding(monkeypatch) -> collections.Counter:
+    """What is decoded from now on: "video" and "audio" frames, and "video passes" and "audio passes" that gave them."""
+    from avjax.media import video
+
+    counts, frames = collections.Counter(), video._frames
+
+    def counted(container, stream):
+        counts[f"{stream.type} passes"] += 1
+        for frame in frames(container, stream):
+            counts[stream.type] += 1
+            yield frame
+
+    monkeypatch.setattr(video, "_frames", counted)
+    return counts

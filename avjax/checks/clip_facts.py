@@ -313,11 +313,15 @@ def _stated(clip: Clip, container, stream) -> float | None:
 
 
 def _shows_face(clip: Clip, tracker) -> bool:
-    blocks = video.read_blocks(clip.path, count=FACE_FRAMES, start=clip.start or 0.0, end=clip.end, most=1)
+    chosen = {"": video.spread(FACE_FRAMES)}
     try:
-        return any(tracker.track(frames).found[0] for frames in blocks)
+        for blocks in video.passes(clip.path, chosen, start=clip.start or 0.0, end=clip.end):
+            images = (image[None] for _, frames in blocks for image in frames.images)
+            if any(tracker.track(video.Frames(image, np.zeros(1))).found[0] for image in images):
+                return True
     except UnusableMedia:
-        return False
+        pass
+    return False
 
 
 def strip(job: tuple[Clip, int]) -> bytes:

@@ -1,39 +1,74 @@
-"""Raw face pictures and MFCC of one span of a clip, as AVT-CA takes them (specification of the systems, section 3)."""
+"""Face images and MFCC of one span of a clip, as AVT-CA takes them."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.datasets.base import Clip
-from avjax.errors import UnusableMedia
 from avjax.features.presets import Window
 from avjax.media import audio, faces, video
 from avjax.utils.progress import Stopwatch
 
 
-def measure(
-    clip: Clip, window: Window, tracker: faces.FaceTracker, clock: Stopwatch, inside: tuple[float, float]
-) -> dict[str, np.ndarray]:
-    """Cuts pictures and sound of a clip at the same place: in the middle, or all of a shorter clip.
+class Cut:
+    """Cuts video and audio of a clip at the same place: in the middle, or all of a shorter clip.
 
-    Where the picture is missing the sound's own middle is taken.
+    Where the video is missing the audio's own middle is taken.
 
     Args:
-      inside: when sound begins and ends, in seconds; before and after is digital silence, whose length says nothing.
-    Returns:
-      `pictures (t, side, side, 3)` uint8 with `pictures_mask (t,)`, False beyond the clip's end and without a face;
-      `mfcc (s, mfccs)` float32 with `mfcc_mask (s,)`, False outside `inside`.
+      begin: where the clip begins in its files, in seconds.
+    Attributes:
+      sampling: how it wants the audio; samples: (n,) float32, what it is given of it.
     """
-    begin = clip.start or 0.0
-    pictures, mask, seconds = _pictures(clip, window, tracker, clock)
-    with clock("decoding"):
-        try:
-            samples = audio.read_sound(clip.audio or clip.path, start=begin, end=clip.end, rate=window.sample_rate)
-        except UnusableMedia:
-            samples = np.zeros(0, np.float32)
-    with clock("acoustics"):
-        mfcc, real = _mfcc(samples, window, None if window.released else seconds, inside)
-    return {"pictures": pictures, "pictures_mask": mask, "mfcc": mfcc, "mfcc_mask": real}
+
+    def __init__(self, window: Window, begin: float):
+        self._window, self._begin = window, begin
+        self.sampling = audio.Sampling(rate=window.sample_rate)
+        self.samples = np.zeros(0, np.float32)
+        self.lose()
+
+    def lose(self) -> None:
+        """Gives up the video: it cannot be read."""
+        self._frames: list[video.Frames] = []
+        self._there = np.zeros(self._window.count, bool)
+        self._seconds: float | None = None
+
+    def choose(self, times: np.ndarray, over: float) -> np.ndarray:
+        """Begins anew: a `video.Choice` of the frames shown at the `moments` that are before the end of the video."""
+        self._frames, seconds = [], over - self._begin
+        asked = self._begin + moments(self._window, seconds)
+        self._there = asked < over
+        self._seconds = seconds if self._there.any() else None
+        return video.shown_at(times, asked[self._there])
+
+    def take(self, frames: video.Frames) -> None:
+        self._frames.append(frames)
+
+    def measured(
+        self, tracker: faces.FaceTracker, clock: Stopwatch, inside: tuple[float, float]
+    ) -> dict[str, np.ndarray]:
+        """Measures what was taken.
+
+        Args:
+          inside: when sound begins and ends, in seconds; around it is digital silence, whose length says nothing.
+        Returns:
+          `pictures (t, side, side, 3)` uint8 with `pictures_mask (t,)`, False beyond the clip's end and without a face;
+          `mfcc (s, mfccs)` float32 with `mfcc_mask (s,)`, False outside `inside`.
+        """
+        with clock("faces"):
+            pictures, mask = self._pictures(tracker)
+        with clock("acoustics"):
+            mfcc, real = _mfcc(self.samples, self._window, None if self._window.released else self._seconds, inside)
+        return {"pictures": pictures, "pictures_mask": mask, "mfcc": mfcc, "mfcc_mask": real}
+
+    def _pictures(self, tracker: faces.FaceTracker) -> tuple[np.ndarray, np.ndarray]:
+        """The pictures, and which are real."""
+        window = self._window
+        out, mask = np.zeros((window.count, window.side, window.side, 3), np.uint8), np.zeros(window.count, bool)
+        if not self._frames:
+            return out, mask
+        frames = video.joined(self._frames)
+        out[self._there], mask[self._there] = _cut(frames, tracker.track(frames), window)
+        return out, mask | (window.released & mask.any())
 
 
 def moments(window: Window, seconds: float) -> np.ndarray:
@@ -49,29 +84,6 @@ def moments(window: Window, seconds: float) -> np.ndarray:
 
 def _first(window: Window, seconds: float) -> float:
     return max(0.0, (seconds - window.seconds) / 2)
-
-
-def _pictures(clip: Clip, window: Window, tracker, clock) -> tuple[np.ndarray, np.ndarray, float | None]:
-    """The pictures, which are real, and how many seconds of picture the clip has: None where it has none."""
-    lasts: list[float] = []
-
-    def wanted(seconds: float) -> np.ndarray:
-        lasts.append(seconds)
-        return moments(window, seconds)
-
-    out = np.zeros((window.count, window.side, window.side, 3), np.uint8)
-    try:
-        with clock("decoding"):
-            frames, there = video.read_shown(clip.path, wanted, start=clip.start or 0.0, end=clip.end)
-    except UnusableMedia:
-        return out, np.zeros(window.count, bool), None
-    with clock("faces"):
-        track = tracker.track(frames)
-        cut, found = _cut(frames, track, window)
-    out[there] = cut
-    mask = there.copy()
-    mask[there] = found
-    return out, mask | (window.released & mask.any()), lasts[0]
 
 
 def _cut(frames: video.Frames, track: faces.Faces, window: Window) -> tuple[np.ndarray, np.ndarray]:

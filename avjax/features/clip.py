@@ -1,13 +1,13 @@
 """One clip → its features: the only path, shared by everything that turns clips into arrays.
 
-A preset (`avjax.features.presets`) says what is measured. Picture and sound are measured clip by clip (`measure`); the
-sentence needs, beside its clip, the speaker's usual pitch (`speaker_pitch`), so sentences are made when all clips were
-measured (`describe`).
+A preset (`avjax.features.presets`) says what is measured. Video and audio are measured clip by clip (`measure`), each
+decoded once for all that is made of it; the sentence needs, beside its clip, the speaker's usual pitch
+(`speaker_pitch`), so sentences are made when all clips were measured (`describe`).
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,21 +80,36 @@ class Raw:
     flows: Spool | None = None
     samples: np.ndarray | None = None
 
+    def discard(self) -> None:
+        """Removes the spools."""
+        for spool in filter(None, (self.pictures, self.flows)):
+            spool.discard()
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruments:
+    """What clips are measured with.
+
+    Attributes:
+      settings: the preset; tracker: finds faces; clock: counts the seconds of decoding, faces, flow and acoustics.
+      scratch: a folder for the spools of `Raw`, which whoever takes them is to discard.
+    """
+
+    settings: Preset
+    tracker: faces.FaceTracker
+    clock: Stopwatch
+    scratch: Path
+
 
 def measure(
     clip: Clip,
-    settings: Preset,
-    tracker: faces.FaceTracker,
-    clock: Stopwatch,
-    room: Path,
+    instruments: Instruments,
     staged: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     wanted: Container[str] = (),
 ) -> tuple[dict[str, dict[str, np.ndarray]], Raw]:
-    """Measures picture and sound of a clip. What it lacks has no steps, and its `why` says so.
+    """Measures video and audio of a clip. What it lacks has no steps, and its `why` says so.
 
     Args:
-      clock: is told how long decoding, faces, flow and acoustics take.
-      room: a folder for the piles of `Raw`, which whoever takes them is to discard.
       staged: "video", "audio", "window" → what was measured before, which is not measured again.
       wanted: "image", "flow", "sound": what is to be encoded, and so is handed out as `Raw`.
     Returns:
@@ -102,18 +117,22 @@ def measure(
       from the clip's start; audio: `audio (s, d)`, `audio_mask (s,)`, `seconds ()`, `inside (2,)`, where sound begins
       and ends in samples, `prosody (3,)` = median F0 in Hz, syllables per second, stress in dB, 0 where not measurable,
       `surface (2,)` as `audio.surface`; both: `why ()`, "" where nothing is lacking; window, where the preset has one:
-      as `windows.measure`. And what encoders need.
+      as `avtca_window.Cut.measured`. And what encoders need.
     Raises:
-      UnusableMedia: neither picture nor sound.
+      UnusableMedia: neither video nor audio.
     """
     staged, lacking, raw = staged or {}, [], Raw()
+    settings = instruments.settings
+    cut = None
+    if settings.window and "window" not in staged:
+        cut = avtca_window.Cut(settings.window, clip.start or 0.0)
     try:
-        picture, raw = _picture(clip, settings, tracker, clock, room, staged.get("video"), wanted)
+        picture, raw = _picture(clip, instruments, staged.get("video"), wanted, cut)
     except UnusableMedia as error:
         lacking.append(str(error))
         picture = _no_picture(str(error))
     try:
-        sound, samples = _sound(clip, settings, clock, staged.get("audio"), "sound" in wanted)
+        sound, samples = _sound(clip, instruments, staged.get("audio"), "sound" in wanted, cut)
     except UnusableMedia as error:
         lacking.append(str(error))
         sound, samples = _no_sound(str(error)), None
@@ -121,8 +140,8 @@ def measure(
         raise UnusableMedia("; ".join(dict.fromkeys(lacking)))
     made = {"video": picture, "audio": sound}
     if settings.window:
-        made["window"] = staged.get("window") or avtca_window.measure(
-            clip, settings.window, tracker, clock, _sounding(sound, settings)
+        made["window"] = staged.get("window") or cut.measured(
+            instruments.tracker, instruments.clock, _sounding(sound, settings)
         )
     return made, dataclasses.replace(raw, samples=samples)
 
@@ -133,29 +152,41 @@ def _sounding(sound: Mapping[str, np.ndarray], settings: Preset) -> tuple[float,
     return first, last if last < settings.max_seconds else np.inf
 
 
-def _picture(clip, settings, tracker, clock, room, staged, wanted) -> tuple[Mapping[str, np.ndarray], Raw]:
+def _picture(
+    clip: Clip,
+    instruments: Instruments,
+    staged: Mapping[str, np.ndarray] | None,
+    wanted: Container[str],
+    cut: avtca_window.Cut | None,
+) -> tuple[Mapping[str, np.ndarray], Raw]:
     """Face measurements of the frames, those without a face masked; and pictures and flows, if wanted.
 
-    The frames are decoded once, block by block; a block of them is all that memory holds.
+    The frames are decoded once, block by block, and shared with the window `cut`.
     """
-    show = _Show(settings, clock, room, wanted)
-    if staged and not show.needs(staged["video_mask"]):
-        return staged, Raw()
-    found, times, at = [], [], 0
-    begin = clip.start or 0.0
-    blocks = video.read_blocks(clip.path, count=settings.frames or None, start=begin, end=_end(clip, settings))
-    while (frames := _next(blocks, clock)) is not None:
-        part = slice(at, at + len(frames.times))
-        at = part.stop
-        if staged:
-            mask, boxes = staged["video_mask"][part], staged["boxes"][part]
-        else:
-            with clock("faces"):
-                found.append(tracker.track(frames, found[-1] if found else None))
-            mask, boxes = found[-1].found, found[-1].boxes
-            times.append(frames.times - begin)
-        show.take(frames, mask, boxes)
-    return staged or _face_measurements(faces.joined(found), np.concatenate(times)), show.raw()
+    viewers = {"faces": _FaceVideo(clip, instruments, staged, wanted)}
+    if staged and not viewers["faces"].needs(staged["video_mask"]):
+        del viewers["faces"]
+    if cut:
+        viewers["window"] = cut
+    try:
+        _look(clip, instruments, viewers)
+    except UnusableMedia:
+        if cut:
+            cut.lose()
+        if "faces" in viewers:
+            raise
+    return viewers["faces"].measured() if "faces" in viewers else (staged, Raw())
+
+
+def _look(clip: Clip, instruments: Instruments, viewers: Mapping[str, object]) -> None:
+    """Shows the viewers the frames that they choose."""
+    if not viewers:
+        return
+    choices = {name: viewer.choose for name, viewer in viewers.items()}
+    span = {"start": clip.start or 0.0, "end": _end(clip, instruments.settings)}
+    for blocks in _timed(video.passes(clip.path, choices, **span), instruments.clock):
+        for name, frames in _timed(blocks, instruments.clock):
+            viewers[name].take(frames)
 
 
 def _end(clip: Clip, settings: Preset) -> float | None:
@@ -165,18 +196,68 @@ def _end(clip: Clip, settings: Preset) -> float | None:
     return min(filter(None, (clip.end, (clip.start or 0.0) + settings.max_seconds)))
 
 
-def _next(blocks, clock) -> video.Frames | None:
-    with clock("decoding"):
-        return next(blocks, None)
+def _timed(items: Iterator, clock: Stopwatch) -> Iterator:
+    """Passes on what decoding gives."""
+    while True:
+        with clock("decoding"):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
+class _FaceVideo:
+    """Measures the face in the frames of a clip, and collects what encoders are to see of them; see `measure`."""
+
+    def __init__(
+        self,
+        clip: Clip,
+        instruments: Instruments,
+        staged: Mapping[str, np.ndarray] | None,
+        wanted: Container[str],
+    ):
+        self._begin, self._staged = clip.start or 0.0, staged
+        self._instruments, self._wanted = instruments, wanted
+        self._show = _Show(instruments, wanted)
+
+    def needs(self, found: np.ndarray) -> bool:
+        """Whether encoders have anything to see in frames of which `found` show the face."""
+        return self._show.needs(found)
+
+    def choose(self, times: np.ndarray, over: float) -> np.ndarray:
+        """Begins anew: a `video.Choice`."""
+        self._show.raw().discard()
+        self._show = _Show(self._instruments, self._wanted)
+        self._found, self._times, self._count = [], [], 0
+        count = self._instruments.settings.frames
+        return (video.spread(count) if count else video.every_frame)(times, over)
+
+    def take(self, frames: video.Frames) -> None:
+        part = slice(self._count, self._count + len(frames.times))
+        self._count = part.stop
+        if self._staged:
+            mask, boxes = self._staged["video_mask"][part], self._staged["boxes"][part]
+        else:
+            with self._instruments.clock("faces"):
+                before = self._found[-1] if self._found else None
+                self._found.append(self._instruments.tracker.track(frames, before))
+            mask, boxes = self._found[-1].found, self._found[-1].boxes
+            self._times.append(frames.times - self._begin)
+        self._show.take(frames, mask, boxes)
+
+    def measured(self) -> tuple[Mapping[str, np.ndarray], Raw]:
+        if self._staged:
+            return self._staged, self._show.raw()
+        return _face_measurements(faces.joined(self._found), np.concatenate(self._times)), self._show.raw()
 
 
 class _Show:
     """Collects, block by block, what the encoders of picture and flow are to see of a clip's frames."""
 
-    def __init__(self, settings: Preset, clock: Stopwatch, room: Path, wanted: Container[str]):
-        self._settings, self._clock, self._room = settings, clock, room
-        self._image = settings.image if "image" in wanted else None
-        self._flow = settings.flow if "flow" in wanted else None
+    def __init__(self, instruments: Instruments, wanted: Container[str]):
+        self._settings, self._clock, self._scratch = instruments.settings, instruments.clock, instruments.scratch
+        self._image = self._settings.image if "image" in wanted else None
+        self._flow = self._settings.flow if "flow" in wanted else None
         self._pictures = self._flows = None
         self._count, self._before = 0, None
 
@@ -222,7 +303,7 @@ class _Show:
 
     def _piled(self, pile: Spool | None, arrays: np.ndarray) -> Spool | None:
         if pile is None and len(arrays):
-            pile = Spool.begun(self._room, arrays.shape[1:], arrays.dtype.name)
+            pile = Spool.begun(self._scratch, arrays.shape[1:], arrays.dtype.name)
         if pile is not None:
             pile.add(arrays)
         return pile
@@ -252,18 +333,47 @@ def _face_measurements(found: faces.Faces, times: np.ndarray) -> dict[str, np.nd
     }
 
 
-def _sound(clip, settings, clock, staged, wanted: bool) -> tuple[Mapping[str, np.ndarray], np.ndarray | None]:
-    """Acoustic measurements and prosody; and the samples, if wanted, without silence before and after the sound."""
-    if staged and not (wanted and staged["audio_mask"].any()):
+def _sound(
+    clip: Clip,
+    instruments: Instruments,
+    staged: Mapping[str, np.ndarray] | None,
+    wanted: bool,
+    cut: avtca_window.Cut | None,
+) -> tuple[Mapping[str, np.ndarray], np.ndarray | None]:
+    """Acoustic measurements and prosody; and the samples, if wanted, without silence before and after the sound.
+
+    The audio is decoded once and shared with the window `cut`.
+    """
+    settings, samples = instruments.settings, None
+    if not staged or (wanted and staged["audio_mask"].any()):
+        samples = audio.Sampling(max_seconds=settings.max_seconds)
+    try:
+        heard = _listen(clip, instruments.clock, samples, cut)
+    except UnusableMedia:
+        if samples:
+            raise
+    if not samples:
         return staged, None
-    with clock("decoding"):
-        samples = audio.read_sound(
-            clip.audio or clip.path, start=clip.start or 0.0, end=clip.end, max_seconds=settings.max_seconds
-        )
-    with clock("acoustics"):
-        sound = staged or _acoustic_measurements(samples, settings)
+    with instruments.clock("acoustics"):
+        sound = staged or _acoustic_measurements(heard, settings)
     first, last = sound["inside"]
-    return sound, samples[first:last] if wanted and first < last else None
+    return sound, heard[first:last] if wanted and first < last else None
+
+
+def _listen(
+    clip: Clip, clock: Stopwatch, sampling: audio.Sampling | None, cut: avtca_window.Cut | None
+) -> np.ndarray | None:
+    """The samples (n,) of a clip, if asked for; the window gets its own."""
+    start, samplings = clip.start or 0.0, [s for s in (sampling, cut and cut.sampling) if s]
+    if not samplings:
+        return None
+    with clock("decoding"):
+        heard = audio.read_sounds(clip.audio or clip.path, samplings, start=start, end=clip.end)
+    if cut:
+        cut.samples = heard[-1]
+    if sampling and not heard[0].size:
+        raise UnusableMedia(audio.nothing_decoded(start, clip.end))
+    return heard[0]
 
 
 def _acoustic_measurements(samples: np.ndarray, settings: Preset) -> dict[str, np.ndarray]:

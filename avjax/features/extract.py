@@ -283,7 +283,8 @@ def _measure_one(job) -> tuple[dict[str, tuple], dict[str, float]]:
     store, settings, tracker = _SHARED
     clock = Stopwatch()
     staged = {f: store.get(clip.id, f, keys[f]) for f in keys.keys() & {"video", "audio", "window"} if f not in lacks}
-    made, raw = clip_features.measure(clip, settings, tracker, clock, store.scratch, staged, lacks)
+    instruments = clip_features.Instruments(settings, tracker, clock, store.scratch)
+    made, raw = clip_features.measure(clip, instruments, staged, lacks)
     with clock("writing"):
         for feature in made.keys() & set(lacks):
             store.put(clip.id, feature, keys[feature], made[feature])

@@ -1,10 +1,11 @@
-"""Sound out of any container, its acoustic features on one time grid, and the prosody that becomes words.
+"""Audio out of any container, its acoustic features on one time grid, and the prosody that becomes words.
 
 samples = read_sound(path)
 analysis = analyse(samples)      # the costly part, once
 acoustic(analysis), prosody(analysis)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -75,41 +76,100 @@ class Prosody:
     stress_db: float | None
 
 
-def read_sound(
-    path: str | Path,
-    *,
-    start: float = 0.0,
-    end: float | None = None,
-    max_seconds: float | None = None,
-    rate: int = SAMPLE_RATE,
-) -> np.ndarray:
-    """Decodes the sound of a file, or of its part [`start`, `end`) in seconds on the clip's clock (see `video.py`).
+@dataclass(frozen=True)
+class Sampling:
+    """How audio is wanted: `rate` samples a second, and no more than `max_seconds`; None = all."""
 
-    Sound that begins after the picture is preceded by silence, so that both stay on one clock. At most `max_seconds`
-    are read.
+    rate: int = SAMPLE_RATE
+    max_seconds: float | None = None
+
+
+def read_sound(
+    path: str | Path, sampling: Sampling = Sampling(), *, start: float = 0.0, end: float | None = None
+) -> np.ndarray:
+    """Decodes the audio of a file, or of its part [`start`, `end`) in seconds on the clip's clock (see `video.py`).
+
+    Audio that begins after the video is preceded by silence, so that both stay on one clock.
 
     Returns:
-      (n,) float32, `rate` a second, the mean of the channels, in [-1, 1].
-
+      (n,) float32, the mean of the channels, in [-1, 1].
     Raises:
       UnusableMedia: no file, no audio stream, or no sample (in the part).
     """
-    part = within(start, end)
-    if max_seconds is not None:
-        end = min(start + max_seconds, np.inf if end is None else end)
+    (samples,) = read_sounds(path, [sampling], start=start, end=end)
+    if not samples.size:
+        raise UnusableMedia(nothing_decoded(start, end))
+    return samples
+
+
+def nothing_decoded(start: float, end: float | None) -> str:
+    """The reason why a part without any sample is of no use."""
+    return f"no sound can be decoded{within(start, end)}"
+
+
+def read_sounds(
+    path: str | Path, samplings: Sequence[Sampling], *, start: float = 0.0, end: float | None = None
+) -> list[np.ndarray]:
+    """Decodes the audio of a file once, for each of `samplings` as `read_sound` does; (0,) where there is no sample.
+
+    Raises:
+      UnusableMedia: no file, or no audio stream.
+    """
+    ends = [min(start + (s.max_seconds or np.inf), np.inf if end is None else end) for s in samplings]
+    collected = [_Resampled(sampling.rate, until) for sampling, until in zip(samplings, ends, strict=True)]
     with opened(path) as container:
         streams = decodable(container.streams.audio)
         if not streams:
             raise UnusableMedia("no audio stream")
-        begin, samples = _resampled(decoded(container, streams[0], start, end), rate)
-    first = round((start - begin) * rate)
-    samples = np.pad(samples, (max(0, -first), 0))[max(0, first) :]
-    if end is not None:
-        samples = samples[: round((end - start) * rate)]
-    if not samples.size:
-        raise UnusableMedia(f"no sound can be decoded{part}")
-    # Lossy codecs overshoot full scale.
-    return np.clip(np.nan_to_num(samples, posinf=1.0, neginf=-1.0), -1.0, 1.0)
+        frames = decoded(container, streams[0], start, max(ends))
+        # Broadcasts and damaged files change their layout or rate midway; a resampler takes one.
+        for _, run in groupby(frames, key=lambda pair: (pair[1].format.name, pair[1].layout.name, pair[1].rate)):
+            for time, frame in run:
+                for samples in collected:
+                    samples.add(time, frame)
+            for samples in collected:
+                samples.end_run()
+    return [samples.cut(start) for samples in collected]
+
+
+class _Resampled:
+    """Collects the frames that begin before `end` as mono samples, `rate` a second."""
+
+    def __init__(self, rate: int, end: float):
+        self._rate, self._end = rate, end
+        self._begin, self._resampler = None, None
+        self._parts = [np.zeros(0, np.float32)]
+
+    def add(self, time: float, frame) -> None:
+        """Takes the next frame, which begins at `time`."""
+        import av
+
+        if time >= self._end:
+            return
+        if self._begin is None:
+            self._begin = time
+        if self._resampler is None:
+            self._resampler = av.AudioResampler(format="fltp", rate=self._rate)
+        self._collect(self._resampler.resample(frame))
+
+    def end_run(self) -> None:
+        """Notes that frames of another layout or rate follow, or none."""
+        if self._resampler:
+            self._collect(self._resampler.resample(None))
+            self._resampler = None
+
+    def cut(self, start: float) -> np.ndarray:
+        """The samples (n,) from `start` to `end`, silence where frames begin later."""
+        first = round((start - (self._begin or 0.0)) * self._rate)
+        samples = np.pad(np.concatenate(self._parts), (max(0, -first), 0))[max(0, first) :]
+        if np.isfinite(self._end):
+            samples = samples[: round((self._end - start) * self._rate)]
+        # Lossy codecs overshoot full scale.
+        return np.clip(np.nan_to_num(samples, posinf=1.0, neginf=-1.0), -1.0, 1.0)
+
+    def _collect(self, frames) -> None:
+        # The resampler's own way to mono makes equal channels 3 dB louder, past full scale: the mean is taken instead.
+        self._parts += [frame.to_ndarray().mean(0) for frame in frames]
 
 
 def analyse(samples: np.ndarray) -> Analysis:
@@ -200,23 +260,6 @@ def surface(analysis: Analysis) -> tuple[float, float]:
         return len(analysis.energy_db) / HOPS_PER_SECOND, FLOOR_DB
     loud = analysis.energy_db > np.percentile(inside, 95) - _BELOW_LOUD_DB
     return float(np.argmax(loud) / HOPS_PER_SECOND), float(10 * np.log10(np.mean(10 ** (inside / 10))))
-
-
-def _resampled(frames, rate: int) -> tuple[float, np.ndarray]:
-    """The time of the first frame, and all frames as (n,) float32, `rate` a second, mono."""
-    import av
-
-    times, parts = [], []
-    # Broadcasts and damaged files change their layout or rate midway; a resampler takes one.
-    for _, run in groupby(frames, key=lambda pair: (pair[1].format.name, pair[1].layout.name, pair[1].rate)):
-        # Its own way to mono makes equal channels 3 dB louder, past full scale: the mean is taken here instead.
-        resampler = av.AudioResampler(format="fltp", rate=rate)
-        for time, frame in run:
-            times.append(time)
-            parts += resampler.resample(frame)
-        parts += resampler.resample(None)
-    samples = np.concatenate([np.zeros(0, np.float32), *(part.to_ndarray().mean(0) for part in parts)])
-    return (times[0] if times else 0.0), samples
 
 
 def _decibels(power: np.ndarray) -> np.ndarray:

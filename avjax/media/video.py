@@ -1,14 +1,16 @@
-"""Pictures out of any container: exactly the frames that decode, upright, with the stream's own timestamps.
+"""Frames out of any container: exactly those that decode, upright, with the stream's own timestamps.
 
-Nothing here trusts a header. The frames of a clip are those that decode, counted by decoding them, so a wrong or
-missing frame count, a variable frame rate, damaged bytes or a truncated file all lead to a well-defined answer.
-The clock of a clip starts at 0 where its container starts, and is shared by its picture and its sound (`audio.py`).
+Nothing here trusts a header. The frames of a clip are those that decode, so a wrong or missing frame count, a variable
+frame rate, damaged bytes or a truncated file all lead to a well-defined answer. Which frames are wanted follows from
+the timestamps of the packets, which cost no decoding; the one pass of decoding proves them right. Only where it does
+not, because packets are damaged, are the frames decoded again with the timestamps that it found.
+The clock of a clip starts at 0 where its container starts, and is shared by its video and its audio (`audio.py`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from avjax.errors import UnusableMedia
 from avjax.utils.media_files import trouble
 
 MAX_PIXELS = 4096 * 2304  # per frame; more is a mistake or an attack
+BLOCK = 16  # frames
 # Containers round timestamps to as little as a millisecond: a frame due that soon counts as shown.
 _ROUNDING = 1e-3
 # Seconds decoded on either side of a part: sound codecs need some to settle, and timestamps may be jumbled.
@@ -31,22 +34,9 @@ class Frames:
     times: np.ndarray
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a container claims, without decoding more than one frame.
-
-    `duration` in seconds; `frames` and `fps` are the header's claim, None where it makes none; `width` and `height`
-    in pixels as shown, that is after `rotation` (degrees counter-clockwise); both 0 without a picture.
-    """
-
-    has_video: bool
-    has_audio: bool
-    duration: float
-    frames: int | None
-    fps: float | None
-    width: int
-    height: int
-    rotation: int
+# Of the times (n,) of a part's frames, ascending, and the time when the last one is over: the indices of the frames
+# that are wanted, ascending, repeats allowed.
+Choice = Callable[[np.ndarray, float], np.ndarray]
 
 
 @contextmanager
@@ -78,15 +68,28 @@ def decoded(container, stream, start: float = 0.0, end: float | None = None) -> 
 
     Packets that do not decode are skipped; a container that breaks off ends the stream there.
     """
+    return _timed(container, stream, _frames, start, end)
+
+
+def _timed(container, stream, units: Callable, start: float, end: float | None) -> Iterator[tuple[float, object]]:
+    """Yields (seconds on the clip's clock, unit); `units`, of (container, stream), are its frames or its packets."""
     origin = (container.start_time or 0) / 1e6
-    # A bare elementary stream has no timestamps: its pictures follow each other at the stated rate.
+    # A bare elementary stream has no timestamps: its frames follow each other at the stated rate.
     step = float(1 / stream.guessed_rate) if stream.type == "video" else 0.0
     time = -step
-    for frame in _from(container, stream, origin + start):
-        time = time + step if frame.time is None else frame.time - origin
+    for unit in _from(container, stream, units, origin + start):
+        seconds = _seconds(unit)
+        time = time + step if seconds is None else seconds - origin
         if end is not None and time >= end:
             return
-        yield time, frame
+        yield time, unit
+
+
+def _seconds(unit) -> float | None:
+    """When a frame or packet is shown, on the container's clock."""
+    if hasattr(unit, "time"):
+        return unit.time
+    return None if unit.pts is None else float(unit.pts) * unit.time_base.numerator / unit.time_base.denominator
 
 
 def within(start: float, end: float | None) -> str:
@@ -94,110 +97,96 @@ def within(start: float, end: float | None) -> str:
     return f" between {start:g} s and {'the end' if end is None else f'{end:g} s'}" if start or end else ""
 
 
-def probe(path: str | Path) -> Probe:
-    """Describes a media file; see `Probe`.
-
-    Raises:
-      UnusableMedia: the file is missing or holds neither picture nor sound.
-    """
-    with opened(path) as container:
-        video, has_audio = picture(container), bool(decodable(container.streams.audio))
-        if video is None and not has_audio:
-            raise UnusableMedia("neither a video nor an audio stream")
-        duration = _duration(container)
-        if video is None:
-            return Probe(False, has_audio, duration, None, None, 0, 0, 0)
-        first = next((frame for _, frame in decoded(container, video)), None)
-        rotation = first.rotation if first else 0
-        size = (video.width, video.height)
-        width, height = size if rotation % 180 == 0 else size[::-1]
-        fps = float(video.average_rate) if video.average_rate else None
-        return Probe(True, has_audio, duration, video.frames or None, fps, width, height, rotation)
-
-
 def read_frames(
     path: str | Path,
     *,
     count: int | None = None,
-    fps: float | None = None,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] = (),
     start: float = 0.0,
     end: float | None = None,
-    max_pixels: int = MAX_PIXELS,
 ) -> Frames:
     """Decodes chosen frames of a clip, or of its part [`start`, `end`) in seconds on the clip's clock.
 
-    Give exactly one of
-      count: the frames at the centres of `count` equal spans of the clip's frames; a clip with fewer gives each once.
-      fps: the frame shown at `start`, `start` + 1/fps, … up to the end of the clip.
-      indices: positions among the frames of the clip (or its part), in any order, repeats allowed.
-
-    The clip is decoded twice, once for its timestamps and once for the chosen frames, so memory holds the answer and
-    a single frame more, however long the clip is.
-
-    Raises:
-      UnusableMedia: no file, no video stream, no frame (in the part), an index past the last frame, or frames of more
-        than `max_pixels`.
-      ValueError: not exactly one way of choosing was given, or a count or rate that is not positive.
-    """
-    if sum(way is not None for way in (count, fps, indices)) != 1:
-        raise ValueError(f"give exactly one of count, fps, indices; got count={count}, fps={fps}, indices={indices}")
-    first, times = _times(path, start, end, max_pixels)
-    if count is not None:
-        chosen = _spread(len(times), count)
-    elif fps is not None:
-        chosen = _shown(times, fps, start, end)
-    else:
-        chosen = _within(np.asarray(indices, int), len(times))
-    return Frames(_pick(_around(path, start, end, max_pixels), first + chosen), times[chosen])
-
-
-def read_shown(
-    path: str | Path,
-    wanted: Callable[[float], np.ndarray],
-    *,
-    start: float = 0.0,
-    end: float | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> tuple[Frames, np.ndarray]:
-    """The frames that a clip, or its part [`start`, `end`), shows at chosen times, decoded as in `read_frames`.
-
     Args:
-      wanted: of the seconds that the frames last, the times wanted, (n,) seconds after `start`.
-    Returns:
-      the frames of those times before the end of the last one, and which these are, (n,) bool.
+      count: see `spread`; None: `indices`, positions among the frames of the clip (or its part), in any order, repeats
+        allowed. Memory holds these frames and one more, however long the clip is.
     Raises:
-      UnusableMedia: as `read_frames`.
+      UnusableMedia: as `passes`, or an index past the last frame.
+      ValueError: a count that is not positive.
     """
-    first, times = _times(path, start, end, max_pixels)
-    over = _over(times, end)
-    asked = start + wanted(over - start)
-    there = asked < over
-    chosen = _at(times, asked[there])
-    if not there.any():
-        raise UnusableMedia("not one of the frames wanted is before its end")
-    return Frames(_pick(_around(path, start, end, max_pixels), first + chosen), times[chosen]), there
+    asked, total = np.asarray(indices, int), 0
+
+    def indexed(times: np.ndarray, over: float) -> np.ndarray:
+        nonlocal total
+        total = len(times)
+        return np.sort(asked[asked < total])
+
+    for blocks in passes(path, {"": indexed if count is None else spread(count)}, start=start, end=end):
+        parts = [frames for _, frames in blocks]
+    if count is None and (not asked.size or asked.min() < 0 or asked.max() >= total):
+        raise UnusableMedia(f"it has frames 0 to {total - 1}; frames {asked.tolist()} were asked for")
+    frames = joined(parts)
+    if count is not None:
+        return frames
+    order = np.argsort(np.argsort(asked, kind="stable"))
+    return Frames(frames.images[order], frames.times[order])
 
 
-def read_blocks(
-    path: str | Path,
-    *,
-    count: int | None = None,
-    start: float = 0.0,
-    end: float | None = None,
-    most: int = 16,
-    max_pixels: int = MAX_PIXELS,
-) -> Iterator[Frames]:
-    """Decodes frames of a clip, or of its part, in blocks of at most `most`: memory holds one block.
+def joined(parts: Sequence[Frames]) -> Frames:
+    """The frames of parts that follow each other."""
+    return Frames(np.concatenate([p.images for p in parts]), np.concatenate([p.times for p in parts]))
 
-    `count` as in `read_frames`; None = every frame. What is raised is as there, before the first block.
+
+def passes(
+    path: str | Path, choices: Mapping[str, Choice], *, start: float = 0.0, end: float | None = None
+) -> Iterator[Iterator[tuple[str, Frames]]]:
+    """Decodes the video of a clip, or its part [`start`, `end`), once for all who want frames of it.
+
+    Yields a pass: the name of a choice and its next frames, at most `BLOCK` at a time, which is all that memory holds.
+    If the pass finds other frames than the packets promised, as some are damaged, a second one follows, and what came
+    of the first is void.
+
+    Raises:
+      UnusableMedia: no file, no video stream, no frame (in the part), or frames of more than `MAX_PIXELS`.
     """
-    first, times = _times(path, start, end, max_pixels)
-    chosen = np.arange(len(times)) if count is None else _spread(len(times), count)
-    images = _images(_around(path, start, end, max_pixels), first + chosen)
-    for at in range(0, len(chosen), most):
-        part = list(islice(images, most))
-        yield Frames(np.stack(part), times[chosen[at : at + most]])
+    timeline, found = None, _timeline([time for time, _ in _around(path, _shown_packets, start, end)], end)
+    while timeline is None or not np.array_equal(timeline, found):
+        timeline, times = found, []
+        first = np.searchsorted(timeline, start - _ROUNDING)
+        chosen = {}
+        if first < len(timeline):
+            shown = timeline[first:]
+            chosen = {name: Counter(choice(shown, _over(shown, end)).tolist()) for name, choice in choices.items()}
+        yield _blocks(_images(_around(path, _frames, start, end), first, chosen, times), timeline[first:], chosen)
+        found = _timeline(times, end)
+    if first == len(timeline):
+        raise UnusableMedia(f"not one frame can be decoded{within(start, end)}")
+
+
+def spread(count: int) -> Choice:
+    """Chooses the frames at the centres of `count` equal spans of the frames; of fewer frames each once.
+
+    Raises:
+      ValueError: `count` is not positive.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1; got {count}")
+
+    def centres(times: np.ndarray, over: float) -> np.ndarray:
+        most = min(count, len(times))
+        return (2 * np.arange(most) + 1) * len(times) // (2 * most)
+
+    return centres
+
+
+def every_frame(times: np.ndarray, over: float) -> np.ndarray:
+    """Chooses all frames: a `Choice`."""
+    return np.arange(len(times))
+
+
+def shown_at(times: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Indices, of frames that begin at `times` (n,), of those shown at the times `asked` (m,)."""
+    return np.maximum(np.searchsorted(times, asked + _ROUNDING, side="right") - 1, 0)
 
 
 def shrunk(images: np.ndarray, side: int) -> np.ndarray:
@@ -212,44 +201,10 @@ def shrunk(images: np.ndarray, side: int) -> np.ndarray:
     return np.stack([Image.fromarray(i).resize(size, Image.Resampling.BICUBIC) for i in images])
 
 
-def _times(path, start: float, end: float | None, max_pixels: int) -> tuple[int, np.ndarray]:
-    """The times of the frames in [`start`, `end`), ascending, and how many frames `_around` gives before them."""
-    # Frames leave the decoder in the order shown, whatever their timestamps: some containers (AVI) jumble them.
-    times = np.sort([time for time, _ in _around(path, start, end, max_pixels)])
-    first, last = np.searchsorted(times, [start - _ROUNDING, np.inf if end is None else end])
-    if first == last:
-        raise UnusableMedia(f"not one frame can be decoded{within(start, end)}")
-    return int(first), times[first:last]
-
-
-def _around(path, start: float, end: float | None, max_pixels: int) -> Iterator[tuple[float, object]]:
-    """The (time, frame) pairs of a file's picture from before `start` to some time after `end`."""
-    with opened(path) as container:
-        stream = picture(container)
-        if stream is None:
-            raise UnusableMedia("no video stream")
-        for time, frame in decoded(container, stream, start, None if end is None else end + _MARGIN):
-            if frame.width * frame.height > max_pixels:
-                raise UnusableMedia(
-                    f"frames of {frame.width}x{frame.height} pixels; at most {max_pixels} are read; scale it down"
-                )
-            yield time, frame
-
-
-def _spread(total: int, count: int) -> np.ndarray:
-    """Indices of the frames at the centres of `count` equal spans of `total` frames."""
-    if count < 1:
-        raise ValueError(f"count must be at least 1; got {count}")
-    count = min(count, total)
-    return (2 * np.arange(count) + 1) * total // (2 * count)
-
-
-def _shown(times: np.ndarray, fps: float, start: float, end: float | None) -> np.ndarray:
-    """Indices of the frames shown at `start` + k/fps until the last frame's time is over."""
-    if fps <= 0:
-        raise ValueError(f"fps must be positive; got {fps}")
-    count = int(np.ceil((_over(times, end) - start - _ROUNDING) * fps))
-    return _at(times, start + np.arange(max(1, count)) / fps)
+def _timeline(times: Sequence[float], end: float | None) -> np.ndarray:
+    """The times before `end`, ascending, as frames leave the decoder in the order shown: AVI jumbles their times."""
+    ascending = np.sort(np.array(times, float))
+    return ascending[: np.searchsorted(ascending, np.inf if end is None else end)]
 
 
 def _over(times: np.ndarray, end: float | None) -> float:
@@ -258,42 +213,48 @@ def _over(times: np.ndarray, end: float | None) -> float:
     return over if end is None else min(over, end)
 
 
-def _at(times: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Indices of the frames shown at the times `asked`."""
-    return np.maximum(np.searchsorted(times, asked + _ROUNDING, side="right") - 1, 0)
+def _around(path, units: Callable, start: float, end: float | None) -> Iterator[tuple[float, object]]:
+    """The (time, frame or packet) pairs of a file's video from before `start` to some time after `end`."""
+    with opened(path) as container:
+        stream = picture(container)
+        if stream is None:
+            raise UnusableMedia("no video stream")
+        yield from _timed(container, stream, units, start, None if end is None else end + _MARGIN)
 
 
-def _within(indices: np.ndarray, total: int) -> np.ndarray:
-    if indices.size == 0 or indices.min() < 0 or indices.max() >= total:
-        raise UnusableMedia(f"it has frames 0 to {total - 1}; frames {indices.tolist()} were asked for")
-    return indices
-
-
-def _pick(frames: Iterator[tuple[float, object]], chosen: np.ndarray) -> np.ndarray:
-    """Converts the chosen ones of a stream of frames to (T, H, W, 3) RGB; any order, repeats allowed."""
-    wanted, where = np.unique(chosen, return_inverse=True)
-    images = None
-    for i, image in enumerate(_images(frames, wanted)):
-        if images is None:
-            images = np.empty((len(chosen), *image.shape), np.uint8)
-        images[where == i] = image
-    return images
-
-
-def _images(frames: Iterator[tuple[float, object]], wanted: np.ndarray) -> Iterator[np.ndarray]:
-    """Converts those of a stream's frames whose numbers are `wanted`, ascending, to (H, W, 3) RGB."""
-    wanted, size = iter(wanted.tolist()), None
-    number = next(wanted)
-    for index, (_, frame) in enumerate(frames):
-        if index == number:
+def _images(frames, first: int, chosen: Mapping[str, Counter], times: list[float]) -> Iterator[tuple[int, np.ndarray]]:
+    """Converts the chosen frames, numbered from `first` on, to (H, W, 3) RGB, and notes the times of all in `times`."""
+    wanted, size = set().union(*chosen.values()), None
+    for index, (time, frame) in enumerate(frames, -first):
+        times.append(time)
+        if frame.width * frame.height > MAX_PIXELS:
+            raise UnusableMedia(
+                f"frames of {frame.width}x{frame.height} pixels; at most {MAX_PIXELS} are read; scale it down"
+            )
+        if index in wanted:
             # A stream may change its size midway; its first chosen frame sets the size of all.
             size = size or {"width": frame.width, "height": frame.height}
             turns = frame.rotation // 90
             # Contiguous: the landmarker reads the memory of a picture, whatever its strides say.
-            yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", **size), turns))
-            number = next(wanted, None)
-            if number is None:
-                return
+            yield index, np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", **size), turns))
+
+
+def _blocks(images, times: np.ndarray, chosen: Mapping[str, Counter]) -> Iterator[tuple[str, Frames]]:
+    """The images of each choice in blocks."""
+    waiting = {name: [] for name in chosen}
+    for index, image in images:
+        for name, counts in chosen.items():
+            waiting[name] += [(index, image)] * counts[index]
+            while len(waiting[name]) >= BLOCK:
+                yield name, _stacked(waiting[name][:BLOCK], times)
+                del waiting[name][:BLOCK]
+    for name, rest in waiting.items():
+        if rest:
+            yield name, _stacked(rest, times)
+
+
+def _stacked(images: Sequence[tuple[int, np.ndarray]], times: np.ndarray) -> Frames:
+    return Frames(np.stack([image for _, image in images]), times[[index for index, _ in images]])
 
 
 def decodable(streams) -> list:
@@ -315,22 +276,22 @@ def picture(container):
     return next(moving, None)
 
 
-def _from(container, stream, start: float) -> Iterator:
-    """Frames of a stream from the last point before `start` that the container can seek to."""
-    frames = _frames(container, stream)
+def _from(container, stream, units: Callable, start: float) -> Iterator:
+    """Frames or packets of a stream from the last point before `start` that the container can seek to."""
+    found = units(container, stream)
     if start > _MARGIN:
         container.seek(int((start - _MARGIN) / stream.time_base), stream=stream)
-        first = next(frames, None)
-        if first is not None and first.time is not None and first.time <= start:
+        first = next(found, None)
+        if first is not None and (seconds := _seconds(first)) is not None and seconds <= start:
             yield first
         else:  # a faulty index leads past the place
             container.seek(max(0, int((stream.start_time or 0) - _MARGIN / stream.time_base)), stream=stream)
-            frames = _frames(container, stream)
-    yield from frames
+            found = units(container, stream)
+    yield from found
 
 
 def _frames(container, stream) -> Iterator:
-    """Every frame that decodes."""
+    """Every frame that decodes: the one place where audio and video are decoded."""
     import av
 
     for packet in _packets(container, stream):
@@ -339,6 +300,11 @@ def _frames(container, stream) -> Iterator:
         except av.FFmpegError:
             continue
         yield from frames
+
+
+def _shown_packets(container, stream) -> Iterator:
+    """Every packet that promises a frame."""
+    return (p for p in _packets(container, stream) if p is not None and p.size and not p.is_discard)
 
 
 def _packets(container, stream) -> Iterator:
@@ -355,15 +321,3 @@ def _packets(container, stream) -> Iterator:
         except av.FFmpegError:
             yield None
             return
-
-
-def _duration(container) -> float:
-    """Seconds from the header, else up to the end of the last packet."""
-    if container.duration is not None:
-        return container.duration / 1e6
-    ends = [
-        float((packet.pts + (packet.duration or 0)) * packet.time_base)
-        for packet in container.demux()
-        if packet.pts is not None
-    ]
-    return max(ends, default=0.0) - (container.start_time or 0) / 1e6

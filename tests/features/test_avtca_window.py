@@ -11,7 +11,7 @@ from avjax.datasets.base import Clip
 from avjax.features import avtca_window, presets
 from avjax.features import clip as clip_features
 from avjax.features.presets import Window
-from avjax.media import faces, video
+from avjax.media import faces
 from avjax.utils.progress import Stopwatch
 from tests import clips
 from tests.features.test_clip import NoFace
@@ -44,7 +44,8 @@ def measure(path, window=WINDOW, tracker=None, staged=None, **columns):
     """The window of a clip, with what the sound says of its silence."""
     settings = presets.Preset(frames=2, window=window)
     clip = Clip("c", path, "sad", **columns)
-    return clip_features.measure(clip, settings, tracker or Boxes(WHOLE), Stopwatch(), path.parent / "room", staged)[0]
+    instruments = clip_features.Instruments(settings, tracker or Boxes(WHOLE), Stopwatch(), path.parent / "room")
+    return clip_features.measure(clip, instruments, staged)[0]
 
 
 def numbers(pictures):
@@ -146,7 +147,7 @@ def test_digital_silence_is_masked(film):
 def test_sound_in_the_middle_of_a_long_clip_counts_although_the_measurements_end_before(tmp_path):
     settings = presets.Preset(max_seconds=1.0, window=Window(seconds=1.0, side=8))
     clip = Clip("c", clips.write_wav(tmp_path / "a.wav", seconds=4), "sad")
-    made, _ = clip_features.measure(clip, settings, NoFace(), Stopwatch(), tmp_path)
+    made, _ = clip_features.measure(clip, clip_features.Instruments(settings, NoFace(), Stopwatch(), tmp_path))
     assert made["audio"]["seconds"] == 1
     assert made["window"]["mfcc_mask"].all()
 
@@ -226,12 +227,6 @@ def test_channels_are_red_green_blue_and_the_other_way_round_as_released(tmp_pat
         means = measure(path, window, tracker)["window"]["pictures"].mean((0, 1, 2))
         assert means[channel] > 200
         assert np.delete(means, channel).max() < 50
-
-
-def test_what_is_staged_is_not_measured_again(film, monkeypatch):
-    made = measure(film, audio=sound_of(film))
-    monkeypatch.setattr(video, "read_shown", None)
-    assert measure(film, staged=made, audio=sound_of(film))["window"] is made["window"]
 
 
 def test_streams_are_the_pictures_and_the_mfcc(film):

@@ -42,7 +42,9 @@ class Everywhere:
 def measure(path, tracker=None, staged=None, wanted=(), settings=LITE, **columns):
     clip = Clip("c", path, "sad", **columns)
     room = path.parent / "room"
-    made, raw = clip_features.measure(clip, settings, tracker or NoFace(), Stopwatch(), room, staged, wanted)
+    made, raw = clip_features.measure(
+        clip, clip_features.Instruments(settings, tracker or NoFace(), Stopwatch(), room), staged, wanted
+    )
     assert wanted or raw == clip_features.Raw()
     return (made, raw) if wanted else made
 

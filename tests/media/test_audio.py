@@ -6,6 +6,7 @@ import pytest
 
 from avjax.errors import UnusableMedia
 from avjax.media import audio
+from tests import clips
 
 RATE = audio.SAMPLE_RATE
 
@@ -93,22 +94,37 @@ def test_a_part(tmp_path):
     part = audio.read_sound(path, start=4.0, end=6.0)
     whole = audio.read_sound(path)
     np.testing.assert_allclose(part, whole[4 * RATE : 6 * RATE], atol=1e-6)
-    assert len(audio.read_sound(path, max_seconds=1.5)) == 1.5 * RATE
-    assert len(audio.read_sound(path, start=9.5, max_seconds=3.0)) == 0.5 * RATE
-    assert len(audio.read_sound(path, start=1.0, end=1.25, max_seconds=3.0)) == 0.25 * RATE
+    assert len(audio.read_sound(path, audio.Sampling(max_seconds=1.5))) == 1.5 * RATE
+    assert len(audio.read_sound(path, audio.Sampling(max_seconds=3.0), start=9.5)) == 0.5 * RATE
+    assert len(audio.read_sound(path, audio.Sampling(max_seconds=3.0), start=1.0, end=1.25)) == 0.25 * RATE
 
 
 def test_another_rate(tmp_path):
     path = write(tmp_path / "two.wav", np.concatenate([sine(300, 2.0, 44100), sine(800, 2.0, 44100)]), 44100)
-    whole = audio.read_sound(path, rate=22050)
+    whole = audio.read_sound(path, audio.Sampling(22050))
     assert whole.dtype == np.float32
     assert len(whole) == pytest.approx(4 * 22050, abs=32)
-    part = audio.read_sound(path, start=1.5, end=3.0, rate=22050)
+    part = audio.read_sound(path, audio.Sampling(22050), start=1.5, end=3.0)
     assert len(part) == 1.5 * 22050
     np.testing.assert_allclose(part[2000:], whole[33075 : 33075 + len(part)][2000:], atol=1e-3)
     tones = [np.abs(np.fft.rfft(half)).argmax() * 22050 / len(half) for half in (whole[:44100], whole[44100:])]
     np.testing.assert_allclose(tones, [300, 800], atol=1)
-    assert len(audio.read_sound(path, max_seconds=1.0, rate=8000)) == 8000
+    assert len(audio.read_sound(path, audio.Sampling(8000, 1.0))) == 8000
+
+
+def test_two_rates_are_of_one_pass_and_as_each_alone(tmp_path, monkeypatch):
+    path = write(tmp_path / "noise.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 4 * 44100), 44100)
+    samplings = [audio.Sampling(max_seconds=1.0), audio.Sampling(22050)]
+    alone = [audio.read_sound(path, sampling, start=0.5) for sampling in samplings]
+    decoded = clips.count_decoding(monkeypatch)
+    both = audio.read_sounds(path, samplings, start=0.5)
+    assert decoded["audio passes"] == 1
+    assert [len(samples) for samples in both] == [RATE, 3.5 * 22050]
+    for one, other in zip(alone, both, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(UnusableMedia, match="no sound can be decoded between 9 s and the end"):
+        audio.read_sound(path, start=9.0)
+    assert [len(samples) for samples in audio.read_sounds(path, samplings, start=9.0)] == [0, 0]
 
 
 def test_sound_that_begins_late_stays_on_the_clock(tmp_path):

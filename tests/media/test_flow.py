@@ -143,7 +143,8 @@ def test_the_mouth_of_a_real_speaker_moves_more_than_the_forehead(java_sed, tmp_
     settings = presets.preset("deiii_dis")
     clip = Clip("c", java_sed / "mp4" / "01-02-03_01.mp4", "happy")
     with FaceTracker(clip_features.landmarker()) as tracker:
-        _, raw = clip_features.measure(clip, settings, tracker, Stopwatch(), tmp_path, None, ("flow",))
+        instruments = clip_features.Instruments(settings, tracker, Stopwatch(), tmp_path)
+        _, raw = clip_features.measure(clip, instruments, wanted=("flow",))
     flows = np.concatenate(list(raw.flows.blocks(64))).astype(np.float32)
     # The head's own motion is alike above and below; what is left is the face's.
     flows -= np.median(flows[:, 60:165, 75:150], (1, 2), keepdims=True)

@@ -9,6 +9,7 @@ import pytest
 
 from avjax.errors import UnusableMedia
 from avjax.media import video
+from tests import clips
 
 BITS = 8
 CELL = 16  # pixels; large enough for the code to survive compression
@@ -51,6 +52,13 @@ def write(path, total=30, *, rate=25, pts=None, rotation=0, codec="libx264", tur
     return path
 
 
+def shown(path, asked):
+    """The frames shown at the times `asked`, ascending."""
+    for blocks in video.passes(path, {"": lambda times, over: video.shown_at(times, asked)}):
+        parts = [frames for _, frames in blocks]
+    return video.joined(parts)
+
+
 @pytest.fixture
 def clip(tmp_path):
     return write(tmp_path / "clip.mp4")
@@ -72,14 +80,6 @@ def test_a_short_clip_gives_each_frame_once(tmp_path):
 def test_one_frame(tmp_path):
     path = write(tmp_path / "one.mp4", 1)
     assert numbers(video.read_frames(path, count=4)) == [0]
-    assert numbers(video.read_frames(path, fps=10)) == [0]
-
-
-@pytest.mark.parametrize(
-    ("fps", "expected"), [(5, [0, 5, 10, 15, 20, 25]), (25, list(range(30))), (50, np.arange(60) // 2)]
-)
-def test_fps_takes_what_is_shown(clip, fps, expected):
-    assert numbers(video.read_frames(clip, fps=fps)) == list(expected)
 
 
 def test_indices_in_any_order_with_repeats(clip):
@@ -96,12 +96,12 @@ def test_variable_frame_rate_goes_by_timestamps(tmp_path):
     pts = [*range(0, 100, 10), 500, 1000, 1500, 2000]
     path = write(tmp_path / "vfr.mkv", len(pts), pts=pts)
     np.testing.assert_allclose(video.read_frames(path, count=99).times, np.array(pts) / 1000)
-    assert numbers(video.read_frames(path, fps=4)) == [0, 9, 10, 10, 11, 11, 12, 12, 13]
+    assert numbers(shown(path, np.arange(9) / 4)) == [0, 9, 10, 10, 11, 11, 12, 12, 13]
 
 
 def test_rounded_timestamps_do_not_delay_a_frame(tmp_path):
     path = write(tmp_path / "rounded.mkv", 30, rate=30, pts=np.round(np.arange(30) * 1000 / 30).astype(int).tolist())
-    assert numbers(video.read_frames(path, fps=30)) == list(range(30))
+    assert numbers(shown(path, np.arange(30) / 30)) == list(range(30))
 
 
 @pytest.mark.parametrize("rotation", [90, 180, -90])
@@ -109,42 +109,51 @@ def test_rotated_clips_come_upright(tmp_path, rotation):
     # The camera was held turned: what is stored is turned back by the display matrix.
     path = write(tmp_path / "phone.mp4", 6, rotation=rotation, turns=-rotation // 90)
     assert numbers(video.read_frames(path, count=3)) == [1, 3, 5]
-    probed = video.probe(path)
-    assert (probed.width, probed.height) == (128, 64)
-    assert (probed.rotation - rotation) % 360 == 0
 
 
 def test_a_part_is_counted_by_itself(clip):
     frames = video.read_frames(clip, indices=[0, 1], start=0.4, end=0.8)
     assert numbers(frames) == [10, 11]
     assert numbers(video.read_frames(clip, count=99, start=0.4, end=0.8)) == list(range(10, 20))
-    assert numbers(video.read_frames(clip, fps=12.5, start=0.4, end=0.8)) == [10, 12, 14, 16, 18]
-    assert len(video.read_frames(clip, fps=100, start=0.4, end=0.75).times) == 35
 
 
 def test_frames_shown_at_chosen_times(clip):
-    asked = np.array([0.99, 0.0, 0.419, 0.42, 1.19, 1.2, 5.0])
-    frames, there = video.read_shown(clip, lambda seconds: asked * (seconds / 1.2))
-    assert numbers(frames) == [24, 0, 10, 10, 29], "the clip lasts 1.2 s: its last frame too is shown for 40 ms"
-    assert there.tolist() == [True] * 5 + [False] * 2
-    np.testing.assert_allclose(frames.times, np.array([24, 0, 10, 10, 29]) / 25)
+    asked = np.array([0.0, 0.419, 0.42, 0.99, 1.19])
+    frames = shown(clip, asked)
+    assert numbers(frames) == [0, 10, 10, 24, 29]
+    np.testing.assert_allclose(frames.times, np.array([0, 10, 10, 24, 29]) / 25)
 
 
-def test_frames_shown_in_a_part(clip):
+@pytest.mark.parametrize(("part", "over"), [({}, 1.2), ({"start": 0.4, "end": 0.8}, 0.8), ({"end": 5.0}, 1.2)])
+def test_a_choice_learns_when_the_last_frame_is_over(clip, part, over):
     lasted = []
 
-    def wanted(seconds):
-        lasted.append(seconds)
-        return np.array([0.0, 0.1, 0.39, 0.4])
+    def choice(times, over):
+        lasted.append((len(times), over))
+        return np.zeros(1, int)
 
-    frames, there = video.read_shown(clip, wanted, start=0.4, end=0.8)
-    assert lasted == [pytest.approx(0.4)]
-    assert numbers(frames) == [10, 12, 19]
-    assert there.tolist() == [True, True, True, False]
-    with pytest.raises(UnusableMedia, match="not one of the frames wanted is before its end"):
-        video.read_shown(clip, lambda seconds: np.array([seconds + 1]))
-    with pytest.raises(UnusableMedia, match="no such file"):
-        video.read_shown(clip.with_name("gone.mp4"), lambda seconds: np.zeros(1))
+    for blocks in video.passes(clip, {"first": choice}, **part):
+        assert [name for name, _ in blocks] == ["first"]
+    assert lasted == [(10 if "start" in part else 30, pytest.approx(over))]
+
+
+def test_choices_share_a_pass(clip, monkeypatch):
+    decoded = clips.count_decoding(monkeypatch)
+    choices = {"all": video.every_frame, "few": video.spread(3), "none": lambda times, over: np.zeros(0, int)}
+    for blocks in video.passes(clip, choices):
+        found = [(name, numbers(frames)) for name, frames in blocks]
+    assert found == [("all", [*range(16)]), ("all", [*range(16, 30)]), ("few", [5, 15, 25])]
+    assert decoded == {"video": 30, "video passes": 1}
+
+
+def test_without_whole_packets_a_second_pass_corrects_the_first(clip, monkeypatch):
+    # Of every fifth packet no frame comes.
+    frames = video._frames
+    monkeypatch.setattr(video, "_frames", lambda *of: (f for i, f in enumerate(frames(*of)) if i % 5))
+    choice = {"last": lambda times, over: np.array([len(times) - 1])}
+    passes = [[numbers(frames) for _, frames in blocks] for blocks in video.passes(clip, choice)]
+    assert passes == [[], [[29]]]
+    assert numbers(video.read_frames(clip, count=3)) == [6, 16, 26]
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
@@ -181,7 +190,8 @@ def test_a_lying_header_does_not_matter(tmp_path):
         at = data.index(box) + offset
         data[at : at + 4] = (7777).to_bytes(4, "little")
     path.write_bytes(data)
-    assert video.probe(path).frames == 7777
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 7777
     assert numbers(video.read_frames(path, count=999)) == list(range(30))
 
 
@@ -190,12 +200,6 @@ def test_a_stream_without_header_or_timestamps(tmp_path):
     frames = video.read_frames(path, indices=[0, 29])
     assert numbers(frames) == [0, 29]
     assert frames.times[1] > frames.times[0]
-    assert video.probe(path).frames is None
-
-
-def test_duration_is_found_where_the_header_has_none(tmp_path):
-    path = write(tmp_path / "live.mkv", 30, options={"live": "1"})
-    assert video.probe(path).duration == pytest.approx(1.2, abs=0.05)
 
 
 def test_a_truncated_file_gives_its_beginning(tmp_path):
@@ -240,8 +244,6 @@ def test_a_picture_of_unknown_codec_is_none(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XYZ"))
     with pytest.raises(UnusableMedia, match="no video stream"):
         video.read_frames(path, count=1)
-    with pytest.raises(UnusableMedia, match="neither a video nor an audio stream"):
-        video.probe(path)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
@@ -280,7 +282,6 @@ def test_a_cover_picture_is_no_video(tmp_path):
         frame.sample_rate = 44100
         container.mux(sound.encode(frame))
         container.mux(sound.encode())
-    assert not video.probe(path).has_video
     with pytest.raises(UnusableMedia, match="no video stream"):
         video.read_frames(path, count=1)
 
@@ -318,9 +319,6 @@ def test_sound_alone_has_no_picture(tmp_path):
     write_silence(path)
     with pytest.raises(UnusableMedia, match="no video stream"):
         video.read_frames(path, count=1)
-    probed = video.probe(path)
-    assert (probed.has_video, probed.has_audio, probed.width) == (False, True, 0)
-    assert probed.duration == pytest.approx(0.5)
 
 
 def write_silence(path):
@@ -332,28 +330,27 @@ def write_silence(path):
         container.mux(stream.encode())
 
 
-def test_too_many_pixels_is_an_error(clip):
+def test_too_many_pixels_is_an_error(clip, monkeypatch):
+    monkeypatch.setattr(video, "MAX_PIXELS", 8000)
     with pytest.raises(UnusableMedia, match="128x64 pixels; at most 8000 are read"):
-        video.read_frames(clip, count=1, max_pixels=8000)
+        video.read_frames(clip, count=1)
 
 
-@pytest.mark.parametrize("ways", [{}, {"count": 3, "fps": 2}, {"count": 0}, {"fps": 0}])
-def test_a_wrong_choice_is_refused(clip, ways):
-    with pytest.raises(ValueError, match=r"exactly one|at least 1|positive"):
-        video.read_frames(clip, **ways)
-
-
-def test_probe(clip):
-    assert video.probe(clip) == video.Probe(True, False, 1.2, 30, 25.0, 128, 64, 0)
+def test_a_wrong_choice_is_refused(clip):
+    with pytest.raises(ValueError, match=r"at least 1"):
+        video.read_frames(clip, count=0)
+    with pytest.raises(UnusableMedia, match=r"frames \[\] were asked for"):
+        video.read_frames(clip)
 
 
 def test_real_clips(java_sed):
     for path in sorted((java_sed / "mp4").glob("*.mp4"))[::16]:
-        probed, frames = video.probe(path), video.read_frames(path, count=16)
-        assert probed.has_audio
-        assert frames.images.shape == (16, probed.height, probed.width, 3)
+        frames = video.read_frames(path, count=16)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert frames.images.shape == (16, stream.height, stream.width, 3)
+            assert frames.times[-1] < container.duration / 1e6 + 0.5
         assert np.all(np.diff(frames.times) > 0)
-        assert frames.times[-1] < probed.duration + 0.5
 
 
 def test_nothing_is_printed(tmp_path, clip, capfd):
