@@ -23,19 +23,8 @@ exit status is that of process 0, or if that is 0, of a process that has failed.
 TEXT
 }
 
-fail() {
-  echo "error: $*; see $0 --help" >&2
-  exit 2
-}
-
-# One line that a shell reads as these words.
-show() {
-  local word words=()
-  for word; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then words+=("$word"); else words+=("${word@Q}"); fi
-  done
-  echo "${words[*]}"
-}
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 is_number() { [[ $1 =~ ^(0|[1-9][0-9]*)$ ]] || fail "--$2 is '$1'; expected a whole number, such as $3"; }
 

@@ -38,19 +38,8 @@ Runs `python -m avjax.train ARGUMENTS` on all workers of a Cloud TPU, which is a
 TEXT
 }
 
-fail() {
-  echo "error: $*; see $0 --help" >&2
-  exit 2
-}
-
-# One line that a shell reads as these words.
-show() {
-  local word words=()
-  for word; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then words+=("$word"); else words+=("${word@Q}"); fi
-  done
-  echo "${words[*]}"
-}
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 say() { [[ $dry_run ]] || echo "tpu_vm.sh: $*" >&2; }
 

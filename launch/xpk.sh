@@ -30,19 +30,8 @@ Runs `python -m avjax.train ARGUMENTS` on TPU slices of a GKE cluster that xpk h
 TEXT
 }
 
-fail() {
-  echo "error: $*; see $0 --help" >&2
-  exit 2
-}
-
-# One line that a shell reads as these words.
-show() {
-  local word words=()
-  for word; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then words+=("$word"); else words+=("${word@Q}"); fi
-  done
-  echo "${words[*]}"
-}
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 action='' name='' cluster='' zone='' project='' type='' slices=1 image='' restarts=20 spot='' module=avjax.train
 worker=0 slice=0 dry_run=''

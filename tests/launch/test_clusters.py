@@ -148,3 +148,18 @@ def test_slurm_asks_for_the_signal_and_for_requeueing():
     head = [line for line in SLURM.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --signal=B:TERM@120" in head
     assert "#SBATCH --requeue" in head
+
+
+def test_slurm_runs_from_the_copy_that_sbatch_makes(box, tmp_path):
+    """In a folder of its own, under another name, without the other launchers."""
+    box.stand_in("srun", "sys.exit(3)")
+    spooled = tmp_path / "spool" / "slurm_script"
+    spooled.parent.mkdir()
+    shutil.copyfile(SLURM, spooled)
+    done = box.run(spooled, "--", "a", SLURM_JOB_ID="17")
+    assert (done.returncode, done.stderr) == (3, "")
+    assert box.calls() == [[*SRUN, "python", "-m", "avjax.train", "a"]]
+    dry = box.run(spooled, "--dry_run", "--", "a", SLURM_JOB_ID="17")
+    assert dry.returncode == 2
+    assert "expected a dry run by bash launch/slurm.sbatch --dry_run" in dry.stderr
+    assert len(dry.stderr.splitlines()) == 1
