@@ -35,9 +35,9 @@ from avjax.layers.conv2d import PictureConvolution, halved
 from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project, TimeConvolution
 from avjax.layers.masking import masked_max
-from avjax.models.base import Batch, Fusion, Output
+from avjax.models.base import Batch, Fusion, Output, Stream
 from avjax.models.fusions.base import FusionModule
-from avjax.models.fusions.mmer import Stream, softhard
+from avjax.models.fusions.mmer import softhard
 
 _BLOCKS = ("both", "self", "cross")
 _REDUCTION = 16  # of the channels, between the layers of channel attention

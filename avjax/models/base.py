@@ -13,6 +13,7 @@ from avjax import tasks
 
 Batch = Mapping[str, jax.Array]  # `<stream>` (b, n, w) and `<stream>_mask` (b, n) of each stream, "label", "weight"
 Streams = dict[str, jax.Array]  # by the name of a stream
+Stream = tuple[jax.Array, jax.Array]  # (b, n, d) and its mask (b, n)
 
 CHOSEN = "chosen"  # stands for the head that validation chose
 

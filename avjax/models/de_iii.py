@@ -29,10 +29,8 @@ from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project
 from avjax.layers.masking import enter, masked_max, masked_mean, masked_softmax
 from avjax.layers.transformer import PostNormBlock
-from avjax.models.base import Batch, Fusion, Output, heads_loss
+from avjax.models.base import Batch, Fusion, Output, Stream, heads_loss
 from avjax.models.fusions.base import FusionModule
-
-Stream = tuple[jax.Array, jax.Array]  # (b, n, d), zeros where its mask (b, n) is False
 
 VISUALS = ("pae", "early", "concat_time", "concat_channel", "sum")
 SEQUENCES = ("conformer", "transformer")

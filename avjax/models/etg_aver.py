@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
 from avjax.layers.masking import masked_mean, masked_softmax
-from avjax.models.base import Model, Output, head_loss
+from avjax.models.base import Model, Output, Stream, head_loss
 from avjax.tasks import losses
 
 FUSIONS = ("concat", "additive", "attention")
@@ -174,16 +174,23 @@ class TextQuery(nn.Module):
 
     @nn.compact
     def __call__(
-        self, text, text_mask, audio, audio_mask, video, video_mask, project: Linear | None = None, kept=1.0
+        self,
+        text: Stream,
+        audio: Stream,
+        video: Stream,
+        project: Linear | None = None,
+        kept: jax.Array | float = 1.0,
     ) -> tuple[jax.Array, jax.Array]:
-        """Streams (b, n, d) with masks (b, n) → fused (b, d) and weights (b, l, g).
+        """Maps the streams to the fused vector (b, d) and weights (b, l, g).
 
         Args:
-          project: brings text (b, l, w) to the model's width; kept: (b, 1, d), what its features are multiplied by.
+          text: what asks (b, l, w); audio: what is asked (b, n, d); video: what answers (b, n, d), each with its mask.
+          project: brings text to the model's width; kept: (b, 1, d), what its features are multiplied by.
         """
+        text, text_mask = text
         linear = lambda name: Linear(self.width, self.width, self.dtype, name=name)  # noqa: E731
-        audio, heard = segments(audio, audio_mask, self.count)
-        video, seen = segments(video, video_mask, self.count)
+        audio, heard = segments(*audio, self.count)
+        video, seen = segments(*video, self.count)
         sighted = jnp.any(seen, -1)
         source = jnp.where(sighted[:, None, None], video, audio)
         valid = jnp.where(sighted[:, None], seen, heard)  # (b, g)
@@ -269,12 +276,12 @@ class EtgAver(nn.Module):
             fused = jnp.concatenate([vectors[s] for s in self.streams], -1)
         else:
             fuse = TextQuery(self.fusion, self.width, self.segment_count, self.dtype, name="fuse")
-            answering = steps["audio"], masks["audio"], steps["video"], masks["video"]
+            answering = (steps["audio"], masks["audio"]), (steps["video"], masks["video"])
             if self.query == "tokens":
                 asking, more = (given["text"], masks["text"]), (maps["text"], kept["text"])
             else:
                 asking, more = (vectors["text"][:, None], jnp.any(masks["text"], -1, keepdims=True)), ()
-            fused, attention["fusion"] = fuse(*asking, *answering, *more)
+            fused, attention["fusion"] = fuse(asking, *answering, *more)
         features = {"fusion": drop(fused)} | (vectors if self.hlo else {})
         logits = {head: self._classify(head, x) for head, x in features.items()}
         return Output(logits=logits, features=features, attention=attention)

@@ -96,7 +96,7 @@ def test_text_query_is_equation_5():
     text, audio, video = (rng.normal(size=(1, n, 4)) for n in (3, 2, 2))
     masks = [np.array([[True, True, False]]), np.ones((1, 2), bool), np.ones((1, 2), bool)]
     module = etg_aver.TextQuery("attention", 4, 2, jnp.float32)
-    args = [v for x, mask in zip((text, audio, video), masks, strict=True) for v in (jnp.float32(x), jnp.asarray(mask))]
+    args = [(jnp.float32(x), jnp.asarray(mask)) for x, mask in zip((text, audio, video), masks, strict=True)]
     variables = module.init(jax.random.key(0), *args)
     weight = {k: np.float64(variables["params"][k]["kernel"]) for k in ("query", "key", "value")}
     fused = np.zeros(4)

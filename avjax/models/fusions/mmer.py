@@ -22,17 +22,12 @@ from avjax.layers.attention import attend
 from avjax.layers.conformer import StepNorm, pack
 from avjax.layers.linear import Project, TimeConvolution
 from avjax.layers.masking import masked_mean, masked_softmax
-from avjax.models.base import Batch, Fusion, Output
+from avjax.models.base import Batch, Fusion, Output, Stream
 from avjax.models.efficientface import EfficientFace
 from avjax.models.fusions.base import FusionModule
 
-Stream = tuple[jax.Array, jax.Array]  # (b, n, d) and its mask (b, n), real steps first
-
-
 _SHRINK = 3  # steps that an unpadded convolution of 3 and a maximum over 2 take away
 _FIRST = ((64, 128), (256, 128))  # widths of the two blocks of each stage
-
-
 _SECOND = ((64, 64), (128, 128))
 LEAST = 1 + _SHRINK * sum(len(stage) for stage in _FIRST)
 
