@@ -1,4 +1,4 @@
-"""MulT and AuxFormer: the hidden future, the released way with padding, the losses, and gradients against PyTorch."""
+"""MulT and AuxFormer: the released way with padding, the losses, and gradients against PyTorch."""
 
 import math
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.layers import crossmodal
 from avjax.models.base import Output
 from avjax.models.fusions import auxformer, mult
 from tests.references import agreement
@@ -43,27 +42,6 @@ def test_only_the_released_form_answers_otherwise_on_padding(name):
     want = answer(released, 0)
     np.testing.assert_allclose(answer(true, 3), want, atol=1e-4 * np.std(want))
     assert np.abs(answer(released, 3) - want).max() > 0.01 * np.std(want)
-
-
-def test_the_future_is_hidden_by_the_clips_own_lengths():
-    queries = np.array([[1, 1, 1, 0], [0, 1, 1, 0]], bool)
-    keys = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
-    want = np.zeros((2, 4, 5), bool)
-    for p in range(3):
-        want[0, p, : p + 1 + 2] = True  # five keys for three queries: two steps ahead
-    want[1, 1, :1], want[1, 2, :2] = True, True  # two each: its own past and no more
-    got = np.asarray(crossmodal.no_future(queries, keys))
-    np.testing.assert_array_equal(got[queries], want[queries])
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_first_step_sees_the_last_one_only_without_the_causal_mask(causal):
-    encoder = crossmodal.CrossmodalEncoder(1, 2, causal=causal)
-    x, mask = jax.random.normal(jax.random.key(0), (1, 4, 8)), jnp.ones((1, 4), bool)
-    variables = jax.jit(encoder.init)(jax.random.key(1), x, mask)
-    apply = jax.jit(encoder.apply)
-    moved = jnp.abs(apply(variables, x, mask) - apply(variables, x.at[:, 3].add(jnp.arange(8.0)[None]), mask))[0, 0]
-    assert (float(moved.max()) > 1e-4) is not causal
 
 
 def test_auxformer_weighs_three_heads_alike_and_skips_what_is_missing():
