@@ -86,7 +86,15 @@ def measured(name: str, dtype: str = "float32", repeats: int = 2) -> tuple[list[
 
 
 @needs_torch
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in TINY), ("picture", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param("text", "float32", marks=pytest.mark.budget(8)),  # imports PyTorch
+        ("picture", "float32"),
+        ("picture", "bfloat16"),
+        *(pytest.param(name, "float32", marks=pytest.mark.thorough) for name in ("faces", "flow", "sound", "whisper")),
+    ],
+)
 def test_rows(name, dtype):
     rows, said = measured(name, dtype)
     assert [(r["batch"], r["length"]) for r in rows] == list(benchmark.ENCODERS[name][1].batches())

@@ -115,7 +115,6 @@ def test_what_lies_under_a_mask_is_not_read():
         close(torch_etg.answers(model, longer, run.test)[head], logits)
 
 
-@pytest.mark.thorough
 @needs_torch
 def test_training_is_the_same():
     """Same optimizer, schedule, clipping, decay, selection: from equal parameters, equal epochs and answers."""
