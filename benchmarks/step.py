@@ -323,7 +323,7 @@ def torch_step(case: Case, *, compiled: bool) -> Step:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """All fields of the module, and those of `torch_fusions` where it has them."""
+    """All fields of the module, and those of `torch.fusions` where it has them."""
     fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
     released = {"num_heads": "heads", "attn_mask": "causal"}
     return fields | {theirs: fields[ours] for theirs, ours in released.items() if ours in fields}

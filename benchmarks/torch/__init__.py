@@ -1,1 +1,1 @@
-"""What `python -m benchmarks` measures, one module per benchmark."""
+"""Our models, and the published ones, restated in plain PyTorch: what the benchmarks compare with."""

@@ -1,4 +1,4 @@
-"""Our baselines of averages, states and gates restated in plain PyTorch, in evaluation, as of `torch_layers`.
+"""Our baselines of averages, states and gates restated in plain PyTorch, by the conventions of `layers`.
 
 Each is a function of tensors, inputs (<stream> (b, n, w), of a conversation (b, u, n, w)) and settings, and gives its
 answers by name: "logits", "logits_<stream>", and vectors that its loss reads. A loss is of answers and inputs.

@@ -1,4 +1,4 @@
-"""The Conformer with Transformer-XL's positions restated in plain PyTorch, in evaluation, as of `torch_layers`.
+"""The Conformer with Transformer-XL's positions restated in plain PyTorch, by the conventions of `layers`.
 
 Shapes: b clip, n step (r offset between two), h head, d width.
 """

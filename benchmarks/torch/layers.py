@@ -1,6 +1,6 @@
 """Layers of our baselines in plain PyTorch, and our variables as their tensors.
 
-As in `torch_fusions` a system is a function of its tensors by name, in evaluation, its inputs without padding. Names
+As in `fusions` a system is a function of its tensors by name, in evaluation, its inputs without padding. Names
 are those of `restated.tensors`, but for attention and LSTMs, which have PyTorch's.
 Shapes: b clip, n step of a stream (q one that asks, k one that answers), d width.
 """

@@ -35,7 +35,7 @@ class Restated:
       answers: maps (tensors by their names, inputs, settings) to answers by name: "logits" of the head "fusion",
         "logits_<head>" of others, and what else the loss reads. Inputs are the batch, `label` int64, and video again as
         "vision"; settings are the fields of our module, and heads and causal as "num_heads" and "attn_mask" too.
-      state: our variables, a keyword for each collection, as the tensors of `answers`; what `torch_states.trains`
+      state: our variables, a keyword for each collection, as the tensors of `answers`; what `states.trains`
         denies is not trained.
       shapes: steps and widths of the streams that it takes no others of.
       loss: maps answers and inputs to what is minimised.

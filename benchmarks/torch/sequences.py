@@ -1,4 +1,4 @@
-"""Baselines on sequences restated in plain PyTorch, in evaluation, as of `torch_layers`.
+"""Baselines on sequences restated in plain PyTorch, by the conventions of `layers`.
 
 Shapes: b clip, n step of a stream, d width.
 """

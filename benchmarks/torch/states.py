@@ -1,4 +1,4 @@
-"""Parameters of our fusions as the tensors of the released systems: what `torch_fusions` computes with.
+"""Parameters of our fusions as the tensors of the released systems: what `fusions` computes with.
 
 A function takes `params` and, where there are norms over a batch, `batch_stats`, nested dictionaries of arrays, and
 gives {released name: array}, without the tensors that no answer depends on. Where a released system has parameters that

@@ -1,4 +1,4 @@
-"""ETG-AVER, EmoAsst, DE-III and AVT-CA restated in plain PyTorch, in evaluation, as of `torch_layers`.
+"""ETG-AVER, EmoAsst, DE-III and AVT-CA restated in plain PyTorch, by the conventions of `layers`.
 
 Shapes: b clip, n step of a stream (q one that asks, k one that answers), d width, c class.
 """
@@ -24,7 +24,7 @@ _ETG_WEIGHTS = {"fusion": 2.0, "text": 2.0, "audio": 1.0, "video": 1.0}  # Table
 
 
 def etg_aver(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """`torch_etg.EtgAver` with these tensors for its parameters."""
+    """`etg_aver.EtgAver` with these tensors for its parameters."""
     import torch
 
     read = ("classes", "width", "segment_count", "temperature", "summary")

@@ -1,4 +1,4 @@
-"""Our baselines of transformers restated in plain PyTorch, in evaluation, as `torch_baselines` has the others.
+"""Our baselines of transformers restated in plain PyTorch, as `baselines` has the others.
 
 Shapes: b clip or conversation, u turn, n step, d width, c class.
 """

@@ -98,6 +98,7 @@ def entry(out):
     return stores.read_index(out)["presets"]["lite"]
 
 
+@pytest.mark.thorough
 def test_it_gives_what_worker_processes_give(data, local, tmp_path):
     assert "DirectRunner: 7 clips in 1 pieces" in extract(data, tmp_path / "F", "--runner=DirectRunner")
     (digest, ids), theirs = examples_hash(tmp_path / "F"), examples_hash(local)

@@ -59,7 +59,7 @@ def write_table(root, rows):
 
 
 def run(root, out, **changes):
-    return extraction.extract("folder", "lite", root=str(root), out=str(out), processes=2, **changes)
+    return extraction.extract("folder", "lite", root=str(root), out=str(out), **{"processes": 1} | changes)
 
 
 def table(path):
@@ -95,7 +95,7 @@ def whole(tmp_path_factory):
     """(data, store) of one whole extraction; not to be changed."""
     root = tmp_path_factory.mktemp("whole")
     data = write_data(root / "data")
-    return data, run(data, root / "F")
+    return data, run(data, root / "F", processes=2)
 
 
 @pytest.fixture

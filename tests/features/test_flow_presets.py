@@ -74,10 +74,10 @@ def packed(data, flowing, tmp_path_factory):  # noqa: F811
     return made
 
 
-EITHER = pytest.mark.parametrize("name", ["dis", pytest.param("moved", marks=pytest.mark.slow)])
+EITHER = pytest.mark.parametrize("name", ["dis", "moved"])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @EITHER
 def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
     out, made = packed(name)
@@ -98,7 +98,7 @@ def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
         assert changes.mean() > 0.8 / stride
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_store_gives_flow_to_those_who_ask(packed):
     out, made = packed("dis")
     whole = stores.load(out, "dis")
@@ -110,7 +110,7 @@ def test_the_store_gives_flow_to_those_who_ask(packed):
     assert not whole.random
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @EITHER
 def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
     packed,
@@ -160,6 +160,7 @@ def test_a_grid_of_flow_stands_beside_the_measurements_of_every_frame(packed):
     assert {"face_landmarker"} in [r["weights"].keys() for r in records], "no encoder"
 
 
+@pytest.mark.thorough
 def test_a_grid_of_flow_is_the_same_when_it_is_taken_up_again(packed, data, tmp_path):  # noqa: F811
     whole, made = packed("grid")
     out = tmp_path / "F"
@@ -203,7 +204,7 @@ def test_what_a_grid_stages_is_of_the_whole_clip_whatever_its_blocks(tmp_path, f
     np.testing.assert_array_equal(staged("c", None), np.zeros((2, 147)))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_mover_is_asked_for_the_flow_of_the_pairs(data, tmp_path, monkeypatch):  # noqa: F811
     asked = []
 

@@ -96,7 +96,7 @@ def preset(tiny, monkeypatch):
 
 
 def extract(data, out, preset="tiny"):
-    extraction.extract("folder", preset, root=str(data), out=str(out), processes=2)
+    extraction.extract("folder", preset, root=str(data), out=str(out), processes=1)
     return {e["clip_id"].decode(): e for e in tfds.read(out, "folder", preset)}
 
 
@@ -146,7 +146,7 @@ def test_time_and_precision_are_recorded(packed):
         assert 0.99999 < about["cosine_to_float32"]["least"] <= about["cosine_to_float32"]["mean"] <= 1 + 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_accelerators_get_batches_and_clips_the_same_features(packed, data, preset, tmp_path, monkeypatch):
     _, alone = packed
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -165,7 +165,7 @@ def test_accelerators_get_batches_and_clips_the_same_features(packed, data, pres
             np.testing.assert_allclose(together[clip_id][stream], clip[stream], atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_lower_precision_is_told(preset, data, tmp_path, monkeypatch):
     monkeypatch.setattr("avjax.encoders.loading.default_dtype", lambda: "bfloat16")
     extract(data, tmp_path / "F")
@@ -213,7 +213,7 @@ def test_a_window_is_packed_as_pictures(measured, data, window):
     assert heard["mute"] == heard["silent"] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_window_is_taken_up_again(measured, data, window):
     extract(data, measured, "window")
     content = stores.load(measured, "window").content
@@ -228,7 +228,7 @@ def test_a_window_is_taken_up_again(measured, data, window):
     assert stores.load(measured, "window").content == content
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, preset, tmp_path):
     from rich.console import Console
 

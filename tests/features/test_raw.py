@@ -301,7 +301,7 @@ def test_standardised_training_leaves_pictures_and_token_ids_alone(packed):
     assert batches.lane_statistics(there, jnp.ones(7)).keys() == {"audio"}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_training_without_standardisation_is_alike_resident_and_streamed():
     made = synthetic.make(signal=2.0)
     ways = ("resident", "streamed")

@@ -197,7 +197,7 @@ def test_openface_and_no_words_will_do(root):
     assert "cmu_mosei_std_folds.py" in sources
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_emotions_are_trained(root, tmp_path):
     write_sdk(root)
     config = configs.load(f"{SPEC}:emotions,audio", data__root=str(root), **TRAINING)
