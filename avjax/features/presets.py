@@ -131,7 +131,7 @@ PRESETS = {
     "lite": Preset(),
     # Half the frames do.
     "open": Preset(image=dataclasses.replace(_S14, every=2), sound=_WHISPER),
-    # The papers' (specification of the systems: section 1, "Features"; section 2; section 4).
+    # As ETG-AVER, DE-III and EmoAsst are published; `avjax.models` has the papers.
     "etg": _ETG,
     # The same encoders to be trained along with the model.
     "open_raw": Preset(frames=8, max_seconds=_RAW_SECONDS, image=_S14, face=False, sound=_WHISPER, raw=True),

@@ -223,7 +223,7 @@ def acoustic(analysis: Analysis, steps_per_second: int = 10) -> Acoustic:
 
 
 def prosody(analysis: Analysis) -> Prosody:
-    """Measures pitch, speech rate and stress (specification of the systems, section 1).
+    """Measures pitch, speech rate and stress, of which the sentences about prosody are made.
 
     Pitch: median F0 over voiced hops, in Hz. Rate: syllable nuclei per second of speech; speech is what lies between
     the first and the last hop that is voiced or loud, less pauses of 0.3 s or more. Stress: the mean level of the

@@ -29,7 +29,7 @@ def _both(name: str) -> tuple[str, str]:
     return f"{name}Left", f"{name}Right"
 
 
-# Action unit → the blendshapes whose mean it is (specification, "Blendshapes → action units").
+# Action unit → the blendshapes whose mean it is (ARKit's names; FACS, Ekman and Friesen 1978).
 AU_BLENDSHAPES: dict[str, tuple[str, ...]] = {
     "AU1": ("browInnerUp",),
     "AU2": _both("browOuterUp"),

@@ -1,4 +1,4 @@
-"""Optical flow of the face, and flow drawn as pictures (specification of the systems, section 2, "Flow").
+"""Optical flow of the face, and flow drawn as pictures with the colours of Baker et al. 2011.
 
 A flow is an array (…, h, w, 2) in pixels, x to the right and y down: where what is seen at a pixel of the first frame
 is in the second, relative to there.

@@ -58,21 +58,6 @@ def describe(
     return _in_words(np.percentile(seen, 90, axis=0), names, threshold, at_most) if len(seen) else None
 
 
-def describe_presence(
-    presence: np.ndarray, found: np.ndarray, names: Sequence[str], *, threshold: float = 0.5, at_most: int = 6
-) -> str | None:
-    """`describe` for detectors that know presence only, such as OpenFace's AUxx_c columns.
-
-    Args:
-      presence: (T, A) bool. A unit is named when it is present in at least the share `threshold` (inclusive) of the
-        frames with a face, the most frequent first.
-      found, names, at_most: as in `describe`.
-    Returns, raises: as `describe`.
-    """
-    seen = _seen(presence, found, names)
-    return _in_words(seen.mean(0), names, threshold, at_most) if len(seen) else None
-
-
 def _seen(values: np.ndarray, found: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """The rows of `values` with a face, as float32 (frames, A), checked."""
     values, found = np.asarray(values), np.asarray(found, bool)

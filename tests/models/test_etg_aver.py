@@ -298,7 +298,7 @@ def test_parameter_counts(variant, expected):
 
 
 def test_a_stream_of_the_model_width_enters_as_it_is():
-    """The paper's encoders are all 768 wide: no projection there (systems specification, TMFEF)."""
+    """The paper's encoders are all 768 wide: no projection there (Wei et al., TMFEF)."""
     chosen = config.load("configs/etg_mafw.py").model
     chosen.width = 768
     wide = {s: np.zeros((1, 2, 768), np.float32) for s in synthetic.SIZES}

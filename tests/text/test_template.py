@@ -75,15 +75,6 @@ def test_blinking_is_never_named_and_takes_no_place():
     assert action_units.describe(*always([5.0, 5.0, 0.0]), names) == "a neutral face"
 
 
-def test_presence_rate_decides_where_only_presence_is_known():
-    presence = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 1]], bool)
-    found = np.ones(4, bool)
-    text = action_units.describe_presence(presence, found, ["AU25", "AU26", "AU28"])
-    assert text == "parted lips and a dropped jaw"  # AU26: half of the frames, inclusive
-    assert action_units.describe_presence(presence, found, ["AU25", "AU26", "AU28"], threshold=0.6) == "parted lips"
-    assert action_units.describe_presence(presence, ~found, ["AU25", "AU26", "AU28"]) is None
-
-
 def test_phrases_are_distinct_noun_phrases_that_join():
     assert len(set(action_units.PHRASES.values())) == len(action_units.PHRASES) == 20
     assert not action_units.BLINKING & set(action_units.PHRASES)

@@ -1,31 +1,14 @@
-"""Reads features as MMSA (Mao et al. 2022) and MERTools (MER2023) publish them."""
+"""Reads features as MMSA publishes them (Mao et al. 2022, "M-SENA")."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from avjax.errors import AvjaxError
-from avjax.features.tables import readers
 from avjax.utils import safe_pickle
 
-MMSA_PARTS = ("train", "valid", "test")
-
-
-_MMSA = ("id", "raw_text", "text", "audio", "vision", "regression_labels")
-
-
-def npy_folder(folder: Path) -> dict[str, np.ndarray]:
-    """Clip → array of a folder such as `wavlm-large-UTT` (d,) or `manet_FER-FRA` (t, d), one .npy or folder each.
-
-    Raises:
-      AvjaxError: there is no clip, or one cannot be read.
-    """
-    clips = {p.stem if p.is_file() else p.name: p for p in sorted(folder.glob("*")) if p.is_dir() or p.suffix == ".npy"}
-    if not clips:
-        raise AvjaxError(f"{folder}: no .npy and no folder of such; expected one for each clip")
-    return {clip: readers.frames(place) for clip, place in clips.items()}
+PARTS = ("train", "valid", "test")
+_COLUMNS = ("id", "raw_text", "text", "audio", "vision", "regression_labels")
 
 
 def mmsa(path: Path) -> dict[str, list]:
@@ -39,18 +22,18 @@ def mmsa(path: Path) -> dict[str, list]:
       AvjaxError: as `pickles.load`; or a part or a column is missing, columns are of unequal length, or an id is none.
     """
     found = safe_pickle.load(path)
-    parts = {part: found.get(part) for part in MMSA_PARTS} if isinstance(found, dict) else {}
-    if missing := [part for part in MMSA_PARTS if not isinstance(parts.get(part), dict)]:
+    parts = {part: found.get(part) for part in PARTS} if isinstance(found, dict) else {}
+    if missing := [part for part in PARTS if not isinstance(parts.get(part), dict)]:
         raise AvjaxError(f"{path}: no {', '.join(missing)} in it; expected the three parts of MMSA")
     for part, columns in parts.items():
-        _check_mmsa(f"{path}: {part}", columns)
+        _check_part(f"{path}: {part}", columns)
     names = [name for name in parts["train"] if all(name in columns for columns in parts.values())]
     rows = {name: [row for columns in parts.values() for row in columns[name]] for name in names}
     return {"part": [part for part, columns in parts.items() for _ in columns["id"]]} | rows
 
 
-def _check_mmsa(where: str, columns: Mapping[str, Sequence]) -> None:
-    if missing := [name for name in _MMSA if name not in columns]:
+def _check_part(where: str, columns: Mapping[str, Sequence]) -> None:
+    if missing := [name for name in _COLUMNS if name not in columns]:
         raise AvjaxError(f"{where} has no {', '.join(missing)}; it has {', '.join(map(str, columns))}")
     if len(set((rows := {name: len(column) for name, column in columns.items()}).values())) > 1:
         raise AvjaxError(f"{where} has columns of unequal length: {rows}")

@@ -30,6 +30,6 @@ FUSIONS: dict[str, Fusion] = {
         most=2,
         # Theirs is 0.06, damped as MMER's.
         recipe={"optimizer": "sgd", "learning_rate": 0.006, "batch_size": 8, "weight_decay": 1e-3, "epochs": 128},
-        paper="AVT-CA, released code: see systems specification, section 3",
+        paper="Venkatraman et al. 2024, Audio-Video Transformer Fusion with Cross Attention: the released code",
     ),
 }

@@ -9,7 +9,7 @@ import pytest
 from avjax.datasets import published_folds
 from avjax.datasets.published_folds import Listed
 from avjax.errors import AvjaxError
-from avjax.features.tables import mmsa, openface
+from avjax.features.tables import mmsa, openface, readers
 from tests.conftest import REAL
 
 HEADER = (
@@ -94,13 +94,9 @@ def test_a_folder_of_arrays(tmp_path):
     (tmp_path / "three").mkdir()
     for name, value in (("00010", [2, 2]), ("00002", [1, 1])):
         np.save(tmp_path / "three" / f"{name}.npy", value)
-    (tmp_path / "notes.txt").touch()
-    found = mmsa.npy_folder(tmp_path)
-    assert {clip: array.tolist() for clip, array in found.items()} == {
-        "one": [0, 1, 2],
-        "two": [[1] * 3] * 4,
-        "three": [[1, 1], [2, 2]],
-    }
+    assert readers.frames(tmp_path / "one.npy").tolist() == [0, 1, 2]
+    assert readers.frames(tmp_path / "two.npy").tolist() == [[1] * 3] * 4
+    assert readers.frames(tmp_path / "three").tolist() == [[1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize(
@@ -109,14 +105,12 @@ def test_a_folder_of_arrays(tmp_path):
         (np.array([{}], object), "expected an .npy of numbers"),
         (np.array(["a"]), "expected numbers"),
         (np.zeros((2, 2, 2)), r"\(2, 2, 2\); expected numbers, \(d,\) or \(steps, d\)"),
-        (None, "no .npy and no folder"),
     ],
 )
-def test_what_is_no_folder_of_arrays_is_a_clear_error(tmp_path, value, message):
-    if value is not None:
-        np.save(tmp_path / "a.npy", value, allow_pickle=True)
+def test_what_is_no_array_of_numbers_is_a_clear_error(tmp_path, value, message):
+    np.save(tmp_path / "a.npy", value, allow_pickle=True)
     with pytest.raises(AvjaxError, match=message):
-        mmsa.npy_folder(tmp_path)
+        readers.frames(tmp_path / "a.npy")
 
 
 @pytest.mark.parametrize("frames", [{}, {"1": [1, 2], "2": [1, 2, 3]}, {"1": np.ones((2, 3))}])
@@ -125,7 +119,7 @@ def test_frames_of_a_clip_are_vectors_of_one_length(tmp_path, frames):
     for name, value in frames.items():
         np.save(tmp_path / "clip" / name, value)
     with pytest.raises(AvjaxError, match="expected one vector for each frame, all as long"):
-        mmsa.npy_folder(tmp_path)
+        readers.frames(tmp_path / "clip")
 
 
 # ---- MMSA ---------------------------------------------------------------------------------------------------------
@@ -157,9 +151,9 @@ def test_the_parts_of_an_mmsa_file_are_rows_of_one_table(tmp_path):
     [
         ([1], "no train, valid, test in it; expected the three parts of MMSA"),
         ({"train": part("a$_$0"), "test": part("a$_$0")}, "no valid in it"),
-        ({word: {"id": ["a$_$0"]} for word in mmsa.MMSA_PARTS}, "train has no raw_text, text, audio, vision"),
-        (dict.fromkeys(mmsa.MMSA_PARTS, part("a_0")), "train has the id 'a_0'; expected VIDEO"),
-        (dict.fromkeys(mmsa.MMSA_PARTS, part("a$_$0") | {"id": []}), "columns of unequal length"),
+        ({word: {"id": ["a$_$0"]} for word in mmsa.PARTS}, "train has no raw_text, text, audio, vision"),
+        (dict.fromkeys(mmsa.PARTS, part("a_0")), "train has the id 'a_0'; expected VIDEO"),
+        (dict.fromkeys(mmsa.PARTS, part("a$_$0") | {"id": []}), "columns of unequal length"),
     ],
 )
 def test_what_is_no_mmsa_file_is_a_clear_error(tmp_path, parts, message):
