@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from absl import flags
+from etils import epath
 
 from avjax import cli
 from avjax import config as configs
@@ -154,7 +155,7 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         if place.mesh:
             state, clips = place.read(state), streamed_batches.here(clips)
         if multihost.is_writer():
-            storage.remove(workdir / streamed_loop.FOLDER)
+            epath.Path(workdir / streamed_loop.FOLDER).rmtree(missing_ok=True)
             with storage.filled(workdir, last="report.html") as folder:
                 finish_run.write(
                     folder, config, model, features, plan, clips, state, logits, rows, dataset, says, console

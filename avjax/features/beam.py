@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from rich.console import Console
 
 from avjax.datasets.base import Clip
@@ -135,7 +136,7 @@ def _fetched(clip: Clip, room: Path) -> Clip:
             return path
         room.mkdir(exist_ok=True)
         target = room / os.path.basename(path)
-        storage.copy(path, target)
+        epath.Path(path).copy(target, overwrite=True)
         return target
 
     return dataclasses.replace(clip, path=local(clip.path), audio=local(clip.audio))

@@ -6,13 +6,13 @@ In a store on cloud storage it is made on this machine and copied there, and rea
 import dataclasses
 import hashlib
 import itertools
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from avjax.datasets.base import Task
 from avjax.datasets.metadata import about
@@ -80,11 +80,7 @@ def dense_dtype(stored: np.dtype) -> np.dtype:
 
 def remove(root: Path, dataset: str, preset: str) -> None:
     """Removes a packed view, if there is one."""
-    place = folder(root, dataset, preset).parent
-    if is_local(place):
-        shutil.rmtree(place, ignore_errors=True)
-    elif place.exists():
-        place.rmtree()
+    epath.Path(folder(root, dataset, preset).parent).rmtree(missing_ok=True)
 
 
 # Gives a part of the examples (`avjax.features.clip.example`), in the order of the clips.

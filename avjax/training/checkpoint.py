@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from avjax.errors import AvjaxError
 from avjax.training.sharding import joined
 from avjax.utils import multihost, murmur3
-from avjax.utils.storage import is_local, remove
+from avjax.utils.storage import is_local
 
 DAMAGED = "damaged"  # beside the checkpoints: those that could not be read
 REFUSED = "not_finite"  # of the run directory: the state before a step that was not finite
@@ -105,7 +106,7 @@ class Checkpoints:
             if (source := self._folder / str(epoch)).exists():
                 self._aside.mkdir(exist_ok=True)
                 target = self._aside / f"{self._folder.name}-{epoch}"
-                remove(target)
+                epath.Path(target).rmtree(missing_ok=True)
                 source.rename(target)
         self._manager.reload()
 
@@ -125,7 +126,7 @@ def kept_if_refused(folder: Path, epoch: int, state: Any) -> Iterator[None]:
         yield
     except AvjaxError as error:
         if multihost.is_writer():
-            remove(folder)
+            epath.Path(folder).rmtree(missing_ok=True)
         with Checkpoints(folder) as kept:
             kept.save(epoch, state)
         raise AvjaxError(f"{error}. The state before it is in {folder}") from error

@@ -1,17 +1,18 @@
 """Reads and writes files on this machine and on cloud storage: whole or not at all, and by one process at a time."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+import filelock
+from etils import epath
 
 from avjax.errors import AvjaxError
 
@@ -27,8 +28,6 @@ def place(text: str) -> Path:
     found = _CLOUD.match(text)
     if not found:
         return Path(text).expanduser()
-    from etils import epath
-
     package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}[found[1]]
     try:
         (out := epath.Path(text)).exists()
@@ -43,10 +42,11 @@ def is_local(path: Path) -> bool:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies the files of a folder, flat, from or to any place."""
+    """Copies the files of a folder, without those of folders in it, from or to any place."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
-        copy(path, target / path.name)
+        if path.is_file():
+            epath.Path(path).copy(target / path.name, overwrite=True)
 
 
 @contextlib.contextmanager
@@ -61,28 +61,12 @@ def filled(folder: Path, last: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="avjax-") as name:
         here = Path(name)
-        for path in folder.iterdir():
-            if path.is_file():
-                copy(path, here / path.name)
+        copy_folder(folder, here)
         yield here
         for path in sorted((p for p in here.rglob("*") if p.is_file()), key=lambda p: p.name == last):
             target = folder / str(path.relative_to(here))
             target.parent.mkdir(parents=True, exist_ok=True)
-            copy(path, target)
-
-
-def remove(folder: Path) -> None:
-    """Removes a folder and what is in it, if it is there."""
-    if is_local(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.exists():
-        folder.rmtree()
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copies a file from or to any place."""
-    with source.open("rb") as old, target.open("wb") as new:
-        shutil.copyfileobj(old, new)
+            epath.Path(path).copy(target, overwrite=True)
 
 
 @contextlib.contextmanager
@@ -125,22 +109,20 @@ def only_writer(folder: Path, otherwise: str) -> Iterator[None]:
     if not is_local(folder):
         yield
         return
+    lock = filelock.FileLock(folder / ".lock", timeout=0)  # of the system: it goes with a killed process
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise AvjaxError(f"{folder}: another process is writing here; wait for it, or {otherwise}") from error
     except OSError as error:
         raise AvjaxError(f"{folder}: cannot be written ({error.strerror}); {otherwise}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AvjaxError(f"{folder}: another process is writing here; wait for it, or {otherwise}") from error
+    try:
         _sweep(folder)
-        try:
-            yield
-        finally:
-            # Workers that were killed at their time limit leave parts, too.
-            _sweep(folder)
+        yield
+    finally:
+        _sweep(folder)  # workers that were killed at their time limit leave parts, too
+        lock.release()
 
 
 def _sweep(folder: Path) -> None:
