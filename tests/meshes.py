@@ -87,13 +87,12 @@ def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
     }
 
 
-def main(systems: list[str]) -> None:
+def main(system: str, presets: list[str]) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
-    for system in systems:
-        for preset, sizes in MESHES.items():
-            print(json.dumps({"system": system, "preset": preset} | trained(system, preset, sizes)), flush=True)
+    for preset in presets:
+        print(json.dumps({"system": system, "preset": preset} | trained(system, preset, MESHES[preset])), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])

@@ -18,10 +18,11 @@ def make(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
         _write_data(root / "R")
         extraction.extract("folder", "lite", root=str(root / "R"), out=str(root / "F"), processes=2)
         settings = config.load(
-            "configs/etg_folder.py",
+            "configs/fusion_folder.py:concat",  # which is compiled soonest
             data__features=str(root / "F"),
             protocol__fold_count=2,
-            model__width=16,
+            model__settings__width=16,
+            model__settings__hidden=16,
             train__epochs=2,
             train__epochs_per_call=2,
             train__seeds=(1, 2),

@@ -243,7 +243,7 @@ def test_a_mistake_is_one_line_and_status_2(args, message, tmp_path):
     assert message in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_installed_wheel_ships_what_it_needs(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
     subprocess.run([*build, str(REPOSITORY)], check=True)

@@ -31,7 +31,7 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
     with (java_sed / "labels.csv").open(newline="") as file:
@@ -73,7 +73,7 @@ def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
     assert "logistic regression, audio+video+text" in table
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
     classes = list(about("mafw").classes)

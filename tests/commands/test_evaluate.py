@@ -66,7 +66,7 @@ def _compare(tmp_path, monkeypatch, *args: str) -> None:
     evaluate.main(configs.parse_flags(argv))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows_are_trained_and_compared(compare, tmp_path, capsys):
     synthetic.write_store(tmp_path / "F", synthetic.make())
     compare("--markdown", "--rows=concat,weighted_sum,lmf")
@@ -85,7 +85,7 @@ def test_rows_are_trained_and_compared(compare, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().out, "finished rows are not trained again"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_values_are_compared_without_evidence_over_people(compare, tmp_path, capsys):
     synthetic.write_store(tmp_path / "F", synthetic.values(clips=48, speakers=3))
     compare("--markdown", "--rows=concat,lmf")

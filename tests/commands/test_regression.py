@@ -124,8 +124,8 @@ def agreement(y: np.ndarray, x: np.ndarray) -> float:
 # ---- Values -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("run", ["linear", pytest.param("de_iii", marks=pytest.mark.slow)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("run", ["linear", pytest.param("de_iii", marks=pytest.mark.thorough)])
 def test_a_planted_relation_is_recovered(run, request):
     metrics, _ = measured(request.getfixturevalue(run))
     assert metrics["mean"]["ccc"] > 0.9
@@ -168,10 +168,10 @@ def test_the_yardstick_is_ridge_regression_and_reads_where_the_relation_is(linea
     assert not (linear / "confusion.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("run", "heads"),
-    [("headed", ["video", "audio"]), pytest.param("de_iii", ["video", "audio", "fusion"], marks=pytest.mark.slow)],
+    [("headed", ["video", "audio"]), pytest.param("de_iii", ["video", "audio", "fusion"], marks=pytest.mark.thorough)],
 )
 def test_validation_chooses_the_head_of_each_fold(run, heads, request):
     workdir = request.getfixturevalue(run)
@@ -188,7 +188,9 @@ def test_validation_chooses_the_head_of_each_fold(run, heads, request):
     assert "Attention between the modalities" in (workdir / "report.html").read_text()
 
 
-@pytest.mark.parametrize("run", ["linear", "headed", pytest.param("de_iii", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "run", ["linear", *(pytest.param(r, marks=pytest.mark.thorough) for r in ("headed", "de_iii"))]
+)
 def test_prediction_repeats_what_training_stored(run, request):
     workdir = request.getfixturevalue(run)
     _, rows = measured(workdir)
@@ -245,7 +247,7 @@ def test_labels_are_predicted_as_probabilities_that_need_not_add_up(asked):
 # ---- From media files ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
 def test_from_media_to_answers(task, tmp_path):

@@ -106,7 +106,17 @@ def undisturbed(features, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def test_killed_and_interrupted_runs_end_as_if_undisturbed(features, undisturbed, tmp_path):
+@pytest.mark.budget(45)
+def test_a_killed_run_ends_as_if_undisturbed(features, undisturbed, tmp_path):
+    stop(features, tmp_path, "epoch 5/")
+    said = run(features, tmp_path)
+    assert "going on after epoch" in said
+    assert "epoch 3/" not in said
+    assert_equal_runs(tmp_path, undisturbed)
+
+
+@pytest.mark.thorough
+def test_runs_killed_and_interrupted_in_turn_end_as_if_undisturbed(features, undisturbed, tmp_path):
     stop(features, tmp_path, "epoch 1/")  # the first checkpoint may be half-written
     stop(features, tmp_path, "epoch 5/")
     said = stop(features, tmp_path, "epoch 8/", signal.SIGINT)
@@ -118,7 +128,7 @@ def test_killed_and_interrupted_runs_end_as_if_undisturbed(features, undisturbed
     assert_equal_runs(tmp_path, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_interrupt_that_a_library_drops_still_stops_the_run(features, tmp_path, monkeypatch):
     interrupted = threading.Event()
     monkeypatch.setattr(cli, "_interrupted", interrupted)
@@ -157,7 +167,7 @@ def test_every_epoch_and_lane_has_one_row(undisturbed):
     assert [(r["epoch"], r["fold"], r["seed"]) for r in rows] == expected
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_runs_of_one_command_give_equal_files(features, undisturbed, tmp_path):
     train.train(settings(features), tmp_path)
     assert (tmp_path / "metrics.json").read_bytes() == (undisturbed / "metrics.json").read_bytes()
@@ -210,7 +220,7 @@ def test_main_stays_linear_and_short():
     assert len(pathlib.Path(train.__file__).read_text().splitlines()) < 300
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_directory_on_cloud_storage(features, undisturbed, tmp_path):
     """Stood in for by a folder that is reached in the same way."""
     from etils import epath

@@ -376,7 +376,7 @@ def test_cosines_of_joined_features_are_the_means_over_lanes():
 # ---- Trained -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_mismatch_of_queries_is_measured_on_training_clips():
     """Of a run that was not trained: with and without the label, by an independent count."""
     run = prompted.Run(prompted.make(signal=1.0))

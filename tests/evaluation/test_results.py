@@ -172,7 +172,7 @@ def yardstick(features, **changes):
     return baselines.yardsticks(batches.resident(features, "both", chosen.standardise), plan)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_length_lead_in_and_loudness_have_a_row_of_their_own():
     features = synthetic.make(clips=48, speakers=4)
     surface = np.random.default_rng(0).normal(size=(48, 1, 3)).astype(np.float32)

@@ -347,7 +347,7 @@ def answers(workdir, *arguments) -> dict[str, dict]:
     return {clip["file"]: clip for clip in said["clips"]}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_a_run_answers_as_it_stored(trained):
     data, workdir = trained
@@ -362,7 +362,7 @@ def test_a_run_answers_as_it_stored(trained):
         np.testing.assert_allclose([*said["probabilities"].values()], row, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_a_corrected_clip_is_answered_by_its_label(trained, tmp_path):
     data, workdir = trained
@@ -398,7 +398,7 @@ def test_a_corrected_clip_is_answered_by_its_label(trained, tmp_path):
     assert damaged.read_bytes() == before[:-100]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 @pytest.mark.parametrize(
     ("arguments", "says"),

@@ -23,7 +23,7 @@ def checked(run: runs.Run, clips, config, folder) -> runs.Run:
 
 
 @pytest.mark.parametrize(
-    "name", ["mag", *(pytest.param(name, marks=pytest.mark.slow) for name in ("avt_ca", "de_iii"))]
+    "name", ["mag", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("avt_ca", "de_iii"))]
 )
 def test_fusions(name, tmp_path):
     run = portable.fusion(name)
@@ -34,7 +34,7 @@ def test_fusions(name, tmp_path):
     checked(run, portable.features(3), config, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_caches(tmp_path):
     back = checked(portable.recalled(portable.features(2), (3, 5)), portable.features(3), portable.emoasst(), tmp_path)
     assert [len(cache.ids) for cache in back.caches] == [3, 5]
@@ -43,7 +43,7 @@ def test_caches(tmp_path):
     assert bundle.read(tmp_path / "B", "2").caches[0].ids == back.caches[1].ids
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_encoders_that_were_trained_along_come_with_the_bundle(tmp_path, monkeypatch):
     tiny_raw.register(monkeypatch)
     config, clips = tiny_raw.settings("lora"), tiny_raw.features(8)

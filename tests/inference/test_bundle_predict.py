@@ -180,7 +180,7 @@ def answered(folder, *arguments, module="avjax.predict") -> subprocess.Completed
     return subprocess.run([*map(os.fspath, line)], env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_a_clip_gets_the_answer_of_the_run(tmp_path_factory, tmp_path):
     data, _, workdir = tiny_run.make(tmp_path_factory)
@@ -201,7 +201,7 @@ def test_a_clip_gets_the_answer_of_the_run(tmp_path_factory, tmp_path):
         np.testing.assert_allclose([*answer.answers.values()], [*clip["probabilities"].values()], rtol=0, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_the_code_of_the_card_from_a_real_clip(java_sed, tmp_path_factory, tmp_path):
     _, _, workdir = tiny_run.make(tmp_path_factory)
@@ -225,7 +225,7 @@ def test_the_code_of_the_card_from_a_real_clip(java_sed, tmp_path_factory, tmp_p
     bundle.check(tmp_path / "B")
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.weights
 def test_a_cache_that_a_run_was_taught_answers_for_its_bundle(tmp_path_factory, tmp_path):
     data, features, trained = tiny_run.make(tmp_path_factory)

@@ -181,7 +181,7 @@ def test_sentences_and_what_is_missing(trained, answered):
     assert all(sum(a.answers.values()) == pytest.approx(1) for a in answered.values())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_order_company_and_names_of_clips_change_nothing(trained, answered, tmp_path):
     data, _, workdir = trained
     foreign = tmp_path / os.fsdecode(b"caf\xe9 [bold]\n.mp4")

@@ -21,7 +21,7 @@ CLOSE = 1e-6
 # Models that cut steps into groups, or ask for a least number of them.
 GROUPED = ("avt_ca", "avtca_released", "mmer_ia", "mmer_it", "mmer_lt")
 QUICK = ("mag", "bc_lstm", "avt_ca")
-slow = pytest.mark.slow
+thorough = pytest.mark.thorough
 
 
 def exported(run: runs.Run) -> export.Exported:
@@ -48,7 +48,7 @@ def same(run, clips, multiple: int = 1) -> export.Exported:
 # ---- Models ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=slow) for n in FUSIONS])
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=thorough) for n in FUSIONS])
 def test_a_program_answers_as_its_run(name):
     same(portable.fusion(name), portable.features(7), 16 if name in GROUPED else 1)
 
@@ -58,7 +58,7 @@ def test_answers_are_of_the_task(task):
     same(portable.fusion("mag", task=task), portable.features(3))
 
 
-@pytest.mark.parametrize("variant", ["full", pytest.param("no_hlo,summary_query", marks=slow)])
+@pytest.mark.parametrize("variant", ["full", pytest.param("no_hlo,summary_query", marks=thorough)])
 def test_etg_aver(variant):
     config = configs.load(f"configs/etg_folder.py:{variant}", model__width=16)
     same(portable.run_of(models.build(config.model, 3), portable.features(2)), portable.features(5))
@@ -78,7 +78,7 @@ def pictures(clips: int):
     return dataclasses.replace(few, arrays=few.arrays | {"video": video}, masks=few.masks | {"video": mask})
 
 
-@slow
+@thorough
 def test_pictures():
     config = configs.load("configs/avtca_folder.py")
     config.model.settings.update({"frames": True, "width": 16, "heads": 2})
@@ -88,7 +88,7 @@ def test_pictures():
 
 
 @pytest.mark.parametrize(("variant", "preset"), [("lora", "tiny_raw"), ("finetune", "tiny_waves")])
-@slow
+@thorough
 def test_encoders_that_were_trained_along(variant, preset, monkeypatch):
     tiny_raw.register(monkeypatch)
     model = models.build(tiny_raw.settings(variant, preset).model, 3)
@@ -105,7 +105,7 @@ def without_votes(run: runs.Run) -> runs.Run:
     return dataclasses.replace(run, caches=tuple(silent))
 
 
-@pytest.mark.parametrize("sizes", [(4, 7), pytest.param((0, 3), marks=slow)])
+@pytest.mark.parametrize("sizes", [(4, 7), pytest.param((0, 3), marks=thorough)])
 def test_caches_vote_in_the_program(sizes):
     run, clips = portable.recalled(portable.features(2), sizes), portable.features(5)
     voted, silent = (prediction.answers_of(r, clips) for r in (run, without_votes(run)))

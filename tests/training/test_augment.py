@@ -59,7 +59,7 @@ def test_a_clip_gets_the_same_in_a_larger_batch_and_another_under_another_key():
     assert (changed(NOISE[:1], jax.random.key(4)) != alone).mean() > 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_draws_are_uniform_and_fair():
     angles, flips = draws(4000)
     shares, _ = np.histogram(angles, np.linspace(-10, 10, 5))
@@ -71,7 +71,7 @@ def test_draws_are_uniform_and_fair():
     assert draws(100, flip=1.0)[1].all()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_compiled_or_not_alone_or_among_lanes_the_answer_is_the_same():
     """To one grey level where a value lies half-way between two."""
     want = changed(NOISE).astype(int)

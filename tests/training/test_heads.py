@@ -165,7 +165,7 @@ def concordance(label: np.ndarray, answer: np.ndarray) -> float:
     return float(np.mean(shared / (x.var(0) + y.var(0) + (x.mean(0) - y.mean(0)) ** 2)))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_values_are_validated_as_one_set_however_many_batches_it_takes():
     features = synthetic.values(clips=150)
     ids = features.ids

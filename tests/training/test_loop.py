@@ -324,7 +324,7 @@ def recalls(imbalance: str, folds, features) -> np.ndarray:
     return np.array([(answer[label == c] == c).mean() for c in range(2)])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_options_against_imbalance_raise_the_recall_of_a_rare_class():
     features = synthetic.make(clips=160, classes=2, signal=0.35)
     by_class = [[i for i, y in zip(features.ids, features.label, strict=True) if y == c] for c in range(2)]

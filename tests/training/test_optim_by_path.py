@@ -148,7 +148,7 @@ def test_updates_are_those_of_whole_batches():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), whole.sums[name], cut.sums[name])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_updates_from_disk_are_those_of_whole_batches():
     made = (chosen(train__accumulate=k) for k in (1, 3))
     whole, cut = (Streamed(features=FEATURES, model=PLAIN, made=one).train() for one in made)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -30,27 +31,37 @@ SHARED = {
     "data × fsdp": ["fsdp"],
 }
 DEVICES = {"single": 1}
+MARKS = {"etg_aver": [pytest.mark.thorough, pytest.mark.budget(150)]}
 # Of the answers' spread, behind two updates: Adam's first ones are as large where a gradient is rounding alone.
 CLOSE = {"avt_ca": 1e-2}
 NONE = {"lane": 0, "data": 0, "fsdp": 0, "tensor": 0}
 
 
-def trained(system: str) -> dict[str, dict]:
+def trained(system: str, presets: Iterable[str]) -> dict[str, dict]:
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
     }
-    done = subprocess.run([sys.executable, "-m", "tests.meshes", system], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.meshes", system, *presets]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {row["preset"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize(
-    "system", ["etg_aver", *(pytest.param(s, marks=pytest.mark.slow) for s in meshes.SYSTEMS if s != "etg_aver")]
-)
+@pytest.mark.budget(30)
+def test_lanes_clips_and_parameters_shared_out_make_the_same_two_steps():
+    check_steps("etg_aver", ["single", "dp", "lane × fsdp × tensor"])
+
+
+@pytest.mark.parametrize("system", [pytest.param(s, marks=MARKS.get(s, pytest.mark.slow)) for s in meshes.SYSTEMS])
 def test_every_mesh_makes_the_same_two_steps(system):
-    found = trained(system)
+    check_steps(system, meshes.MESHES)
+
+
+def check_steps(system: str, presets: Iterable[str]) -> None:
+    found = trained(system, presets)
+    assert [*found] == [*presets]
     alone = found["single"]
     assert np.shape(alone["losses"]) == (8, 2)
     for preset, row in found.items():

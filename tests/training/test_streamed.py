@@ -85,7 +85,7 @@ def test_streamed_and_resident_training_give_equal_parameters(whole):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_conversations_stream_too():
     features = told(lambda i: f"dialogue {i // 4}")
     runs = [Run(features, chosen(mode), model=TALK).train(last=1) for mode in ("streamed", "resident")]
@@ -134,7 +134,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("steps", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5))])
+@pytest.mark.parametrize("steps", [3, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 5))])
 def test_cut_within_an_epoch_it_goes_on_bit_for_bit(tmp_path, whole, steps):
     """Killed after so many steps; what it had written then is all that the next run knows."""
     said = []
@@ -160,7 +160,7 @@ def test_cut_within_an_epoch_it_goes_on_bit_for_bit(tmp_path, whole, steps):
     assert resumed.rows == whole.rows[(epoch - 1) * per_epoch :]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_checkpoint_of_another_epoch_is_not_taken(tmp_path):
     Run(workdir=tmp_path).train(last=1)
     said = []

@@ -1,0 +1,46 @@
+"""The smoke run of a further Python, `python -m tests.smoke`: imports, a tiny training, its bundle, and predictions."""
+
+import importlib
+import pathlib
+import pkgutil
+import subprocess
+import sys
+import tempfile
+import types
+
+import numpy as np
+
+import avjax
+from avjax.inference import bundle
+from avjax.inference import predict as prediction
+from tests import exported
+
+
+def main() -> None:
+    commands = import_all()
+    for command in commands:  # not in one process: they share names of flags
+        subprocess.run([sys.executable, "-m", command, "--help"], check=True, stdout=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as folder:
+        written = exported.bundled(types.SimpleNamespace(getbasetemp=lambda: pathlib.Path(folder)))
+        answers = prediction.answers_of(bundle.read(written), exported.CLIPS)
+    assert answers.shape == (len(exported.CLIPS.ids), 3), answers.shape
+    np.testing.assert_allclose(answers.sum(-1), 1, rtol=1e-5)
+    print(
+        f"smoke run on Python {sys.version.split()[0]}: imports, {len(commands)} commands, training, bundle: all well"
+    )
+
+
+def import_all() -> list[str]:
+    """Imports all modules but the commands, and returns the commands."""
+    commands = []
+    for module in pkgutil.walk_packages(avjax.__path__, "avjax."):
+        source = pathlib.Path(module.module_finder.path, module.name.rpartition(".")[2] + ".py")
+        if source.is_file() and "cli.run(main" in source.read_text():
+            commands.append(module.name)
+        elif not module.name.startswith("avjax._shipped") and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    return commands
+
+
+if __name__ == "__main__":
+    main()
