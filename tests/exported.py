@@ -6,31 +6,31 @@ import re
 from avjax import config, train
 from avjax.inference import bundle
 from avjax.training import run_directory
-from tests import synthetic
+from tests import once, synthetic
 
 CLIPS = synthetic.make(clips=24, speakers=3)
 
 
 def run(tmp_path_factory) -> pathlib.Path:
     """A run of 3 folds × 2 seeds, trained once for all that ask; its features are in F beside it."""
-    root = tmp_path_factory.getbasetemp() / "exported"
-    if not run_directory.is_finished(root / "W"):
-        synthetic.write_store(root / "F", CLIPS)
-        (root / "F" / "provenance").mkdir()
-        (root / "F" / "provenance" / "v.json").write_text('{"feature": "video", "code": 2}')
-        settings = {"model__width": 8, "train__epochs": 1, "train__epochs_per_call": 1, "train__seeds": (1, 2)}
-        chosen = config.load("configs/etg_folder.py", data__features=str(root / "F"), **settings)
-        train.train(chosen, root / "W")
+    with once.folder(tmp_path_factory, "exported") as root:
+        if not run_directory.is_finished(root / "W"):
+            synthetic.write_store(root / "F", CLIPS)
+            (root / "F" / "provenance").mkdir()
+            (root / "F" / "provenance" / "v.json").write_text('{"feature": "video", "code": 2}')
+            settings = {"model__width": 8, "train__epochs": 1, "train__epochs_per_call": 1, "train__seeds": (1, 2)}
+            chosen = config.load("configs/etg_folder.py", data__features=str(root / "F"), **settings)
+            train.train(chosen, root / "W")
     return root / "W"
 
 
 def bundled(tmp_path_factory) -> pathlib.Path:
     """The bundle of `run`; not to be changed."""
     workdir = run(tmp_path_factory)
-    out = workdir.with_name("B")
-    if not out.exists():
-        bundle.write(workdir, out)
-    return out
+    with once.folder(tmp_path_factory, "exported") as root:
+        if not (root / "B").exists():
+            bundle.write(workdir, root / "B")
+    return root / "B"
 
 
 def code(folder: pathlib.Path, language: str = "python") -> list[str]:

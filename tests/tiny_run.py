@@ -6,29 +6,29 @@ import pathlib
 from avjax import config, train
 from avjax.features import extract as extraction
 from avjax.training import run_directory
-from tests import clips
+from tests import clips, once
 
 CLASSES = ("deep", "high", "middle")
 
 
 def make(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
     """(data, store, run directory) of 2 folds × 2 seeds on 9 clips, one without sound, one without picture."""
-    root = tmp_path_factory.getbasetemp() / "tiny_run"
-    if not run_directory.is_finished(root / "W"):
-        _write_data(root / "R")
-        extraction.extract("folder", "lite", root=str(root / "R"), out=str(root / "F"), processes=2)
-        settings = config.load(
-            "configs/fusion_folder.py:concat",  # which is compiled soonest
-            data__features=str(root / "F"),
-            protocol__fold_count=2,
-            model__settings__width=16,
-            model__settings__hidden=16,
-            train__epochs=2,
-            train__epochs_per_call=2,
-            train__seeds=(1, 2),
-            train__learning_rate=1e-2,
-        )
-        train.train(settings, root / "W")
+    with once.folder(tmp_path_factory, "tiny_run") as root:
+        if not run_directory.is_finished(root / "W"):
+            _write_data(root / "R")
+            extraction.extract("folder", "lite", root=str(root / "R"), out=str(root / "F"), processes=2)
+            settings = config.load(
+                "configs/fusion_folder.py:concat",  # which is compiled soonest
+                data__features=str(root / "F"),
+                protocol__fold_count=2,
+                model__settings__width=16,
+                model__settings__hidden=16,
+                train__epochs=2,
+                train__epochs_per_call=2,
+                train__seeds=(1, 2),
+                train__learning_rate=1e-2,
+            )
+            train.train(settings, root / "W")
     return root / "R", root / "F", root / "W"
 
 

@@ -4,7 +4,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 import zipfile
 
 import pytest
@@ -14,6 +13,7 @@ from avjax.errors import AvjaxError
 from avjax.features import presets
 from avjax.models.fusions import registry as fusions
 from avjax.utils import paths
+from tests import budget
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PRESETS = ["lite", "open", "open_raw", "etg", "etg_raw", "deiii", "flow_dis", "flow_perceiver", "deiii_lite",
@@ -200,9 +200,9 @@ def call(module, *args, cwd=REPOSITORY, path=REPOSITORY):
 
 @pytest.mark.parametrize(("module", "flag"), [("avjax.train", "--workdir"), ("avjax.extract", "--only")])
 def test_help_comes_at_once(module, flag):
-    start = time.monotonic()
+    start = budget.cpu_seconds()
     done = call(module, "--help")
-    assert time.monotonic() - start < 2
+    assert budget.cpu_seconds() - start < 2
     assert done.returncode == 0
     assert flag in done.stdout
     assert "--config" in done.stdout

@@ -236,6 +236,7 @@ def in_session(leader: int) -> list[str]:
 # ---- Extraction ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.budget(30)
 def test_every_file_is_accounted_for(store):
     with (store / "quarantine.csv").open(newline="", encoding="utf-8") as file:
         rows = [(row["clip_id"], row["reason"]) for row in csv.DictReader(file)]

@@ -135,6 +135,7 @@ def test_a_planted_relation_is_recovered(run, request):
         assert scores["ccc"] > 0.85
 
 
+@pytest.mark.budget(15)
 def test_permuted_labels_teach_nothing(permuted):
     metrics, _ = measured(permuted)
     assert abs(metrics["pooled"]["ccc"]) < 0.2

@@ -35,6 +35,7 @@ def measured(run):
         return json.loads((run / "metrics.json").read_text()), dict(rows)
 
 
+@pytest.mark.budget(12)
 def test_shares_are_recovered(measured):
     _, rows = measured
     assert rows["label"].dtype == np.float32

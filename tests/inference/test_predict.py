@@ -75,6 +75,7 @@ def shares(answer: prediction.Prediction) -> np.ndarray:
     return np.array(list(answer.answers.values()))
 
 
+@pytest.mark.budget(40)
 def test_the_command_repeats_what_training_stored(trained):
     data, _, workdir = trained
     expected = stored(workdir, "2", 1)

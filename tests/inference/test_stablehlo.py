@@ -53,7 +53,7 @@ def test_a_program_answers_as_its_run(name):
     same(portable.fusion(name), portable.features(7), 16 if name in GROUPED else 1)
 
 
-@pytest.mark.parametrize("task", ["multilabel", "regression", "soft"])
+@pytest.mark.parametrize("task", ["multilabel", "regression", pytest.param("soft", marks=thorough)])
 def test_answers_are_of_the_task(task):
     same(portable.fusion("mag", task=task), portable.features(3))
 

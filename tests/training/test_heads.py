@@ -63,6 +63,7 @@ def headed() -> Run:
     return run_heads().call(2)
 
 
+@pytest.mark.budget(8)
 def test_validation_chooses_the_head_of_each_lane(headed):
     assert headed.plan.names == [("deaf", 1), ("deaf", 2), ("blind", 1), ("blind", 2)]
     assert [HEADS.heads[i] for i in headed.state.best_head.tolist()] == ["video", "video", "audio", "audio"]

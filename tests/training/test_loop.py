@@ -114,6 +114,7 @@ def whole() -> Run:
 # ---- Lanes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.budget(12)
 @pytest.mark.parametrize("lane", [1, 2])
 def test_a_lane_gives_the_same_numbers_as_the_run_alone(whole, lane):
     (fold, seed), fold_at = whole.plan.names[lane], lane // 2
@@ -368,6 +369,7 @@ def run_talk(features) -> tuple[Run, dict[str, np.ndarray]]:
     return run, rows
 
 
+@pytest.mark.budget(8)
 def test_conversations_are_trained_and_every_test_clip_is_answered_once():
     run, rows = run_talk(told(lambda i: f"d{i // 5}"))
     assert run.rows[-1]["train_loss"] < run.rows[0]["train_loss"]

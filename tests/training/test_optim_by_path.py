@@ -139,6 +139,7 @@ def test_a_batch_is_cut_and_what_is_filled_in_weighs_nothing():
 FEATURES = dataclasses.replace(synthetic.make(signal=0.5), constants={"shift": np.linspace(0, 1, 7, dtype="f")})
 
 
+@pytest.mark.budget(8)
 def test_updates_are_those_of_whole_batches():
     """26 and 9 clips in batches of 8: pieces of 3 and 3 and 2 clips, and batches that padding fills up."""
     common = {"features": FEATURES, "model": PLAIN, "seeds": (1,), "train__epochs_per_call": 2}
