@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import flax.traverse_util
 import jax
 import numpy as np
-
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from avjax.training.batches import Resident
 from avjax.training.lanes import LanePlan
-from torch import Tensor, nn
 
 STREAMS = ("text", "audio", "video")
 _EVAL_BATCH = 64

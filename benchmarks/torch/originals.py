@@ -13,9 +13,8 @@ from benchmarks.ways import torch_device
 
 def new(config: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """The encoder of a configuration, of random weights, for evaluation; and the tensors of its checkpoint file."""
-    import transformers
-
     import torch
+    import transformers
 
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
