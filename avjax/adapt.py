@@ -71,7 +71,7 @@ def _edit(workdir: Path, run, path: Path) -> None:
         print(f"{clip_id}: {reason}", file=sys.stderr)
     if cache is not before or not path.exists():
         caches.save(cache, path)
-    Console(markup=False).print(prediction_tables.cache_table(cache, str(path), adaptation.begun(workdir, run)))
+    Console(markup=False).print(prediction_tables.cache_table(cache, str(path), adaptation.new_cache(workdir, run)))
 
 
 def _curve(workdir: Path, run) -> None:

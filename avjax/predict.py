@@ -37,11 +37,10 @@ def main(argv: list[str]) -> None:
     read = bundle.read if runs.is_bundle(workdir) else runs.read_run
     run = read(workdir, FOLD.value, SEED.value)
     cache = adaptation.taught(Path(CACHE.value), run) if CACHE.value else None
-    if cache and cache.text.shape[1] != sum(own.text.shape[1] for own in run.caches):
-        raise AvjaxError(f"{CACHE.value}: is of all lanes of the run; this bundle has {len(run.lanes)} of them")
+    run = adaptation.with_cache(run, cache) if cache else run
     clips = prediction.find_clips(argv[1:])
     progress = Console(stderr=True, soft_wrap=True, markup=False)
-    answers, rejected = prediction.predict(run, clips, progress, clip_seconds=CLIP_SECONDS.value, cache=cache)
+    answers, rejected = prediction.predict(run, clips, progress, clip_seconds=CLIP_SECONDS.value)
     for file, reason in rejected:
         print(f"{file}: {reason}", file=sys.stderr)
     if not answers:

@@ -11,8 +11,8 @@ import numpy as np
 
 from avjax import config as configs
 from avjax import models
-from avjax.evaluation import fewshot
 from avjax.evaluation import fewshot_cache as caches
+from avjax.evaluation.predictor import Caches, Heads
 from avjax.features.store import Features
 from avjax.inference import run as runs
 from avjax.models.base import Model
@@ -70,6 +70,7 @@ def run_of(model: Model, few: Features, **more) -> runs.Run:
         preset="lite",
         text_source="both",
         model=model,
+        predictor=Heads(model),
         best=jax.tree_util.tree_map_with_path(functools.partial(_drawn, rng), best),
         best_head=np.array([len(model.heads) - 1, 0], np.int32),
         stats=stats,
@@ -115,7 +116,7 @@ def recalled(few: Features, sizes: tuple[int, ...]) -> runs.Run:
         names = [few.classes[i % len(few.classes)] for i in range(size)]
         cache = caches.add(cache, [str(i) for i in range(size)], names, keys)
         own.append(dataclasses.replace(cache, alpha={"video": 3.0, "audio": 1.0 * lane}, beta=5.5 * lane))
-    return dataclasses.replace(run_of(model, few), caches=tuple(own))
+    return dataclasses.replace(run_of(model, few), predictor=Caches(tuple(own)))
 
 
 def emoasst():
@@ -144,8 +145,7 @@ def finished(run: runs.Run, config, workdir: pathlib.Path, **made_by: str) -> pa
     for name, content in files.items():
         workdir.mkdir(exist_ok=True)
         (workdir / f"{name}.json").write_text(json.dumps(content))
-    for lane, cache in zip(run.lanes, run.caches, strict=bool(run.caches)):
-        caches.save(cache, workdir / fewshot.FOLDER / fewshot.cache_name(*lane))
+    run.predictor.save(workdir, run.lanes)
     with Checkpoints(workdir / "checkpoints") as kept:
         kept.save(1, {"best": run.best, "best_head": run.best_head, "stats": run.stats})
     (workdir / "report.html").write_text("")

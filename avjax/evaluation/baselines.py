@@ -1,5 +1,6 @@
 """The conventional yardsticks of every run: linear models on pooled features, same clips, folds and statistics."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -19,7 +20,7 @@ COMBINATIONS = (("surface",), ("audio",), ("video",), ("text",), ("audio", "vide
 _NAMES = {"surface": "length, lead-in, loudness"}
 _MEANS_ALONE = ("surface", "text")
 # Fixed, not searched: scikit-learn's default strength on standardised features.
-_STRENGTH = 1.0
+STRENGTH = 1.0
 
 
 def pooled(data: Resident | Streamed) -> dict[str, np.ndarray]:
@@ -94,24 +95,39 @@ def _standardised(x: np.ndarray, group: jax.Array, groups: int, counted: np.ndar
     return np.asarray((x - mean[group]) / std[group])
 
 
-def _classes(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int) -> np.ndarray:
-    """Logistic regression: one-hot answers (n, classes)."""
+def logistic_regression(
+    x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int, *, strength: float, balanced: bool = False
+) -> np.ndarray:
+    """Fits logistic regression to x (n, d) of label (n,), and predicts x_test.
+
+    Args:
+      strength: inverse of the regularisation, scikit-learn's C; balanced: whether all classes weigh the same.
+    Returns:
+      log-probabilities (m, classes), at least −100.
+    """
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    if len(set(label.tolist())) < 2:
-        predicted = np.full(len(x_test), label[0])
+    out = np.full((len(x_test), classes), -np.inf)
+    known = np.unique(label)
+    if len(known) < 2:
+        out[:, known] = 0.0
     else:
-        model = LogisticRegression(C=_STRENGTH, max_iter=5000, class_weight="balanced")
+        model = LogisticRegression(C=strength, max_iter=5000, class_weight="balanced" if balanced else None)
         # The matrices are small: threads that wait for each other cost a hundred times more than they save.
         with threadpool_limits(1):
-            predicted = model.fit(x, label).predict(x_test)
-    return np.eye(classes)[predicted]
+            model.fit(x, label)
+            out[:, model.classes_] = model.predict_log_proba(x_test)
+    return np.maximum(out, -100.0)  # a class without training clips, and what float32 cannot tell from it
+
+
+_classes = functools.partial(logistic_regression, strength=STRENGTH, balanced=True)
 
 
 def _labels(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int) -> np.ndarray:
-    """A logistic regression for each label: 1 for yes, −1 for no, (n, classes)."""
-    return np.stack([2 * _classes(x, column.astype(int), x_test, 2)[:, 1] - 1 for column in label.T], -1)
+    """Fits a logistic regression for each label, and predicts its log-odds (m, classes)."""
+    yes_no = [_classes(x, column.astype(int), x_test, 2) for column in label.T]
+    return np.stack([log_p[:, 1] - log_p[:, 0] for log_p in yes_no], -1)
 
 
 def _values(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int) -> np.ndarray:
@@ -120,7 +136,7 @@ def _values(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int) 
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
-        return Ridge(1 / _STRENGTH).fit(x, label).predict(x_test).reshape(-1, classes)
+        return Ridge(1 / STRENGTH).fit(x, label).predict(x_test).reshape(-1, classes)
 
 
 def _shares(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int) -> np.ndarray:

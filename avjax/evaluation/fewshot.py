@@ -18,23 +18,21 @@ import numpy as np
 import optax
 
 from avjax.errors import AvjaxError
+from avjax.evaluation import baselines
 from avjax.evaluation import fewshot_cache as caches
 from avjax.evaluation.fewshot_cache import Cache
 from avjax.features.store import Features, safe_name
 from avjax.models.base import Model
-from avjax.models.emoasst import BOTH, modalities
-from avjax.tasks import metrics
+from avjax.models.emoasst import BOTH, TEMPERATURE, modalities
+from avjax.tasks import contrastive, metrics
 from avjax.training import loop
-from avjax.training.batches import gather
 from avjax.training.lanes import LanePlan
-from avjax.training.sharding import ALONE
 from avjax.utils.storage import replacing
 
 FOLDER = "caches"  # of the run directory
 REPRESENTATIONS = "representations.npz"
 # Strengths of the linear probe's regularisation; scikit-learn's default where nothing is held out.
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-_DEFAULT_STRENGTH = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +49,8 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
-    """What all classifiers of all lanes answer.
+class ClassifierOutputs:
+    """What all classifiers of all lanes predict.
 
     Attributes:
       logits: head → (lanes, n_test, c), zeros on padding; softmax makes probabilities of them.
@@ -87,27 +85,19 @@ def represent(model: Model, state: loop.State, data, told: bool = False) -> dict
       data: resident or streamed clips; told: ask the picture with a prompt that names the label, see `EmoAsst`.
     """
 
-    def every(variables, stats, block):
-        def one(_, item):
-            batch = gather(block, stats, *item)
-            return None, model.module.apply(variables, batch, train=False, told=told).features
-
-        count = len(block.group)
-        found = jax.lax.scan(one, None, loop.parts(jnp.arange(count), jnp.ones(count)))[1]
-        return {m: found[m].reshape(-1, found[m].shape[-1])[:count] for m in modalities(tuple(found))}
-
-    run = jax.jit(loop.over_lanes(model, ALONE, every, (0, 0, None)))
-    blocks = [jax.device_get(run(state.best, state.stats, block)) for _, block in data.blocks()]
+    read = lambda output, _: {m: output.features[m] for m in modalities(tuple(output.features))}  # noqa: E731
+    run = loop.read_clips(model, read, told=told)
+    blocks = [jax.device_get(run(state.best, state.best_head, state.stats, block)) for _, block in data.blocks()]
     return {m: np.concatenate([block[m] for block in blocks], 1) for m in blocks[0]}
 
 
-def of_lanes(found: Mapping[str, np.ndarray], features: Features, plan: LanePlan, settings, origin: str) -> Read:
-    """Fits and asks the classifiers of every lane.
+def fit(found: Mapping[str, np.ndarray], features: Features, plan: LanePlan, settings) -> ClassifierOutputs:
+    """Fits the classifiers of every lane, and predicts its test clips.
 
     Args:
-      found: as `represent` gives it.
-      settings: `model.settings` of the configuration; origin: says which run it is.
+      found: as `represent` gives it; settings: `model.settings` of the configuration.
     """
+    run = origin(found)
     lanes = jax.device_get(plan.lanes)
     answers, kept = [], []
     for i, (_, seed) in enumerate(plan.names):
@@ -116,13 +106,13 @@ def of_lanes(found: Mapping[str, np.ndarray], features: Features, plan: LanePlan
         combinations = {m: (m,) for m in vectors} | ({BOTH: tuple(vectors)} if len(vectors) > 1 else {})
         logits = {}
         for name, streams in combinations.items():
-            begun = _few(parts["train"].of(streams), features, settings.shots, seed, origin)
+            empty = _few(parts["train"].of(streams), features, settings.shots, seed, run)
             now = {p: part.of(streams) for p, part in parts.items()}
-            read, cache = _read(begun, now, settings)
+            read, cache = _read(empty, now, settings)
             logits |= {f"{name}_{reader}": rows for reader, rows in read.items()}
         answers.append({head: _padded(rows, lanes.test.shape[1]) for head, rows in logits.items()})
         kept.append(cache)  # the last combination has all modalities
-    return Read({head: np.stack([lane[head] for lane in answers]) for head in answers[0]}, kept)
+    return ClassifierOutputs({head: np.stack([lane[head] for lane in answers]) for head in answers[0]}, kept)
 
 
 _PARTS = ("train", "val", "test")
@@ -147,11 +137,11 @@ def _few(part: Part, features: Features, shots: int, seed: int, origin: str) -> 
     return caches.add(empty, [ids[i] for i in chosen], names, {m: v[chosen] for m, v in part.features.items()})
 
 
-def _read(begun: Cache, parts: Mapping[str, Part], settings) -> tuple[dict[str, np.ndarray], Cache]:
+def _read(unfitted: Cache, parts: Mapping[str, Part], settings) -> tuple[dict[str, np.ndarray], Cache]:
     """Reader → logits of the test clips, and the cache that answers."""
     train, val, test = (parts[p] for p in _PARTS)
     held = (val.features, val.label) if len(val.index) else None
-    cache = caches.fit(begun, held)
+    cache = caches.fit(unfitted, held)
     tuned = tune(cache, train.features, train.label, settings.tune_steps, settings.tune_rate)
     if held:
         tuned = caches.fit(tuned, held)
@@ -160,7 +150,7 @@ def _read(begun: Cache, parts: Mapping[str, Part], settings) -> tuple[dict[str, 
         "cache": caches.predict(cache, test.features),
         "tuned": caches.predict(tuned, test.features),
     }
-    logits = {reader: v / caches.TEMPERATURE for reader, v in scores.items()}
+    logits = {reader: v / TEMPERATURE for reader, v in scores.items()}
     silent = dataclasses.replace(cache, alpha=dict.fromkeys(cache.alpha, 0.0))
     answering = {"zero": silent, "cache": cache, "tuned": tuned}[settings.reader]
     return logits | {"probe": probe(train, val, test, len(cache.classes))}, answering
@@ -179,29 +169,28 @@ def tune(cache: Cache, features: Mapping[str, np.ndarray], label: np.ndarray, st
         own &= np.stack([(features[m] == entry[None]).all(-1) for entry in key], 1)
     zero = caches.zero_shot(cache, features)
     values = np.eye(len(cache.classes), dtype=np.float32)[cache.label]
-    alpha = {m: np.float32(a) for m, a in cache.alpha.items()}
-    keys = _tuned(
-        dict(cache.keys), dict(features), zero, values, label, ~own, alpha, np.float32(cache.beta), steps, rate
-    )
-    lengths = {m: np.linalg.norm(k, axis=-1, keepdims=True) for m, k in keys.items()}
-    unit = {m: np.where(lengths[m] > 0, k / np.maximum(lengths[m], 1e-12), 0) for m, k in keys.items()}
-    return dataclasses.replace(cache, keys={m: k.astype(np.float32) for m, k in unit.items()})
+    given = {
+        "rows": np.stack([features[m] for m in cache.keys]),
+        "zero": zero.astype(np.float32),
+        "one_hot": values,
+        "label": label,
+        "others": ~own,
+        "alpha": np.array([*cache.alpha.values()], np.float32),
+        "beta": np.float32(cache.beta),
+    }
+    keys = _tuned(np.stack([*cache.keys.values()]), given, steps, rate)
+    return dataclasses.replace(cache, keys=dict(zip(cache.keys, contrastive.unit(keys), strict=True)))
 
 
-@functools.partial(jax.jit, static_argnums=(8,))
-def _tuned(keys, features, zero, values, label, others, alpha, beta, steps, rate):
+@functools.partial(jax.jit, static_argnums=2)
+def _tuned(keys: jax.Array, given: Mapping[str, jax.Array], steps: int, rate: float) -> jax.Array:
+    """Trains keys (k, n, d); what is `given` stays."""
     tx = optax.adamw(rate)
-    there = {m: jnp.any(k != 0, -1) for m, k in keys.items()}
 
     def loss(keys):
-        scores = zero
-        for m, key in keys.items():
-            key = jnp.where(there[m][:, None], key, 0)
-            key = key / jnp.where(there[m], jnp.sqrt(jnp.sum(key * key, -1)), 1)[:, None]
-            asked = jnp.any(features[m] != 0, -1)[:, None] & there[m][None] & others
-            near = jnp.where(asked, jnp.exp(-beta * (1 - features[m] @ key.T)), 0)
-            scores += alpha[m] * near @ values
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores / caches.TEMPERATURE, label))
+        near = caches.affinity(given["rows"], contrastive.unit(keys), given["others"])
+        scores = caches.combined(given["zero"], caches.votes(near, given["one_hot"], given["beta"]), given["alpha"])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores / TEMPERATURE, given["label"]))
 
     def step(carry, _):
         keys, state = carry
@@ -214,30 +203,18 @@ def _tuned(keys, features, zero, values, label, others, alpha, beta, steps, rate
 def probe(train: Part, val: Part, test: Part, classes: int) -> np.ndarray:
     """Log-probabilities (n, c) of a logistic regression on the features (Table 2), its strength by validation."""
     x, x_val, x_test = (np.concatenate([*part.features.values()], -1) for part in (train, val, test))
-    strength = _DEFAULT_STRENGTH
+    strength = baselines.STRENGTH
     if len(val.index):
-        scores = [_recall(_logistic(x, train.label, x_val, classes, c), val.label, classes) for c in STRENGTHS]
+        scores = [
+            _recall(baselines.logistic_regression(x, train.label, x_val, classes, strength=c), val.label, classes)
+            for c in STRENGTHS
+        ]
         strength = STRENGTHS[int(np.argmax(scores))]
-    return _logistic(x, train.label, x_test, classes, strength)
+    return baselines.logistic_regression(x, train.label, x_test, classes, strength=strength)
 
 
 def _recall(logits: np.ndarray, label: np.ndarray, classes: int) -> float:
     return float(metrics.uar(metrics.count(label, logits.argmax(-1), classes)))
-
-
-def _logistic(x: np.ndarray, label: np.ndarray, x_test: np.ndarray, classes: int, strength: float) -> np.ndarray:
-    from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
-
-    out = np.full((len(x_test), classes), -np.inf)
-    known = np.unique(label)
-    if len(known) < 2:
-        out[:, known] = 0.0
-    else:
-        with threadpool_limits(1):
-            model = LogisticRegression(C=strength, max_iter=5000).fit(x, label)
-            out[:, model.classes_] = model.predict_log_proba(x_test)
-    return np.maximum(out, -100.0)  # a class without training clips, and what float32 cannot tell from it
 
 
 def remarks(
@@ -283,10 +260,11 @@ def query_mismatch(plan: LanePlan, features: Features, told: np.ndarray, not_tol
     return scores
 
 
-def write(workdir: Path, read: Read, found: Mapping[str, np.ndarray], features: Features, plan: LanePlan) -> None:
+def write(
+    workdir: Path, outputs: ClassifierOutputs, found: Mapping[str, np.ndarray], features: Features, plan: LanePlan
+) -> None:
     """Writes the caches of all lanes, and all features beside clip_id, speaker, label and `tested` (lanes, n)."""
-    for cache, (fold, seed) in zip(read.caches, plan.names, strict=True):
-        caches.save(cache, workdir / FOLDER / cache_name(fold, seed))
+    write_caches(workdir, outputs.caches, plan.names)
     lanes = jax.device_get(plan.lanes)
     tested = np.zeros((len(plan.names), len(features.ids)), bool)
     for row, index, weight in zip(tested, lanes.test, lanes.test_weight, strict=True):
@@ -315,6 +293,12 @@ def cache_name(fold: str, seed: int) -> str:
     return f"{safe_name(fold)}-{seed}.npz"
 
 
+def write_caches(workdir: Path, own: Sequence[Cache], lanes: Sequence[tuple[str, int]]) -> None:
+    """Writes the caches of lanes (fold, seed)."""
+    for cache, (fold, seed) in zip(own, lanes, strict=True):
+        caches.save(cache, workdir / FOLDER / cache_name(fold, seed))
+
+
 def read_caches(workdir: Path, lanes: Sequence[tuple[str, int]]) -> list[Cache]:
     """The caches of some lanes of a finished run.
 
@@ -325,5 +309,5 @@ def read_caches(workdir: Path, lanes: Sequence[tuple[str, int]]) -> list[Cache]:
 
 
 def joined(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Features of several lanes (lanes, n, d) as those of one (n, lanes · d): cosines are the means over lanes."""
+    """Joins features of several lanes (lanes, n, d) to those of one (n, lanes · d): cosines are means over lanes."""
     return {m: np.concatenate(v, -1) / np.sqrt(np.float32(len(v))) for m, v in found.items()}

@@ -1,8 +1,9 @@
-"""The few-shot cache classifier of EmoAsst (section 3.4, Eqs. 2–4; Tip-Adapter, Zhang et al. 2021), in NumPy.
+"""The few-shot cache classifier of EmoAsst (section 3.4, Eqs. 2–4; Tip-Adapter, Zhang et al. 2021).
 
 A zero-shot classifier of texts is helped by a cache of labelled clips: each votes for its label, the more the nearer it
 is. Nothing is trained, so a clip that a user corrects counts from then on. Features are of length 1; a row of zeros
-says that a clip lacks the modality, and neither asks nor votes there. Scores are float64.
+says that a clip lacks the modality, and neither asks nor votes there. Scores of a `Cache` are float64; the equations
+take JAX arrays too, inside jit.
 """
 
 import dataclasses
@@ -12,10 +13,12 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from avjax.datasets.labels import trouble
 from avjax.errors import AvjaxError
+from avjax.models.emoasst import TEMPERATURE, zero_shot_scores
 from avjax.utils.storage import replacing
 
 # What `fit` chooses from: residual ratios of each modality, and sharpnesses about that of Tip-Adapter.
@@ -23,8 +26,6 @@ ALPHAS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 BETAS = (1.375, 2.75, 5.5, 11.0, 22.0, 44.0)
 # Until then: the defaults of Tip-Adapter, whose zero-shot scores are 100 times the cosines of Eq. 2.
 ALPHA, BETA = 0.01, 5.5
-# At which scores become probabilities, where `fit` decides between equals.
-TEMPERATURE = 0.07
 # No cache is larger, whoever wrote the file.
 LIMITS = types.MappingProxyType({"classes": 1_000, "modalities": 4, "entries": 16_384, "width": 65_536})
 _CHARACTERS = 1_000  # of an id, a class, an origin
@@ -33,6 +34,7 @@ _ROWS = 1_024  # clips that are compared with all entries at a time
 _LENGTH = 1e-3  # how far a length may be from 1: what half precision leaves
 _DIGITS = 9  # to which scores of a fit are equal
 
+Array = np.ndarray | jax.Array
 Features = Mapping[str, np.ndarray]
 
 
@@ -49,8 +51,6 @@ class Cache:
       alpha: modality → residual ratio, from 0.
       beta: sharpness, above 0.
       origin: of which trained run the features are; those of two runs cannot be compared.
-    Raises:
-      AvjaxError: what is given is not like that, or larger than LIMITS.
     """
 
     classes: tuple[str, ...]
@@ -63,9 +63,6 @@ class Cache:
     origin: str = ""
 
     def __post_init__(self):
-        if np.ndim(self.text) != 2:
-            raise AvjaxError(f"text weights are {np.shape(self.text)}; expected (classes, width)")
-        _check_label(np.asarray(self.label), len(self.ids), len(self.classes))
         settle = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         keys = {name: _frozen(rows, np.float32) for name, rows in self.keys.items()}
         settle("text", _frozen(self.text, np.float32))
@@ -73,10 +70,6 @@ class Cache:
         settle("keys", types.MappingProxyType(keys))
         settle("alpha", types.MappingProxyType({name: float(ratio) for name, ratio in self.alpha.items()}))
         settle("beta", float(self.beta))
-        _check_size(self)
-        _check_names(self)
-        _check_arrays(self)
-        _check_numbers(self)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -88,6 +81,21 @@ def _frozen(values: np.ndarray, dtype: type) -> np.ndarray:
     values = np.array(values, dtype)
     values.flags.writeable = False
     return values
+
+
+# ---- Checks of files -----------------------------------------------------------------------------------------------
+
+
+def check(cache: Cache) -> None:
+    """Checks what is read from a file or written to one.
+
+    Raises:
+      AvjaxError: the cache is not as `Cache` says, or larger than LIMITS.
+    """
+    _check_size(cache)
+    _check_names(cache)
+    _check_arrays(cache)
+    _check_numbers(cache)
 
 
 def _check_size(cache: Cache) -> None:
@@ -111,17 +119,14 @@ def _check_names(cache: Cache) -> None:
             )
     if len(set(cache.classes)) < len(cache.classes):
         raise AvjaxError(f"classes are {cache.classes}; expected each once")
-    _each_once(cache.ids)
-
-
-def _each_once(ids: Sequence[str]) -> None:
-    if len(set(ids)) < len(ids):
-        twice = next(i for i in ids if ids.count(i) > 1)
+    if len(set(cache.ids)) < len(cache.ids):
+        twice = next(i for i in cache.ids if cache.ids.count(i) > 1)
         raise AvjaxError(f"clip {twice!r} comes twice; expected each once")
 
 
 def _check_arrays(cache: Cache) -> None:
     n, (c, d) = len(cache.ids), cache.text.shape
+    _check_label(cache.label, n, len(cache.classes))
     if c != len(cache.classes):
         raise AvjaxError(
             f"text weights are {cache.text.shape}; expected a row for each of {len(cache.classes)} classes"
@@ -137,8 +142,7 @@ def _check_arrays(cache: Cache) -> None:
 
 
 def _check_label(label: np.ndarray, count: int, classes: int) -> None:
-    whole = label.shape == (count,) and (not count or label.dtype.kind in "iu")
-    if not whole or np.any((label < 0) | (label >= classes)):
+    if label.shape != (count,) or np.any((label < 0) | (label >= classes)):
         raise AvjaxError(f"labels are {label.dtype}{label.shape}; expected {count} integers from 0 to {classes - 1}")
 
 
@@ -166,7 +170,7 @@ def _check_numbers(cache: Cache) -> None:
 
 
 def empty(classes: Iterable[str], text: np.ndarray, modalities: Iterable[str], origin: str) -> Cache:
-    """A cache without entries; raises as `Cache`."""
+    """Makes a cache without entries."""
     names = tuple(modalities)
     keys, alpha = dict.fromkeys(names, np.zeros((0, np.shape(text)[-1]))), dict.fromkeys(names, ALPHA)
     return Cache(tuple(classes), text, (), np.zeros(0, np.int32), keys, alpha, BETA, origin)
@@ -179,16 +183,13 @@ def add(cache: Cache, ids: Sequence[str], labels: Sequence[str], features: Featu
       ids: of m clips, each once; labels: names of their classes.
       features: modality → (m, d) of length 1, zeros for clips without it, as for all where a modality is not there.
     Raises:
-      AvjaxError: a label is no class, or ids, labels or features are not as said.
+      AvjaxError: a label is no class.
     """
     ids, labels = list(ids), [str(name) for name in labels]
-    _each_once(ids)
-    if len(labels) != len(ids):
-        raise AvjaxError(f"{len(labels)} labels for {len(ids)} clips; expected one each")
     wrong = [why for why in (trouble(label, cache.classes) for label in labels) if why]
     if wrong:
         raise AvjaxError(wrong[0])
-    rows = _stacked(cache, features, len(ids))
+    rows = _stacked(cache, features)
     label = np.array([cache.classes.index(name) for name in labels], np.int32)
     kept = _without(cache, ids)
     joined = np.concatenate([_keys(kept), rows], 1)
@@ -234,13 +235,7 @@ def few(label: np.ndarray, ids: Sequence[str], classes_count: int, shots: int, s
       label: (n,) integers in [0, classes_count); ids: (n), each once.
     Returns:
       indices of the clips, sorted by class, then id.
-    Raises:
-      AvjaxError: labels or ids are not as said, or there are no shots.
     """
-    _each_once(list(ids))
-    _check_label(np.asarray(label), len(ids), classes_count)
-    if shots < 1:
-        raise AvjaxError(f"{shots} shots; expected 1 or more of each class")
     chosen = []
     for c in range(classes_count):
         members = sorted(np.flatnonzero(np.asarray(label) == c), key=lambda i: ids[i])
@@ -249,97 +244,89 @@ def few(label: np.ndarray, ids: Sequence[str], classes_count: int, shots: int, s
     return np.array(chosen, int)
 
 
-# ---- Answers ------------------------------------------------------------------------------------------------------
+# ---- Equations ----------------------------------------------------------------------------------------------------
+
+
+def affinity(rows: Array, keys: Array, among: Array | bool = True) -> Array:
+    """Computes the cosines of clips to entries, each modality's own; −inf where clip or entry lacks it.
+
+    The paper's Eq. 4 writes those of the video for both.
+
+    Args:
+      rows: (…, k, m, d) features of m clips in k modalities; keys: (…, k, n, d) of n entries.
+      among: (m, n), False for entries that a clip does not ask.
+    Returns:
+      (…, k, m, n).
+    """
+    xp = rows.__array_namespace__()
+    both = (rows != 0).any(-1)[..., :, None] & (keys != 0).any(-1)[..., None, :] & among
+    return xp.where(both, rows @ xp.swapaxes(keys, -1, -2), -xp.inf)
+
+
+def votes(affinity: Array, one_hot: Array, beta: Array | float) -> Array:
+    """Sums exp(−β(1 − cosine)) (Eq. 4) over the entries of each class (Eq. 3).
+
+    Args:
+      affinity: (…, k, m, n), as `affinity` gives it; one_hot: (…, n, c), the class of each entry.
+    Returns:
+      (…, k, m, c).
+    """
+    xp = affinity.__array_namespace__()
+    return xp.exp(-beta * (1 - affinity)) @ one_hot[..., None, :, :]
+
+
+def combined(zero: Array, votes: Array, alpha: Array) -> Array:
+    """Adds the votes of the modalities, by alpha (…, k), to the zero-shot scores (Eqs. 2 + 3): (…, m, c)."""
+    return zero + (alpha[..., :, None, None] * votes).sum(-3)
+
+
+# ---- Predictions --------------------------------------------------------------------------------------------------
 
 
 def zero_shot(cache: Cache, features: Features) -> np.ndarray:
-    """Cosines to the class weights (Eq. 2), the mean over the modalities that a clip has.
+    """Computes the zero-shot scores of clips (Eq. 2), (m, c) float64; zeros for a clip without any modality.
 
     Args:
       features: as of `add`.
-    Returns:
-      (m, c), zeros for a clip without any.
-    Raises:
-      AvjaxError: features are not as said.
     """
     return _zero_shot(cache, _stacked(cache, features))
 
 
 def _zero_shot(cache: Cache, rows: np.ndarray) -> np.ndarray:
-    count = rows.any(-1).sum(0)[:, None]
-    return (rows @ cache.text.T.astype(np.float64)).sum(0) / np.maximum(count, 1)
-
-
-def affinity(cache: Cache, features: Features) -> np.ndarray:
-    """Cosines of clips to entries, each modality's own: (modalities, m, n), −inf where clip or entry lacks it.
-
-    The paper's Eq. 4 writes those of the video for both. Arguments and errors are those of `zero_shot`.
-    """
-    return _affinity(_stacked(cache, features), _keys(cache).astype(np.float64))
-
-
-def _affinity(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    both = rows.any(-1)[:, :, None] & keys.any(-1)[:, None, :]
-    return np.where(both, rows @ keys.transpose(0, 2, 1), -np.inf)
-
-
-def phi(affinity: np.ndarray, beta: float) -> np.ndarray:
-    """exp(−β(1 − x)) (Eq. 4): 1 for the same feature, 0 for −inf."""
-    return np.exp(-beta * (1 - affinity))
+    return zero_shot_scores(rows, cache.text.astype(np.float64))
 
 
 def predict(cache: Cache, features: Features) -> np.ndarray:
-    """Scores of clips (Eqs. 2 + 3): zero-shot, and the votes of the entries by alpha.
+    """Computes the scores of clips (Eqs. 2 + 3), zero-shot and the votes of the entries by alpha: (m, c) float64.
 
     Args:
       features: as of `add`.
-    Returns:
-      (m, c).
-    Raises:
-      AvjaxError: features are not as said.
     """
-    return _scores(cache, _stacked(cache, features), apart=False)
-
-
-def leave_one_out(cache: Cache) -> np.ndarray:
-    """The scores of each entry by the others, (n, c): those of `predict` were it not in the cache."""
-    return _scores(cache, _keys(cache).astype(np.float64), apart=True)
-
-
-def _scores(cache: Cache, rows: np.ndarray, apart: bool) -> np.ndarray:
+    rows = _stacked(cache, features)
     alpha = np.array([cache.alpha[name] for name in cache.modalities])
-    return _zero_shot(cache, rows) + np.einsum("k,kmc->mc", alpha, _votes(cache, rows, (cache.beta,), apart)[0])
+    return combined(_zero_shot(cache, rows), _votes(cache, rows, (cache.beta,), apart=False)[0], alpha)
 
 
 def _votes(cache: Cache, rows: np.ndarray, betas: Sequence[float], apart: bool) -> np.ndarray:
-    """φ(f Kᵀ) L of Eq. 3 for each β, (betas, modalities, m, c); `apart`: the rows are the keys, without their own vote.
+    """Counts the votes for each β, (betas, k, m, c); `apart`: the rows are the keys, without their own vote.
 
     A block of rows at a time, as affinities of all to all are large.
     """
     keys, one_hot = _keys(cache).astype(np.float64), np.eye(len(cache.classes))[cache.label]
-    votes = np.zeros((len(betas), *rows.shape[:2], len(cache.classes)))
+    out = np.zeros((len(betas), *rows.shape[:2], len(cache.classes)))
     for first in range(0, rows.shape[1], _ROWS):
-        part = slice(first, first + _ROWS)
-        near = _affinity(rows[:, part], keys)
-        if apart:
-            own = np.arange(near.shape[1])
-            near[:, own, own + first] = -np.inf
+        part = np.arange(first, min(first + _ROWS, rows.shape[1]))
+        others = part[:, None] != np.arange(keys.shape[1]) if apart else True
+        near = affinity(rows[:, part], keys, others)
         for i, beta in enumerate(betas):
-            votes[i, :, part] = phi(near, beta) @ one_hot
-    return votes
+            out[i, :, part[0] : part[-1] + 1] = votes(near, one_hot, beta)
+    return out
 
 
-def _stacked(cache: Cache, features: Features, count: int | None = None) -> np.ndarray:
-    """Features of `count` clips as (modalities, m, d) float64, checked; zeros for modalities that are not there."""
-    unknown = sorted(set(features) - set(cache.keys))
-    if unknown or not features:
-        raise AvjaxError(f"features of {', '.join(unknown) or 'nothing'}; expected some of {', '.join(cache.keys)}")
-    rows = {name: np.asarray(values, np.float64) for name, values in features.items()}
-    count = len(next(iter(rows.values()))) if count is None else count
-    width = cache.text.shape[1]
-    for name, values in rows.items():
-        _check_rows(name, values, count, width)
-    return np.stack([rows.get(name, np.zeros((count, width))) for name in cache.modalities])
+def _stacked(cache: Cache, features: Features) -> np.ndarray:
+    """Stacks the features of clips as (modalities, m, d) float64; zeros for modalities that are not there."""
+    shape = np.shape(next(iter(features.values())))
+    return np.stack([np.asarray(features.get(name, np.zeros(shape)), np.float64) for name in cache.modalities])
 
 
 # ---- Alpha and beta -----------------------------------------------------------------------------------------------
@@ -357,24 +344,20 @@ def fit(cache: Cache, held_out: tuple[Features, np.ndarray] | None = None) -> Ca
     Returns:
       the cache, with other alpha and beta alone.
     Raises:
-      AvjaxError: there is no clip to fit on, or features or labels are not as said.
+      AvjaxError: there is no clip to fit on.
     """
-    rows, label = (_keys(cache).astype(np.float64), cache.label) if held_out is None else _held_out(cache, *held_out)
+    if held_out is None:
+        rows, label = _keys(cache).astype(np.float64), cache.label
+    else:
+        rows, label = _stacked(cache, held_out[0]), held_out[1]
     if not len(label):
         raise AvjaxError("no clip to fit alpha and beta on; add some to the cache, or give some that are held out")
-    zero, votes = _zero_shot(cache, rows), _votes(cache, rows, BETAS, apart=held_out is None)
-    choices = []
-    for beta, vote in zip(BETAS, votes, strict=True):
+    zero, choices = _zero_shot(cache, rows), []
+    for beta, vote in zip(BETAS, _votes(cache, rows, BETAS, apart=held_out is None), strict=True):
         for alpha in itertools.product(ALPHAS, repeat=len(vote)):
-            choices.append((*_quality(zero + np.tensordot(alpha, vote, 1), label), alpha, beta))
+            choices.append((*_quality(combined(zero, vote, np.array(alpha)), label), alpha, beta))
     *_, alpha, beta = min(choices)
     return dataclasses.replace(cache, alpha=dict(zip(cache.modalities, alpha, strict=True)), beta=beta)
-
-
-def _held_out(cache: Cache, features: Features, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rows, label = _stacked(cache, features), np.asarray(label)
-    _check_label(label, rows.shape[1], len(cache.classes))
-    return rows, label
 
 
 def _quality(scores: np.ndarray, label: np.ndarray) -> tuple[float, float]:
@@ -395,8 +378,9 @@ def save(cache: Cache, path: Path) -> None:
     """Writes a cache, as an .npz of numbers and text, whole.
 
     Raises:
-      AvjaxError: it cannot be written.
+      AvjaxError: it cannot be written, or `load` would refuse it.
     """
+    check(cache)
     arrays = {
         "format": np.array(_FORMAT),
         "classes": np.array(cache.classes),
@@ -445,7 +429,9 @@ def load(path: Path) -> Cache:
         if found is None or found.ndim != axes or found.dtype.str.lstrip("<>=|")[: len(dtype)] != dtype:
             raise AvjaxError(f"{path}: {name} is missing or of another kind; the file is damaged, restore a copy")
     try:
-        return _restored(arrays)
+        cache = _restored(arrays)
+        check(cache)
+        return cache
     except (AvjaxError, ValueError) as error:
         raise AvjaxError(f"{path}: {error}; the file is damaged, restore a copy") from error
 

@@ -46,7 +46,7 @@ def write(
     about, remarks = {"best_epoch": state.best_epoch.tolist()}, {}
     if model.readers:
         found = fewshot.represent(model, state, clips)
-        read = fewshot.of_lanes(found, features, plan, config.model.settings, fewshot.origin(found))
+        read = fewshot.fit(found, features, plan, config.model.settings)
         fewshot.write(workdir, read, found, features, plan)
         logits, about = logits | read.logits, about | read.about
         remarks = fewshot.remarks(model, state, plan, clips, features, found)

@@ -1,7 +1,7 @@
 """Caches that grow with a user's corrections, and the curve that shows what a few labelled clips of a person bring.
 
 A user's cache is of all lanes of a run together: their features side by side are features, and a cosine of these is
-the mean of the lanes' own (`readouts.joined`). The curve is measured lane by lane, on people whom the lane has not
+the mean of the lanes' own (`fewshot.joined`). The curve is measured lane by lane, on people whom the lane has not
 seen.
 """
 
@@ -18,6 +18,7 @@ from avjax.errors import AvjaxError
 from avjax.evaluation import fewshot
 from avjax.evaluation import fewshot_cache as caches
 from avjax.evaluation.fewshot_cache import Cache
+from avjax.evaluation.predictor import Caches
 from avjax.inference import predict as prediction
 from avjax.inference.run import Run
 from avjax.models.emoasst import modalities
@@ -46,46 +47,52 @@ class Point:
 
 
 def opened(path: Path, workdir: Path, run: Run) -> Cache:
-    """The cache at `path`, or a new one where there is none (`begun`); raises as `taught`."""
-    return taught(path, run) if path.exists() else begun(workdir, run)
+    """Reads the cache at `path`, or makes a new one where there is none; raises as `taught`."""
+    return taught(path, run) if path.exists() else new_cache(workdir, run)
 
 
 def taught(path: Path, run: Run) -> Cache:
-    """The cache at `path`.
+    """Reads the cache at `path`.
 
     Raises:
-      AvjaxError: it is damaged or of another run, or the run is not read by a cache.
+      AvjaxError: it is damaged, of another run or of lanes that this one lacks, or the run is not read by a cache.
     """
-    _check_readable(run)
-    cache = caches.load(path)
-    if cache.origin != run.caches[0].origin or cache.classes != run.classes:
+    own, cache = _caches(run), caches.load(path)
+    if cache.origin != own[0].origin or cache.classes != run.classes:
         raise AvjaxError(f"{path}: a cache of another run than {run.name}; features of two runs cannot be compared")
+    if cache.text.shape[1] != sum(lane.text.shape[1] for lane in own):
+        raise AvjaxError(f"{path}: is of all lanes of the run; this bundle has {len(run.lanes)} of them")
     return cache
 
 
-def _check_readable(run: Run) -> None:
-    if not run.caches:
+def with_cache(run: Run, cache: Cache) -> Run:
+    """Gives the run with a user's cache in the place of those of its lanes."""
+    return dataclasses.replace(run, predictor=Caches((cache,), together=True))
+
+
+def _caches(run: Run) -> tuple[Cache, ...]:
+    if not isinstance(run.predictor, Caches):
         raise AvjaxError(f"run {run.name} has no cache to adapt; train one with configs/emoasst_folder.py")
+    return run.predictor.caches
 
 
-def begun(workdir: Path, run: Run) -> Cache:
-    """A new cache of a run: as many of its clips of each class as a lane has; alpha and beta are the lanes' medians.
+def new_cache(workdir: Path, run: Run) -> Cache:
+    """Makes a new cache of a run: as many of its clips of each class as a lane has, alpha and beta the lanes' medians.
 
     Raises:
       AvjaxError: the run is not read by a cache, or its features are missing or damaged.
     """
-    _check_readable(run)
-    kept = fewshot.read_representations(workdir)
+    own, kept = _caches(run), fewshot.read_representations(workdir)
     found = fewshot.joined({m: kept[m] for m in modalities(tuple(kept))})
     ids, label = kept["clip_id"].tolist(), kept["label"]
-    text = fewshot.joined({"text": np.stack([c.text for c in run.caches])})["text"]
-    cache = caches.empty(run.classes, text, tuple(found), run.caches[0].origin)
-    shots = max(int(np.bincount(c.label).max()) for c in run.caches)
+    text = fewshot.joined({"text": np.stack([c.text for c in own])})["text"]
+    cache = caches.empty(run.classes, text, tuple(found), own[0].origin)
+    shots = max(int(np.bincount(c.label).max()) for c in own)
     chosen = caches.few(label, ids, len(run.classes), shots, 0)
     names = [run.classes[i] for i in label[chosen]]
     cache = caches.add(cache, [ids[i] for i in chosen], names, {m: v[chosen] for m, v in found.items()})
-    alpha = {m: float(np.median([c.alpha[m] for c in run.caches])) for m in found}
-    return dataclasses.replace(cache, alpha=alpha, beta=float(np.median([c.beta for c in run.caches])))
+    alpha = {m: float(np.median([c.alpha[m] for c in own])) for m in found}
+    return dataclasses.replace(cache, alpha=alpha, beta=float(np.median([c.beta for c in own])))
 
 
 def corrections(table: Path, run: Run) -> tuple[list[Clip], list[tuple[str, str]]]:
@@ -115,7 +122,7 @@ def enter(
     found, _, rejected = prediction.measure(run, clips, console, clip_seconds=clip_seconds)
     if found is None:
         return cache, rejected
-    vectors = fewshot.joined(prediction.represented(run, found))
+    vectors = fewshot.joined(prediction.read_outputs(run, found))
     return caches.add(cache, found.ids, [clip.label for clip in found.clips], vectors), rejected
 
 
@@ -131,7 +138,7 @@ def curve(workdir: Path, run: Run, shots: Sequence[int], draws: int, seed: int =
     Raises:
       AvjaxError: shots or draws are not positive, speakers are unknown, or nobody has two clips of a class.
     """
-    _check_readable(run)
+    own = _caches(run)
     shots = sorted(set(shots))
     if not shots or shots[0] < 1 or draws < 1:
         raise AvjaxError(f"labelled clips per class are {shots}, draws {draws}; expected 1 or more of each")
@@ -139,13 +146,13 @@ def curve(workdir: Path, run: Run, shots: Sequence[int], draws: int, seed: int =
     if not all(kept["speaker"]):
         raise AvjaxError(f"{workdir}: its clips have no speakers; a curve is of people whom a lane has not seen")
     scores: dict[int, dict[str, list[float]]] = {k: {} for k in (0, *shots)}
-    for lane, cache in enumerate(run.caches):
+    for lane, cache in enumerate(own):
         found = {m: kept[m][lane] for m in modalities(tuple(kept))}
         for person in np.unique(kept["speaker"][kept["tested"][lane]]).tolist():
-            own = np.flatnonzero(kept["tested"][lane] & (kept["speaker"] == person))
+            clips = np.flatnonzero(kept["tested"][lane] & (kept["speaker"] == person))
             for draw in range(draws):
                 rng = np.random.default_rng([seed, lane, draw])
-                for k, score in _drawn(cache, found, kept, own, shots, rng):
+                for k, score in _drawn(cache, found, kept, clips, shots, rng):
                     scores[k].setdefault(person, []).append(score)
     if not scores[0]:
         raise AvjaxError(f"{workdir}: nobody has two clips of a class, one to label and one to test")

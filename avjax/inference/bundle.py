@@ -29,8 +29,7 @@ from rich.console import Console
 from avjax import models
 from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
-from avjax.evaluation import fewshot
-from avjax.evaluation import fewshot_cache as caches
+from avjax.evaluation import predictor as predictors
 from avjax.features import extract as extraction
 from avjax.inference import model_card, provenance, stablehlo
 from avjax.inference import predict as prediction
@@ -66,8 +65,7 @@ def write(workdir: Path, out: Path, fold: str | None = None, seed: int | None = 
     with _whole(out) as folder:
         (folder / PROGRAM).write_bytes(exported.serialize())
         _write_weights(folder, weights)
-        for lane, cache in zip(run.lanes, run.caches, strict=bool(run.caches)):
-            caches.save(cache, folder / fewshot.FOLDER / fewshot.cache_name(*lane))
+        run.predictor.save(folder, run.lanes)
         _write_json(folder / "config.json", _placeless(config))
         _write_json(folder / "labels.json", {"task": run.task, "classes": list(run.classes)})
         _write_json(folder / "provenance.json", says)
@@ -210,7 +208,7 @@ def read(folder: Path, fold: str | None = None, seed: int | None = None, *, new_
         run = _restored(folder, config)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise AvjaxError(f"{folder}: not of this version of avjax (without {error}); export its run again") from error
-    return runs.of_lanes(run, folder, fold, seed)
+    return runs.select_lanes(run, folder, fold, seed)
 
 
 def _restored(folder: Path, config: ConfigDict) -> Run:
@@ -235,7 +233,7 @@ def _restored(folder: Path, config: ConfigDict) -> Run:
         lanes=lanes,
         made_by=says["features"]["made_by"],
         random=says["random_weights"],
-        caches=tuple(fewshot.read_caches(folder, lanes)) if model.readers else (),
+        predictor=predictors.restored(model, folder, lanes),
         streams={name: (tuple(stream["longest"]), stream["dtype"]) for name, stream in streams.items()},
     )
 

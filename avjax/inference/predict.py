@@ -1,19 +1,17 @@
 """"""
 
 import dataclasses
-import functools
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
-from avjax.evaluation import fewshot
-from avjax.evaluation import fewshot_cache as caches
-from avjax.evaluation.fewshot_cache import Cache
 from avjax.features import clip as clip_features
 from avjax.features import extract as extraction
 from avjax.features import presets, prompts
@@ -74,7 +72,6 @@ def predict(
     console: Console,
     *,
     clip_seconds: float = extraction.CLIP_SECONDS,
-    cache: Cache | None = None,
 ) -> tuple[list[Prediction], list[tuple[str, str]]]:
     """Measures clips and answers for all that can be used; progress goes to `console`.
 
@@ -82,8 +79,6 @@ def predict(
     one exception: where the data had a column of speakers, "high" and "low" in a stored sentence are judged against the
     speaker's usual pitch, and here, for want of a speaker, against fixed bounds; a transcript is not known here either.
 
-    Args:
-      cache: answers in the place of the run's own (`avjax.inference.adaptation`).
     Returns:
       the answers, and (file, reason) of each clip that cannot be used, both in the order of the clips.
     Raises:
@@ -92,7 +87,7 @@ def predict(
     found, missing, rejected = measure(run, clips, console, clip_seconds=clip_seconds)
     if found is None:
         return [], rejected
-    shares = answers_of(run, found, cache)
+    shares = probabilities(run, found)
     sentences = found.sentences[run.text_source] if run.text_source else [""] * len(found.ids)
     answers = [
         Prediction(clip_id, dict(zip(run.classes, map(float, row), strict=True)), sentence, lacking)
@@ -130,31 +125,16 @@ def measure(
     return found, missing, rejected
 
 
-def represented(run: Run, clips: stores.Features) -> dict[str, np.ndarray]:
-    """What a cache reads of clips: modality → (lanes, clips, d)."""
+def read_outputs(run: Run, clips: stores.Features) -> Any:
+    """Reads what the run's predictor takes of clips (`Predictor.read`): a tree with leaves (lanes, clips, …)."""
     data = batches.resident(clips, run.text_source, "train", run.model.constants)
-    return fewshot.represent(run.model, run, data)
+    read = loop.read_clips(run.model, run.predictor.read)(run.best, run.best_head, run.stats, data)
+    return jax.tree.map(lambda v: np.asarray(v, np.float64), read)
 
 
-def answers_of(run: Run, clips: stores.Features, cache: Cache | None = None) -> np.ndarray:
-    """The mean over lanes of what the predicting head answers, (clips, classes) float64: probabilities, or values.
-
-    Args:
-      cache: of all lanes together (`readouts.joined`), to answer in the place of theirs.
-    """
-    from scipy.special import expit, softmax
-
-    if run.caches:
-        found = represented(run, clips)
-        if cache is not None:
-            return softmax(caches.predict(cache, fewshot.joined(found)) / caches.TEMPERATURE, -1)
-        lanes = [{m: v[i] for m, v in found.items()} for i in range(len(run.lanes))]
-        scores = [caches.predict(own, lane) for own, lane in zip(run.caches, lanes, strict=True)]
-        return softmax(np.stack(scores) / caches.TEMPERATURE, -1).mean(0)
-    data = batches.resident(clips, run.text_source, "train", run.model.constants)
-    logits = loop.answers(run.model)(run.best, run.best_head, run.stats, data)[run.model.answers[0]]
-    ways = {"multilabel": expit, "regression": np.asarray}
-    return ways.get(run.task, functools.partial(softmax, axis=-1))(np.asarray(logits, np.float64)).mean(0)
+def probabilities(run: Run, clips: stores.Features) -> np.ndarray:
+    """Predicts clips by the mean over lanes, (clips, classes) float64: probabilities, or values."""
+    return run.predictor.predict(read_outputs(run, clips), run.predictor.weights)
 
 
 def _paths(path: Path) -> list[Path]:

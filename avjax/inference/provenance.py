@@ -37,7 +37,7 @@ def of_run(run: Run, config: ConfigDict, workdir: Path, inputs: Mapping[str, dic
         "lanes": [{"fold": fold, "seed": seed} for fold, seed in run.lanes],
         "lanes_of_run": len(protocol["folds"]),
         "random_weights": run.random,
-        "cached_clips": len({clip_id for cache in run.caches for clip_id in cache.ids}),
+        "cached_clips": len(run.predictor.clip_ids),
         "features": {
             "content": features["content"],
             "made_by": dict(run.made_by),

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from avjax import models
 from avjax.errors import AvjaxError
-from avjax.evaluation import fewshot
-from avjax.evaluation.fewshot_cache import Cache
+from avjax.evaluation import predictor as predictors
+from avjax.evaluation.predictor import Predictor
 from avjax.models.base import Model
 from avjax.training import checkpoint, run_directory, standardise
 from avjax.utils.media_files import shown
@@ -30,10 +30,9 @@ class Run:
       name: of its directory; dataset, protocol: as every table names them; classes: in the order of the logits.
       preset: how clips are measured; text_source: which sentence the model reads, "" for none.
       model: without parameters; best, best_head, stats: of the lanes, with a leading lane axis
-      (`avjax.training.loop.State`). lanes: (fold, seed) of each.
+      (`avjax.training.loop.State`). predictor: of these lanes; lanes: (fold, seed) of each.
       made_by: how the features were made that it was trained on (`extraction.made_by`).
       random: whether those came from encoders with weights drawn at random.
-      caches: of each lane, of a model whose features are read by a cache.
       streams: of each stream that the model reads, the shape that its longest clip in training had, and its dtype.
     """
 
@@ -50,7 +49,7 @@ class Run:
     lanes: tuple[tuple[str, int], ...]
     made_by: Mapping[str, str]
     random: bool = False
-    caches: tuple[Cache, ...] = ()
+    predictor: Predictor = dataclasses.field(kw_only=True)
     streams: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -92,13 +91,13 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *,
     there = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
     if there != {len(names)}:
         raise AvjaxError(f"{workdir}: metrics.json has {len(names)} lanes, checkpoints/ {there}; train again")
-    if model.readers:
-        about["caches"] = tuple(fewshot.read_caches(workdir, names))
-        model = model.replace(constants={"classes": about["caches"][0].text})
+    about["predictor"] = predictors.restored(model, workdir, names)
+    if constants := about["predictor"].constants:
+        model = model.replace(constants=constants)
     # Runs of before that was kept answer all the same; they cannot be exported.
     about["streams"] = _shapes(model, config.model.text_source, made.get("streams", {}))
     run = Run(shown(workdir.resolve().name), **about, model=model, **saved, lanes=names)
-    return of_lanes(run, workdir, fold, seed)
+    return select_lanes(run, workdir, fold, seed)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -121,8 +120,8 @@ def check_statistics(where: Path, config: ConfigDict) -> None:
         )
 
 
-def of_lanes(run: Run, where: Path, fold: str | None, seed: int | None) -> Run:
-    """The run with those of its lanes alone that are of `fold` and `seed`, as far as these are given.
+def select_lanes(run: Run, where: Path, fold: str | None, seed: int | None) -> Run:
+    """Gives the run with those of its lanes alone that are of `fold` and `seed`, as far as these are given.
 
     Args:
       where: it was read from, for the error.
@@ -131,8 +130,8 @@ def of_lanes(run: Run, where: Path, fold: str | None, seed: int | None) -> Run:
     """
     at = _chosen(where, run.lanes, fold, seed)
     arrays = {name: _take(getattr(run, name), at) for name in ("best", "best_head", "stats")}
-    kept = {"lanes": tuple(run.lanes[i] for i in at), "caches": tuple(run.caches[i] for i in at if run.caches)}
-    return dataclasses.replace(run, **arrays, **kept)
+    lanes, predictor = tuple(run.lanes[i] for i in at), run.predictor.select_lanes(at)
+    return dataclasses.replace(run, **arrays, lanes=lanes, predictor=predictor)
 
 
 def _shapes(model: Model, text_source: str, made: Mapping) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -5,9 +5,8 @@ answers each clip by itself, so that neighbours in a batch and padding cannot ma
 """
 
 import contextlib
-import functools
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,17 +16,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 
 from avjax.errors import AvjaxError
-from avjax.evaluation import fewshot_cache as caches
-from avjax.evaluation.fewshot_cache import Cache
 from avjax.inference.run import Run
 from avjax.models.end_to_end import EndToEnd
-from avjax.training import batches, loop
+from avjax.training import batches
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 # The numbers of steps that a stream may have: any; multiples, of models that group steps or ask for a least number; or
 # that of the longest clip in training, up to which others are padded, of encoders that are trained along.
 LENGTHS = ("{name}", "16*{name}", "{longest}")
-_WAYS = {"multilabel": jax.nn.sigmoid, "regression": lambda values: values}
 # Flow stands on the time base of the picture.
 _TIME_BASE = {"flow": "video"}
 
@@ -46,28 +42,16 @@ def weights_of(run: Run) -> dict[str, np.ndarray]:
         "best_head": run.best_head,
         "stats": {stream: {"mean": mean, "std": std} for stream, (mean, std) in read.items()},
         "constants": dict(run.model.constants),
-        "caches": _stacked(run.caches) if run.caches else {},
+        "caches": dict(run.predictor.weights),
     }
     return {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
-
-
-def _stacked(own: Sequence[Cache]) -> dict[str, np.ndarray]:
-    """The caches of lanes as arrays; those with fewer entries are filled up with zeros, which do not vote."""
-    longest = max(len(cache.ids) for cache in own)
-    keys = [np.stack(list(cache.keys.values())) for cache in own]
-    return {
-        "keys": np.stack([np.pad(k, ((0, 0), (0, longest - k.shape[1]), (0, 0))) for k in keys]),
-        "label": np.stack([np.pad(cache.label, (0, longest - len(cache.label))) for cache in own]),
-        "alpha": np.array([[*cache.alpha.values()] for cache in own], np.float32),
-        "beta": np.array([cache.beta for cache in own], np.float32),
-    }
 
 
 def answer(run: Run) -> Program:
     """The program of a run: (weights as `weights_of` names them, streams) → (b, c) float32.
 
     Streams are `<stream> (b, n, …)` and `<stream>_mask (b, n)`, False where nothing is. The answers are those of
-    `prediction.answers_of`: the mean over lanes of probabilities, or of values. To a model of conversations each clip
+    `predict.probabilities`: the mean over lanes of probabilities, or of values. To a model of conversations each clip
     is one of its own.
     """
     # What pictures and encoders take grows with lanes and clips: these go one by one.
@@ -75,9 +59,13 @@ def answer(run: Run) -> Program:
 
     def program(weights: Mapping[str, jax.Array], streams: Mapping[str, jax.Array]) -> jax.Array:
         lanes = unflatten_dict(dict(weights), sep="/")
-        constants = lanes.pop("constants", {})
-        shares = over(lambda lane: over(functools.partial(_of_clip, run, lane, constants), dict(streams)), lanes)
-        return jnp.mean(shares, 0)
+        constants, caches = lanes.pop("constants", {}), lanes.pop("caches", {})
+
+        def of_clip(clip: Mapping[str, jax.Array]) -> jax.Array:
+            read = over(lambda lane: _read(run, lane, constants, clip), lanes)
+            return run.predictor.predict(read, caches)[0].astype(jnp.float32)
+
+        return over(of_clip, dict(streams))
 
     return program
 
@@ -86,28 +74,15 @@ def _together(function: Callable, arrays: Any) -> Any:
     return jax.vmap(function)(arrays)
 
 
-def _of_clip(run: Run, lane: Mapping[str, Any], constants: Mapping[str, Any], clip: Mapping[str, jax.Array]):
-    """What a lane answers for a clip, streams (n, …): (c,)."""
+def _read(run: Run, lane: Mapping[str, Any], constants: Mapping[str, Any], clip: Mapping[str, jax.Array]) -> Any:
+    """Reads what the predictor takes of a lane's output for a clip, streams (n, …): a tree with leaves (1, …)."""
     model, lead = run.model, (1, 1) if run.model.turns else (1,)
     rows = {key: value.reshape(*lead, *value.shape) for key, value in clip.items()}
     stats = {stream: (found["mean"], found["std"]) for stream, found in lane.get("stats", {}).items()}
     batch = batches.prepared(rows, jnp.zeros(lead, jnp.int32), stats, jnp.ones(lead, bool), jnp.ones(lead))
     output = model.module.apply(lane["best"], batch | dict(constants), train=False)
-    if run.caches:
-        scores = _recalled(lane["caches"], constants["classes"], [output.features[m][0] for m in run.caches[0].keys])
-        return jax.nn.softmax(scores / caches.TEMPERATURE)
-    logits = loop.with_chosen(model, output.logits, lane["best_head"])[model.answers[0]]
-    return _WAYS.get(run.task, jax.nn.softmax)(logits.reshape(-1).astype(jnp.float32))
-
-
-def _recalled(cache: Mapping[str, jax.Array], classes: jax.Array, features: Sequence[jax.Array]) -> jax.Array:
-    """`cache.predict` for the features of one clip, (d,) by modality: (c,)."""
-    rows = jnp.stack(features)
-    zero_shot = jnp.sum(rows @ classes.T, 0) / jnp.maximum(jnp.sum(jnp.any(rows != 0, -1)), 1)
-    near = jnp.exp(-cache["beta"] * (1 - jnp.einsum("md,mnd->mn", rows, cache["keys"])))
-    both = jnp.any(rows != 0, -1)[:, None] & jnp.any(cache["keys"] != 0, -1)
-    votes = jnp.where(both, near, 0) @ jax.nn.one_hot(cache["label"], len(classes))
-    return zero_shot + cache["alpha"] @ votes
+    read = run.predictor.read(output, lane["best_head"])
+    return jax.tree.map(lambda v: v.reshape(1, *v.shape[len(lead) :]).astype(jnp.float32), read)
 
 
 def exported(run: Run, weights: Mapping[str, np.ndarray]) -> export.Exported:

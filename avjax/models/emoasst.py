@@ -5,10 +5,9 @@ acoustic models". Section and equation numbers are the paper's. Shapes: b clip, 
 e width of the texts, c class.
 
 The module gives one vector of length 1 for each modality, and the answers of the zero-shot classifier (Eq. 2); the
-classifiers that read the vectors, the K-shot cache among them, come after training (`avjax.evaluation.fewshot`). In
-training the query of the picture is a prompt, drawn for each clip at each step, that names the label; everywhere else
-it is the text of the clip alone, and no label is read. The paper trains both branches separately: they share no
-parameter, and their losses are added.
+classifiers that read the vectors come after training (`Model.readers`). In training the query of the picture is a
+prompt, drawn for each clip at each step, that names the label; everywhere else it is the text of the clip alone, and no
+label is read. The paper trains both branches separately: they share no parameter, and their losses are added.
 """
 
 import functools
@@ -18,15 +17,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from avjax.errors import AvjaxError
-from avjax.evaluation.fewshot_cache import TEMPERATURE
 from avjax.layers.linear import Project
 from avjax.layers.masking import masked_mean
 from avjax.layers.transformer import PostNormBlock
 from avjax.models.base import Loss, Model, Output
 from avjax.tasks import contrastive
 
+TEMPERATURE = 0.07  # τ of the losses, and at which cosines become probabilities
 VISUAL_LOSSES = ("clip", "supcon")
 READERS = ("cache", "tuned", "zero", "probe")
 ANSWERING = READERS[:3]  # the linear probe measures features (Table 2)
@@ -114,14 +114,12 @@ class EmoAsst(nn.Module):
             query = contrastive.unit(batch["prompts"][:, 0])
         branches = {"video": functools.partial(self._seen, query), "audio": self._heard}
         features = {m: branches[m](batch, train) for m in modalities(self.streams)}
-        classes = contrastive.unit(batch["classes"])
-        scores = {m: jnp.einsum("bd,cd->bc", f, classes) / TEMPERATURE for m, f in features.items()}
-        if len(scores) > 1:
-            there = sum(jnp.any(batch[f"{m}_mask"], -1).astype(jnp.float32) for m in scores)
-            scores = {BOTH: sum(scores.values()) / jnp.maximum(there, 1)[:, None]} | scores
-        return Output(
-            logits={f"{m}_zero": s for m, s in scores.items()}, features=features | {"text": drawn}, attention={}
-        )
+        rows, classes = jnp.stack([*features.values()]), contrastive.unit(batch["classes"])
+        asked = dict(zip(features, rows[:, None], strict=True))
+        if len(features) > 1:
+            asked = {BOTH: rows} | asked
+        logits = {f"{name}_zero": zero_shot_scores(some, classes) / TEMPERATURE for name, some in asked.items()}
+        return Output(logits=logits, features=features | {"text": drawn}, attention={})
 
     def _said(self, batch: Mapping[str, jax.Array]) -> jax.Array:
         """What the text of each clip says, (b, e) of length 1; zeros where it has none."""
@@ -164,6 +162,20 @@ class EmoAsst(nn.Module):
         if x.shape[-1] == self.width:
             return x
         return Project((self.width,), dtype=self.dtype, name=f"project_{name}")(x)
+
+
+def zero_shot_scores(rows: np.ndarray | jax.Array, text: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Computes the cosines of clips to the class texts (Eq. 2), the mean over the modalities that a clip has.
+
+    Args:
+      rows: (…, k, m, d) features of m clips in k modalities, of length 1, or zeros where a clip lacks the modality.
+      text: (…, c, d) class weights, of length 1.
+    Returns:
+      (…, m, c), zeros for a clip without any.
+    """
+    count = (rows != 0).any(-1).sum(-2).astype(rows.dtype).clip(1)  # (…, m)
+    cosines = rows @ text.swapaxes(-1, -2)[..., None, :, :]
+    return cosines.sum(-3) / count[..., None]
 
 
 def modalities(streams: tuple[str, ...]) -> tuple[str, ...]:
@@ -218,6 +230,8 @@ def build(config, classes: int, task: str) -> Model:
     for key, choices in (("visual_loss", VISUAL_LOSSES), ("reader", ANSWERING)):
         if given[key] not in choices:
             raise AvjaxError(f"model.settings.{key} is {given[key]!r}; choose one of {', '.join(choices)}")
+    if given["shots"] < 1:
+        raise AvjaxError(f"model.settings.shots is {given['shots']}; expected 1 or more of each class")
     streams = tuple(config.streams)
     read = modalities(streams)
     if not read or not set(streams) <= {"text", "audio", "video"}:

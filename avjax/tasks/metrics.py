@@ -81,7 +81,7 @@ def weighted_accuracy(matrices: Array) -> Array:
     return uar(matrices)
 
 
-def moments(label: Array, predicted: Array, weight: Array) -> Array:
+def scoring_sums(label: Array, predicted: Array, weight: Array) -> Array:
     """Weighted sums of 1, x, y, x², y² and xy, where x is predicted and y the label. Add them to merge sets.
 
     Of JAX arrays they are float32: sums of squares over batches of some hundred clips are good to 1e-6 of themselves.
@@ -102,30 +102,30 @@ def moments(label: Array, predicted: Array, weight: Array) -> Array:
     return terms.copy().reshape(*terms.shape[:2], -1).sum(-1)
 
 
-def ccc(moments: Array) -> Array:
+def ccc(sums: Array) -> Array:
     """Concordance correlation coefficient (Lin 1989; DE-III, Eq. 7): (..., r, 6) → (..., r).
 
     0 for a set without clips, and where the predictions or the labels are all the same, to within rounding.
     """
-    x, y, x_variance, y_variance, covariance = _spread(moments)
+    x, y, x_variance, y_variance, covariance = _spread(sums)
     parts = x_variance + y_variance + (x - y) ** 2
     return 2 * covariance / (parts + (parts == 0))
 
 
-def pearson(moments: Array) -> Array:
+def pearson(sums: Array) -> Array:
     """Pearson's correlation: (..., r, 6) → (..., r); 0 where `ccc` is for want of clips or spread."""
-    _, _, x_variance, y_variance, covariance = _spread(moments)
+    _, _, x_variance, y_variance, covariance = _spread(sums)
     parts = x_variance**0.5 * y_variance**0.5
     return (covariance / (parts + (parts == 0))).clip(-1, 1)
 
 
-def rmse(moments: Array) -> Array:
+def rmse(sums: Array) -> Array:
     """Root of the mean squared error: (..., r, 6) → (..., r); 0 for a set without clips."""
-    total = moments[..., 3] - 2 * moments[..., 5] + moments[..., 4]
-    return (total / moments[..., 0].clip(_TINY)).clip(0) ** 0.5
+    total = sums[..., 3] - 2 * sums[..., 5] + sums[..., 4]
+    return (total / sums[..., 0].clip(_TINY)).clip(0) ** 0.5
 
 
-# What `sentiment_sums` adds up: two tables (no, yes) x (no, yes), three sums, and `moments`.
+# What `sentiment_sums` adds up: two tables (no, yes) x (no, yes), three sums, and `scoring_sums`.
 _HAS0, _NON0, _HITS5, _HITS7, _APART, _MOMENTS = slice(0, 4), slice(4, 8), 8, 9, 10, slice(11, 17)
 
 
@@ -140,7 +140,7 @@ def sentiment_sums(label: np.ndarray, predicted: np.ndarray) -> np.ndarray:
             count((y > 0)[polar].astype(int), (x > 0)[polar].astype(int), 2).reshape(-1),
             hits,
             [np.abs(x - y).sum()],
-            moments(y[:, None], x[:, None], np.ones(len(y)))[0],
+            scoring_sums(y[:, None], x[:, None], np.ones(len(y)))[0],
         ]
     )
 
@@ -164,9 +164,9 @@ def sentiment(sums: np.ndarray) -> dict[str, float]:
     }
 
 
-def _spread(moments: Array) -> tuple[Array, ...]:
+def _spread(sums: Array) -> tuple[Array, ...]:
     """Means, variances and covariance of x and y; no (co)variance of values that are the same to within rounding."""
-    x, y, xx, yy, xy = (moments[..., i] / moments[..., 0].clip(_TINY) for i in range(1, 6))
-    least = _ROUNDING * float(np.finfo(moments.dtype).eps)
+    x, y, xx, yy, xy = (sums[..., i] / sums[..., 0].clip(_TINY) for i in range(1, 6))
+    least = _ROUNDING * float(np.finfo(sums.dtype).eps)
     x_varies, y_varies = xx - x * x > least * xx, yy - y * y > least * yy
     return x, y, (xx - x * x) * x_varies, (yy - y * y) * y_varies, (xy - x * y) * (x_varies & y_varies)

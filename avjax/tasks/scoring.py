@@ -31,6 +31,7 @@ class Scoring:
       scores: table → {score: value}, over leading axes of a stack of tables.
       loss: (logits (…, c), label, weight (…)) → (…) float32, the cost of each clip; weight is 0 for clips that do not
         count.
+      predict: logits (…, c) → probabilities that add up to 1, a probability for each label, or values.
       set_loss: table → the loss of a head over the whole set, where no sum over clips gives it.
     """
 
@@ -41,12 +42,24 @@ class Scoring:
     count: Callable[[np.ndarray, np.ndarray], np.ndarray]
     scores: Callable[[Array], dict[str, Array]]
     loss: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    predict: Callable[[Array], Array]
     set_loss: Callable[[Array], Array] | None = None
 
 
 def _concordance(logits: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
     """1 − CCC of the whole batch, the mean over the values (DE-III, section 3.4): every clip costs the same."""
     return jnp.broadcast_to(jnp.mean(losses.concordance(logits, label, weight)), weight.shape)
+
+
+def _softmax(logits: Array) -> Array:
+    xp = logits.__array_namespace__()
+    raised = xp.exp(logits - logits.max(-1, keepdims=True))
+    return raised / raised.sum(-1, keepdims=True)
+
+
+def _sigmoid(logits: Array) -> Array:
+    xp = logits.__array_namespace__()
+    return xp.exp(-xp.logaddexp(xp.zeros_like(logits), -logits))
 
 
 _SINGLE = Scoring(
@@ -57,6 +70,7 @@ _SINGLE = Scoring(
     count=lambda label, logits: metrics.count(label, np.argmax(logits, -1), logits.shape[-1]),
     scores=lambda table: {"war": metrics.war(table), "uar": metrics.uar(table)},
     loss=lambda logits, label, weight: losses.cross_entropy(logits, label),
+    predict=_softmax,
 )
 
 SCORINGS: dict[str, Scoring] = {
@@ -72,8 +86,8 @@ SCORINGS: dict[str, Scoring] = {
         names={"ccc": "CCC", "pearson": "Pearson", "rmse": "RMSE"},
         picks="ccc",
         shape=lambda c: (c, 6),
-        table=metrics.moments,
-        count=lambda label, logits: metrics.moments(
+        table=metrics.scoring_sums,
+        count=lambda label, logits: metrics.scoring_sums(
             label.astype(np.float64), logits.astype(np.float64), np.ones(len(label))
         ),
         scores=lambda table: {
@@ -82,6 +96,7 @@ SCORINGS: dict[str, Scoring] = {
             "rmse": metrics.rmse(table).mean(-1),
         },
         loss=_concordance,
+        predict=lambda logits: logits,
         set_loss=lambda table: 1 - metrics.ccc(table).mean(-1),
     ),
     # Means over the labels.
@@ -96,6 +111,7 @@ SCORINGS: dict[str, Scoring] = {
             "f1": metrics.f1(table)["weighted"].mean(-1),
         },
         loss=lambda logits, label, weight: losses.binary_cross_entropy(logits, label),
+        predict=_sigmoid,
     ),
 }
 

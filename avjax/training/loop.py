@@ -7,6 +7,7 @@ calls and go on bit for bit.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -16,7 +17,7 @@ import optax
 
 from avjax import tasks
 from avjax.errors import AvjaxError
-from avjax.models.base import CHOSEN, Model
+from avjax.models.base import CHOSEN, Model, Output
 from avjax.training import optim
 from avjax.training.augment import augment
 from avjax.training.batches import Resident, alive, batches, gather, lane_statistics, shuffled
@@ -392,8 +393,11 @@ def select(model: Model, config, state: State, val: dict[str, jax.Array], epoch)
 
 
 def _predict_test(model: Model, place: Placement, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
-    answer = _answer(model, place, state.best, state.stats, data, lane.test, lane.test_weight)
-    return with_chosen(model, answer, state.best_head)
+    def read(batch):
+        return model.module.apply(state.best, batch, train=False).logits
+
+    logits = _read_batches(read, lambda *rows: _batch(place, data, state.stats, *rows), lane.test, lane.test_weight)
+    return with_chosen(model, logits, state.best_head)
 
 
 def with_chosen(model: Model, logits: dict[str, jax.Array], head: jax.Array) -> dict[str, jax.Array]:
@@ -403,33 +407,33 @@ def with_chosen(model: Model, logits: dict[str, jax.Array], head: jax.Array) -> 
     return logits | {CHOSEN: jnp.stack([logits[name] for name in model.heads])[head]}
 
 
-def _answer(
-    model: Model, place: Placement, variables, stats: Statistics, data: Resident, index, weight
-) -> dict[str, jax.Array]:
-    """{head: (n, c)} for the clips `index (n,)`, or {head: (n, u, c)} for the conversations `index (n, u)`."""
+def _read_batches(read: Callable, gathered: Callable, index: jax.Array, weight: jax.Array) -> Any:
+    """Reads `index (n, …)` batch by batch: the tree that `read` makes of a `gathered` batch, each leaf (n, …)."""
 
-    def one(_, item):
-        batch = _batch(place, data, stats, *item)
-        return None, model.module.apply(variables, batch, train=False).logits
+    def one(_, rows):
+        return None, read(gathered(*rows))
 
-    logits = jax.lax.scan(one, None, parts(index, weight))[1]
-    return {h: v.reshape(-1, *v.shape[2:])[: index.shape[0]] for h, v in logits.items()}
+    found = jax.lax.scan(one, None, parts(index, weight))[1]
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[: index.shape[0]], found)
 
 
-def answers(model: Model) -> Callable[[dict, jax.Array, Statistics, Resident], dict[str, jax.Array]]:
-    """Compiled (best, best_head, stats, data) → {head: (lanes, clips, c)}: all resident clips by each lane's best.
+def read_clips(model: Model, read: Callable[[Output, jax.Array], Any], **how) -> Callable:
+    """Compiles (best, best_head, stats, data) → `read(output, best_head)` of all resident clips by each lane's best.
 
     To a model of conversations each clip is one of its own.
+
+    Args:
+      read: gives a tree of arrays (b, …), of conversations (b, u, …); how: further arguments of the module.
+    Returns:
+      a function that gives the tree with leaves (lanes, clips, …).
     """
 
     def every(best, head, stats, data):
-        count = data.group.shape[0]
-        if not model.turns:
-            return with_chosen(
-                model, _answer(model, ALONE, best, stats, data, jnp.arange(count), jnp.ones(count)), head
-            )
-        alone = _answer(model, ALONE, best, stats, data, jnp.arange(count)[:, None], jnp.ones((count, 1)))
-        return with_chosen(model, {head: logits[:, 0] for head, logits in alone.items()}, head)
+        index = jnp.arange(data.group.shape[0])
+        rows = index[:, None] if model.turns else index
+        by_head = lambda batch: read(model.module.apply(best, batch, train=False, **how), head)  # noqa: E731
+        found = _read_batches(by_head, functools.partial(gather, data, stats), rows, jnp.ones(rows.shape))
+        return jax.tree.map(lambda v: v[:, 0], found) if model.turns else found
 
     return jax.jit(over_lanes(model, ALONE, every, (0, 0, 0, None)))
 

@@ -24,7 +24,7 @@ def statistics(
     total, added = sums(x, mask, group, counted, groups)
     mean = average(total, added)
     # Two passes: the one-pass formula loses all digits where the mean is large against the spread.
-    return moments(total, mean, sums(x, mask, group, counted, groups, mean)[1])
+    return mean_and_std(total, mean, sums(x, mask, group, counted, groups, mean)[1])
 
 
 def average(total: jax.Array, added: jax.Array) -> jax.Array:
@@ -32,8 +32,8 @@ def average(total: jax.Array, added: jax.Array) -> jax.Array:
     return added / jnp.maximum(total, 1.0)
 
 
-def moments(total: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What `statistics` gives, out of the sums of both passes."""
+def mean_and_std(total: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes what `statistics` gives, out of the sums of both passes."""
     std = jnp.maximum(jnp.sqrt(average(total, squares)), STD_FLOOR)
     return jnp.where(total > 0, mean, 0.0), jnp.where(total > 0, std, 1.0)
 

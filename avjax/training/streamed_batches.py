@@ -195,7 +195,7 @@ def statistics(data: Streamed, counted: np.ndarray) -> feature_statistics.Statis
     totals = _summed(data, counted, None)
     means = {s: feature_statistics.average(total, added) for s, (total, added) in totals.items()}
     spreads = _summed(data, counted, means)
-    return {s: feature_statistics.moments(total, means[s], squares) for s, (total, squares) in spreads.items()}
+    return {s: feature_statistics.mean_and_std(total, means[s], squares) for s, (total, squares) in spreads.items()}
 
 
 def _summed(data: Streamed, counted: np.ndarray, means) -> dict[str, tuple[jax.Array, jax.Array]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from avjax.evaluation.fewshot_cache import TEMPERATURE
+from avjax.models.emoasst import TEMPERATURE
 from benchmarks.torch.conformer import conformer
 from benchmarks.torch.fusions import batch_norm, layer_norm, linear
 from benchmarks.torch.layers import State, Tensor, attend, joint_projections, named, post_norm

@@ -197,13 +197,13 @@ def test_prediction_repeats_what_training_stored(run, request):
     _, rows = measured(workdir)
     features = synthetic.values()
     for fold in dict.fromkeys(rows["fold"].tolist()):
-        answers = prediction.answers_of(runs.read_run(workdir, fold), features)
+        answers = prediction.probabilities(runs.read_run(workdir, fold), features)
         chosen = rows["fold"] == fold
         at = [features.ids.index(i) for i in rows["clip_id"][chosen]]
         key = "logits_chosen" if "logits_chosen" in rows else "logits_fusion"
         np.testing.assert_allclose(answers[at], rows[key][chosen], atol=1e-5)
-    lanes = [prediction.answers_of(runs.read_run(workdir, fold), features) for fold in set(rows["fold"].tolist())]
-    np.testing.assert_allclose(prediction.answers_of(runs.read_run(workdir), features), np.mean(lanes, 0), atol=1e-6)
+    lanes = [prediction.probabilities(runs.read_run(workdir, fold), features) for fold in set(rows["fold"].tolist())]
+    np.testing.assert_allclose(prediction.probabilities(runs.read_run(workdir), features), np.mean(lanes, 0), atol=1e-6)
 
 
 def test_runs_are_compared_by_ccc(linear, permuted, capsys):
@@ -238,7 +238,7 @@ def test_labels_are_learned_and_measured(asked):
 
 def test_labels_are_predicted_as_probabilities_that_need_not_add_up(asked):
     features = synthetic.questions()
-    shares = prediction.answers_of(runs.read_run(asked), features)
+    shares = prediction.probabilities(runs.read_run(asked), features)
     assert shares.shape == (480, 3)
     assert ((shares > 0) & (shares < 1)).all()
     assert np.ptp(shares.sum(-1)) > 0.5

@@ -77,7 +77,7 @@ def test_runs_are_compared_by_hits(run, measured):
 
 def test_predictions_are_shares(run, measured):
     read, features = runs.read_run(run), synthetic.shares()
-    answers = prediction.answers_of(read, features)
+    answers = prediction.probabilities(read, features)
     np.testing.assert_allclose(answers.sum(-1), 1)
     assert np.mean(answers.argmax(-1) == features.label.argmax(-1)) > 0.8
     one = prediction.Prediction("a.mp4", dict(zip(NAMES, answers[0].tolist(), strict=True)), "", {})

@@ -11,7 +11,8 @@ from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
 from avjax.evaluation import fewshot
 from avjax.evaluation import fewshot_cache as caches
-from avjax.evaluation.fewshot_cache import ALPHAS, BETAS, TEMPERATURE
+from avjax.evaluation.fewshot_cache import ALPHAS, BETAS
+from avjax.models.emoasst import TEMPERATURE
 from avjax.training import lanes as lane_plans
 from tests import prompted, synthetic
 
@@ -49,21 +50,21 @@ def plan_of(features=FEATURES, folds=FOLDS) -> lane_plans.LanePlan:
     return lane_plans.plan(features, folds, (7,), how)
 
 
-def read(found=None, features=FEATURES, folds=FOLDS, **more) -> fewshot.Read:
+def read(found=None, features=FEATURES, folds=FOLDS, **more) -> fewshot.ClassifierOutputs:
     settings = ConfigDict(SETTINGS.to_dict() | more)
-    return fewshot.of_lanes(found or made(), features, plan_of(features, folds), settings, "run")
+    return fewshot.fit(found or made(), features, plan_of(features, folds), settings)
 
 
 @pytest.fixture(scope="module")
-def whole() -> fewshot.Read:
+def whole() -> fewshot.ClassifierOutputs:
     return read()
 
 
-def logits(given: fewshot.Read, but: str = "nothing") -> dict[str, np.ndarray]:
+def logits(given: fewshot.ClassifierOutputs, but: str = "nothing") -> dict[str, np.ndarray]:
     return {head: rows for head, rows in given.logits.items() if but not in head}
 
 
-def differ(a: fewshot.Read, b: fewshot.Read) -> set[str]:
+def differ(a: fewshot.ClassifierOutputs, b: fewshot.ClassifierOutputs) -> set[str]:
     return {head for head in a.logits if np.abs(a.logits[head] - b.logits[head]).max() > 1e-9}
 
 
@@ -145,7 +146,7 @@ def test_entries_are_a_few_training_clips_of_each_class(whole):
         np.testing.assert_array_equal(cache.label, FEATURES.label[place])
         for m, x in made().items():
             np.testing.assert_array_equal(cache.keys[m], x[lane][place])
-        assert (cache.origin, cache.classes) == ("run", FEATURES.classes)
+        assert (cache.origin, cache.classes) == (fewshot.origin(made()), FEATURES.classes)
     chosen = caches.few(FEATURES.label[:26], IDS[:26], 3, 4, 7)
     assert sorted(whole.caches[0].ids) == sorted(IDS[i] for i in chosen)
 

@@ -265,5 +265,5 @@ def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so
     (answer,), rejected = prediction.predict(run, clip, Console(quiet=True))
     assert not rejected
     assert "RANDOM WEIGHTS" in prediction_tables.as_json(run, [answer], [])
-    want = prediction.answers_of(run, stores.load(out, name))[stores.load(out, name).ids.index("faceless")]
+    want = prediction.probabilities(run, stores.load(out, name))[stores.load(out, name).ids.index("faceless")]
     np.testing.assert_allclose(list(answer.answers.values()), want, atol=1e-5)

@@ -245,7 +245,7 @@ def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, pres
     )
     train.train(settings, tmp_path / "W")
     run = runs.read_run(tmp_path / "W")
-    stored = prediction.answers_of(run, stores.load(out, "tiny"))
+    stored = prediction.probabilities(run, stores.load(out, "tiny"))
     found = prediction.find_clips([str(data / "voice.wav"), str(data / "faceless.mp4")])
     answers, rejected = prediction.predict(run, found, Console(quiet=True))
     assert not rejected

@@ -16,10 +16,12 @@ from avjax.datasets.base import Clip, Fold
 from avjax.errors import AvjaxError
 from avjax.evaluation import fewshot
 from avjax.evaluation import fewshot_cache as caches
+from avjax.evaluation.predictor import Caches, Heads
 from avjax.features.store import Features
 from avjax.inference import adaptation
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
+from avjax.models.base import Model
 from avjax.training import lanes as lane_plans
 from tests import clips, tiny_run
 
@@ -64,11 +66,11 @@ def finished(workdir: pathlib.Path, given: Features | None = None, **more) -> ru
     folds = tuple(Fold(n, tuple(groups[1 - k]), tuple(groups[k])) for k, n in enumerate("12"))
     how = ConfigDict({"validation": 0.0, "standardise": "none", "enrol_clips": 0})
     plan = lane_plans.plan(given, folds, (5,), how)
-    read = fewshot.of_lanes(found, given, plan, SETTINGS, fewshot.origin(found))
-    fewshot.write(workdir, read, found, given, plan)
+    outputs = fewshot.fit(found, given, plan, SETTINGS)
+    fewshot.write(workdir, outputs, found, given, plan)
     return runs.Run(
         "W", "made", "two folds", CLASSES, "lite", "both", None, {}, np.zeros(2), {}, (("1", 5), ("2", 5)), {},
-        caches=tuple(read.caches),
+        predictor=Caches(tuple(outputs.caches)),
     )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def whole(tmp_path_factory):
 
 
 def without_caches(run: runs.Run) -> runs.Run:
-    return dataclasses.replace(run, caches=())
+    return dataclasses.replace(run, predictor=Heads(Model(None, None, (), ())))
 
 
 # ---- The cache of a user -------------------------------------------------------------------------------------------
@@ -87,12 +89,12 @@ def without_caches(run: runs.Run) -> runs.Run:
 
 def test_a_new_cache_has_clips_of_the_run_and_the_middle_of_its_lanes(whole):
     workdir, run = whole
-    cache = adaptation.begun(workdir, run)
+    cache = adaptation.new_cache(workdir, run)
     assert np.bincount(cache.label).tolist() == [SETTINGS.shots] * 3
-    assert (cache.classes, cache.origin) == (CLASSES, run.caches[0].origin)
-    assert cache.beta == np.median([c.beta for c in run.caches])
+    assert (cache.classes, cache.origin) == (CLASSES, run.predictor.caches[0].origin)
+    assert cache.beta == np.median([c.beta for c in run.predictor.caches])
     for m in ("video", "audio"):
-        assert cache.alpha[m] == np.median([c.alpha[m] for c in run.caches])
+        assert cache.alpha[m] == np.median([c.alpha[m] for c in run.predictor.caches])
         found, place = represented(features())[m], [features().ids.index(i) for i in cache.ids]
         expected = np.concatenate(list(found[:, place]), -1) / np.sqrt(2)
         np.testing.assert_allclose(cache.keys[m], expected, atol=1e-6)
@@ -102,10 +104,10 @@ def test_a_new_cache_has_clips_of_the_run_and_the_middle_of_its_lanes(whole):
 
 def test_a_joined_cache_scores_as_the_mean_of_the_lanes_does_without_votes(whole):
     workdir, run = whole
-    cache = dataclasses.replace(adaptation.begun(workdir, run), alpha={"video": 0.0, "audio": 0.0})
+    cache = dataclasses.replace(adaptation.new_cache(workdir, run), alpha={"video": 0.0, "audio": 0.0})
     found = represented(features())
     joined = caches.predict(cache, fewshot.joined(found))
-    lanes = [caches.zero_shot(c, {m: x[i] for m, x in found.items()}) for i, c in enumerate(run.caches)]
+    lanes = [caches.zero_shot(c, {m: x[i] for m, x in found.items()}) for i, c in enumerate(run.predictor.caches)]
     np.testing.assert_allclose(joined, np.mean(lanes, 0), atol=1e-6)
 
 
@@ -122,7 +124,7 @@ def test_a_cache_is_opened_where_it_is_and_begun_where_it_is_not(whole, tmp_path
 def test_caches_of_other_runs_and_damaged_ones_are_refused(whole, tmp_path):
     workdir, run = whole
     path = tmp_path / "mine.npz"
-    cache = adaptation.begun(workdir, run)
+    cache = adaptation.new_cache(workdir, run)
     caches.save(dataclasses.replace(cache, origin="another"), path)
     with pytest.raises(AvjaxError, match=r"mine\.npz: a cache of another run than W"):
         adaptation.taught(path, run)
@@ -139,7 +141,7 @@ def test_caches_of_other_runs_and_damaged_ones_are_refused(whole, tmp_path):
 def test_a_run_without_a_cache_cannot_be_adapted(whole, tmp_path):
     workdir, run = whole[0], without_caches(whole[1])
     for call in (
-        lambda: adaptation.begun(workdir, run),
+        lambda: adaptation.new_cache(workdir, run),
         lambda: adaptation.taught(tmp_path / "any", run),
         lambda: adaptation.curve(workdir, run, (1,), 1),
     ):
@@ -193,7 +195,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(prediction, "measure", measure)
     monkeypatch.setattr(
-        prediction, "represented", lambda run, found: {m: x[:, places(found)] for m, x in vectors.items()}
+        prediction, "read_outputs", lambda run, found: {m: x[:, places(found)] for m, x in vectors.items()}
     )
     return given
 
@@ -204,10 +206,10 @@ def named(given: Features, *ids: str, label: str) -> list[Clip]:
 
 def test_a_corrected_clip_counts_at_once(whole, measured):
     workdir, run = whole
-    cache = dataclasses.replace(adaptation.begun(workdir, run), alpha={"video": 1.0, "audio": 1.0}, beta=500.0)
+    cache = dataclasses.replace(adaptation.new_cache(workdir, run), alpha={"video": 1.0, "audio": 1.0}, beta=500.0)
     place = next(i for i, name in enumerate(measured.ids) if name not in cache.ids and measured.label[i] == 0)
     name = measured.ids[place]
-    before = prediction.answers_of(run, dataclasses.replace(measured, ids=[name]), cache)[0]
+    before = prediction.probabilities(adaptation.with_cache(run, cache), dataclasses.replace(measured, ids=[name]))[0]
     grown, rejected = adaptation.enter(
         cache, run, [*named(measured, name, label="fear"), Clip("noise", None, "joy")], QUIET, clip_seconds=9.0
     )
@@ -215,7 +217,7 @@ def test_a_corrected_clip_counts_at_once(whole, measured):
     assert len(grown.ids) == len(cache.ids) + 1
     assert grown.label[grown.ids.index(name)] == 1
     assert (dict(grown.alpha), grown.beta) == (dict(cache.alpha), cache.beta)
-    after = prediction.answers_of(run, dataclasses.replace(measured, ids=[name]), grown)[0]
+    after = prediction.probabilities(adaptation.with_cache(run, grown), dataclasses.replace(measured, ids=[name]))[0]
     assert after[1] > before[1]
     assert after.argmax() == 1
     again, _ = adaptation.enter(grown, run, named(measured, name, label="joy"), QUIET, clip_seconds=9.0)
@@ -224,7 +226,7 @@ def test_a_corrected_clip_counts_at_once(whole, measured):
 
 def test_without_a_usable_clip_the_cache_stays(whole, measured):
     workdir, run = whole
-    cache = adaptation.begun(workdir, run)
+    cache = adaptation.new_cache(workdir, run)
     same, rejected = adaptation.enter(cache, run, [Clip("noise", None, "joy")], QUIET, clip_seconds=9.0)
     assert same is cache
     assert len(rejected) == 1
@@ -265,21 +267,21 @@ def test_points_are_of_the_lanes_that_have_not_seen_the_person(whole, monkeypatc
     given, found = features(), represented(features())
     assert len(asked) == PEOPLE * 2 * 3
     for first in range(0, len(asked), 3):
-        lane = [c is asked[first][0] for c in whole[1].caches].index(True)
+        lane = [c is asked[first][0] for c in whole[1].predictor.caches].index(True)
         sets = []
         for k, (cache, rows) in zip((0, 1, 2), asked[first : first + 3], strict=True):
             sets.append([np.flatnonzero((found["video"][lane] == x).all(-1)).item() for x in rows["video"]])
             tested = {given.ids[i] for i in sets[-1]}
             assert not tested & set(cache.ids)
             assert {given.speakers[i] for i in sets[-1]} < {f"p{i}" for i in range(lane, PEOPLE, 2)}
-            entered = set(cache.ids) - set(whole[1].caches[lane].ids)
+            entered = set(cache.ids) - set(whole[1].predictor.caches[lane].ids)
             assert len(entered) == 3 * k
             assert {i.split("/")[0] for i in entered} <= {given.speakers[i] for i in sets[-1]}
             assert len(tested) == CLIPS - 3 * 2
         assert sets[0] == sets[1] == sets[2]
         person = given.speakers[sets[0][0]]
         own = {m: x[lane][sets[0]] for m, x in found.items()}
-        scores = uar(predict(whole[1].caches[lane], own), given.label[sets[0]])
+        scores = uar(predict(whole[1].predictor.caches[lane], own), given.label[sets[0]])
         asked[first] += (person, scores)
     for person, value in points[0].uar.items():
         assert value == pytest.approx(np.mean([a[3] for a in asked[::3] if a[2] == person]))

@@ -134,16 +134,16 @@ def test_a_bundle_is_the_run(workdir, whole):
         if field.name not in different:
             assert getattr(back, field.name) == getattr(run, field.name), field.name
     features = store.load(workdir.with_name("F"), "lite")
-    np.testing.assert_array_equal(prediction.answers_of(back, features), prediction.answers_of(run, features))
+    np.testing.assert_array_equal(prediction.probabilities(back, features), prediction.probabilities(run, features))
 
 
 def test_lanes_are_chosen_when_a_bundle_is_written_and_when_it_is_read(workdir, whole, tmp_path):
     bundle.write(workdir, tmp_path / "B", fold="s1", seed=2)
     features = store.load(workdir.with_name("F"), "lite")
-    expected = prediction.answers_of(runs.read_run(workdir, "s1", 2), features)
+    expected = prediction.probabilities(runs.read_run(workdir, "s1", 2), features)
     for run in (bundle.read(tmp_path / "B"), bundle.read(whole, "s1", 2)):
         assert run.lanes == (("s1", 2),)
-        np.testing.assert_allclose(prediction.answers_of(run, features), expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(prediction.probabilities(run, features), expected, rtol=0, atol=1e-6)
     card = (tmp_path / "B" / "model_card.md").read_text()
     assert "of 1 of the run's 6 networks" in card
     size = sum(leaf.size for leaf in flatten_dict(run.best["params"]).values())

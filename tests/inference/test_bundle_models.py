@@ -17,7 +17,7 @@ def checked(run: runs.Run, clips, config, folder) -> runs.Run:
     workdir = portable.finished(run, config, folder / "W")
     bundle.write(workdir, folder / "B")
     back = bundle.read(folder / "B")
-    np.testing.assert_array_equal(prediction.answers_of(back, clips), prediction.answers_of(run, clips))
+    np.testing.assert_array_equal(prediction.probabilities(back, clips), prediction.probabilities(run, clips))
     assert back.model.answers == run.model.answers
     return back
 
@@ -37,10 +37,10 @@ def test_fusions(name, tmp_path):
 @pytest.mark.thorough
 def test_caches(tmp_path):
     back = checked(portable.recalled(portable.features(2), (3, 5)), portable.features(3), portable.emoasst(), tmp_path)
-    assert [len(cache.ids) for cache in back.caches] == [3, 5]
+    assert [len(cache.ids) for cache in back.predictor.caches] == [3, 5]
     assert {path.name for path in (tmp_path / "B" / "caches").iterdir()} == {"1-1.npz", "2-1.npz"}
     assert "ids, labels and features of 5 training clips" in (tmp_path / "B" / "model_card.md").read_text()
-    assert bundle.read(tmp_path / "B", "2").caches[0].ids == back.caches[1].ids
+    assert bundle.read(tmp_path / "B", "2").predictor.caches[0].ids == back.predictor.caches[1].ids
 
 
 @pytest.mark.thorough

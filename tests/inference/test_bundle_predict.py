@@ -51,7 +51,7 @@ def place(tmp_path_factory):
     shutil.copytree(whole, root / "B")
     run, clips = runs.read_run(whole.with_name("W")), store.load(whole.with_name("F"), "lite")
     np.savez(root / "streams.npz", **portable.streams_of(run, clips))
-    np.save(root / "expected.npy", prediction.answers_of(run, clips))
+    np.save(root / "expected.npy", prediction.probabilities(run, clips))
     return root
 
 
@@ -232,9 +232,9 @@ def test_a_cache_that_a_run_was_taught_answers_for_its_bundle(tmp_path_factory, 
     clips, made_by = store.load(features, "lite"), runs.read_run(trained).made_by
     run = portable.recalled(clips, (3, 6))
     workdir = portable.finished(run, portable.emoasst(), tmp_path / "W", **made_by)
-    text = fewshot.joined({"text": np.stack([c.text for c in run.caches])})["text"]
-    found = fewshot.joined(prediction.represented(run, clips))
-    taught = caches.empty(run.classes, text, tuple(found), run.caches[0].origin)
+    text = fewshot.joined({"text": np.stack([c.text for c in run.predictor.caches])})["text"]
+    found = fewshot.joined(prediction.read_outputs(run, clips))
+    taught = caches.empty(run.classes, text, tuple(found), run.predictor.caches[0].origin)
     labels = [clips.classes[label] for label in clips.label]
     caches.save(caches.add(taught, clips.ids, labels, found), tmp_path / "C")
     bundle.write(workdir, tmp_path / "B")

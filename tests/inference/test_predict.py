@@ -17,6 +17,7 @@ from scipy.special import softmax
 
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
+from avjax.evaluation.predictor import Heads
 from avjax.features import store as stores
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
@@ -132,7 +133,7 @@ def test_every_lane_alone_repeats_what_training_stored(trained):
     for fold, seed in runs.read_run(workdir).lanes:
         run = runs.read_run(workdir, fold, seed)
         assert run.lanes == ((fold, seed),)
-        made = dict(zip(features.ids, prediction.answers_of(run, features), strict=True))
+        made = dict(zip(features.ids, prediction.probabilities(run, features), strict=True))
         for clip_id, row in stored(workdir, fold, seed).items():
             np.testing.assert_allclose(made[clip_id], row, rtol=0, atol=CLOSE)
 
@@ -239,20 +240,9 @@ def test_a_clip_that_takes_too_long(trained):
 def made_up(count: int) -> tuple[runs.Run, list[prediction.Prediction]]:
     names = ("disappointment", "happiness", "helplessness", "contempt")
     lanes = (("1", 1), ("2", 1))
-    run = runs.Run(
-        "W",
-        "demo, not MAFW",
-        "5 folds",
-        names,
-        "lite",
-        "both",
-        Model(None, None, (), ()),
-        {},
-        np.zeros(2),
-        {},
-        lanes,
-        {},
-    )
+    model = Model(None, None, (), ())
+    about = ("W", "demo, not MAFW", "5 folds", names, "lite", "both")
+    run = runs.Run(*about, model, {}, np.zeros(2), {}, lanes, {}, predictor=Heads(model))
     chances = dict(zip(names, (0.1, 0.7, 0.2, 0.0), strict=True))
     missing = {"sound": "no audio stream"}
     return run, [prediction.Prediction(f"/far/away/{i}.mp4", chances, "They smile.", missing) for i in range(count)]

@@ -11,6 +11,7 @@ from jax import export
 from avjax import config as configs
 from avjax import models
 from avjax.errors import AvjaxError
+from avjax.evaluation.predictor import Caches
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.inference import stablehlo
@@ -36,7 +37,7 @@ def answers(run, clips, portable_program, multiple: int = 1) -> np.ndarray:
 
 def same(run, clips, multiple: int = 1) -> export.Exported:
     """Whether both answer the same; the program."""
-    expected = prediction.answers_of(run, clips)
+    expected = prediction.probabilities(run, clips)
     assert np.ptp(expected, 0).max() > 0.001, "clips that get the same answer test nothing"
     made = exported(run)
     found = answers(run, clips, made, multiple)
@@ -101,14 +102,14 @@ def test_encoders_that_were_trained_along(variant, preset, monkeypatch):
 
 
 def without_votes(run: runs.Run) -> runs.Run:
-    silent = [dataclasses.replace(c, alpha=dict.fromkeys(c.alpha, 0.0)) for c in run.caches]
-    return dataclasses.replace(run, caches=tuple(silent))
+    silent = [dataclasses.replace(c, alpha=dict.fromkeys(c.alpha, 0.0)) for c in run.predictor.caches]
+    return dataclasses.replace(run, predictor=Caches(tuple(silent)))
 
 
 @pytest.mark.parametrize("sizes", [(4, 7), pytest.param((0, 3), marks=thorough)])
 def test_caches_vote_in_the_program(sizes):
     run, clips = portable.recalled(portable.features(2), sizes), portable.features(5)
-    voted, silent = (prediction.answers_of(r, clips) for r in (run, without_votes(run)))
+    voted, silent = (prediction.probabilities(r, clips) for r in (run, without_votes(run)))
     assert np.abs(voted - silent).max() > 0.001
     same(run, clips)
 
@@ -128,7 +129,7 @@ def test_any_number_of_clips_and_steps(clips, more):
     run, made = etg()
     np.testing.assert_allclose(
         answers(run, portable.features(clips, more=more), made),
-        prediction.answers_of(run, portable.features(clips)),
+        prediction.probabilities(run, portable.features(clips)),
         rtol=0,
         atol=CLOSE,
     )

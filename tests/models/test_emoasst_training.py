@@ -204,6 +204,7 @@ def test_the_loss_of_the_pictures_is_a_setting():
         ({"depth": 2}, "depth unknown or missing; expected width, heads"),
         ({"settings": ConfigDict({"width": 8})}, "heads.* unknown or missing"),
         ({"visual_loss": "triplet"}, "visual_loss is 'triplet'; choose one of clip, supcon"),
+        ({"shots": 0}, "shots is 0; expected 1 or more"),
         ({"reader": "probe"}, "reader is 'probe'; choose one of cache, tuned, zero"),
         ({"streams": ("text",)}, "reads video, audio or both"),
         ({"streams": ("text", "flow", "video")}, "reads video, audio or both"),

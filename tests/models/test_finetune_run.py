@@ -72,7 +72,7 @@ def test_prediction_answers_as_training_did(run):
     _, kept, workdir = run
     one = runs.read_run(workdir, fold=_folds(workdir)[0])
     features = store.load(kept, "tiny_raw")
-    answers = prediction.answers_of(one, features)
+    answers = prediction.probabilities(one, features)
     with np.load(workdir / "predictions.npz") as written:
         there = {key: written[key] for key in written.files}
     rows = [i for i, fold in enumerate(there["fold"]) if fold == one.lanes[0][0]]

@@ -153,20 +153,20 @@ def on_device(label, predicted, weight) -> jax.Array:
 def test_moments_by_hand():
     label, predicted = np.array([[1.0], [2.0], [5.0]]), np.array([[3.0], [4.0], [7.0]])
     expected = [[4, 3 + 4 + 14, 1 + 2 + 10, 9 + 16 + 98, 1 + 4 + 50, 3 + 8 + 70]]
-    np.testing.assert_array_equal(metrics.moments(label, predicted, np.array([1, 1, 2])), expected)
+    np.testing.assert_array_equal(metrics.scoring_sums(label, predicted, np.array([1, 1, 2])), expected)
     np.testing.assert_array_equal(on_device(label, predicted, [1, 1, 2]), expected)
 
 
 @pytest.mark.parametrize("score", SCORES, ids=lambda s: s.__name__)
 def test_scores_of_values_are_those_of_scipy_and_scikit_learn(score):
     label, predicted = values()
-    host = score(metrics.moments(label, predicted, np.ones(50)))
+    host = score(metrics.scoring_sums(label, predicted, np.ones(50)))
     assert host.dtype == np.float64
     np.testing.assert_allclose(host, SCORES[score](label, predicted), rtol=1e-12)
     traced = jax.jit(score)(on_device(label, predicted, np.ones(50)))
     assert traced.dtype == jnp.float32
     np.testing.assert_allclose(traced, host, rtol=1e-4)
-    stack = np.stack([metrics.moments(*values(seed=i), np.ones(50)) for i in range(2)])
+    stack = np.stack([metrics.scoring_sums(*values(seed=i), np.ones(50)) for i in range(2)])
     np.testing.assert_array_equal(score(stack)[0], host)
 
 
@@ -174,12 +174,12 @@ def test_moments_merge_by_addition_and_rows_of_weight_0_are_not_read():
     label, predicted = values()
     weight = np.arange(50) % 3 > 0
     broken = [np.where(weight[:, None], v, bad) for v, bad in ((label, np.nan), (predicted, np.inf))]
-    some = metrics.moments(*broken, weight)
-    np.testing.assert_allclose(some, metrics.moments(label[weight], predicted[weight], np.ones(weight.sum())))
+    some = metrics.scoring_sums(*broken, weight)
+    np.testing.assert_allclose(some, metrics.scoring_sums(label[weight], predicted[weight], np.ones(weight.sum())))
     np.testing.assert_allclose(on_device(*broken, weight), some, rtol=1e-5)
-    whole = metrics.moments(label, predicted, np.ones(50))
-    np.testing.assert_allclose(some + metrics.moments(label, predicted, ~weight), whole)
-    folded = metrics.moments(label.reshape(5, 10, 3), predicted.reshape(5, 10, 3), np.ones((5, 10)))
+    whole = metrics.scoring_sums(label, predicted, np.ones(50))
+    np.testing.assert_allclose(some + metrics.scoring_sums(label, predicted, ~weight), whole)
+    folded = metrics.scoring_sums(label.reshape(5, 10, 3), predicted.reshape(5, 10, 3), np.ones((5, 10)))
     np.testing.assert_allclose(folded, whole)
     for score, expected in SCORES.items():
         np.testing.assert_allclose(score(some), expected(label[weight], predicted[weight]), rtol=1e-12)
@@ -210,7 +210,7 @@ def test_values_without_spread_agree_with_nothing(make, clips):
 
 def test_perfect_answers_score_one_and_opposite_ones_minus_one():
     label, _ = values()
-    same, opposite = (metrics.moments(label, v, np.ones(50)) for v in (label, 2 * label.mean(0) - label))
+    same, opposite = (metrics.scoring_sums(label, v, np.ones(50)) for v in (label, 2 * label.mean(0) - label))
     for score in (metrics.ccc, metrics.pearson):
         np.testing.assert_allclose(score(same), 1, rtol=1e-12)
         np.testing.assert_allclose(score(opposite), -1, rtol=1e-12)

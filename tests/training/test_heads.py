@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from avjax.datasets.base import Fold
+from avjax.evaluation import predictor
 from avjax.layers.masking import masked_mean
 from avjax.models.base import Model, Output, heads_loss
 from avjax.training import batches, history, loop
@@ -72,8 +73,9 @@ def test_validation_chooses_the_head_of_each_lane(headed):
     assert set(logits) == set(HEADS.answers)
     for lane, head in enumerate(["video", "video", "audio", "audio"]):
         np.testing.assert_array_equal(logits["chosen"][lane], logits[head][lane])
-    every = loop.answers(HEADS)(headed.state.best, headed.state.best_head, headed.state.stats, headed.data)
-    np.testing.assert_allclose(every["chosen"][:, PARTS["test"]], logits["chosen"], atol=1e-5)
+    state, read = headed.state, loop.read_clips(HEADS, predictor.Heads(HEADS).read)
+    every = read(state.best, state.best_head, state.stats, headed.data)
+    np.testing.assert_allclose(every[:, PARTS["test"]], logits["chosen"], atol=1e-5)
 
 
 def test_attention_of_a_shortened_stream_is_that_of_its_steps_with_weight():

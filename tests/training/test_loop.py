@@ -381,7 +381,8 @@ def test_conversations_are_trained_and_every_test_clip_is_answered_once():
 
 def test_a_model_of_conversations_answers_a_clip_alone():
     run, rows = run_talk(told(lambda i: None))
-    logits = np.asarray(loop.answers(TALK)(run.state.best, run.state.best_head, run.state.stats, run.data)["fusion"])
+    read = loop.read_clips(TALK, lambda output, _: output.logits["fusion"])
+    logits = np.asarray(read(run.state.best, run.state.best_head, run.state.stats, run.data))
     first = (rows["fold"] == "long") & (rows["seed"] == 1)
     np.testing.assert_allclose(logits[0][TEST], rows["logits_fusion"][first], atol=1e-5)
 

@@ -99,7 +99,7 @@ def scatter_picture(
         ends = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
         axes.plot(ends, ends, color=_FAINT, linewidth=1)
         axes.scatter(x, y, s=9, alpha=0.5, color=_BLUE, linewidths=0)
-        scored = metrics.moments(x[:, None], y[:, None], np.ones(len(x)))
+        scored = metrics.scoring_sums(x[:, None], y[:, None], np.ones(len(x)))
         axes.set_title(f"{name}: CCC {100 * metrics.ccc(scored)[0]:.1f}", fontsize=10)
         axes.set(xlabel="label", ylabel="answer")
         axes.spines[["top", "right"]].set_visible(False)

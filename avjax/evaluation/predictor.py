@@ -1,0 +1,141 @@
+"""What predicts for a run: the heads of its model, or the few-shot caches that read the model's features.
+
+What a model's `readers` are is resolved here alone: others ask a `Predictor`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from avjax import tasks
+from avjax.evaluation import fewshot
+from avjax.evaluation import fewshot_cache as caching
+from avjax.evaluation.fewshot_cache import Array, Cache
+from avjax.models.base import Model, Output
+from avjax.models.emoasst import TEMPERATURE, zero_shot_scores
+from avjax.training import loop
+
+_probabilities = tasks.SCORINGS["single"].predict
+
+
+class Predictor(Protocol):
+    """Maps what a model gives to probabilities or values. `read` is traced, `predict` takes NumPy or JAX arrays.
+
+    Attributes:
+      weights: what it predicts by beside the model's variables, each with the lanes in front.
+      constants: as `Model.constants`, where it brings them.
+      clip_ids: training clips that take part in every prediction.
+    """
+
+    weights: Mapping[str, np.ndarray]
+    constants: Mapping[str, np.ndarray]
+    clip_ids: frozenset[str]
+
+    def read(self, output: Output, head: jax.Array) -> Any:
+        """Takes from a lane's output what `predict` needs; `head` is the head that validation chose."""
+
+    def predict(self, read: Any, weights: Mapping[str, Array]) -> Array:
+        """Gives the mean over lanes (b, c) of what was read, the lanes in front: probabilities, or values."""
+
+    def select_lanes(self, lanes: Sequence[int]) -> "Predictor":
+        """Gives that of some lanes alone."""
+
+    def save(self, folder: Path, names: Sequence[tuple[str, int]]) -> None:
+        """Writes what `restored` reads, of lanes (fold, seed)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """The predicting head of a model, or that which validation chose for each lane."""
+
+    model: Model
+    weights = constants = {}  # noqa: RUF012
+    clip_ids = frozenset()
+
+    def read(self, output: Output, head: jax.Array) -> jax.Array:
+        """Takes the logits (b, …, c) of the predicting head."""
+        return loop.with_chosen(self.model, output.logits, head)[self.model.answers[0]]
+
+    def predict(self, read: Array, weights: Mapping[str, Array]) -> Array:
+        """Gives the mean over lanes of logits (lanes, b, c) as probabilities or values."""
+        return tasks.SCORINGS[self.model.task].predict(read).mean(0)
+
+    def select_lanes(self, lanes: Sequence[int]) -> "Heads":
+        """Gives itself: a lane's head is among the arrays of the run."""
+        return self
+
+    def save(self, folder: Path, names: Sequence[tuple[str, int]]) -> None:
+        """Writes nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Caches:
+    """Few-shot caches that read the features of a model: one of each lane, or one of all lanes together.
+
+    Attributes:
+      caches: of the lanes, in their order.
+      together: whether the only one is of all lanes, whose features it reads side by side (`fewshot.joined`).
+    """
+
+    caches: tuple[Cache, ...]
+    together: bool = False
+
+    @property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Stacks the caches; those with fewer entries are filled up with zeros, which do not vote."""
+        longest = max(len(cache.ids) for cache in self.caches)
+        keys = [np.stack(list(cache.keys.values())) for cache in self.caches]
+        return {
+            "text": np.stack([cache.text for cache in self.caches]),
+            "keys": np.stack([np.pad(k, ((0, 0), (0, longest - k.shape[1]), (0, 0))) for k in keys]),
+            "label": np.stack([np.pad(cache.label, (0, longest - len(cache.label))) for cache in self.caches]),
+            "alpha": np.array([[*cache.alpha.values()] for cache in self.caches], np.float32),
+            "beta": np.array([cache.beta for cache in self.caches], np.float32),
+        }
+
+    @property
+    def constants(self) -> dict[str, np.ndarray]:
+        """The class texts that the model compares features with."""
+        return {"classes": self.caches[0].text}
+
+    @property
+    def clip_ids(self) -> frozenset[str]:
+        """The clips of all caches."""
+        return frozenset(clip_id for cache in self.caches for clip_id in cache.ids)
+
+    def read(self, output: Output, head: jax.Array) -> dict[str, jax.Array]:
+        """Takes the features (b, d) of the modalities that the caches have."""
+        return {m: output.features[m] for m in self.caches[0].modalities}
+
+    def predict(self, read: Mapping[str, Array], weights: Mapping[str, Array]) -> Array:
+        """Gives the mean over lanes of the caches' probabilities for features (lanes, b, d)."""
+        if self.together:
+            read = {m: x[None] for m, x in fewshot.joined(read).items()}
+        xp = weights["keys"].__array_namespace__()
+        rows = xp.stack([read[m] for m in self.caches[0].modalities], 1)  # (lanes, k, b, d)
+        text, keys, alpha = (weights[name].astype(rows.dtype) for name in ("text", "keys", "alpha"))
+        one_hot = (weights["label"][..., None] == xp.arange(text.shape[-2])).astype(rows.dtype)
+        beta = weights["beta"].astype(rows.dtype)[:, None, None, None]
+        votes = caching.votes(caching.affinity(rows, keys), one_hot, beta)
+        return _probabilities(caching.combined(zero_shot_scores(rows, text), votes, alpha) / TEMPERATURE).mean(0)
+
+    def select_lanes(self, lanes: Sequence[int]) -> "Caches":
+        """Gives the caches of some lanes alone."""
+        return Caches(tuple(self.caches[i] for i in lanes))
+
+    def save(self, folder: Path, names: Sequence[tuple[str, int]]) -> None:
+        """Writes the caches of lanes (fold, seed)."""
+        fewshot.write_caches(folder, self.caches, names)
+
+
+def restored(model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> Predictor:
+    """Reads what predicts for lanes (fold, seed) of a finished run or bundle.
+
+    Raises:
+      AvjaxError: a cache is missing or damaged.
+    """
+    return Caches(tuple(fewshot.read_caches(folder, names))) if model.readers else Heads(model)
