@@ -74,7 +74,7 @@ def _leave(reason: str, status: int) -> NoReturn:
 
 @contextlib.contextmanager
 def keeping_on_sigterm() -> Iterator[None]:
-    """In here SIGTERM, as a scheduler sends it before it takes a machine away, is a wish: see `told_to_stop`."""
+    """In here SIGTERM, as a scheduler sends it before it takes a machine away, is a request: see `stop_requested`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -85,8 +85,8 @@ def keeping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def told_to_stop() -> bool:
-    """Whether SIGTERM has come in `keeping_on_sigterm`."""
+def stop_requested() -> bool:
+    """Says whether SIGTERM has come in `keeping_on_sigterm`."""
     return _told.is_set()
 
 

@@ -42,7 +42,7 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
 
     from avjax import models
     from avjax.datasets import registry
-    from avjax.evaluation import fewshot, finish_run, results
+    from avjax.evaluation import finish_run, predictor, results
     from avjax.evaluation.report import tables
     from avjax.training import (
         data,
@@ -74,15 +74,13 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         f"without face {counts['masked_video']}")  # fmt: skip
 
     # ---- Protocol and model ---------------------------------------------------------------------------------------
-    # Before the directory is claimed: what is refused here is to be mended and started again in the same one.
+    # Before the directory is claimed: what is refused here is to be fixed and started again in the same one.
     folds, folds_name = protocol.folds(features, config.protocol)
     model = models.build(config.model, len(features.classes), features.task)
     plan = lane_plans.plan(features, folds, config.train.seeds, config.protocol, model.turns)
     place = sharding.place(config, len(plan.names))
-    chosen = model.heads[0] if len(model.candidates) > 1 else ""
-    says = protocol.line(folds_name, plan, config.protocol, features.random, features.task, chosen)
-    if model.readers:
-        says += f"; {fewshot.described(plan, config.model.settings)}"
+    protocol_text = protocol.protocol_text(folds_name, plan, config.protocol, model, features.random)
+    protocol_text += predictor.described(model, plan, config.model)
     clips = streamed_batches.choose(features, config, model.constants, place)
     streamed = isinstance(clips, streamed_batches.Streamed)
     loop.check_streams(model, clips.resident(np.arange(1)) if streamed else clips, config.preset)
@@ -101,14 +99,13 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         with multihost.writer_first():
             run_directory.begin(workdir, config, features)
         if multihost.is_writer():
-            record = protocol.record(features, plan, config.protocol, says)
+            record = protocol.record(features, plan, config.protocol, protocol_text)
             write_text(workdir / "protocol.json", json.dumps(record, indent=1))
-        say(f"protocol: {says}")
+        say(f"protocol: {protocol_text}")
 
         # ---- State ------------------------------------------------------------------------------------------------
-        told = lambda: multihost.agree(cli.told_to_stop())  # noqa: E731
         if streamed:
-            trainer = streamed_loop.make(model, config, workdir, say, place, cli.told_to_stop)
+            trainer = streamed_loop.make(model, config, workdir, say, place, cli.stop_requested)
         else:
             trainer = loop.make(model, config, place)
         lanes = place.put_lanes(plan.lanes)
@@ -122,44 +119,36 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         # ---- Epochs -----------------------------------------------------------------------------------------------
         with cli.keeping_on_sigterm(), Checkpoints(workdir / "checkpoints", say) as checkpoints:
             done, state = checkpoints.restore(state) or (0, state)
-            rows = run_directory.read_history(workdir, done)
+            log = run_directory.Log(workdir, done, multihost.is_writer())
             if done:
                 say(f"going on after epoch {done}")
-            events = run_directory.Events(workdir, rows) if multihost.is_writer() else None
             while done < config.train.epochs and not place.read(state.stopped).all():
                 cli.heed_interrupts()
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 multihost.reached(f"epoch {done + 1}")
                 state, sums = trainer.epochs(state, lanes, clips, np.int32(done + 1))
                 sums = jax.device_get(sums)
                 with kept_if_refused(workdir / REFUSED, done + 1, state):
                     history.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)
-                new = history.epoch_rows(sums, plan.names, done + 1, model)
-                new = [{"dataset": dataset} | row for row in new]
-                rows += new
+                rows = history.epoch_rows(sums, plan.names, done + 1, model)
+                log.add([{"dataset": dataset} | row for row in rows])
                 done += sums["live"].shape[1]
-                if events:
-                    run_directory.write_history(workdir, rows)
-                    events.add(new)
                 checkpoints.save(done, state)
-                seconds = time.perf_counter() - begun
-                say(run_directory.progress(rows, config.train.epochs, len(plan.names), seconds, features.task))
-                if told():
+                seconds = time.perf_counter() - start
+                say(run_directory.progress(log.rows, config.train.epochs, len(plan.names), seconds, features.task))
+                if multihost.agree(cli.stop_requested()):
                     raise Stopped(f"epoch {done}")
-            if events:
-                events.close()
+            log.close()
 
         # ---- Test and report --------------------------------------------------------------------------------------
         logits = jax.device_get(trainer.predict(state, lanes, clips))
         cli.heed_interrupts()
-        if place.mesh:
-            state, clips = place.read(state), streamed_batches.here(clips)
+        state, clips = place.read(state), streamed_batches.here(clips)
         if multihost.is_writer():
+            trained = finish_run.Trained(config, model, features, plan, clips, state, logits, log.rows, protocol_text)
             epath.Path(workdir / streamed_loop.FOLDER).rmtree(missing_ok=True)
             with storage.filled(workdir, last="report.html") as folder:
-                finish_run.write(
-                    folder, config, model, features, plan, clips, state, logits, rows, dataset, says, console
-                )
+                console.print(*finish_run.write(folder, trained))
         multihost.end()
         say(f"written to {workdir}: report.html, metrics.json, predictions.npz, checkpoints/ and pictures")
         return workdir

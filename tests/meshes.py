@@ -75,7 +75,7 @@ def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
     if place.mesh:
         sharding.check(state, place.of_state(state))
     losses = sum(np.asarray(v)[:, 0] for v in sums["train_terms"].values())  # (lanes, steps)
-    specs = [leaf.sharding.spec for leaf in jax.tree.leaves((state.params, state.moments)) if place.mesh]
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves((state.params, state.opt_state)) if place.mesh]
     shared = {axis for spec in specs for axes in spec for axis in sharding._names(axes)}
     logits = jax.device_get(trainer.predict(state, lanes, clips))
     answers = np.concatenate([v.ravel() for v in jax.tree.leaves(logits)])

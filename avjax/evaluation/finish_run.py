@@ -3,13 +3,16 @@
 All of it is done by one process on one of its devices.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-from rich.console import Console
+from rich.console import RenderableType
 
+from avjax.datasets import registry
 from avjax.evaluation import baselines, fewshot, results
 from avjax.evaluation.report import page, plots, tables
 from avjax.features.store import Features
@@ -22,48 +25,61 @@ from avjax.training.streamed_batches import Streamed
 from avjax.utils.storage import write_text
 
 
-def write(
-    workdir: Path,
-    config,
-    model: Model,
-    features: Features,
-    plan: LanePlan,
-    clips: Resident | Streamed,
-    state: loop.State,
-    logits: Mapping[str, jax.Array],
-    rows: Sequence[Mapping],
-    dataset: str,
-    says: str,
-    console: Console,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run that has been trained, on one process alone.
+
+    Attributes:
+      clips, state: as this process alone has them (`streamed_batches.here`, `Placement.read`).
+      logits: as `loop.Trainer.predict` gives them; rows: of `metrics.jsonl`.
+      protocol_text: how the protocol is called.
+    """
+
+    config: Any
+    model: Model
+    features: Features
+    plan: LanePlan
+    clips: Resident | Streamed
+    state: loop.State
+    logits: Mapping[str, jax.Array]
+    rows: Sequence[Mapping]
+    protocol_text: str
+
+
+def write(workdir: Path, run: Trained) -> list[RenderableType]:
     """Writes what a run leaves: `metrics.json`, `predictions.npz`, pictures, and last of all `report.html`.
 
-    Args:
-      clips, state: at hand for this process alone (`streams.here`, `Placement.read`).
-      logits: as `loop.Trainer.predict` gives them; rows: of `metrics.jsonl`.
-      dataset, says: how data set and protocol are called.
+    Returns:
+      the tables of the run.
     """
-    about, remarks = {"best_epoch": state.best_epoch.tolist()}, {}
+    model, features, plan = run.model, run.features, run.plan
+    logits, about, remarks = run.logits, {"best_epoch": run.state.best_epoch.tolist()}, {}
     if model.readers:
-        found = fewshot.represent(model, state, clips)
-        read = fewshot.fit(found, features, plan, config.model.settings)
-        fewshot.write(workdir, read, found, features, plan)
-        logits, about = logits | read.logits, about | read.about
-        remarks = fewshot.remarks(model, state, plan, clips, features, found)
+        found = fewshot.represent(model, run.state, run.clips)
+        outputs = fewshot.fit(found, features, plan, run.config.model.settings)
+        fewshot.write(workdir, outputs, found, features, plan)
+        logits, about = logits | outputs.logits, about | outputs.about
+        remarks = fewshot.remarks(model, run.state, plan, run.clips, features, found)
     ordered = {head: logits[head] for head in model.answers}  # jit sorts names; the predicting head stays first
-    answers = results.predictions(features, plan, ordered)
+    predictions = results.predictions(features, plan, ordered)
     if len(model.candidates) > 1:
-        about["head"] = [model.heads[i] for i in state.best_head.tolist()]
-    metrics = results.measure(features, plan, answers, about, says, baselines.yardsticks(clips, plan)) | remarks
+        about["head"] = [model.heads[i] for i in run.state.best_head.tolist()]
+    yardsticks = baselines.yardsticks(run.clips, plan)
+    metrics = results.measure(features, plan, predictions, about, run.protocol_text, yardsticks) | remarks
 
-    finetune.write_merged(workdir / "merged", model, state.best, plan.names)
-    results.write_predictions(workdir / "predictions.npz", answers)
+    finetune.write_merged(workdir / "merged", model, run.state.best, plan.names)
+    results.write_predictions(workdir / "predictions.npz", predictions)
     write_text(workdir / "metrics.json", json.dumps(metrics, indent=1))
-    title, note = f"{config.name} {config.variants or 'full'}", f"{dataset} · {says}"
-    plots.answers_picture(metrics, answers, title, workdir)
-    if model.pictured and (seen := loop.attention(model, state, plan, clips)):
-        maps = results.attention(features, seen)
-        plots.attention_picture(maps, model.pictured, title, workdir / "attention.png", note=note)
-    plots.curves_picture(run_directory.mean_over_lanes(rows), workdir / "curves.png", note=note)
-    page.write_report(workdir, sentences=results.examples(features, answers, config.model.text_source))
-    console.print(*tables.of_run(metrics, title))
+    title = f"{run.config.name} {run.config.variants or 'full'}"
+    _draw(workdir, run, metrics, predictions, title)
+    page.write_report(workdir, sentences=results.examples(features, predictions, run.config.model.text_source))
+    return tables.of_run(metrics, title)
+
+
+def _draw(workdir: Path, run: Trained, metrics: Mapping, predictions: Mapping, title: str) -> None:
+    note = f"{registry.title(run.features.dataset)} · {run.protocol_text}"
+    plots.answers_picture(metrics, predictions, title, workdir)
+    if run.model.pictured and (seen := loop.attention(run.model, run.state, run.plan, run.clips)):
+        maps = results.attention(run.features, seen)
+        plots.attention_picture(maps, run.model.pictured, title, workdir / "attention.png", note=note)
+    plots.curves_picture(run_directory.mean_over_lanes(run.rows), workdir / "curves.png", note=note)

@@ -18,6 +18,7 @@ from avjax.evaluation.fewshot_cache import Array, Cache
 from avjax.models.base import Model, Output
 from avjax.models.emoasst import TEMPERATURE, zero_shot_scores
 from avjax.training import loop
+from avjax.training.lanes import LanePlan
 
 _probabilities = tasks.SCORINGS["single"].predict
 
@@ -130,6 +131,15 @@ class Caches:
     def save(self, folder: Path, names: Sequence[tuple[str, int]]) -> None:
         """Writes the caches of lanes (fold, seed)."""
         fewshot.write_caches(folder, self.caches, names)
+
+
+def described(model: Model, plan: LanePlan, config: Any) -> str:
+    """Says which classifier predicts, as an addition to the protocol's text; "" where a head of the model does.
+
+    Args:
+      config: the `model` part of a configuration.
+    """
+    return f"; {fewshot.described(plan, config.settings)}" if model.readers else ""
 
 
 def restored(model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> Predictor:

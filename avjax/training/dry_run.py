@@ -60,9 +60,8 @@ def compile_step(model: Model, config, place: Placement, plan: LanePlan, clips: 
         "there": row(bool),
         "weight": row(np.float32),
     }
-    live = jax.ShapeDtypeStruct((count,), bool)
-    step = streamed_loop.step(model, config, place)
-    lowered = step.lower(state, lanes, batch, _shapes(few.constants), live, np.int32(1), np.int32(0))
+    step = streamed_loop.step(loop.recipe_of(model, config, place))
+    lowered = step.lower(state, lanes, batch, _shapes(few.constants), (np.int32(1), np.int32(0)))
     return Step(state, lowered.compile())
 
 

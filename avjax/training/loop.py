@@ -5,6 +5,7 @@ state while the others go on. All random draws come from the lane's seed and the
 calls and go on bit for bit.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import optax
 
 from avjax import tasks
 from avjax.errors import AvjaxError
-from avjax.models.base import CHOSEN, Model, Output
+from avjax.models.base import CHOSEN, Batch, Model, Output
 from avjax.training import optim
 from avjax.training.augment import augment
 from avjax.training.batches import Resident, alive, batches, gather, lane_statistics, shuffled
@@ -37,7 +38,7 @@ class State:
     """What one lane carries from step to step.
 
     Attributes:
-      params, moments, step: parameters, optimizer state, number of updates made.
+      params, opt_state, step: parameters, optimizer state, number of updates made.
       stats: the lane's standardisation statistics, fixed from the start; an answer needs them beside the parameters.
       running: what else the model keeps, such as running statistics of norms: moved by training, not by gradients.
       best: the variables that the lane will answer with; best_epoch: the epoch they are from, counted from 1.
@@ -47,7 +48,7 @@ class State:
     """
 
     params: dict
-    moments: tuple
+    opt_state: tuple
     step: jax.Array
     stats: Statistics
     running: dict
@@ -58,6 +59,21 @@ class State:
     best_loss: jax.Array
     bad: jax.Array
     stopped: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What all lanes and steps of a run share.
+
+    Attributes:
+      model: what is trained; tx: its optimizer, whose directions are not yet scaled by the learning rate.
+      config: the whole training configuration; place: where arrays live.
+    """
+
+    model: Model
+    tx: optax.GradientTransformation
+    config: Any
+    place: Placement = ALONE
 
 
 @flax.struct.dataclass
@@ -86,12 +102,10 @@ def make(model: Model, config, place: Placement = ALONE) -> Trainer:
     Raises:
       AvjaxError: `protocol.select` is unknown.
     """
-    check_select(config)
-    tx = optim.transform(config.train)
-    over = functools.partial(over_lanes, model, place)
-    init = over_lanes(None, place, functools.partial(_init, model, tx), (0, None))
-    epochs = over(functools.partial(_epochs, model, tx, config, place), (0, 0, None, None), config.train.batch_size)
-    predict = over(functools.partial(_predict_test, model, place), (0, 0, None))
+    recipe, over = recipe_of(model, config, place), functools.partial(over_lanes, model, place)
+    init = over_lanes(None, place, functools.partial(_init, recipe), (0, None))
+    epochs = over(functools.partial(_epochs, recipe), (0, 0, None, None), config.train.batch_size)
+    predict = over(functools.partial(_predict_test, recipe), (0, 0, None))
 
     def placed_epochs(*arguments):
         state, sums = epochs(*arguments)
@@ -104,10 +118,15 @@ def make(model: Model, config, place: Placement = ALONE) -> Trainer:
     )
 
 
-def check_select(config) -> None:
-    """Raises AvjaxError where `protocol.select` is unknown."""
+def recipe_of(model: Model, config, place: Placement = ALONE) -> Recipe:
+    """Makes the recipe of a whole training configuration.
+
+    Raises:
+      AvjaxError: `protocol.select` is unknown.
+    """
     if config.protocol.select not in SELECT:
         raise AvjaxError(f"protocol.select is {config.protocol.select!r}; choose one of {', '.join(SELECT)}")
+    return Recipe(model, optim.transform(config.train), config, place)
 
 
 def check_streams(model: Model, few: Resident, preset: str) -> None:
@@ -168,20 +187,20 @@ def _batches_bytes(arguments: Sequence, axes: Sequence[int | None], batch: int) 
     return lanes * batch * clip
 
 
-def _init(model: Model, tx, lane: Lane, data: Resident) -> State:
+def _init(recipe: Recipe, lane: Lane, data: Resident) -> State:
     stats = lane_statistics(data, lane.counted)
-    return begun(model, tx, lane, stats, gather(data, stats, lane.train[:1], lane.train_weight[:1]))
+    return init_state(recipe, lane, stats, gather(data, stats, lane.train[:1], lane.train_weight[:1]))
 
 
-def begun(model: Model, tx, lane: Lane, stats: Statistics, batch) -> State:
-    """The state of a lane before its first step; `batch` shows the model what it will read."""
-    variables = model.module.init(jax.random.key(lane.seed), batch)
+def init_state(recipe: Recipe, lane: Lane, stats: Statistics, batch: Batch) -> State:
+    """Makes the state of a lane before its first step; `batch` shows the model what it will read."""
+    variables = recipe.model.module.init(jax.random.key(lane.seed), batch)
     running = {k: v for k, v in variables.items() if k != "params"}
     params, zero = variables["params"], jnp.int32(0)
     # The best variables start as a copy: donated buffers must not alias.
     return State(
         params=params,
-        moments=tx.init(params),
+        opt_state=recipe.tx.init(params),
         step=zero,
         stats=stats,
         running=running,
@@ -195,28 +214,26 @@ def begun(model: Model, tx, lane: Lane, stats: Statistics, batch) -> State:
     )
 
 
-def _epochs(model: Model, tx, config, place: Placement, state: State, lane: Lane, data: Resident, first: jax.Array):
+def _epochs(recipe: Recipe, state: State, lane: Lane, data: Resident, first: jax.Array) -> tuple[State, dict]:
     def one(state, epoch):
         live = ~state.stopped
-        state, train = _train_epoch(model, tx, config, place, state, lane, data, epoch)
-        val = _evaluate(model, place, state, lane, data)
-        return select(model, config, state, val, epoch), train | val | {"live": live}
+        state, train = _train_epoch(recipe, state, lane, data, epoch)
+        val = _evaluate(recipe, state, lane, data)
+        return select(recipe, state, val, epoch), train | val | {"live": live}
 
-    return jax.lax.scan(one, state, first + jnp.arange(config.train.epochs_per_call))
+    return jax.lax.scan(one, state, first + jnp.arange(recipe.config.train.epochs_per_call))
 
 
 def _batch(place: Placement, data: Resident, stats: Statistics, index, weight) -> dict[str, jax.Array]:
     return place.batch(gather(data, stats, index, weight), data.constants)
 
 
-def _train_epoch(model: Model, tx, config, place: Placement, state: State, lane: Lane, data: Resident, epoch):
-    order = epoch_order(lane, epoch, config.train.batch_size)
-    live = ~state.stopped
+def _train_epoch(recipe: Recipe, state: State, lane: Lane, data: Resident, epoch: jax.Array) -> tuple[State, dict]:
+    order = epoch_order(lane, epoch, recipe.config.train.batch_size)
 
     def one(state, item):
         index, weight, step_key = item
-        batch = _batch(place, data, state.stats, index, weight)
-        return train_step(model, tx, config, state, lane, batch, step_key, live)
+        return train_step(recipe, state, lane, _batch(recipe.place, data, state.stats, index, weight), step_key)
 
     # Keys are derived one by one: step 3 draws the same whether a lane is padded to 5 steps or to 7.
     keys = jax.vmap(functools.partial(step_key, lane, epoch))(jnp.arange(order[0].shape[0]))
@@ -225,10 +242,8 @@ def _train_epoch(model: Model, tx, config, place: Placement, state: State, lane:
     return state, {"train_terms": terms, "train_gradient": gradient, "train_size": jnp.sum(lane.train_weight)}
 
 
-def train_step(
-    model: Model, tx, config, state: State, lane: Lane, batch, key: jax.Array, live: jax.Array
-) -> tuple[State, tuple]:
-    """One update of a `live` lane at the learning rate of its place in the run; else, or of padding alone, nothing.
+def train_step(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.Array) -> tuple[State, tuple]:
+    """Updates a lane at the learning rate of its place in the run; a stopped one, or one of padding alone, stays.
 
     Where a loss or the gradient is not finite the lane is stopped, with the state before that step.
 
@@ -237,12 +252,21 @@ def train_step(
     Raises:
       AvjaxError: gradients are to be accumulated, but the loss or what the model keeps is of a whole batch.
     """
-    total = config.train.epochs * jnp.ceil(jnp.sum(alive(lane.train_weight)) / config.train.batch_size)
-    rate = optim.learning_rate(config.train, (state.step + 0.5) / total)
-    if model.pictures and "augment" in config.train:
-        how, draw = config.train.augment, jax.random.fold_in(key, 0)
-        batch = batch | {model.pictures: augment(batch[model.pictures], draw, degrees=how.degrees, flip=how.flip)}
-    return _step(model, tx, config.train.accumulate, config.train.remat, state, batch, lane.prior, rate, key, live)
+    train, pictures = recipe.config.train, recipe.model.pictures
+    if pictures and "augment" in train:
+        how, draw = train.augment, jax.random.fold_in(key, 0)
+        batch = batch | {pictures: augment(batch[pictures], draw, degrees=how.degrees, flip=how.flip)}
+    grads, sums, running = _gradients(recipe, state, lane, batch, key)
+    total = train.epochs * jnp.ceil(jnp.sum(alive(lane.train_weight)) / train.batch_size)
+    rate = optim.learning_rate(train, (state.step + 0.5) / total)
+    directions, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
+    moved = state.replace(params=params, opt_state=opt_state, running=running, step=state.step + 1)
+    norm, due = optax.global_norm(grads), ~state.stopped & (jnp.sum(batch["weight"]) > 0)
+    # No loss scale: bfloat16 has the exponents of float32, so nothing underflows that would not there.
+    finite = jnp.isfinite(norm) & jnp.isfinite(sum(sums.values()))
+    kept = state.replace(stopped=state.stopped | (due & ~finite))
+    return _where(due & finite, moved, kept), (sums, norm)
 
 
 def _keys(lane: Lane, epoch) -> jax.Array:
@@ -260,38 +284,30 @@ def epoch_order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Arra
     return shuffled(_keys(lane, epoch)[0], lane.train, lane.train_weight, batch_size)
 
 
-def _step(
-    model: Model, tx, pieces: int, remat: bool, state: State, batch, prior, rate, key, live
-) -> tuple[State, tuple]:
-    """(state, batch) → (state, (summed loss by term, gradient norm))."""
-    size = jnp.sum(batch["weight"])
-    gradient = functools.partial(_gradient, model, remat, state, prior, jnp.maximum(size, 1.0))
+def _gradients(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.Array) -> tuple[dict, dict, dict]:
+    """Computes the gradients of the batch's mean loss, the summed loss by term, and what the model keeps."""
+    pieces = recipe.config.train.accumulate
+    size = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
+    gradient = functools.partial(_gradient, recipe, state, lane.prior, size)
     if pieces > 1:
-        _check_divisible(model, state, pieces)
-        (grads, sums), running = _accumulated(gradient, *optim.cut(batch, pieces), key), state.running
-    else:
-        grads, (sums, running) = gradient(batch, key)
-    directions, moments = tx.update(grads, state.moments, state.params)
-    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
-    moved = state.replace(params=params, moments=moments, running=running, step=state.step + 1)
-    norm, due = optax.global_norm(grads), live & ~state.stopped & (size > 0)
-    # No loss scale: bfloat16 has the exponents of float32, so nothing underflows that would not there.
-    finite = jnp.isfinite(norm) & jnp.isfinite(sum(sums.values()))
-    kept = state.replace(stopped=state.stopped | (due & ~finite))
-    return _where(due & finite, moved, kept), (sums, norm)
+        _check_divisible(recipe.model, state, pieces)
+        return *_accumulated(gradient, *optim.cut(batch, pieces), key), state.running
+    grads, (sums, running) = gradient(batch, key)
+    return grads, sums, running
 
 
-def _gradient(model: Model, remat: bool, state: State, prior, size, batch, key) -> tuple[dict, tuple]:
+def _gradient(recipe: Recipe, state: State, prior, size, batch: Batch, key: jax.Array) -> tuple[dict, tuple]:
     """Of the loss summed over a batch and divided by `size`; and (summed loss by term, what the model keeps)."""
 
     def mean_loss(params):
         variables, mutable = {"params": params, **state.running}, list(state.running)
-        output, running = model.module.apply(variables, batch, train=True, rngs={"dropout": key}, mutable=mutable)
-        terms = model.loss(output, batch, prior)
+        apply = functools.partial(recipe.model.module.apply, train=True, rngs={"dropout": key}, mutable=mutable)
+        output, running = apply(variables, batch)
+        terms = recipe.model.loss(output, batch, prior)
         sums = {name: jnp.sum(term * batch["weight"]) for name, term in terms.items()}
         return sum(sums.values()) / size, (sums, running)
 
-    return jax.grad(jax.checkpoint(mean_loss) if remat else mean_loss, has_aux=True)(state.params)
+    return jax.grad(jax.checkpoint(mean_loss) if recipe.config.train.remat else mean_loss, has_aux=True)(state.params)
 
 
 def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) -> tuple[dict, dict]:
@@ -330,11 +346,12 @@ def parts(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     return batches(index, weight, min(_EVAL_BATCH, index.shape[0]))
 
 
-def _evaluate(model: Model, place: Placement, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
+def _evaluate(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
     """Validation sums of one lane: the table of each head (`tasks.Scoring`), summed loss, number of clips."""
+    model = recipe.model
 
     def one(sums, item):
-        batch = _batch(place, data, state.stats, *item)
+        batch = _batch(recipe.place, data, state.stats, *item)
         return jax.tree.map(jnp.add, sums, validation(model, state, batch, lane.prior)), None
 
     table = jnp.zeros((len(model.heads), *tasks.SCORINGS[model.task].shape(lane.prior.shape[0])))
@@ -368,8 +385,9 @@ def candidates(model: Model) -> list[int]:
     return [model.heads.index(head) for head in model.candidates or model.heads[:1]]
 
 
-def select(model: Model, config, state: State, val: dict[str, jax.Array], epoch) -> State:
+def select(recipe: Recipe, state: State, val: dict[str, jax.Array], epoch) -> State:
     """Keeps the best epoch and head on validation, or the last one, and decides whether to stop; test plays no part."""
+    model, config = recipe.model, recipe.config
     among, scoring = jnp.array(candidates(model)), tasks.SCORINGS[model.task]
     scores = scoring.scores(val["val_tables"])[scoring.picks][among]
     score, head = jnp.max(scores), among[jnp.argmax(scores)]
@@ -392,12 +410,10 @@ def select(model: Model, config, state: State, val: dict[str, jax.Array], epoch)
     return state.replace(bad=bad, stopped=stop)
 
 
-def _predict_test(model: Model, place: Placement, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
-    def read(batch):
-        return model.module.apply(state.best, batch, train=False).logits
-
-    logits = _read_batches(read, lambda *rows: _batch(place, data, state.stats, *rows), lane.test, lane.test_weight)
-    return with_chosen(model, logits, state.best_head)
+def _predict_test(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
+    read = lambda batch: recipe.model.module.apply(state.best, batch, train=False).logits  # noqa: E731
+    gathered = functools.partial(_batch, recipe.place, data, state.stats)
+    return with_chosen(recipe.model, _read_batches(read, gathered, lane.test, lane.test_weight), state.best_head)
 
 
 def with_chosen(model: Model, logits: dict[str, jax.Array], head: jax.Array) -> dict[str, jax.Array]:

@@ -11,6 +11,7 @@ from avjax.datasets.folds import natural_folds, overlaps, repeated
 from avjax.datasets.metadata import about
 from avjax.errors import AvjaxError
 from avjax.features.store import Features
+from avjax.models.base import Model
 from avjax.training.lanes import LanePlan
 
 _STANDARDISED = {
@@ -68,18 +69,18 @@ def _shared(features: Features, fold: Fold) -> set[str]:
     return {speaker.get(i) for i in (*fold.train, *fold.val)} & {speaker.get(i) for i in fold.test} - {None}
 
 
-def line(name: str, plan: LanePlan, config, random: bool = False, task: str = "single", chosen: str = "") -> str:
-    """One line that says how the figures came about; it stands beside every figure.
+def protocol_text(name: str, plan: LanePlan, config, model: Model, random: bool = False) -> str:
+    """Says in one line how the figures came about; it stands beside every figure.
 
     Args:
       name: of the division; config: the `protocol` part of a configuration; random: whether the features come from
-        weights drawn at random; task: its kind; chosen: the head that predicts where validation cannot choose among
-        several, "" for no choice.
+        weights drawn at random.
     """
+    task = model.task
     warning = ["RANDOM WEIGHTS in the encoders: the figures mean nothing"] if random else []
     shared = max(c["speaker_overlap"] or 0 for c in plan.counts)
     overlap = [f"SPEAKERS OVERLAP: up to {shared} speakers of a fold are in training and in test"] if shared else []
-    heads = [f"head: {_selection(plan, config, task, chosen)}"] if chosen else []
+    heads = [f"head: {_selection(plan, config, task, model.heads[0])}"] if len(model.candidates) > 1 else []
     epoch = f"epoch: {_selection(plan, config, task, 'last epoch')}"
     return "; ".join([*warning, *overlap, name, *plan.notes, epoch, *heads, _STANDARDISED[config.standardise]])
 
@@ -92,16 +93,16 @@ def _selection(plan: LanePlan, config, task: str, without: str) -> str:
     return " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
 
 
-def record(features: Features, plan: LanePlan, config, says: str) -> dict[str, object]:
+def record(features: Features, plan: LanePlan, config, protocol_text: str) -> dict[str, object]:
     """The content of `protocol.json`: what was used and dropped and why, who is on which side, and what chooses.
 
     Args:
-      config: the `protocol` part of a configuration; says: `line`.
+      config: the `protocol` part of a configuration; protocol_text: `protocol_text`.
     """
     known = about(features.dataset)
     used = len(features.ids)
     return {
-        "protocol": says,
+        "protocol": protocol_text,
         "dataset": features.dataset,
         "task": features.task,
         "classes": list(features.classes),

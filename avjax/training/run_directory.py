@@ -137,30 +137,43 @@ def progress(rows: Sequence[Mapping], epochs: int, lanes: int, seconds: float, t
     )
 
 
-class Events:
-    """TensorBoard event files of a run; those of an earlier, killed call are written anew from `rows`."""
+class Log:
+    """The history of a run: `metrics.jsonl`, and TensorBoard event files, which a killed call's rows go into anew.
 
-    def __init__(self, workdir: Path, rows: Sequence[Mapping]):
-        # On cloud storage there are none: an object there cannot be added to.
-        self._workdir = workdir if is_local(workdir) else None
-        self._before, self._writer = list(rows), None
+    Attributes:
+      rows: of all epochs, those up to the epoch `done` read back.
+    Args:
+      writes: whether this process writes the files.
+    """
+
+    def __init__(self, workdir: Path, done: int, writes: bool):
+        self.rows = read_history(workdir, done)
+        self._workdir, self._writes = workdir, writes
+        # On cloud storage there are no event files: an object there cannot be added to.
+        self._has_events = writes and is_local(workdir)
+        self._writer = None
         self._picked = {f"val_{scoring.picks}" for scoring in tasks.SCORINGS.values()}
 
-    def _begin(self) -> None:
+    def add(self, rows: Sequence[Mapping]) -> None:
+        """Adds rows, to event files the mean over lanes of each score, and of each lane what validation picks by."""
+        before, self.rows = self.rows, [*self.rows, *rows]
+        if self._writes:
+            write_history(self._workdir, self.rows)
+        if self._has_events:
+            if self._writer is None:
+                self._open()
+                self._add_events(before)
+            self._add_events(rows)
+
+    def _open(self) -> None:
         # Late, and so after the first epochs: its package may take seconds to import.
         from tensorboardX import SummaryWriter
 
         for old in self._workdir.glob("events.*"):
             old.unlink()
         self._writer = SummaryWriter(str(self._workdir))
-        self.add(self._before)
 
-    def add(self, rows: Sequence[Mapping]) -> None:
-        """Adds the mean over lanes of each score, and of each lane that by which validation picks."""
-        if self._workdir is None:
-            return
-        if self._writer is None:
-            self._begin()
+    def _add_events(self, rows: Sequence[Mapping]) -> None:
         for row in mean_over_lanes(rows):
             for name in row.keys() - {"epoch"}:
                 self._writer.add_scalar(name.replace("_", "/", 1), row[name], row["epoch"])

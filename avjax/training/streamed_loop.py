@@ -15,7 +15,7 @@ import numpy as np
 
 from avjax.errors import Stopped
 from avjax.models.base import Model
-from avjax.training import batches, loop, optim, standardise, streamed_batches
+from avjax.training import batches, loop, standardise, streamed_batches
 from avjax.training.checkpoint import Checkpoints
 from avjax.training.lanes import Lane
 from avjax.training.sharding import ALONE, Placement
@@ -32,7 +32,7 @@ def make(
     workdir: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
     place: Placement = ALONE,
-    told: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> loop.Trainer:
     """As `loop.make`, for data that are `Streamed`; an epoch is a call, whatever `train.epochs_per_call` says.
 
@@ -40,35 +40,34 @@ def make(
       workdir: where checkpoints within epochs go; None for none.
       say: is told of each such checkpoint, as a sign of progress.
       place: where arrays live; each process reads what its devices need of a batch.
-      told: whether the run is to stop; it then writes a checkpoint after the step and raises `Stopped`.
+      stop_requested: whether the run is to stop; it then writes a checkpoint after the step and raises `Stopped`.
     Raises:
       AvjaxError: `protocol.select` is unknown.
     """
-    loop.check_select(config)
-    run = _Run(model, config, workdir / FOLDER if workdir else None, say, place, told)
+    run = _Run(loop.recipe_of(model, config, place), workdir / FOLDER if workdir else None, say, stop_requested)
     return loop.Trainer(init=run.init, epochs=run.epochs, predict=run.predict)
 
 
 class _Run:
     """The compiled functions of a run over lanes, and what goes on between them."""
 
-    def __init__(self, model: Model, config, folder: Path | None, say, place: Placement, told):
-        self._say, self._place, self._told = say, place, told
+    def __init__(self, recipe: loop.Recipe, folder: Path | None, say, stop_requested):
+        model, config, place = recipe.model, recipe.config, recipe.place
+        self._say, self._place, self._stop_requested = say, place, stop_requested
         self._config, self._folder = config, folder
-        tx = optim.transform(config.train)
         over = functools.partial(loop.over_lanes, model, place)
-        start = loop.over_lanes(None, place, functools.partial(_start, model, tx, place), (0, 0, 0, None))
+        start = loop.over_lanes(None, place, functools.partial(_start, recipe), (0, 0, 0, None))
         self._start = jax.jit(lambda *arguments: place.state(start(*arguments)))
         self._order = jax.jit(
             jax.vmap(functools.partial(loop.epoch_order, batch_size=config.train.batch_size), (0, None))
         )
-        self._step = step(model, config, place)
-        score = over(functools.partial(_score, model, place), (0, 0, 0, None))
+        self._step = step(recipe)
+        score = over(functools.partial(_score, recipe), (0, 0, 0, None))
         self._score = jax.jit(lambda *arguments: place.whole(score(*arguments)))
-        end = jax.vmap(functools.partial(_end, model, config), (0, 0, None))
+        end = jax.vmap(functools.partial(_end, recipe), (0, 0, None))
         self._end = jax.jit(lambda *arguments: _placed(place, end(*arguments)))
-        answer = over(functools.partial(_answer, model, place), (0, 0, None))
-        self._answer = jax.jit(lambda *arguments: place.whole(answer(*arguments)))
+        predict = over(functools.partial(_predict, recipe), (0, 0, None))
+        self._predict = jax.jit(lambda *arguments: place.whole(predict(*arguments)))
 
     def init(self, lanes: Lane, data: Streamed) -> loop.State:
         known = self._place.read(lanes)
@@ -79,23 +78,21 @@ class _Run:
     def epochs(self, state: loop.State, lanes: Lane, data: Streamed, first: jax.Array):
         """One epoch; see `loop.Trainer`."""
         epoch, live = int(first), ~self._place.read(state.stopped)
-        index, weight = self._place.read(self._order(lanes, first))
-        going = self._place.put_lanes(live)
+        order = index, weight = self._place.read(self._order(lanes, first))
         found: list[dict] = []
         with _Kept(self._folder) as kept:
             if count := kept.count(epoch, index.shape[1]):
-                state, found = self._restored(kept, count, state, lanes, data, index, weight)
+                state, found = self._restored(kept, count, state, lanes, data, order)
             for batch in self._batches(data, index, weight, len(found)):
-                done = np.int32(len(found))
-                state, sums = self._step(state, lanes, batch, data.constants, going, first, done)
+                state, sums = self._step(state, lanes, batch, data.constants, (first, np.int32(len(found))))
                 found.append(sums)
                 said = f"epoch {epoch}/{self._config.train.epochs}, step {len(found)} of {index.shape[1]}"
-                told = self._is_told(len(found), said)
+                stop = self._must_stop(len(found), said)
                 due = self._config.train.save_steps and len(found) % self._config.train.save_steps == 0
-                if due or told:
+                if due or stop:
                     kept.save(epoch, index.shape[1], state, found)
                     self._say(said)
-                if told:
+                if stop:
                     raise Stopped(said)
         val = self._validated(state, lanes, data)
         state, val = self._end(state, val, first)
@@ -104,27 +101,28 @@ class _Run:
         sums = train | {"train_size": size} | jax.device_get(val) | {"live": live}
         return state, jax.tree.map(lambda v: v[:, None], sums)  # an axis of epochs
 
-    def _is_told(self, step: int, said: str) -> bool:
+    def _must_stop(self, step: int, said: str) -> bool:
         """Whether the run is to stop; several processes find that out together, and so not at every step."""
         if jax.process_count() == 1:
-            return self._told()
+            return self._stop_requested()
         if step % _ASKED:
             return False
         multihost.reached(said)
-        return multihost.agree(self._told())
+        return multihost.agree(self._stop_requested())
 
-    def _restored(self, kept: "_Kept", count: int, state, lanes, data, index, weight) -> tuple[loop.State, list[dict]]:
-        """The state after `count` steps of an epoch, and the sums of these."""
-        batch = self._batch(data, index[:, 0], weight[:, 0])
-        zero = np.int32(0)
-        shape = jax.eval_shape(self._step, state, lanes, batch, data.constants, state.stopped, zero, zero)[1]
+    def _restored(
+        self, kept: "_Kept", count: int, state: loop.State, lanes: Lane, data: Streamed, order: tuple
+    ) -> tuple[loop.State, list[dict]]:
+        """Reads the state after `count` steps of an epoch, and the sums of these; `order`: of its clips."""
+        batch = self._batch(data, *(v[:, 0] for v in order))
+        shape = jax.eval_shape(self._step, state, lanes, batch, data.constants, (np.int32(0), np.int32(0)))[1]
         one = self._place.put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shape))
         held = kept.restore({"state": state, "found": [one] * count})
         return held["state"], list(held["found"])
 
     def predict(self, state: loop.State, lanes: Lane, data: Streamed) -> dict[str, jax.Array]:
         tested = self._parts(data, lanes.test, lanes.test_weight)
-        parts = [self._answer(state, batch, data.constants) for batch in tested]
+        parts = [self._predict(state, batch, data.constants) for batch in tested]
         whole = jax.tree.map(lambda *rows: jnp.concatenate(rows, 1), *parts)
         return {head: logits[:, : lanes.test.shape[1]] for head, logits in whole.items()}
 
@@ -154,11 +152,10 @@ class _Run:
         return self._place.put_batch(part, shape)
 
 
-def step(model: Model, config, place: Placement = ALONE) -> Callable:
-    """One training step, compiled: (state, lanes, batch, constants, live, epoch, step) → (state, sums)."""
-    one = functools.partial(_step, model, optim.transform(config.train), config, place)
-    over = loop.over_lanes(model, place, one, (0, 0, 0, None, 0, None, None))
-    return jax.jit(lambda *arguments: _placed(place, over(*arguments)), donate_argnums=0)
+def step(recipe: loop.Recipe) -> Callable:
+    """Compiles one training step: (state, lanes, batch, constants, (epoch, step)) → (state, sums)."""
+    over = loop.over_lanes(recipe.model, recipe.place, functools.partial(_step, recipe), (0, 0, 0, None, None))
+    return jax.jit(lambda *arguments: _placed(recipe.place, over(*arguments)), donate_argnums=0)
 
 
 def _placed(place: Placement, pair: tuple[loop.State, dict]) -> tuple[loop.State, dict]:
@@ -177,33 +174,31 @@ def _prepared(place: Placement, stats: standardise.Statistics, batch: dict, cons
     return place.batch(batches.prepared(stats=stats, **batch)) | constants
 
 
-def _start(
-    model: Model, tx, place, lane: Lane, stats: standardise.Statistics, batch: dict, constants: dict
-) -> loop.State:
-    return loop.begun(model, tx, lane, stats, _prepared(place, stats, batch, constants))
+def _start(recipe: loop.Recipe, lane: Lane, stats: standardise.Statistics, batch: dict, constants: dict) -> loop.State:
+    return loop.init_state(recipe, lane, stats, _prepared(recipe.place, stats, batch, constants))
 
 
-def _step(
-    model: Model, tx, config, place, state: loop.State, lane: Lane, batch: dict, constants: dict, live, epoch, step
-):
-    key, prepared = loop.step_key(lane, epoch, step), _prepared(place, state.stats, batch, constants)
-    state, (terms, gradient) = loop.train_step(model, tx, config, state, lane, prepared, key, live)
+def _step(recipe: loop.Recipe, state: loop.State, lane: Lane, batch: dict, constants: dict, at: tuple):
+    prepared = _prepared(recipe.place, state.stats, batch, constants)
+    state, (terms, gradient) = loop.train_step(recipe, state, lane, prepared, loop.step_key(lane, *at))
     return state, {"train_terms": terms, "train_gradient": gradient}
 
 
-def _score(model: Model, place, state: loop.State, lane: Lane, batch: dict, constants: dict) -> dict[str, jax.Array]:
-    return loop.validation(model, state, _prepared(place, state.stats, batch, constants), lane.prior)
+def _score(recipe: loop.Recipe, state: loop.State, lane: Lane, batch: dict, constants: dict) -> dict[str, jax.Array]:
+    prepared = _prepared(recipe.place, state.stats, batch, constants)
+    return loop.validation(recipe.model, state, prepared, lane.prior)
 
 
-def _end(model: Model, config, state: loop.State, val: dict, epoch: jax.Array):
+def _end(recipe: loop.Recipe, state: loop.State, val: dict, epoch: jax.Array) -> tuple[loop.State, dict]:
     """The state after an epoch, and its validation sums."""
-    val = loop.whole(model, val)
-    return loop.select(model, config, state, val, epoch), val
+    val = loop.whole(recipe.model, val)
+    return loop.select(recipe, state, val, epoch), val
 
 
-def _answer(model: Model, place, state: loop.State, batch: dict, constants: dict) -> dict[str, jax.Array]:
-    logits = model.module.apply(state.best, _prepared(place, state.stats, batch, constants), train=False).logits
-    return loop.with_chosen(model, logits, state.best_head)
+def _predict(recipe: loop.Recipe, state: loop.State, batch: dict, constants: dict) -> dict[str, jax.Array]:
+    prepared = _prepared(recipe.place, state.stats, batch, constants)
+    logits = recipe.model.module.apply(state.best, prepared, train=False).logits
+    return loop.with_chosen(recipe.model, logits, state.best_head)
 
 
 class _Kept:

@@ -147,10 +147,10 @@ SCORES = {
 
 
 def on_device(label, predicted, weight) -> jax.Array:
-    return jax.jit(metrics.moments)(jnp.float32(label), jnp.float32(predicted), jnp.asarray(weight, jnp.float32))
+    return jax.jit(metrics.scoring_sums)(jnp.float32(label), jnp.float32(predicted), jnp.asarray(weight, jnp.float32))
 
 
-def test_moments_by_hand():
+def test_scoring_sums_by_hand():
     label, predicted = np.array([[1.0], [2.0], [5.0]]), np.array([[3.0], [4.0], [7.0]])
     expected = [[4, 3 + 4 + 14, 1 + 2 + 10, 9 + 16 + 98, 1 + 4 + 50, 3 + 8 + 70]]
     np.testing.assert_array_equal(metrics.scoring_sums(label, predicted, np.array([1, 1, 2])), expected)
@@ -170,7 +170,7 @@ def test_scores_of_values_are_those_of_scipy_and_scikit_learn(score):
     np.testing.assert_array_equal(score(stack)[0], host)
 
 
-def test_moments_merge_by_addition_and_rows_of_weight_0_are_not_read():
+def test_scoring_sums_merge_by_addition_and_rows_of_weight_0_are_not_read():
     label, predicted = values()
     weight = np.arange(50) % 3 > 0
     broken = [np.where(weight[:, None], v, bad) for v, bad in ((label, np.nan), (predicted, np.inf))]
@@ -192,7 +192,7 @@ def in_batches(label, predicted, weight) -> jax.Array:
 
 
 @pytest.mark.parametrize("clips", [0, 1, 7, 10_000])
-@pytest.mark.parametrize("make", [metrics.moments, in_batches], ids=["host", "device"])
+@pytest.mark.parametrize("make", [metrics.scoring_sums, in_batches], ids=["host", "device"])
 def test_values_without_spread_agree_with_nothing(make, clips):
     levels = np.array([0.0, 0.1, 1 / 3, -5.123])
     constant, one = np.tile(levels, (clips, 1)), np.ones(clips)

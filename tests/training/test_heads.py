@@ -120,7 +120,7 @@ def confusions(*right: int) -> jax.Array:
 
 def selected(state: loop.State, epoch: int, tables: jax.Array, loss: float = 1.0, **more) -> loop.State:
     val = {"val_tables": tables, "val_loss": jnp.float32(12 * loss), "val_size": jnp.sum(tables[0])}
-    return loop.select(HEADS, settings(**more), state, val, jnp.int32(epoch))
+    return loop.select(loop.recipe_of(HEADS, settings(**more)), state, val, jnp.int32(epoch))
 
 
 def test_epoch_and_head_are_chosen_together():

@@ -169,9 +169,9 @@ def test_pieces_draw_different_dropout():
               train__warmup=0.0, train__learning_rate=1.0, train__accumulate=2)  # fmt: skip
     lane = jax.tree.map(lambda v: v[0], run.plan.lanes)
     batch = {"label": jnp.zeros(2, int), "weight": jnp.ones(2)}
-    tx = optim.transform(run.config.train)
-    state = loop.begun(model, tx, lane, {}, batch)
-    state, _ = loop.train_step(model, tx, run.config, state, lane, batch, jax.random.key(0), jnp.bool_(True))
+    recipe = loop.recipe_of(model, run.config)
+    state = loop.init_state(recipe, lane, {}, batch)
+    state, _ = loop.train_step(recipe, state, lane, batch, jax.random.key(0))
     gradient = np.asarray(1 - state.params["weights"])
     # Kept in neither piece, in one, in both: a quarter, a half, a quarter.
     assert sorted(set(gradient.round(5).tolist())) == [0, 1, 2]

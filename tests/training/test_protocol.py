@@ -8,6 +8,7 @@ import pytest
 from avjax import config as configs
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
+from avjax.models.base import Model
 from avjax.training import lanes as lane_plans
 from avjax.training import protocol
 from tests import synthetic
@@ -23,6 +24,11 @@ def asked(**changes):
 
 def counts(held_out):
     return [{"n_val": n, "speaker_overlap": None} for n in held_out]
+
+
+def text(name, plan, config, candidates=(), task="single", **more) -> str:
+    model = Model(None, None, candidates or ("fusion",), (), task=task, candidates=candidates)
+    return protocol.protocol_text(name, plan, config, model, **more)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,7 @@ def test_a_random_split_of_known_speakers_must_be_asked_for_and_is_stamped(featu
         protocol.folds(features, asked(folds="stratified", fold_count=5))
     config = asked(folds="stratified", fold_count=5, allow_speaker_overlap=True)
     folds, name = protocol.folds(features, config)
-    says = protocol.line(name, lane_plans.plan(features, folds, (42,), config), config)
+    says = text(name, lane_plans.plan(features, folds, (42,), config), config)
     assert says.startswith(
         "SPEAKERS OVERLAP: up to 3 speakers of a fold are in training and in test; 5 stratified folds"
     )
@@ -98,14 +104,14 @@ def test_a_division_of_the_data_set_itself_is_stamped_and_not_refused(features):
     ids = features.ids
     mixed = official(features, Fold("official", tuple(ids[:20]), tuple(ids[20:])))
     folds, name = protocol.folds(mixed, asked())
-    says = protocol.line(name, lane_plans.plan(mixed, folds, (42,), asked()), asked())
+    says = text(name, lane_plans.plan(mixed, folds, (42,), asked()), asked())
     assert says.startswith("SPEAKERS OVERLAP: up to 3 speakers")
 
 
 def test_disjoint_speakers_are_not_stamped(features):
     folds, name = protocol.folds(features, asked())
     assert name == "leave one speaker out (3 speakers)"
-    assert "OVERLAP" not in protocol.line(name, lane_plans.plan(features, folds, (42,), asked()), asked())
+    assert "OVERLAP" not in text(name, lane_plans.plan(features, folds, (42,), asked()), asked())
 
 
 def test_unknown_speakers_cannot_be_seen_to_overlap(features):
@@ -122,7 +128,7 @@ def test_the_record_says_what_was_dropped_and_why(features):
     dropped = dataclasses.replace(features, rejected=(("bad", "no such file"),), dataset="mafw")
     folds, name = protocol.folds(dropped, asked())
     plan = lane_plans.plan(dropped, folds, (42, 43), asked())
-    record = protocol.record(dropped, plan, asked(), protocol.line(name, plan, asked()))
+    record = protocol.record(dropped, plan, asked(), text(name, plan, asked()))
     assert json.loads(json.dumps(record)) == record
     assert record["clips"] == {"used": 30, "dropped": 1, "published": 9172}
     assert record["dropped"] == [{"clip_id": "bad", "reason": "no such file"}]
@@ -154,8 +160,8 @@ def test_the_protocols_name_says_how_the_figures_came_about(changes, held_out, n
     chosen = PROTOCOL.copy_and_resolve_references()
     chosen.update(changes)
     plan = lane_plans.LanePlan(lanes=None, names=[], counts=counts(held_out), notes=notes)
-    assert protocol.line("F", plan, chosen).startswith(expected)
-    stamped = protocol.line("F", plan, chosen, random=True)
+    assert text("F", plan, chosen).startswith(expected)
+    stamped = text("F", plan, chosen, random=True)
     assert stamped.startswith(f"RANDOM WEIGHTS in the encoders: the figures mean nothing; {expected}")
 
 
@@ -179,5 +185,5 @@ def test_the_protocols_name_says_how_the_head_was_chosen(task, select, held_out,
     config = PROTOCOL.copy_and_resolve_references()
     config.select = select
     plan = lane_plans.LanePlan(lanes=None, names=[], counts=counts(held_out), notes=[])
-    assert protocol.line("F", plan, config, task=task, chosen="video").startswith(expected)
-    assert "head:" not in protocol.line("F", plan, config, task=task)
+    assert text("F", plan, config, ("video", "audio"), task=task).startswith(expected)
+    assert "head:" not in text("F", plan, config, task=task)

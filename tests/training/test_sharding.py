@@ -123,7 +123,7 @@ def test_meshes_that_do_not_fit(preset, given, devices, processes, says):
     [
         ("etg_aver", "/params/fuse/query/kernel", 2, P("fsdp", "tensor")),
         ("etg_aver", "/params/head_text/kernel", 2, P("fsdp", None)),
-        ("etg_aver", "/moments/1/mu/fuse/query/kernel", 2, P("fsdp", "tensor")),  # as the parameter that it is of
+        ("etg_aver", "/opt_state/1/mu/fuse/query/kernel", 2, P("fsdp", "tensor")),  # as the parameter that it is of
         ("etg_aver", "/stats/video/0", 2, P()),
         ("de_iii", "/params/audio_block_0/attention/query/kernel", 3, P("fsdp", "tensor", None)),
         ("de_iii", "/params/audio_block_0/attention/out/kernel", 3, P("tensor", None, "fsdp")),
