@@ -30,6 +30,9 @@ LAYERS = {
     "smaller than its window": ((1, 2), 3, 2, {"dilation": 4}),
 }
 
+# One for each way that the programs differ.
+USUAL = ("usual", "halved, many channels", "channelwise, four of each", "dilated and halved", "smaller than its window")
+
 
 def window(way, layer) -> dict:
     """What a way of convolving is given beside the arrays."""
@@ -56,7 +59,9 @@ def answer_and_gradients(apply, params, x):
     return y, *pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name not in USUAL)) for name in LAYERS]
+)
 def test_convolution_is_that_of_flax_both_ways(name):
     sides, channels, width, settings = LAYERS[name]
     layer = PictureConvolution(width, **settings)

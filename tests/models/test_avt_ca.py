@@ -16,8 +16,14 @@ from benchmarks.step import random_variables
 CLASSES, WIDTH, HEADS = 3, 8, 2
 STREAMS = ("audio", "video")
 RNG = np.random.default_rng(0)
+_ALL = [*((name, 0) for name in VARIANTS), ("full", 32)]
 # Every row, on features, and the whole on pictures of so many pixels a side.
-ALL = pytest.mark.parametrize(("name", "side"), [*((name, 0) for name in VARIANTS), ("full", 32)])
+ALL = pytest.mark.parametrize(("name", "side"), _ALL)
+# Rows whose parts, or whose very network, are among those of the others.
+_ALIKE = ("it1", "ct1", "ct4", "softhard")
+FEW = pytest.mark.parametrize(
+    ("name", "side"), [pytest.param(*row, marks=[pytest.mark.thorough] * (row[0] in _ALIKE)) for row in _ALL]
+)
 # Programs run a few times here: most of the time would go into making them fast.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -348,7 +354,7 @@ def test_a_clip_by_loops(name, side, missing):
             np.testing.assert_allclose(output.attention[asks][i], want, atol=1e-4)
 
 
-@ALL
+@FEW
 def test_without_either_modality_the_head_answers_by_its_bias(name, side):
     logits = answer(name, without(batch_of(side=side), *STREAMS))
     np.testing.assert_array_equal(logits, np.tile(compiled(name, side)[0]["params"]["head"]["bias"], (4, 1)))
@@ -388,7 +394,7 @@ def counted(module: AvtCa, shape: tuple[int, ...], dtype) -> dict[str, int]:
 # ---- Promises ------------------------------------------------------------------------------------------------------
 
 
-@ALL
+@FEW
 def test_padding_and_neighbours_change_no_answer(name, side):
     batch, rubbish = batch_of(side=side), 255 if side else np.nan
     want = answer(name, batch)

@@ -32,8 +32,8 @@ ROWS = [name for name in VARIANTS if name not in ("ife_video", "ife_audio", "ife
 # Gradients take longest to compile.
 LIGHT = [row if row == "transformer" else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
 # One row for each way that a program can differ from that of the others.
-_FEW = ("full", "none_ife", "flow_only", "time_concat", "early", "transformer")
-FEW = [row if row in _FEW else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+_FEW = ("full", "time_concat", "transformer")
+FEW = [row if row in _FEW else pytest.param(row, marks=pytest.mark.thorough) for row in ROWS]
 # Clips of `batch`, by what they lack: GAPS some steps, the others whole streams.
 GAPS, BLIND, STILL, SILENT, DARK, EMPTY = range(1, 7)
 LACKING = {"video": [BLIND, DARK, EMPTY], "flow": [STILL, DARK, EMPTY], "audio": [SILENT, EMPTY]}
@@ -269,7 +269,10 @@ def joined_inputs(row: str, clip: int) -> list[np.ndarray]:
     return np.array([x for steps in out.values() for x in steps])
 
 
-@pytest.mark.parametrize("row", ["time_concat", "channel_concat", "sum", "early"])
+@pytest.mark.parametrize(
+    "row",
+    ["time_concat", *(pytest.param(row, marks=pytest.mark.thorough) for row in ("channel_concat", "sum", "early"))],
+)
 def test_one_encoder_reads_both_pictures(row):
     """Against loops over a clip in which either picture lacks steps that the other has."""
     variables, output = weights_of(row), answered(row)
@@ -469,7 +472,7 @@ def test_pictures_of_different_lengths_are_refused():
         jax.eval_shape(built().init, jax.random.key(0), short)
 
 
-@pytest.mark.parametrize("row", ["flow_only", "transformer"])
+@pytest.mark.parametrize("row", [pytest.param("flow_only", marks=pytest.mark.thorough), "transformer"])
 def test_dropout_acts_in_training_only(row):
     variables, calm = compiled(row)[0], answered(row).logits["fusion"]
     train = jit(functools.partial(built(row, dropout=0.5).apply, train=True))
@@ -478,12 +481,13 @@ def test_dropout_acts_in_training_only(row):
     assert np.abs(one - calm)[0].max() > 1e-3
 
 
-def test_settings_reach_their_modules():
+@pytest.mark.thorough
+@pytest.mark.parametrize(("setting", "value"), [("legacy_relative", True), ("temperature", 0.1), ("residual", True)])
+def test_settings_reach_their_modules(setting, value):
     """Those that no parameter shows: each changes the answer. The depths and widths are in the counts."""
     variables, before = compiled("video_only")[0], answered("video_only").logits["video"][0]
-    for change in ({"legacy_relative": True}, {"temperature": 0.1}, {"residual": True}):
-        after = jit(built("video_only", **change).apply)(variables, batch()).logits["video"][0]
-        assert np.abs(after - before).max() > 1e-4, change
+    after = jit(built("video_only", **{setting: value}).apply)(variables, batch()).logits["video"][0]
+    assert np.abs(after - before).max() > 1e-4
 
 
 def test_bfloat16_stays_near_float32():

@@ -22,6 +22,8 @@ import pytest
 HOME = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = pathlib.Path(os.environ.get("AVJAX_PARITY_DIR", HOME / "parity"))
 PLAIN = ("conformer_block", "lmf", "msaf", "tfn")
+# Most of what these are made of is in mult and in avtca_repo_it.
+ALIKE = ("auxformer", "mmer_it", "mmer_lt")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
@@ -68,7 +70,7 @@ def test_the_folder_holds_parity_files():
 # Without compilation the larger ones take ten times as long.
 @pytest.mark.parametrize(
     ("name", "way"),
-    [(name, "jit") for name in NAMES]
+    [pytest.param(name, "jit", marks=[pytest.mark.thorough] * (name in ALIKE)) for name in NAMES]
     + [pytest.param(name, "plain", marks=[pytest.mark.slow] * (name not in PLAIN)) for name in NAMES],
 )
 def test_answers_are_those_of_the_reference(name, way):

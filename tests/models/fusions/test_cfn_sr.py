@@ -71,7 +71,9 @@ def test_cfn_sr_lets_the_first_stream_alone_and_reweighs_the_other():
     np.testing.assert_array_equal(brighter.features["audio"], want.features["audio"])
 
 
-@pytest.mark.parametrize("rate", ["dropout", "embedding_dropout", "out_dropout"])
+@pytest.mark.parametrize(
+    "rate", [*(pytest.param(r, marks=pytest.mark.thorough) for r in ("dropout", "embedding_dropout")), "out_dropout"]
+)
 def test_each_dropout_of_cfn_sr_acts_in_training(rate):
     others = {"dropout": 0.0, "embedding_dropout": 0.0, "out_dropout": 0.0}
     module = CfnSr(3, **CFN, **others | {rate: 0.5})

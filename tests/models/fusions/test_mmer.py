@@ -149,7 +149,7 @@ def test_softhard_draws_four_kinds_of_clips_in_training_only():
     counts = [like(x) for x in (whole, silent, blind)]
     counts.append(count - sum(counts))
     assert all(70 < n < 130 for n in counts), counts
-    np.testing.assert_array_equal(jax.jit(soft.apply)(variables, one).logits["fusion"], np.tile(whole, (count, 1)))
+    np.testing.assert_array_equal(apply(variables, one).logits["fusion"], np.tile(whole, (count, 1)))
 
 
 @pytest.mark.slow

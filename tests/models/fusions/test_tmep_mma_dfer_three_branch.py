@@ -144,7 +144,7 @@ def test_tmeps_streams_hear_each_other_across_and_together(kept):
     assert not moved("tmep", OTHER_SOUND, {"params": variables["params"] | {"joint_0": silent}})["video"]
 
 
-@pytest.mark.parametrize("name", ["tmep", "three_branch"])
+@pytest.mark.parametrize("name", ["tmep", pytest.param("three_branch", marks=pytest.mark.thorough)])
 def test_dropout_acts_in_training(name):
     module = FUSIONS[name].module(classes=3, **SMALL[name])
     train = jax.jit(functools.partial(module.apply, train=True))
