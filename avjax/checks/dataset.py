@@ -18,7 +18,7 @@ from avjax.checks.findings import Finding
 from avjax.datasets import published_folds, registry
 from avjax.datasets.base import Corpus, Fold
 from avjax.datasets.folds import natural_folds
-from avjax.datasets.metadata import About, about
+from avjax.datasets.metadata import Metadata, metadata
 from avjax.errors import AvjaxError
 from avjax.evaluation.report import page
 from avjax.utils import worker_pool
@@ -63,7 +63,7 @@ def audit(
         settings = {"processes": processes, "clip_seconds": clip_seconds, "model": _landmarker() if faces else None}
         facts = clip_facts.inspect_all(corpus.clips, place / "clips.jsonl", console, **settings)
         # ---- Verdicts ---------------------------------------------------------------------------------------------
-        known = about(dataset)
+        known = metadata(dataset)
         made, protocol, found = _folds(corpus, folds, fold_count)
         found += _found(corpus, facts, made, known)
         found += findings.of_lists(corpus.clips, listed, published_folds.problems(listed)) if lists else []
@@ -108,7 +108,7 @@ def _folds(corpus: Corpus, kind: str, count: int) -> tuple[list[Fold], str, list
 
 
 def _found(
-    corpus: Corpus, facts: Mapping[str, clip_facts.Facts], folds: Sequence[Fold], known: About | None
+    corpus: Corpus, facts: Mapping[str, clip_facts.Facts], folds: Sequence[Fold], known: Metadata | None
 ) -> list[Finding]:
     found = [*findings.of_rejected(corpus.rejected, known), *findings.of_known(corpus.clips, known)]
     for clip in corpus.clips:

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from avjax.checks.clip_facts import FACE_FRAMES, SILENT, Facts
 from avjax.datasets.base import Clip, Corpus, Fold
 from avjax.datasets.folds import overlaps, repeated, some
-from avjax.datasets.metadata import About, corpus
+from avjax.datasets.metadata import Metadata, corpus
 
 SEVERITIES = ("invalid", "loss", "note")
 _SHORT_SECONDS = 0.5
@@ -41,7 +41,7 @@ class Finding:
 # ---- Clips -----------------------------------------------------------------------------------------------------------
 
 
-def of_rejected(rejected: Iterable[tuple[str, str]], known: About | None) -> Iterator[Finding]:
+def of_rejected(rejected: Iterable[tuple[str, str]], known: Metadata | None) -> Iterator[Finding]:
     """What the index of the data set left out: rows of its tables that name no usable clip, clips known as unusable."""
     for clip, reason in rejected:
         kind = "known broken" if known and clip in known.broken else _kind(reason, "rejected")
@@ -118,7 +118,7 @@ def _of_times(facts: Facts, apart: bool) -> Iterator[tuple[str, str, str]]:
         yield "note", "short", f"{max(lengths):.2f} s"
 
 
-def of_known(clips: Iterable[Clip], known: About | None) -> Iterator[Finding]:
+def of_known(clips: Iterable[Clip], known: Metadata | None) -> Iterator[Finding]:
     """Clips that are used although they are known as unusable."""
     for clip in clips:
         if known and clip.id in known.broken:
@@ -194,7 +194,7 @@ def of_copies(clips: Sequence[Clip], facts: Mapping[str, Facts], folds: Sequence
 # ---- Labels ----------------------------------------------------------------------------------------------------------
 
 
-def class_table(data: Corpus, known: About | None) -> list[dict[str, object]]:
+def class_table(data: Corpus, known: Metadata | None) -> list[dict[str, object]]:
     """Class, number of clips in public (None where unknown) and here; [] of tasks without classes."""
     if data.task.kind != "single":
         return []
@@ -203,7 +203,7 @@ def class_table(data: Corpus, known: About | None) -> list[dict[str, object]]:
     return [{"class": n, "published": published.get(n), "here": here[n]} for n in names]
 
 
-def of_counts(data: Corpus, known: About | None) -> Iterator[Finding]:
+def of_counts(data: Corpus, known: Metadata | None) -> Iterator[Finding]:
     """Where the number of clips is not the published one."""
     for row in class_table(data, known):
         if row["published"] not in (None, row["here"]):

@@ -13,7 +13,7 @@ from pathlib import Path
 from avjax.datasets.base import GENDERS, Clip, Corpus, Fold
 from avjax.datasets.fold_tables import gathered
 from avjax.datasets.labels import numbers
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.utils import media_files, tables
 
@@ -90,7 +90,7 @@ def votes(table: Path) -> dict[str, dict[str, float]]:
     Raises:
       AvjaxError: it is not such a table.
     """
-    names = dict(zip(_LETTERS, about("crema_d").classes, strict=True))
+    names = dict(zip(_LETTERS, metadata("crema_d").classes, strict=True))
     found = {row["FileName"]: row["MultiModalVote"] for row in tables.read(table, ("FileName", "MultiModalVote"))}
     most = {name: [names[letter] for letter in vote.split(":") if letter in names] for name, vote in found.items()}
     return {name: dict.fromkeys(emotions, 1 / max(len(emotions), 1)) for name, emotions in most.items()}
@@ -99,7 +99,7 @@ def votes(table: Path) -> dict[str, dict[str, float]]:
 def _clips(root: Path, names: Iterable[str] | None) -> list[Clip]:
     """The clips of `names`, or of all films that are there, with the intended emotions and the blocks of actors."""
     films, sounds = _by_id(root / "VideoFlash", ".flv"), _by_id(root / "AudioWAV", ".wav")
-    emotion_of, genders = dict(zip(_CODES, about("crema_d").classes, strict=True)), _genders(root)
+    emotion_of, genders = dict(zip(_CODES, metadata("crema_d").classes, strict=True)), _genders(root)
     clips = []
     for name in films if names is None else names:
         if not (match := _NAME.fullmatch(name)):
@@ -136,7 +136,7 @@ def _partitioned(
 ) -> Corpus:
     """The clips of VAVL's lists; `label`: classes, shares → the label, and why it is none ("" if it is one)."""
     shares, parts = _partitions(root)
-    classes = tuple(about(name).classes)
+    classes = tuple(metadata(name).classes)
     labels = {n: ((), reason) if reason else label(classes, s) for n, (s, reason) in shares.items()}
     strange = tuple((media_files.shown(n), "no name of a clip of CREMA-D") for n in shares if not _NAME.fullmatch(n))
     clips = [dataclasses.replace(c, label=labels[c.id][0], fold=None) for c in _clips(root, shares)]

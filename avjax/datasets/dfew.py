@@ -10,7 +10,7 @@ from pathlib import Path
 
 from avjax.datasets import fold_tables
 from avjax.datasets.base import Corpus
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.utils import media_files, tables
 
@@ -35,7 +35,7 @@ def index(root: Path) -> Corpus:
         raise AvjaxError(f"{root}: has frames alone (Clip/clip_224x224…); the films of {_FILMS} are needed, with sound")
     paths = {
         (str(fold), part): _list(splits / f"{part}(single-labeled)", part, fold)
-        for fold in range(1, about("dfew").folds + 1)
+        for fold in range(1, metadata("dfew").folds + 1)
         for part in ("train", "test")
     }
     fold_tables.check_there(root, "dfew", (films, *paths.values()), "'Clip/original' and 'EmoLabel_DataSplit'")
@@ -67,7 +67,7 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
 
 def _names(splits: Path, found: set[str]) -> dict[str, str]:
     """Number → class, the first number by all lists together."""
-    classes = tuple(about("dfew").classes)
+    classes = tuple(metadata("dfew").classes)
     first, beyond = "0", str(len(classes))
     if (first in found) == (beyond in found):
         raise AvjaxError(

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from avjax.datasets import labels as labelling
 from avjax.datasets.base import Clip, Corpus, Fold, Task
 from avjax.datasets.folds import repeated, some
-from avjax.datasets.metadata import about
+from avjax.datasets.labels import unknown_label
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.utils import media_files
 
@@ -34,7 +34,7 @@ def check_there(root: Path, corpus: str, paths: Iterable[Path], holds: str) -> N
     """Raises an AvjaxError that names all of `paths` that are not there, and the folder wanted by what it `holds`."""
     if missing := [str(path.relative_to(root)) for path in paths if not path.exists()]:
         raise AvjaxError(
-            f"{root}: no {about(corpus).title} here; missing: {', '.join(missing)}. Set --config.data.root to the "
+            f"{root}: no {metadata(corpus).title} here; missing: {', '.join(missing)}. Set --config.data.root to the "
             f"folder that holds {holds} (or put it at $AVJAX_DATA/{corpus})"
         )
 
@@ -71,10 +71,10 @@ def corpus(name: str, lists: Lists, place: Path, films: Mapping[str, Path]) -> C
     Raises:
       AvjaxError: no label is a class, or no clip is there.
     """
-    classes, labels = tuple(about(name).classes), lists.labels
+    classes, labels = tuple(metadata(name).classes), lists.labels
     if not any(label in classes for label in labels.values()):
         raise AvjaxError(f"{lists.place}: not one label of these lists is one of {', '.join(classes)}")
-    reasons = {n: labelling.trouble(labels[n], classes) or media_files.trouble(films[n]) for n in sorted(labels)}
+    reasons = {n: unknown_label(labels[n], classes) or media_files.trouble(films[n]) for n in sorted(labels)}
     there = {n: films[n] for n, reason in reasons.items() if not reason}
     if not there:
         first = ": ".join(next(iter(reasons.items())))
@@ -122,7 +122,7 @@ def gathered(
     Raises:
       AvjaxError: no clip is there, or none can be used.
     """
-    known = about(name)
+    known = metadata(name)
     kept: dict[str, Clip] = {}
     rejected = []
     for clip in clips:

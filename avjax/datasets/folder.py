@@ -55,7 +55,7 @@ def read(table: Path, *, anywhere: bool = False) -> Corpus:
     for row in rows:
         clip, reason = _clip(root, row, task, columns, anywhere)
         if not reason and classes:
-            reason = labels.trouble(clip.label, classes)
+            reason = labels.unknown_label(clip.label, classes)
         if clip and clip.id in seen:
             reason = "duplicate clip id: an earlier row has it; tell them apart in a column id"
         if reason:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from avjax.datasets.base import GENDERS, Clip, Corpus
 from avjax.datasets.fold_tables import gathered
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.utils import media_files
 
 # Actor, sentence, emotion, repetition.
@@ -18,7 +18,7 @@ def java_sed(root: Path) -> Corpus:
     Raises:
       AvjaxError: there is no such file below `root`, or none can be used.
     """
-    emotions = tuple(about("java_sed").classes)
+    emotions = tuple(metadata("java_sed").classes)
     found = [(p, m) for p in media_files.files(root, ".mp4") if (m := _JAVA_SED.fullmatch(p.stem))]
     clips = [Clip(p.stem, p, emotions[int(m[2]) - 1], speaker=m[1], gender=GENDERS[int(m[1]) > 5]) for p, m in found]
     return gathered("java_sed", clips, {}, f"{root}: no dataset-resize/01-01-01_01.mp4")

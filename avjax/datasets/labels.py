@@ -9,8 +9,8 @@ from avjax.utils.tables import number
 NUMBERS = ("regression", "multilabel", "soft")  # the tasks (`avjax.tasks`) whose labels are numbers
 
 
-def trouble(label: str, classes: Sequence[str]) -> str:
-    """Why `label` is not to be used, with the nearest class where one is near; "" if it is one of `classes`."""
+def unknown_label(label: str, classes: Sequence[str]) -> str:
+    """Says that a label is none of the classes, with the nearest class where one is near; "" if it is one."""
     if label in classes:
         return ""
     close = difflib.get_close_matches(label.lower(), classes, 1)

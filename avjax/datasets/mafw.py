@@ -10,7 +10,7 @@ from pathlib import Path
 
 from avjax.datasets import fold_tables
 from avjax.datasets.base import Corpus
-from avjax.datasets.metadata import about, target
+from avjax.datasets.metadata import metadata, target
 from avjax.errors import AvjaxError
 
 _PLAIN, _CAPTIONED = "no_caption", "with_caption"
@@ -34,7 +34,7 @@ def index(root: Path, name: str = "mafw") -> Corpus:
     kinds = [kind for kind in (_PLAIN, _CAPTIONED) if (place / kind).is_dir()] or [_PLAIN]
     paths = {
         (str(fold), part): place / kinds[0] / f"set_{fold}" / f"{part}.txt"
-        for fold in range(1, about(name).folds + 1)
+        for fold in range(1, metadata(name).folds + 1)
         for part in ("train", "test")
     }
     fold_tables.check_there(root, "mafw", (clips, *paths.values()), "'data/clips' and 'Train & Test Set'")

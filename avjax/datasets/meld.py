@@ -9,7 +9,7 @@ from pathlib import Path
 
 from avjax.datasets import labels
 from avjax.datasets.base import Clip, Corpus, Fold, Task
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.utils import media_files, tables
 
@@ -33,7 +33,7 @@ def index(root: Path) -> Corpus:
     Raises:
       AvjaxError: a table is missing, is not UTF-8 or lacks a column, or a part has no film.
     """
-    known = about("meld")
+    known = metadata("meld")
     classes = tuple(known.classes)
     clips: dict[str, list[Clip]] = {}
     rejected: list[tuple[str, str]] = []
@@ -54,7 +54,7 @@ def index(root: Path) -> Corpus:
 def _trouble(clip: Clip, classes: tuple[str, ...]) -> str:
     if not _ID.fullmatch(clip.id):
         return "Dialogue_ID or Utterance_ID is no number"
-    return labels.trouble(clip.label, classes) or media_files.trouble(clip.path)
+    return labels.unknown_label(clip.label, classes) or media_files.trouble(clip.path)
 
 
 def _clip(root: Path, part: str, folder: str, row: dict[str, str]) -> Clip:

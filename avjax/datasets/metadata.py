@@ -1,4 +1,4 @@
-"""What is known of the public data sets (`data/<corpus>.json`): classes, counts, source and licence.
+"""Metadata of the public data sets (`data/<corpus>.json`): classes, counts, source and licence.
 
 A data set is named by its corpus, or `corpus:target` where the corpus has several kinds of labels, such as
 `crema_d:crowd`. All targets of a corpus are of the same clips, and share its folder and its features.
@@ -12,8 +12,8 @@ from avjax.utils.storage import read_json
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """A public data set.
+class Metadata:
+    """The metadata of a public data set.
 
     Attributes:
       title: its name as published; homepage, citation, licence: "" where unknown.
@@ -43,11 +43,11 @@ def target(name: str) -> str:
     return name.partition(":")[2]
 
 
-def about(name: str) -> About | None:
-    """What is known of data set `name`; None of one that is not public, such as `folder`."""
+def metadata(name: str) -> Metadata | None:
+    """Reads the metadata of data set `name`; None of one that is not public, such as `folder`."""
     file = f"data/{corpus(name)}.json"
     if file not in paths.names("data"):
         return None
     known = read_json(paths.path(file))
     targets = known.pop("targets", {})
-    return About(**known | (targets[target(name)] if target(name) else {}))
+    return Metadata(**known | (targets[target(name)] if target(name) else {}))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from avjax.datasets.base import GENDERS, Clip, Corpus
 from avjax.datasets.fold_tables import gathered
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.utils import media_files
 
 # Modality 01: picture and sound, 02: picture, 03: sound; vocal channel 01: speech; emotion, intensity, statement,
@@ -29,7 +29,7 @@ def ravdess(root: Path) -> Corpus:
     Raises:
       AvjaxError: there is no such file below `root`, or none can be used.
     """
-    emotions = tuple(about("ravdess").classes)
+    emotions = tuple(metadata("ravdess").classes)
     films, sounds = (
         [(p, m) for p in media_files.files(root, s) if (m := _RAVDESS.fullmatch(p.stem))] for s in _SUFFIXES
     )

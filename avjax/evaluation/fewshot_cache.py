@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from avjax.datasets.labels import trouble
+from avjax.datasets.labels import unknown_label
 from avjax.errors import AvjaxError
 from avjax.models.emoasst import TEMPERATURE, zero_shot_scores
 from avjax.utils.storage import replacing
@@ -186,7 +186,7 @@ def add(cache: Cache, ids: Sequence[str], labels: Sequence[str], features: Featu
       AvjaxError: a label is no class.
     """
     ids, labels = list(ids), [str(name) for name in labels]
-    wrong = [why for why in (trouble(label, cache.classes) for label in labels) if why]
+    wrong = [why for why in (unknown_label(label, cache.classes) for label in labels) if why]
     if wrong:
         raise AvjaxError(wrong[0])
     rows = _stacked(cache, features)

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from avjax.datasets.base import Task
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.utils import paths as assets
 from avjax.utils import worker_pool
@@ -229,7 +229,7 @@ def _describe(place: Path, dataset: str, preset: str, task: Task, parts: Sequenc
 def _described(dataset: str, task: Task, count: int) -> dict[str, str]:
     """What TFDS is told of a view: whose clips these are, what they may be used for, and what to cite."""
     says = f"Features of {count} clips, packed by avjax from its feature store; task: {task.kind}."
-    known = about(dataset)
+    known = metadata(dataset)
     if not known:
         return {"description": says}
     return {

@@ -104,7 +104,7 @@ def corrections(table: Path, run: Run) -> tuple[list[Clip], list[tuple[str, str]
     corpus = folder.read(table, anywhere=True)
     if corpus.task.kind != "single":
         raise AvjaxError(f"{table}: its labels are of the task {corpus.task.kind!r}; expected a column label")
-    reasons = {clip.id: labels.trouble(clip.label, run.classes) for clip in corpus.clips}
+    reasons = {clip.id: labels.unknown_label(clip.label, run.classes) for clip in corpus.clips}
     rejected = [*corpus.rejected, *((i, reason) for i, reason in reasons.items() if reason)]
     clips = [clip for clip in corpus.clips if not reasons[clip.id]]
     if not clips:

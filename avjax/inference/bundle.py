@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from avjax import models
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.evaluation import predictor as predictors
 from avjax.features import extract as extraction
@@ -61,7 +61,7 @@ def write(workdir: Path, out: Path, fold: str | None = None, seed: int | None = 
     weights = stablehlo.weights_of(run)
     exported = stablehlo.exported(run, weights)
     says = provenance.of_run(run, config, workdir, stablehlo.inputs(exported))
-    metrics, known = read_json(workdir / "metrics.json"), about(says["dataset"])
+    metrics, known = read_json(workdir / "metrics.json"), metadata(says["dataset"])
     with _whole(out) as folder:
         (folder / PROGRAM).write_bytes(exported.serialize())
         _write_weights(folder, weights)

@@ -18,7 +18,7 @@ def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known:
 
     Args:
       name: of the bundle's folder; says: content of `provenance.json`; metrics: of the run's `metrics.json`.
-      known: what is known of a public data set (`datasets.metadata.About`), else None.
+      known: what is known of a public data set (`datasets.metadata.Metadata`), else None.
       params: of one of the networks.
     """
     import jinja2

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from avjax import tasks
 from avjax.datasets.base import Fold
 from avjax.datasets.folds import natural_folds, overlaps, repeated
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.features.store import Features
 from avjax.models.base import Model
@@ -99,7 +99,7 @@ def record(features: Features, plan: LanePlan, config, protocol_text: str) -> di
     Args:
       config: the `protocol` part of a configuration; protocol_text: `protocol_text`.
     """
-    known = about(features.dataset)
+    known = metadata(features.dataset)
     used = len(features.ids)
     return {
         "protocol": protocol_text,

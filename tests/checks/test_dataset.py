@@ -19,7 +19,7 @@ from avjax.checks import clip_facts, findings
 from avjax.checks import dataset as dataset_checks
 from avjax.checks.clip_facts import Facts
 from avjax.datasets.base import Clip, Corpus, Fold, Task
-from avjax.datasets.metadata import About
+from avjax.datasets.metadata import Metadata
 from avjax.errors import AvjaxError
 from tests import clips
 
@@ -465,7 +465,7 @@ def test_what_lists_lack_and_what_is_wrong_with_them():
 
 
 def test_counts_against_the_published_ones_and_clips_known_as_broken():
-    known = About("A", {"x": 2, "y": 5, "z": None}, clips=9, broken={"1": "no sound in the original"})
+    known = Metadata("A", {"x": 2, "y": 5, "z": None}, clips=9, broken={"1": "no sound in the original"})
     data = corpus(rejected=(("7", "no such file"), ("8", "label is 'q'")))
     assert [f.reason for f in findings.of_counts(data, known)] == [
         "y: 2 clips; published are 5",

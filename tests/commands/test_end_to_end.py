@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from tests import clips
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
 @pytest.mark.thorough
 @pytest.mark.weights
 def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
-    classes = list(about("mafw").classes)
+    classes = list(metadata("mafw").classes)
     root = tmp_path / "MAFW"
     one = clips.write_mp4(root / "data/clips/00001.mp4", seconds=0.5)
     for i in range(2, 23):

@@ -10,7 +10,7 @@ from avjax.datasets import crema_d as reader
 from avjax.datasets import registry
 from avjax.datasets.base import Clip
 from avjax.datasets.folds import natural_folds
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from tests.conftest import REAL
 
@@ -61,7 +61,7 @@ def test_intended_emotions(crema_d):
     assert [clips[f"{a}_DFA_ANG_XX"].gender for a in ("1001", "1019", "1091")] == ["male", None, None]
     assert clips["1091_DFA_SAD_XX"].audio is None, "the sound of the film"
     assert sorted(name for name, _ in corpus.rejected) == BROKEN, "one of which is called 1040_ITH_SAD_X on the disk"
-    assert dict(corpus.rejected) == dict(about("crema_d").broken)
+    assert dict(corpus.rejected) == dict(metadata("crema_d").broken)
 
 
 def test_folds_are_five_blocks_of_actors(crema_d):
@@ -255,7 +255,7 @@ def whole(tmp_path_factory):
 def test_real_clips_of_the_intended_emotions(whole):
     corpus = registry.index("crema_d", str(whole))
     assert (len(corpus.clips), len(corpus.rejected)) == (7437, 5)
-    assert len(corpus.clips) + len(corpus.rejected) == about("crema_d").clips
+    assert len(corpus.clips) + len(corpus.rejected) == metadata("crema_d").clips
     assert Counter(c.gender for c in {c.speaker: c for c in corpus.clips}.values()) == {"male": 48, "female": 43}
     folds, _ = natural_folds(corpus.clips, corpus.folds, "given")
     lists = REAL / "dfew_mafw_msp_ravdess_folds/HiCMAE/crema-d/audio_visual"
@@ -267,9 +267,9 @@ def test_real_clips_of_the_intended_emotions(whole):
 
 def test_real_partitions_of_the_crowd(whole):
     corpus = registry.index("crema_d:crowd", str(whole))
-    assert len(corpus.clips) == 5820 == about("crema_d:crowd").clips
+    assert len(corpus.clips) == 5820 == metadata("crema_d:crowd").clips
     assert (corpus.rejected, corpus.overlapping) == ((), True)
-    assert Counter(c.label for c in corpus.clips) == about("crema_d:crowd").classes
+    assert Counter(c.label for c in corpus.clips) == metadata("crema_d:crowd").classes
     intended = {code: name for code, name in zip(CODES, CLASSES, strict=True)}
     agree = sum(c.label == intended[c.id.split("_")[2]] for c in corpus.clips)
     assert agree / len(corpus.clips) == pytest.approx(0.822, abs=5e-4)

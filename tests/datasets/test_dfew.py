@@ -7,7 +7,7 @@ import pytest
 
 from avjax.datasets import registry
 from avjax.datasets.base import Clip
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from tests.conftest import REAL
 
@@ -154,7 +154,7 @@ def test_real_lists(tmp_path):
         for row in csv.DictReader(path.read_text().splitlines()):
             (tmp_path / "Clip/original" / f"{int(row['video_name'])}.mp4").write_bytes(b"x")
     corpus = registry.index("dfew", str(tmp_path))
-    assert len(corpus.clips) == 11697 == about("dfew").clips
+    assert len(corpus.clips) == 11697 == metadata("dfew").clips
     assert (len(corpus.folds[0].train), len(corpus.folds[0].test)) == (9356, 2341)
-    assert Counter(c.label for c in corpus.clips) == about("dfew").classes
+    assert Counter(c.label for c in corpus.clips) == metadata("dfew").classes
     assert corpus.rejected == ()

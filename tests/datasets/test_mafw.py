@@ -7,12 +7,12 @@ import pytest
 from avjax.datasets import registry
 from avjax.datasets.base import Clip
 from avjax.datasets.folds import natural_folds
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from tests.conftest import REAL
 
-CLASSES = list(about("mafw").classes)
-COMPOUND = list(about("mafw:compound").classes)
+CLASSES = list(metadata("mafw").classes)
+COMPOUND = list(metadata("mafw:compound").classes)
 LISTS = [(fold, part) for fold in range(1, 6) for part in ("train", "test")]
 # Windows-1252 with an ellipsis, which is a line's end in Latin-1, and GBK, whose second bytes are letters and signs.
 CAPTIONS = (b"A man shouts \x85 and \x93points\x94.", "他很生气，大喊".encode("gbk"), "café\ttwo".encode("cp1252"))
@@ -73,7 +73,7 @@ def test_compound_emotions(tmp_path):
 
 @pytest.mark.parametrize(("name", "folder"), [("mafw", "single"), ("mafw:compound", "compound")])
 def test_lists_with_captions_say_the_same_as_those_without(tmp_path, name, folder):
-    classes = list(about(name).classes)
+    classes = list(metadata(name).classes)
     write(tmp_path / "plain", classes, f"{folder}/no_caption")
     write(tmp_path / "captioned", classes, f"{folder}/with_caption", captioned)
     plain, found = (registry.index(name, str(tmp_path / kind)) for kind in ("plain", "captioned"))
@@ -219,9 +219,9 @@ def test_mafw_real_lists(tmp_path, name, folder, tests, counted):
             (clips / line.split()[0]).write_bytes(b"x")
             tested[line.split()[0]] += 1
     corpus = registry.index(name, str(tmp_path))
-    assert len(corpus.clips) == counted == about(name).clips
+    assert len(corpus.clips) == counted == metadata(name).clips
     assert set(tested.values()) == {1}
     assert len(tested) == counted
     assert [len(f.test) for f in corpus.folds] == tests
     assert all(len(f.train) + len(f.test) == counted for f in corpus.folds)
-    assert Counter(c.label for c in corpus.clips) == about(name).classes
+    assert Counter(c.label for c in corpus.clips) == metadata(name).classes

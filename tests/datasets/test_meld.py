@@ -8,7 +8,7 @@ import pytest
 from avjax.datasets import registry
 from avjax.datasets.base import Clip
 from avjax.datasets.folds import natural_folds
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 
 FOLDERS = {"train": "train_splits", "dev": "dev_splits_complete", "test": "output_repeated_splits_test"}
@@ -114,7 +114,7 @@ def test_films_that_were_not_fetched(meld):
 def test_the_published_counts(tmp_path):
     """As many rows as the real tables have, with the two films that nobody has."""
     counts = {"train": 9989, "dev": 1109, "test": 2610}
-    labels = [name for name, count in about("meld").classes.items() for _ in range(count)]
+    labels = [name for name, count in metadata("meld").classes.items() for _ in range(count)]
     film = tmp_path / "film"
     film.write_bytes(b"x" * 1000)
     for part, count in counts.items():
@@ -128,8 +128,8 @@ def test_the_published_counts(tmp_path):
     (fold,) = corpus.folds
     assert (len(fold.train), len(fold.val), len(fold.test)) == (9988, 1108, 2610)
     assert {name for name, _ in corpus.rejected} == {"train/dia125_utt3", "dev/dia110_utt7"}
-    assert len(corpus.clips) + 2 == about("meld").clips
-    assert sum((Counter(about("meld").classes) - Counter(c.label for c in corpus.clips)).values()) == 2
+    assert len(corpus.clips) + 2 == metadata("meld").clips
+    assert sum((Counter(metadata("meld").classes) - Counter(c.label for c in corpus.clips)).values()) == 2
 
 
 @pytest.mark.parametrize(

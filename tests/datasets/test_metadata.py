@@ -3,12 +3,12 @@
 import pytest
 
 from avjax.datasets import registry
-from avjax.datasets.metadata import about, corpus, target
+from avjax.datasets.metadata import corpus, metadata, target
 
 
 @pytest.mark.parametrize("name", [n for n in registry.REGISTRY if n not in ("demo", "folder")])
 def test_every_public_data_set_says_where_it_comes_from(name):
-    known = about(name)
+    known = metadata(name)
     assert known.title
     assert known.citation
     assert known.licence
@@ -21,7 +21,7 @@ def test_every_public_data_set_says_where_it_comes_from(name):
 
 def test_targets_share_what_is_of_the_corpus():
     assert (corpus("mafw:compound"), target("mafw:compound"), target("mafw")) == ("mafw", "compound", "")
-    single, compound = about("mafw"), about("mafw:compound")
+    single, compound = metadata("mafw"), metadata("mafw:compound")
     assert single.citation == compound.citation
     assert (len(single.classes), len(compound.classes), single.clips, compound.clips) == (11, 43, 9172, 8996)
-    assert about("folder") is None
+    assert metadata("folder") is None

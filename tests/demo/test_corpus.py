@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from avjax.datasets import mafw
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.demo import corpus, face, voice
 from avjax.errors import AvjaxError
 from avjax.features import clip as clip_features
@@ -96,7 +96,7 @@ def test_a_clip_that_cannot_be_made_is_a_plain_error(tmp_path, monkeypatch):
 
 def test_every_emotion_is_one_of_mafw_with_units_that_exist():
 
-    assert list(corpus.EMOTIONS) == list(about("mafw").classes)
+    assert list(corpus.EMOTIONS) == list(metadata("mafw").classes)
     assert all(set(units) <= set(face.UNITS) for units, _ in corpus.EMOTIONS.values())
     # No two classes look and sound alike.
     assert len({(tuple(sorted(u.items())), m) for u, m in corpus.EMOTIONS.values()}) == 11

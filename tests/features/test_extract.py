@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from avjax.datasets import registry
-from avjax.datasets.metadata import about
+from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.features import clip as clip_features
 from avjax.features import extract as extraction
@@ -281,7 +281,7 @@ def test_clip_that_takes_too_long_is_quarantined(whole, tmp_path):
 
 
 def test_mafw_miniature(tmp_path):
-    data, classes = tmp_path / "data", list(about("mafw").classes)
+    data, classes = tmp_path / "data", list(metadata("mafw").classes)
     one = clips.write_mp4(tmp_path / "one.mp4", seconds=0.5, hz=None)
     names = [f"{i:05d}" for i in range(1, 12)]
     (data / "data/clips").mkdir(parents=True)

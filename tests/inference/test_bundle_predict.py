@@ -122,10 +122,10 @@ def test_a_card_has_protocol_figures_and_classes(place, told):
 
 
 def test_a_card_names_a_public_data_set_and_random_weights(told):
-    from avjax.datasets.metadata import about
+    from avjax.datasets.metadata import metadata
 
     says, metrics = told
-    text = model_card.markdown("B", says | {"random_weights": True}, metrics, about("mafw"))
+    text = model_card.markdown("B", says | {"random_weights": True}, metrics, metadata("mafw"))
     assert "Licence of the data: Research only, under a signed agreement; not to be passed on." in text
     assert "**RANDOM WEIGHTS**" in text
 
