@@ -68,15 +68,15 @@ def data() -> int:
         raise AvjaxError("no --config; expected one such as configs/etg_folder.py, with --config.data.root=R")
     # A configuration of extraction has none, and its clips are divided as by default.
     protocol = config.protocol if "protocol" in config else {}
-    result = dataset_checks.audit(
-        config.dataset,
-        config.data.root,
-        out=OUT.value or "",
+    options = dataset_checks.Options(
         lists=LISTS.value or "",
         faces=not NO_FACES.value,
         processes=WORKERS.value,
-        console=Console(soft_wrap=True, markup=False, stderr=JSON.value),
         **{key: protocol[key] for key in ("folds", "fold_count") if key in protocol},
+    )
+    console = Console(soft_wrap=True, markup=False, stderr=JSON.value)
+    result = dataset_checks.audit(
+        config.dataset, config.data.root, out=OUT.value or "", options=options, console=console
     )
     if JSON.value:
         print(json.dumps(result, indent=1))

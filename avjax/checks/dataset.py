@@ -28,45 +28,53 @@ MOST_STRIPS, _STRIPS_OF_A_KIND = 12, 3
 MOST_ROWS = 200  # of a kind on the page; all are in the JSON file
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a data set is audited.
+
+    Attributes:
+      folds, fold_count: the protocol (`natural_folds`).
+      lists: a folder of public fold lists to compare with, or "".
+      faces: whether to look for faces.
+      processes: 0 = one per core; clip_seconds: time limit of one clip.
+    """
+
+    folds: str = "auto"
+    fold_count: int = 5
+    lists: str = ""
+    faces: bool = True
+    processes: int = 0
+    clip_seconds: float = clip_facts.CLIP_SECONDS
+
+
 def audit(
-    dataset: str,
-    root: str = "",
-    *,
-    out: str = "",
-    folds: str = "auto",
-    fold_count: int = 5,
-    lists: str = "",
-    faces: bool = True,
-    processes: int = 0,
-    clip_seconds: float = clip_facts.CLIP_SECONDS,
-    console: Console | None = None,
+    dataset: str, root: str = "", *, out: str = "", options: Options | None = None, console: Console | None = None
 ) -> dict[str, object]:
     """Audits a data set; what was opened before and has not changed since is not opened again.
 
     Args:
       root: where the data are, out: folder for audit.html, audit.json and clips.jsonl; "" = the default places.
-      folds, fold_count: the protocol (`natural_folds`).
-      lists: a folder of public fold lists to compare with, or "".
-      faces: whether to look for faces; processes: 0 = one per core; clip_seconds: time limit of one clip.
     Returns:
       what is in audit.json: the same for the same data.
     Raises:
       AvjaxError: the data set or the lists are not there, a package or the face landmarker is missing, or `out` cannot
         be written.
     """
-    _need_packages(faces)
+    how = options or Options()
+    _need_packages(how.faces)
     console = console or Console(soft_wrap=True, markup=False)
-    corpus, listed = registry.index(dataset, root), published_folds.fold_lists(Path(lists)) if lists else []
+    corpus, listed = registry.index(dataset, root), published_folds.fold_lists(Path(how.lists)) if how.lists else []
     place = Path(out or f"audits/{dataset.replace(':', '_')}")
     with only_writer(place, "choose another --out"):
         # ---- Clips ------------------------------------------------------------------------------------------------
-        settings = {"processes": processes, "clip_seconds": clip_seconds, "model": _landmarker() if faces else None}
-        facts = clip_facts.inspect_all(corpus.clips, place / "clips.jsonl", console, **settings)
+        limits = {"processes": how.processes, "clip_seconds": how.clip_seconds}
+        model = _landmarker() if how.faces else None
+        facts = clip_facts.inspect_all(corpus.clips, place / "clips.jsonl", console, model=model, **limits)
         # ---- Verdicts ---------------------------------------------------------------------------------------------
         known = metadata(dataset)
-        made, protocol, found = _folds(corpus, folds, fold_count)
+        made, protocol, found = _folds(corpus, how.folds, how.fold_count)
         found += _found(corpus, facts, made, known)
-        found += findings.of_lists(corpus.clips, listed, published_folds.problems(listed)) if lists else []
+        found += findings.of_lists(corpus.clips, listed, published_folds.problems(listed)) if how.lists else []
         found.sort(key=lambda f: (findings.SEVERITIES.index(f.severity), f.kind))
         # ---- Page -------------------------------------------------------------------------------------------------
         result = {
@@ -74,13 +82,13 @@ def audit(
             "protocol": protocol,
             "clips": len(corpus.clips),
             "rejected": len(corpus.rejected),
-            "faces": faces,
+            "faces": how.faces,
             "counts": _counts(found),
             "classes": findings.class_table(corpus, known),
             "folds": [_fold_row(fold, corpus) for fold in made],
             "findings": [dataclasses.asdict(f) for f in found],
         }
-        strips = _strips(corpus, facts, found, processes, clip_seconds)
+        strips = _strips(corpus, facts, found, how.processes, how.clip_seconds)
         write_text(place / "audit.json", json.dumps(result, indent=1) + "\n")
         write_text(place / "audit.html", _page(result, strips))
     _show(result, place, console)

@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from avjax.datasets.base import GENDERS, Clip, Corpus, Fold
-from avjax.datasets.fold_tables import gathered
+from avjax.datasets.base import GENDERS, Clip, Corpus, Fold, make_corpus
 from avjax.datasets.labels import numbers
 from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
@@ -58,7 +57,7 @@ def intended(root: Path) -> Corpus:
     Raises:
       AvjaxError: there is no such film, or none can be used.
     """
-    return gathered("crema_d", _clips(root, None), {}, f"{root}: no VideoFlash/1001_DFA_ANG_XX.flv")
+    return make_corpus("crema_d", _clips(root, None), {}, f"{root}: no VideoFlash/1001_DFA_ANG_XX.flv")
 
 
 def crowd(root: Path) -> Corpus:
@@ -140,7 +139,7 @@ def _partitioned(
     labels = {n: ((), reason) if reason else label(classes, s) for n, (s, reason) in shares.items()}
     strange = tuple((media_files.shown(n), "no name of a clip of CREMA-D") for n in shares if not _NAME.fullmatch(n))
     clips = [dataclasses.replace(c, label=labels[c.id][0], fold=None) for c in _clips(root, shares)]
-    corpus = gathered(
+    corpus = make_corpus(
         name, clips, {n: reason for n, (_, reason) in labels.items()}, f"{root}: lists without clips", kind
     )
     there = {c.id for c in corpus.clips}

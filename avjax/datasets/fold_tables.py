@@ -108,35 +108,3 @@ def _check_folds(place: Path, parts: Mapping[Part, list[str]]) -> None:
 def _check_once(trouble: str, names: list[str]) -> None:
     if twice := sorted(repeated(names)):
         raise AvjaxError(f"{trouble}, or listed twice: {some(twice)}; are these the official lists?")
-
-
-def gathered(
-    name: str, clips: Iterable[Clip], reasons: Mapping[str, str], lacking: str, kind: str = "single"
-) -> Corpus:
-    """The data set `name`, of those of `clips` that can be used; the others are rejected with a reason.
-
-    Args:
-      reasons: id → why a clip cannot be used, beside those that are known to be broken (`avjax.datasets.metadata`).
-      lacking: what is to be said where there is no clip.
-      kind: of the task.
-    Raises:
-      AvjaxError: no clip is there, or none can be used.
-    """
-    known = metadata(name)
-    kept: dict[str, Clip] = {}
-    rejected = []
-    for clip in clips:
-        twice = "duplicate clip id: another file has this name" if clip.id in kept else ""
-        if reason := twice or known.broken.get(clip.id) or reasons.get(clip.id) or _trouble(clip):
-            rejected.append((clip.id, reason))
-        else:
-            kept[clip.id] = clip
-    if not kept:
-        why = f"none of {len(rejected)} clips can be used; the first: {': '.join(rejected[0])}" if rejected else lacking
-        raise AvjaxError(f"{why}; set --config.data.root to the folder of the download")
-    return Corpus(name, Task(kind, tuple(known.classes)), tuple(kept.values()), (), tuple(rejected))
-
-
-def _trouble(clip: Clip) -> str:
-    reason = media_files.trouble(clip.audio) if clip.audio else ""
-    return media_files.trouble(clip.path) or (reason and f"its sound file: {reason}")

@@ -7,8 +7,7 @@ Busso et al., IEEE Transactions on Affective Computing 2017. Films and sounds ca
 import re
 from pathlib import Path
 
-from avjax.datasets.base import Clip, Corpus
-from avjax.datasets.fold_tables import gathered
+from avjax.datasets.base import Clip, Corpus, make_corpus
 from avjax.errors import AvjaxError
 from avjax.utils import media_files
 from avjax.utils.tables import number
@@ -50,7 +49,7 @@ def index(root: Path) -> Corpus:
             fold=str(int(match[3])),
         )
         clips.append(clip)
-    return gathered("msp_improv", clips, reasons, f"{found[0]}: rates no film, and there is none", "regression")
+    return make_corpus("msp_improv", clips, reasons, f"{found[0]}: rates no film, and there is none", "regression")
 
 
 def _by_code(root: Path, *suffixes: str) -> dict[str, Path]:

@@ -28,8 +28,6 @@ class Listed:
 
 
 _FOLD = re.compile(r"(?:split|set|fold|consensus)[ _-]?0*(\d+)$", re.IGNORECASE)
-
-
 _PART = re.compile(r"(?<![a-z])(train|val|valid|validation|dev|test)(?![a-z])", re.IGNORECASE)
 
 

@@ -20,12 +20,12 @@ REGISTRY: dict[str, Index] = {
     "demo": _demo,
     "dfew": dfew.index,
     "folder": folder.index,
-    "java_sed": java_sed.java_sed,
+    "java_sed": java_sed.index,
     "mafw": mafw.index,
     "mafw:compound": mafw.compound,
     "meld": meld.index,
     "msp_improv": msp_improv.index,
-    "ravdess": ravdess.ravdess,
+    "ravdess": ravdess.index,
 }
 
 

@@ -55,8 +55,8 @@ def write_table(root, rows, header="file,label,audio"):
 
 
 def audited(root, out, **changes):
-    settings = {"out": str(out), "faces": False, "processes": 2} | changes
-    return dataset_checks.audit("folder", str(root), **settings)
+    options = dataset_checks.Options(**{"faces": False, "processes": 2} | changes)
+    return dataset_checks.audit("folder", str(root), out=str(out), options=options)
 
 
 # ---- Clips -----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""RAVDESS, whose file names say everything, on miniatures of its download; what all readers do with files."""
+"""RAVDESS, whose file names say everything, on miniatures of its download."""
 
 import gzip
 import itertools
-import os
 from collections import Counter
 
 import pytest
@@ -11,7 +10,6 @@ from avjax.datasets import registry
 from avjax.datasets.base import Clip
 from avjax.datasets.folds import natural_folds
 from avjax.errors import AvjaxError
-from avjax.utils import media_files
 from tests.conftest import REAL
 
 CLASSES = ("neutral", "calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
@@ -149,51 +147,8 @@ def test_a_second_copy_of_a_clip_is_rejected(ravdess):
     assert corpus.rejected == (("01-01-03-01-02-01-01", "duplicate clip id: another file has this name"),)
 
 
-@pytest.mark.parametrize(
-    ("name", "lacking"),
-    [
-        ("ravdess", "no Actor_01/01-01-….mp4"),
-        ("crema_d", "no VideoFlash/1001_DFA_ANG_XX.flv"),
-        ("java_sed", "no dataset-resize/01-01-01_01.mp4"),
-        ("msp_improv", "no Evalution.txt"),
-    ],
-)
-def test_a_folder_without_such_files_says_what_was_expected(tmp_path, name, lacking):
-    write(tmp_path / "VideoFlash/film.flv")
-    with pytest.raises(AvjaxError, match=f"{tmp_path}: {lacking}; set --config.data.root"):
-        registry.index(name, str(tmp_path))
-
-
 def test_a_clone_without_its_large_files_says_so(ravdess):
     for path in ravdess.rglob("01-01*.mp4"):
         path.write_bytes(POINTER)
     with pytest.raises(AvjaxError, match=r"none of 16 clips can be used; the first: 01-.*: a Git LFS pointer, not the"):
         registry.index("ravdess", str(ravdess))
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (POINTER, "a Git LFS pointer, not the file: fetch it with git lfs pull"),
-        (POINTER.replace(b"v1", b"v2"), "a Git LFS pointer, not the file: fetch it with git lfs pull"),
-        (POINTER + b"x" * 1000, ""),
-        (b"\n" + POINTER, ""),
-        (POINTER[:20], ""),
-        (b"", "an empty file"),
-    ],
-)
-def test_pointers_of_git_lfs(tmp_path, content, reason):
-    assert media_files.trouble(write(tmp_path / "film.mp4", content)) == reason
-
-
-def test_a_pipe_is_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "film.mp4")
-    assert media_files.trouble(tmp_path / "film.mp4") == "not a file but a pipe, a socket or a device"
-
-
-def test_files_below_a_folder(tmp_path):
-    for name in ("b/2.MP4", "b/1.mp4", "a.mp4", "a.avi", "a.mp4.part", "._a.mp4", "b/.hidden.mp4", ".b/3.mp4"):
-        write(tmp_path / name)
-    assert media_files.files(tmp_path, ".mp4") == [tmp_path / name for name in ("a.mp4", "b/1.mp4", "b/2.MP4")]
-    assert media_files.files(tmp_path, ".avi", ".mp4")[0] == tmp_path / "a.avi"
-    assert media_files.files(tmp_path / "nowhere", ".mp4") == []

@@ -10,18 +10,9 @@ from avjax.utils import tables
 
 # The action units whose intensity OpenFace gives, 0 to 5; of one more it says only whether it is there.
 UNITS = tuple(f"AU{n:02d}" for n in (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17, 20, 23, 25, 26, 45))
-
-
 PRESENT = (*UNITS[:-1], "AU28", "AU45")
-
-
 _POSE = ("pose_Tx", "pose_Ty", "pose_Tz", "pose_Rx", "pose_Ry", "pose_Rz")
-
-
 _CONFIDENT = 0.5
-
-
-# ---- Features -----------------------------------------------------------------------------------------------------
 
 
 def openface(path: Path) -> dict[str, np.ndarray]:
