@@ -31,8 +31,8 @@ SMALL = {
     "cfn_sr": {"width": 8, "heads": 2, "layers": 2, "blocks": 2, "kernel": 3},
     "vavl": {"bottleneck": 5, "width": 8, "heads": 2, "kernel": 5, "depth": 1, "shared_depth": 1},
 }
-# A plain one, one of conversations and one of towers; the others are thorough.
-QUICK = ("concat", "bc_lstm", "m2fnet")
+# A plain one and one of conversations; the others are thorough.
+QUICK = ("concat", "bc_lstm")
 # Whose loss has further terms than those of the heads.
 MORE_TERMS = ("m2fnet", "misa", "mfm", "vavl")
 RESTATED = torch_baselines.RESTATED | torch_towers.RESTATED

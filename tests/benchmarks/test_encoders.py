@@ -223,6 +223,10 @@ PARAMETERS = {
     "whisper_base": 20_590_592,
 }
 TRUE_SIZE = dict(benchmark.ENCODERS)
+QUICK = ("minilm", "vit_s14", "whisper_tiny")
+true_sizes = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough) for name in TRUE_SIZE]
+)
 
 
 def true_module(name):
@@ -235,14 +239,14 @@ def true_module(name):
     return family, family.build(config.to_dict(), jnp.float32, None)
 
 
-@pytest.mark.parametrize("name", TRUE_SIZE)
+@true_sizes
 def test_encoders_have_their_true_size(name):
     family, module = true_module(name)
     assert sum(v.size for v in jax.tree.leaves(family.shapes(module.config))) == PARAMETERS[name]
 
 
 @needs_torch
-@pytest.mark.parametrize("name", TRUE_SIZE)
+@true_sizes
 def test_originals_exist_at_their_true_size(name):
     import torch
     import transformers

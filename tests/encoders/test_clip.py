@@ -121,7 +121,9 @@ def assert_close(got, want, tolerance=1e-4):
 # The joint space
 
 
-@pytest.mark.parametrize(("seed", "end"), [(0, 2), (1, 29), pytest.param(2, 29, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("seed", "end"), [(1, 29), *(pytest.param(*drawn, marks=pytest.mark.thorough) for drawn in ((0, 2), (2, 29)))]
+)
 def test_embeddings_and_logits_are_the_originals(tmp_path, seed, end):
     model = original(seed, end)
     batch = pictures(4, model.config.vision_config.image_size)
@@ -148,10 +150,9 @@ def test_a_text_or_picture_is_compared_alike_whoever_is_beside_it():
     assert logits.shape == (3, 3)
     np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(told, axis=1), 1, atol=1e-6)
-    for row in range(2):
-        alone = IDS[row : row + 1, MASK[row]]
-        got, *_ = compare(params, batch[row : row + 1], alone, np.ones(alone.shape, bool))
-        np.testing.assert_allclose(got[0, 0], logits[row, row], rtol=1e-4, atol=1e-5)
+    alone = IDS[1:2, MASK[1]]
+    got, *_ = compare(params, batch[1:2], alone, np.ones(alone.shape, bool))
+    np.testing.assert_allclose(got[0, 0], logits[1, 1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.thorough

@@ -320,7 +320,10 @@ def test_padding_of_the_hubs_configs_is_tensorflows_at_their_size(name):
 
 
 @pytest.mark.parametrize("name", ORIGINAL.full)
-@pytest.mark.parametrize("size", [(224, 224), (45, 64), (61, 127), (260, 259)])
+@pytest.mark.parametrize(
+    "size",
+    [(45, 64), *(pytest.param(size, marks=pytest.mark.thorough) for size in ((224, 224), (61, 127), (260, 259)))],
+)
 def test_the_number_of_features_is_the_originals(name, size):
     torch, transformers = torch_and_transformers()
     contents = ORIGINAL.full[name][0]()

@@ -35,8 +35,11 @@ def random_params(config, seed=0):
     return jax.tree.unflatten(tree, [rng.normal(0.3, 0.3, leaf.shape).astype(np.float32) for leaf in leaves])
 
 
+compiled = jax.jit(Whisper(CONFIG).apply)
+
+
 def run(spectra, mask):
-    return jax.jit(Whisper(CONFIG).apply)({"params": random_params(CONFIG)}, spectra, mask)
+    return compiled({"params": random_params(CONFIG)}, spectra, mask)
 
 
 def noise(*lengths):

@@ -104,6 +104,7 @@ def copied(whole, tmp_path):
     return tuple(shutil.copytree(source, tmp_path / source.name) for source in whole)
 
 
+@pytest.mark.budget(12)
 def test_unusable_files_are_quarantined_and_what_lacks_is_kept_and_counted(whole):
     _, out = whole
     quarantined = {i: row["reason"] for i, row in table(out / "quarantine.csv").items()}

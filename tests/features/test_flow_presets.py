@@ -140,6 +140,7 @@ def test_neither_blocks_nor_neighbours_nor_the_device_change_a_clips_features(
             np.testing.assert_allclose(clip[stream], made[clip_id][stream], atol=2e-3 * size)
 
 
+@pytest.mark.budget(9)
 def test_a_grid_of_flow_stands_beside_the_measurements_of_every_frame(packed):
     out, made = packed("grid")
     assert len(made) == 7

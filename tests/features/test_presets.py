@@ -108,6 +108,7 @@ def packed(data, tiny, tmp_path_factory):
         return out, extract(data, out)
 
 
+@pytest.mark.budget(14)
 def test_streams_are_those_of_the_encoders(packed):
     _, made = packed
     assert len(made) == 7

@@ -77,6 +77,7 @@ def packed(data, raw, spectral, tmp_path_factory):  # noqa: F811
     return out, made
 
 
+@pytest.mark.budget(20)
 def test_streams_are_what_the_encoders_read(packed):
     _, made = packed
     assert len(made["raw"]) == 7
