@@ -179,7 +179,7 @@ def test_loaded_and_read_from_disk_they_keep_their_types(packed):
 def test_an_answer_is_given_from_the_same_streams(packed, raw):
     out, made = packed
     loaded = stores.load(out, "raw")
-    run = types.SimpleNamespace(dataset="folder", classes=CLASSES, text_source="both")
+    run = types.SimpleNamespace(dataset="folder", task="single", classes=CLASSES, text_source="both")
     asked = [dict(made["raw"][clip_id]) for clip_id in loaded.ids]
     found = prediction._features(run, loaded.clips, asked)
     for name, array in loaded.arrays.items():
