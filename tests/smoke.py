@@ -22,7 +22,7 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", command, "--help"], check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         written = exported.bundled(types.SimpleNamespace(getbasetemp=lambda: pathlib.Path(folder)))
-        answers = prediction.answers_of(bundle.read(written), exported.CLIPS)
+        answers = prediction.probabilities(bundle.read(written), exported.CLIPS)
     assert answers.shape == (len(exported.CLIPS.ids), 3), answers.shape
     np.testing.assert_allclose(answers.sum(-1), 1, rtol=1e-5)
     print(
