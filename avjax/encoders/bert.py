@@ -18,7 +18,7 @@ import numpy as np
 from avjax.encoders import base, weights
 from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
-from avjax.layers.transformer import PostNormBlock
+from avjax.layers import PostNormBlock
 
 INPUTS = Inputs("token ids (batch, length)", rank=2, length_axis=1, least=8, text=True)
 

@@ -19,9 +19,7 @@ import numpy as np
 from avjax.encoders import base, images, weights
 from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
-from avjax.layers.linear import Project
-from avjax.layers.masking import causal
-from avjax.layers.transformer import PreNormBlock
+from avjax.layers import PreNormBlock, Project, causal
 
 
 @dataclasses.dataclass(frozen=True)

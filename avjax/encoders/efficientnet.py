@@ -23,7 +23,7 @@ from flax import traverse_util
 from avjax.encoders import base, images, weights
 from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
-from avjax.layers.linear import Project
+from avjax.layers import Project
 
 INPUTS = Inputs("pictures (batch, height, width, 3)", rank=4, length_axis=None)
 

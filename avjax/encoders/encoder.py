@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from avjax.encoders import base, random_weights
 from avjax.errors import AvjaxError
-from avjax.layers.masking import masked_mean
+from avjax.layers import masked_mean
 
 # Files of a tokenizer in folders without tokenizer.json: of word pieces, and of byte pairs.
 _VOCABULARIES = (("vocab.txt",), ("vocab.json", "merges.txt"))

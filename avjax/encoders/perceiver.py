@@ -20,8 +20,7 @@ import numpy as np
 from avjax.encoders import base, weights
 from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
-from avjax.layers.linear import Project
-from avjax.layers.transformer import PreNormBlock
+from avjax.layers import PreNormBlock, Project
 
 INPUTS = Inputs("pairs of pictures (batch, 2, height, width, 3)", rank=5, length_axis=None)
 # Pixels whose scores are computed at a time, all pairs together: at most 67 MB of them for 2,048 latents.

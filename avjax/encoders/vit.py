@@ -18,8 +18,7 @@ import numpy as np
 from avjax.encoders import base, images, weights
 from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
-from avjax.layers.linear import Project
-from avjax.layers.transformer import PreNormBlock
+from avjax.layers import PreNormBlock, Project
 
 INPUTS = Inputs("pictures (batch, height, width, 3)", rank=4, length_axis=None)
 

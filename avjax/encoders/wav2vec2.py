@@ -19,8 +19,7 @@ import numpy as np
 from avjax.encoders import base, weights
 from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
-from avjax.layers.linear import Project
-from avjax.layers.transformer import PostNormBlock, PreNormBlock
+from avjax.layers import PostNormBlock, PreNormBlock, Project
 
 RATE = 16_000  # samples a second
 INPUTS = Inputs("waveforms (batch, samples) at 16 kHz", rank=2, length_axis=1, prefix=True, least=512)

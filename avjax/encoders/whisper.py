@@ -18,8 +18,7 @@ import numpy as np
 from avjax.encoders import base, weights
 from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
-from avjax.layers.linear import Project
-from avjax.layers.transformer import PreNormBlock
+from avjax.layers import PreNormBlock, Project
 
 INPUTS = Inputs("log-mel spectra (batch, bins, frames)", rank=3, length_axis=2, prefix=True, least=64)
 

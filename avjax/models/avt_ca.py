@@ -29,12 +29,17 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers.attention import attend
-from avjax.layers.conformer import StepNorm, pack
-from avjax.layers.conv2d import PictureConvolution, halved
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project, TimeConvolution
-from avjax.layers.masking import masked_max
+from avjax.layers import (
+    Dropout,
+    PictureConvolution,
+    Project,
+    StepNorm,
+    TimeConvolution,
+    attend,
+    halved,
+    masked_max,
+    pack,
+)
 from avjax.models.base import Batch, Fusion, Output, Stream
 from avjax.models.fusions.base import FusionModule
 from avjax.models.fusions.mmer import softhard

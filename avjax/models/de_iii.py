@@ -24,11 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from avjax.errors import AvjaxError
-from avjax.layers.conformer import ConformerBlock, interleaved_sinusoids, pack, unpack
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.masking import enter, masked_max, masked_mean, masked_softmax
-from avjax.layers.transformer import PostNormBlock
+from avjax.layers import (
+    ConformerBlock,
+    Dropout,
+    PostNormBlock,
+    Project,
+    enter,
+    interleaved_sinusoids,
+    masked_max,
+    masked_mean,
+    masked_softmax,
+    pack,
+    unpack,
+)
 from avjax.models.base import Batch, Fusion, Output, Stream, heads_loss
 from avjax.models.fusions.base import FusionModule
 

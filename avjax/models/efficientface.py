@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers.conv2d import PictureConvolution
+from avjax.layers import PictureConvolution
 
 _KEEPS_SCALE = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 

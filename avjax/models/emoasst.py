@@ -20,9 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avjax.errors import AvjaxError
-from avjax.layers.linear import Project
-from avjax.layers.masking import masked_mean
-from avjax.layers.transformer import PostNormBlock
+from avjax.layers import PostNormBlock, Project, masked_mean
 from avjax.models.base import Loss, Model, Output
 from avjax.tasks import contrastive
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers.masking import masked_mean, masked_softmax
+from avjax.layers import masked_mean, masked_softmax
 from avjax.models.base import Model, Output, Stream, head_loss
 from avjax.tasks import losses
 

@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from avjax.layers.conformer import interleaved_sinusoids
+from avjax.layers import interleaved_sinusoids
 from benchmarks.torch.fusions import batch_norm, layer_norm, linear
 from benchmarks.torch.layers import State, Tensor, convolution, joint_projections
 

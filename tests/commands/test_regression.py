@@ -16,7 +16,7 @@ from avjax.features import extract as extraction
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.inference import tables as prediction_tables
-from avjax.layers.masking import masked_mean
+from avjax.layers import masked_mean
 from avjax.models.base import Model, Output, heads_loss
 from avjax.training import data
 from tests import clips, synthetic

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avjax import layers
 from avjax.errors import AvjaxError
 from avjax.layers import attention as attention_layers
-from avjax.layers import dropout, linear, lstm, masking, transformer
+from avjax.layers import dropout
 from benchmarks.scaling import as_on_accelerators
 
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -27,7 +28,7 @@ def few(monkeypatch):
 
 @pytest.mark.parametrize("jitted", [True, False])
 def test_context_without_weights_is_that_with_them(jitted):
-    want, weights = attention_layers.attend(QUERY, KEY, VALUE, MASK)
+    want, weights = layers.attend(QUERY, KEY, VALUE, MASK)
     got = (jax.jit(attention_layers.attended) if jitted else attention_layers.attended)(QUERY, KEY, VALUE, MASK)
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert not got[2].any(), "nothing may be attended to"
@@ -44,13 +45,13 @@ def test_few_keys_are_attended_to_all_at_once(monkeypatch):
     assert loops == [False, True]
 
 
-@pytest.mark.parametrize("mask", [MASK, masking.causal(MASK)[:, :5]], ids=["of keys", "of queries and keys"])
+@pytest.mark.parametrize("mask", [MASK, layers.causal(MASK)[:, :5]], ids=["of keys", "of queries and keys"])
 def test_gradients_agree_and_are_finite_where_nothing_may_be_attended_to(mask):
     def total(f):
         return lambda *qkv: jnp.sum(jnp.sin(f(*qkv, mask)))
 
     ours = jax.grad(total(attention_layers.attended), (0, 1, 2))(QUERY, KEY, VALUE)
-    theirs = jax.grad(total(lambda *a: attention_layers.attend(*a)[0]), (0, 1, 2))(QUERY, KEY, VALUE)
+    theirs = jax.grad(total(lambda *a: layers.attend(*a)[0]), (0, 1, 2))(QUERY, KEY, VALUE)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
         assert np.isfinite(a).all()
@@ -75,22 +76,22 @@ def test_every_query_may_have_keys_of_its_own(jitted):
     got = (jax.jit(attention_layers.attended) if jitted else attention_layers.attended)(QUERY, KEY, VALUE, mask)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert not got[1, 2].any(), "nothing may be attended to"
-    context, weights = attention_layers.attend(QUERY, KEY, VALUE, mask)
+    context, weights = layers.attend(QUERY, KEY, VALUE, mask)
     np.testing.assert_allclose(context, want, atol=1e-5)
     np.testing.assert_array_equal(weights > 0, np.repeat(mask[:, None], 2, 1))
 
 
 def test_causal_masks_admit_the_real_past_alone():
     mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], bool)
-    got = masking.causal(mask)
+    got = layers.causal(mask)
     for b, query, key in np.ndindex(got.shape):
         assert got[b, query, key] == (key <= query and mask[b, key])
 
 
 def test_no_step_of_a_causal_block_sees_what_follows():
-    block = transformer.PreNormBlock(2, 6, jax.nn.relu, 1e-6)
+    block = layers.PreNormBlock(2, 6, jax.nn.relu, 1e-6)
     x, other = jax.random.normal(jax.random.key(0), (2, 1, 5, 4))
-    past = masking.causal(jnp.ones((1, 5), bool))
+    past = layers.causal(jnp.ones((1, 5), bool))
     variables = jax.jit(block.init)(jax.random.key(1), x, past)
     apply = jax.jit(block.apply)
     before = apply(variables, x, past)
@@ -100,7 +101,7 @@ def test_no_step_of_a_causal_block_sees_what_follows():
 
 
 def test_layer_scale_and_missing_biases_are_params():
-    block = transformer.PreNormBlock(2, 6, jax.nn.relu, 1e-6, unbiased=("key",), scaled=True)
+    block = layers.PreNormBlock(2, 6, jax.nn.relu, 1e-6, unbiased=("key",), scaled=True)
     x = jnp.ones((1, 3, 4))
     params = block.init(jax.random.key(0), x, jnp.ones((1, 3), bool))["params"]
     assert params["attention"]["key"].keys() == {"kernel"}
@@ -116,12 +117,12 @@ STEPS = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
 
 
 def test_positions_count_from_the_first_real_step():
-    np.testing.assert_array_equal(masking.positions(STEPS), [[1, 2, 3, 4, 5], [0, 1, 2, 0, 0], [0] * 5])
+    np.testing.assert_array_equal(layers.positions(STEPS), [[1, 2, 3, 4, 5], [0, 1, 2, 0, 0], [0] * 5])
 
 
 @pytest.mark.parametrize("width", [6, 7])
 def test_sinusoids_are_sines_then_cosines_and_nothing_where_nothing_is(width):
-    got = transformer.sinusoids(np.array([[0, 1, 9]]), width)
+    got = layers.sinusoids(np.array([[0, 1, 9]]), width)
     assert got.shape == (1, 3, width)
     assert not got[0, 0].any()
     for n, place in ((1, 1), (2, 9)):
@@ -132,16 +133,16 @@ def test_sinusoids_are_sines_then_cosines_and_nothing_where_nothing_is(width):
 
 def test_the_last_step_is_the_last_real_one():
     x = np.arange(15, dtype=np.float32).reshape(3, 5, 1) + 1
-    np.testing.assert_array_equal(masking.last_step(x, STEPS), [[5], [8], [0]])
+    np.testing.assert_array_equal(layers.last_step(x, STEPS), [[5], [8], [0]])
 
 
 def test_streams_enter_without_what_is_masked():
     x = np.where(STEPS[..., None], np.ones((3, 5, 2), np.float32), np.nan)
     batch = {"audio": x, "audio_mask": STEPS}
-    steps, masks = masking.enter(batch, ("audio",), jnp.float32)
+    steps, masks = layers.enter(batch, ("audio",), jnp.float32)
     np.testing.assert_array_equal(steps["audio"][..., 0], STEPS)
     np.testing.assert_array_equal(masks["audio"], STEPS)
-    steps, masks = masking.enter(batch, ("audio",), jnp.float32, padded=True)
+    steps, masks = layers.enter(batch, ("audio",), jnp.float32, padded=True)
     np.testing.assert_array_equal(steps["audio"][..., 1], STEPS)
     assert masks["audio"].all()
 
@@ -154,7 +155,7 @@ def test_aligned_streams_average_what_a_step_takes_up(n, m):
     before, after = np.full((2, 2), np.nan, np.float32), np.full((3, 2), np.nan, np.float32)
     mask, onto = np.zeros((1, n + 5), bool), np.zeros((1, m + 3), bool)
     mask[0, 2 : n + 2], onto[0, 1 : m + 1] = True, True
-    got, valid = masking.align(np.concatenate([before, x, after])[None], mask, onto)
+    got, valid = layers.align(np.concatenate([before, x, after])[None], mask, onto)
     np.testing.assert_allclose(got[0, 1 : m + 1], want, atol=1e-6)
     np.testing.assert_array_equal(valid, onto)
     assert not got[0, ~onto[0]].any()
@@ -163,7 +164,7 @@ def test_aligned_streams_average_what_a_step_takes_up(n, m):
 def test_nothing_aligns_with_a_missing_stream():
     x, none, some = np.ones((1, 4, 2), np.float32), np.zeros((1, 4), bool), np.ones((1, 4), bool)
     for masks in ((none, some), (some, none)):
-        got, valid = masking.align(x, *masks)
+        got, valid = layers.align(x, *masks)
         assert not got.any()
         assert not valid.any()
 
@@ -172,7 +173,7 @@ def test_nothing_aligns_with_a_missing_stream():
 
 
 def test_a_block_that_asks_itself_is_a_plain_layer():
-    plain, cross = transformer.PreNormBlock(2, 6, jax.nn.relu, 1e-5), transformer.CrossBlock(2, 6)
+    plain, cross = layers.PreNormBlock(2, 6, jax.nn.relu, 1e-5), layers.CrossBlock(2, 6)
     x, mask = jax.random.normal(jax.random.key(0), (3, 5, 4)), jnp.asarray(STEPS)
     variables = jax.jit(plain.init)(jax.random.key(1), x, mask)
     want = jax.jit(plain.apply)(variables, x, mask)
@@ -180,7 +181,7 @@ def test_a_block_that_asks_itself_is_a_plain_layer():
 
 
 def test_a_block_with_a_share_of_one_keeps_what_it_had():
-    block = transformer.CrossBlock(2, 6, mixed=True)
+    block = layers.CrossBlock(2, 6, mixed=True)
     x, source = jax.random.normal(jax.random.key(0), (2, 3, 5, 4))
     params = jax.jit(block.init)(jax.random.key(1), x, source, jnp.asarray(STEPS))["params"]
     apply = jax.jit(lambda mix: block.apply({"params": params | {"mix": mix}}, x, source, jnp.asarray(STEPS)))
@@ -219,7 +220,7 @@ def lstm_by_loops(params, x, order):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_recurrences_know_of_no_padding(reverse):
-    module = lstm.Recurrence(3, reverse)
+    module = layers.Recurrence(3, reverse)
     x = jax.random.normal(jax.random.key(0), (3, 5, 2))
     mask = jnp.asarray(STEPS)
     rubbish = jnp.where(mask[..., None], x, jnp.nan)
@@ -239,7 +240,7 @@ def test_recurrences_know_of_no_padding(reverse):
 
 
 def test_recurrences_are_differentiable_past_padding():
-    module = lstm.Recurrence(3)
+    module = layers.Recurrence(3)
     mask = jnp.asarray(STEPS)
     x = jnp.where(mask[..., None], jnp.ones((3, 5, 2)), jnp.nan)
     variables = jax.jit(module.init)(jax.random.key(1), x, mask)
@@ -251,21 +252,21 @@ def test_recurrences_are_differentiable_past_padding():
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_dropout_keeps_its_share_and_the_mean(rate):
     x = jnp.ones((200, 300))
-    got = dropout.Dropout(rate, True).apply({}, x, rngs={"dropout": jax.random.key(1)})
+    got = layers.Dropout(rate, True).apply({}, x, rngs={"dropout": jax.random.key(1)})
     # Five standard deviations of the share among 60,000 independent draws.
     assert abs(float(jnp.mean(got == 0)) - rate) <= 5 * (rate * (1 - rate) / x.size) ** 0.5
     np.testing.assert_allclose(got[got != 0], 1 / (1 - rate), rtol=1e-6)
-    np.testing.assert_array_equal(dropout.Dropout(rate, False).apply({}, x), x)
+    np.testing.assert_array_equal(layers.Dropout(rate, False).apply({}, x), x)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 2])
 def test_what_is_no_rate_is_refused(rate):
     with pytest.raises(AvjaxError, match=f"a dropout is {rate}; give it a rate from 0 to below 1"):
-        dropout.Dropout(rate, True).apply({}, jnp.ones(3), rngs={"dropout": jax.random.key(0)})
+        layers.Dropout(rate, True).apply({}, jnp.ones(3), rngs={"dropout": jax.random.key(0)})
 
 
 def test_what_shares_a_fate_drops_together():
-    got = dropout.Dropout(0.5, True, shared=(1,)).apply({}, jnp.ones((40, 6, 3)), rngs={"dropout": jax.random.key(1)})
+    got = layers.Dropout(0.5, True, shared=(1,)).apply({}, jnp.ones((40, 6, 3)), rngs={"dropout": jax.random.key(1)})
     assert (got == got[:, :1]).all()
     assert 0 < jnp.mean(got) < 2
 
@@ -285,7 +286,7 @@ def test_hashes_of_near_keys_and_near_indices_have_nothing_in_common():
 
 def test_a_mask_is_the_same_for_a_lane_alone():
     keys = jax.random.split(jax.random.key(0), 3)
-    drop = lambda key: dropout.Dropout(0.5, True).apply({}, jnp.ones((4, 5)), rngs={"dropout": key})  # noqa: E731
+    drop = lambda key: layers.Dropout(0.5, True).apply({}, jnp.ones((4, 5)), rngs={"dropout": key})  # noqa: E731
     np.testing.assert_array_equal(jax.jit(jax.vmap(drop))(keys)[1], drop(keys[1]))
 
 
@@ -309,7 +310,7 @@ def test_convolution_over_time_is_that_of_flax(padding, kernel, channelwise, on,
     if on == "accelerators":
         monkeypatch.setattr(jax.lax, "platform_dependent", as_on_accelerators)
     x = jax.random.normal(jax.random.key(0), (2, 9, 6))
-    ours = linear.TimeConvolution(6, kernel, padding, channelwise)
+    ours = layers.TimeConvolution(6, kernel, padding, channelwise)
     theirs = nn.Conv(6, (kernel,), padding=padding, feature_group_count=6 if channelwise else 1)
     variables = theirs.init(jax.random.key(1), x)
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, variables)
@@ -324,6 +325,6 @@ def test_convolution_over_time_is_that_of_flax(padding, kernel, channelwise, on,
 def test_masked_max_is_that_of_real_steps_alone():
     x = np.array([[[-1.0, 5.0], [-2.0, -3.0], [np.nan, 9.0]], [[np.nan] * 2] * 3], np.float32)
     mask = np.array([[True, True, False], [False] * 3])
-    np.testing.assert_array_equal(masking.masked_max(x, mask), [[-1, 5], [0, 0]])
-    gradient = jax.grad(lambda x: jnp.sum(masking.masked_max(x, mask)))(x)
+    np.testing.assert_array_equal(layers.masked_max(x, mask), [[-1, 5], [0, 0]])
+    gradient = jax.grad(lambda x: jnp.sum(layers.masked_max(x, mask)))(x)
     np.testing.assert_array_equal(gradient, [[[1, 1], [0, 0], [0, 0]], np.zeros((3, 2))])

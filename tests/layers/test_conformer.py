@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.layers.conformer import ConformerBlock, RelativeAttention, StepNorm, interleaved_sinusoids, pack, unpack
+from avjax.layers import ConformerBlock, StepNorm, interleaved_sinusoids, pack, unpack
+from avjax.layers.conformer import RelativeAttention
 
 X = np.random.default_rng(0).normal(size=(3, 9, 8)).astype(np.float32)
 MASK = np.arange(9)[None] < np.array([[9], [5], [0]])

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.layers import conv2d, cpu
-from avjax.layers.conv2d import PictureConvolution, halved
+from avjax.layers import PictureConvolution, conv2d, cpu, halved
 
 jitted = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 WAYS = (cpu.convolve2d, conv2d.convolve)

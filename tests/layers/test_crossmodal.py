@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avjax import layers
 from avjax.layers import crossmodal
 
 
@@ -21,7 +22,7 @@ def test_the_future_is_hidden_by_the_clips_own_lengths():
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_first_step_sees_the_last_one_only_without_the_causal_mask(causal):
-    encoder = crossmodal.CrossmodalEncoder(1, 2, causal=causal)
+    encoder = layers.CrossmodalEncoder(1, 2, causal=causal)
     x, mask = jax.random.normal(jax.random.key(0), (1, 4, 8)), jnp.ones((1, 4), bool)
     variables = jax.jit(encoder.init)(jax.random.key(1), x, mask)
     apply = jax.jit(encoder.apply)

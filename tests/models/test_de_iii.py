@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from avjax.errors import AvjaxError
-from avjax.layers.conformer import ConformerBlock
+from avjax.layers import ConformerBlock
 from avjax.models import de_iii
 from avjax.models.de_iii import HEADS, VARIANTS, DeIII, Ife, Pae
 from benchmarks.step import random_variables

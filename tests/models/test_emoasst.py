@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from avjax.layers.transformer import PostNormBlock
+from avjax.layers import PostNormBlock
 from avjax.models import emoasst
 from avjax.models.emoasst import EmoAsst
 from benchmarks.step import random_variables

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from avjax.layers.conformer import ConformerBlock
+from avjax.layers import ConformerBlock
 from tests.references.layouts import dense, norm
 
 IGNORED: dict[str, str] = {}

@@ -8,7 +8,7 @@ import pytest
 
 from avjax.datasets.base import Fold
 from avjax.evaluation import predictor
-from avjax.layers.masking import masked_mean
+from avjax.layers import masked_mean
 from avjax.models.base import Model, Output, heads_loss
 from avjax.training import batches, history, loop
 from avjax.training.checkpoint import Checkpoints

@@ -18,7 +18,7 @@ from avjax import config, models
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
 from avjax.evaluation import results
-from avjax.layers.masking import masked_mean
+from avjax.layers import masked_mean
 from avjax.models.base import Model, Output
 from avjax.tasks import losses
 from avjax.training import batches, history, loop

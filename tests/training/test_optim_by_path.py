@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from avjax.errors import AvjaxError
-from avjax.layers.masking import masked_mean
+from avjax.layers import masked_mean
 from avjax.models import base
 from avjax.models.base import Model, Output
 from avjax.training import loop, optim

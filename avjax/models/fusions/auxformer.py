@@ -11,9 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.crossmodal import CrossmodalEncoder
-from avjax.layers.linear import Project
-from avjax.layers.masking import enter, last_step
+from avjax.layers import CrossmodalEncoder, Project, enter, last_step
 from avjax.models.base import Batch, Fusion, Output, head_loss, stream_heads
 from avjax.models.fusions.base import FusionModule
 from avjax.models.fusions.mult import Residual

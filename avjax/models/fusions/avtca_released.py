@@ -3,7 +3,7 @@
 The code builds on that of MMER: shapes, missing streams and padding are as in `avjax.models.fusions.mmer`.
 """
 
-from avjax.layers.attention import SelfAttention
+from avjax.layers import SelfAttention
 from avjax.models.base import Fusion
 from avjax.models.fusions.mmer import MmerIt
 

@@ -10,10 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.lstm import Recurrence
-from avjax.layers.masking import turns
+from avjax.layers import Dropout, Project, Recurrence, turns
 from avjax.models.base import Batch, Fusion, Output, heads_loss, stream_heads
 from avjax.models.fusions.base import FusionModule
 

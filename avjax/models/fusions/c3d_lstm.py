@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import TimeConvolution
-from avjax.layers.lstm import Recurrence
-from avjax.layers.masking import zero_masked
+from avjax.layers import Dropout, Recurrence, TimeConvolution, zero_masked
 from avjax.models.base import Batch, Fusion, Output
 from avjax.models.fusions.base import FusionModule
 

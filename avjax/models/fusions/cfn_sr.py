@@ -14,10 +14,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.crossmodal import CrossmodalEncoder
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project, TimeConvolution
-from avjax.layers.masking import enter, last_step, masked_mean, masked_softmax, zero_masked
+from avjax.layers import (
+    CrossmodalEncoder,
+    Dropout,
+    Project,
+    TimeConvolution,
+    enter,
+    last_step,
+    masked_mean,
+    masked_softmax,
+    zero_masked,
+)
 from avjax.models.base import Batch, Fusion, Output
 from avjax.models.fusions.base import FusionModule
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.masking import masked_mean
+from avjax.layers import masked_mean
 from avjax.models.base import Batch, Fusion, Output, head_loss
 from avjax.models.fusions.base import FusionModule, has_stream
 

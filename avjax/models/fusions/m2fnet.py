@@ -11,11 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers.attention import attend
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.masking import turns
-from avjax.layers.transformer import PreNormBlock
+from avjax.layers import Dropout, PreNormBlock, Project, attend, turns
 from avjax.models.base import Batch, Fusion, Output, head_loss
 from avjax.models.fusions.base import FusionModule, counted
 

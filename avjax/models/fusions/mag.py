@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.masking import align, enter, masked_mean
+from avjax.layers import Dropout, Project, align, enter, masked_mean
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 

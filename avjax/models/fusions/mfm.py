@@ -15,9 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.linear import Project
-from avjax.layers.lstm import Recurrence
-from avjax.layers.masking import enter, masked_mean
+from avjax.layers import Project, Recurrence, enter, masked_mean
 from avjax.models.base import Batch, Fusion, Output, head_loss
 from avjax.models.fusions.base import FusionModule, counted, for_clips, named, of_kind
 from avjax.models.fusions.mfn import Mfn, Perceptron

@@ -19,10 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.lstm import Recurrence
-from avjax.layers.masking import align, enter
+from avjax.layers import Dropout, Project, Recurrence, align, enter
 from avjax.models.base import Batch, Fusion, Output
 from avjax.models.fusions.base import FusionModule
 

@@ -16,11 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.lstm import LstmEncoder
-from avjax.layers.masking import enter, masked_mean
-from avjax.layers.transformer import PostNormBlock
+from avjax.layers import Dropout, LstmEncoder, PostNormBlock, Project, enter, masked_mean
 from avjax.models.base import Batch, Fusion, Output, head_loss
 from avjax.models.fusions.base import FusionModule, counted, for_clips, named, of_kind
 

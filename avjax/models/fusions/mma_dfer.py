@@ -14,9 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.linear import Project
-from avjax.layers.masking import enter, masked_mean, positions
-from avjax.layers.transformer import CrossBlock, PreNormBlock, sinusoids
+from avjax.layers import CrossBlock, PreNormBlock, Project, enter, masked_mean, positions, sinusoids
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 

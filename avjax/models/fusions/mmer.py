@@ -18,10 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.attention import attend
-from avjax.layers.conformer import StepNorm, pack
-from avjax.layers.linear import Project, TimeConvolution
-from avjax.layers.masking import masked_mean, masked_softmax
+from avjax.layers import Project, StepNorm, TimeConvolution, attend, masked_mean, masked_softmax, pack
 from avjax.models.base import Batch, Fusion, Output, Stream
 from avjax.models.efficientface import EfficientFace
 from avjax.models.fusions.base import FusionModule

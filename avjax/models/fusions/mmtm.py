@@ -7,8 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.linear import Project
-from avjax.layers.masking import masked_mean
+from avjax.layers import Project, masked_mean
 from avjax.models.base import Fusion, Streams
 from avjax.models.fusions.towers import Towers
 

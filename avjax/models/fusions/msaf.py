@@ -8,9 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.masking import masked_mean, masked_softmax
+from avjax.layers import Dropout, Project, masked_mean, masked_softmax
 from avjax.models.base import Fusion, Streams
 from avjax.models.fusions.towers import Towers
 

@@ -18,10 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.lstm import Recurrence
-from avjax.layers.masking import enter, masked_mean
+from avjax.layers import Dropout, Project, Recurrence, enter, masked_mean
 from avjax.models.base import Batch, Fusion, Output
 from avjax.models.fusions.base import FusionModule
 

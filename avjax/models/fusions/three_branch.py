@@ -15,10 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.crossmodal import CrossmodalEncoder
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.masking import enter, masked_mean
+from avjax.layers import CrossmodalEncoder, Dropout, Project, enter, masked_mean
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 

@@ -17,10 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.crossmodal import CrossmodalEncoder
-from avjax.layers.linear import Project
-from avjax.layers.masking import enter, masked_mean
-from avjax.layers.transformer import CrossBlock
+from avjax.layers import CrossBlock, CrossmodalEncoder, Project, enter, masked_mean
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 

@@ -8,10 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.masking import enter, masked_mean
-from avjax.layers.transformer import PreNormBlock
+from avjax.layers import Dropout, PreNormBlock, Project, enter, masked_mean
 from avjax.models.base import Batch, Output
 from avjax.models.fusions.base import FusionModule
 

@@ -13,10 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.conformer import pack
-from avjax.layers.linear import Project
-from avjax.layers.masking import align, masked_mean
-from avjax.layers.transformer import PreNormBlock
+from avjax.layers import PreNormBlock, Project, align, masked_mean, pack
 from avjax.models.base import Batch, Fusion, Output, head_loss, stream_heads
 from avjax.models.fusions.base import FusionModule, has_stream
 

@@ -13,10 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers.conformer import ConformerBlock, pack
-from avjax.layers.dropout import Dropout
-from avjax.layers.linear import Project
-from avjax.layers.masking import masked_mean
+from avjax.layers import ConformerBlock, Dropout, Project, masked_mean, pack
 from avjax.models.base import Batch, Fusion, Output, head_loss, stream_heads
 from avjax.models.fusions.base import FusionModule, has_stream
 

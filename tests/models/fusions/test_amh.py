@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 
-from avjax.layers.lstm import LstmEncoder
+from avjax.layers import LstmEncoder
 from avjax.models.fusions.amh import Amh
 from tests.models.fusions.made import WIDTHS, batch, dense, randomised, softmax
 
