@@ -59,6 +59,7 @@ def read_json(folder, name):
 # ---- Content ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.budget(30)
 def test_what_is_in_a_bundle(workdir, whole):
     assert {path.name for path in whole.iterdir()} == FILES
     assert read_json(whole, "labels.json") == {"task": "single", "classes": ["class0", "class1", "class2"]}

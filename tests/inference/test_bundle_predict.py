@@ -69,6 +69,7 @@ def check_answers(place: pathlib.Path, python, before: str, **env) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.budget(40)
 def test_the_code_of_the_card_needs_jax_alone(place):
     paths = os.pathsep.join(p for p in sys.path if p.endswith("-packages"))
     check_answers(place, sys.executable, BLOCK, PYTHONPATH=paths, JAX_PLATFORMS="cpu")

@@ -138,6 +138,7 @@ def test_every_lane_alone_repeats_what_training_stored(trained):
             np.testing.assert_allclose(made[clip_id], row, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.budget(12)
 def test_the_answer_is_the_mean_of_the_lanes(trained, answered):
     """Computed here clip by clip and lane by lane, standardised by NumPy, from the features that extraction packed."""
     _, store, workdir = trained

@@ -258,7 +258,7 @@ np.savez(sys.argv[1], **out)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_clips_split_over_devices_are_one_set(tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", ON_MANY_DEVICES, str(tmp_path / "out.npz")]

@@ -73,6 +73,7 @@ def whole() -> Run:
     return Run().train()
 
 
+@pytest.mark.budget(10)
 def test_streamed_and_resident_training_give_equal_parameters(whole):
     resident = Run(made=chosen("resident")).train()
     assert isinstance(resident.data, batches.Resident)
@@ -134,6 +135,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.budget(8)
 @pytest.mark.parametrize("steps", [3, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 5))])
 def test_cut_within_an_epoch_it_goes_on_bit_for_bit(tmp_path, whole, steps):
     """Killed after so many steps; what it had written then is all that the next run knows."""
