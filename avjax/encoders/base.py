@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,55 @@ class Files:
     config: Mapping[str, Any]
     tensors: Path
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class OfPictures:
+    """What configurations of encoders of pictures share: no axis is padded, so that there is no longest input."""
+
+    longest = None
+
+
+class OfWords:
+    """What configurations of encoders of texts share: a feature for each word piece."""
+
+    positions: int
+
+    @property
+    def longest(self) -> int:
+        """The longest input, in word pieces."""
+        return self.positions
+
+    def steps(self, length: int) -> int:
+        """Returns how many features an input of `length` has."""
+        return length
+
+
+def shapes(module: nn.Module, *inputs: tuple[tuple[int, ...], Any]) -> dict[str, Any]:
+    """Gives the params of a module as shapes, without computing them; `inputs`: shape and dtype of each."""
+    return jax.eval_shape(module.init, jax.random.key(0), *(jax.ShapeDtypeStruct(*x) for x in inputs))["params"]
+
+
+def torch_name(path: str, top: Mapping[str, str], layers: str, block: Mapping[str, str]) -> str:
+    """Names the PyTorch module of the Flax `path`: its entry in `top` or, for block i of `layers`, in `block`."""
+    name, _, rest = path.partition("/")
+    return f"{layers}.{name.removeprefix('block_')}.{block[rest]}" if rest else top[path]
+
+
+def pad_rows(rows: Sequence[np.ndarray], fill: Any, shape: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks rows (*shape, length) of different lengths.
+
+    Args:
+      rows: b arrays or lists; fill: what follows the end of a row; its dtype is that of the batch.
+      shape: of the axes before that of the lengths.
+    Returns:
+      The batch (b, *shape, l) and its mask (b, l), l being the longest length.
+    """
+    lengths = np.array([np.shape(row)[-1] for row in rows], int)
+    mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
+    batch = np.full((len(rows), *shape, mask.shape[1]), fill)
+    for out, row in zip(batch, rows, strict=True):
+        out[..., : np.shape(row)[-1]] = row
+    return batch, mask
 
 
 def known_layer(layer: int | None, layers: int) -> int:

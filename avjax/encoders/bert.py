@@ -24,7 +24,7 @@ INPUTS = Inputs("token ids (batch, length)", rank=2, length_axis=1, least=8, tex
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
+class BertConfig(base.OfWords):
     """Architecture of a checkpoint; widths in numbers of units."""
 
     model_type: str  # "bert" or "distilbert"
@@ -50,15 +50,6 @@ class BertConfig:
         if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
             raise AvjaxError("only BERT encoders with absolute positions are computed; see config.json")
         return cls(**{"types": 0, "eps": 1e-12} | read)
-
-    @property
-    def longest(self) -> int:
-        """The longest input."""
-        return self.positions
-
-    def steps(self, length: int) -> int:
-        """How many features an input of `length` has."""
-        return length
 
 
 _KEYS = {
@@ -129,20 +120,17 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Ber
 
 def shapes(config: BertConfig) -> dict[str, Any]:
     """The params of `Bert(config)` as shapes, without computing them."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    return jax.eval_shape(Bert(config).init, jax.random.key(0), ids, mask)["params"]
+    return base.shapes(Bert(config), ((1, 1), jnp.int32), ((1, 1), jnp.bool_))
 
 
-_COMMON = {
+_TOP = {
     "words": "embeddings.word_embeddings",
     "positions": "embeddings.position_embeddings",
+    "types": "embeddings.token_type_embeddings",
     "embedding_norm": "embeddings.LayerNorm",
 }
-_NAMES = {
-    "bert": _COMMON
-    | {
-        "types": "embeddings.token_type_embeddings",
+_BLOCK = {
+    "bert": {
         "attention/query": "attention.self.query",
         "attention/key": "attention.self.key",
         "attention/value": "attention.self.value",
@@ -152,8 +140,7 @@ _NAMES = {
         "down": "output.dense",
         "norm": "output.LayerNorm",
     },
-    "distilbert": _COMMON
-    | {
+    "distilbert": {
         "attention/query": "attention.q_lin",
         "attention/key": "attention.k_lin",
         "attention/value": "attention.v_lin",
@@ -176,16 +163,11 @@ def convert(tensors: Mapping[str, np.ndarray], config: BertConfig) -> dict[str, 
       AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
     """
     plain = {_plain(name, config.model_type): tensor for name, tensor in tensors.items()}
-    return weights.convert(plain, shapes(config), functools.partial(_torch_name, config.model_type), IGNORED)
+    kind = config.model_type
+    name_of = functools.partial(base.torch_name, top=_TOP, layers=_LAYERS[kind], block=_BLOCK[kind])
+    return weights.convert(plain, shapes(config), name_of, IGNORED)
 
 
 def _plain(name: str, model_type: str) -> str:
     # Checkpoints that came from TensorFlow, bert-base-uncased among them, call the affine of a norm gamma and beta.
     return name.removeprefix(f"{model_type}.").replace(".gamma", ".weight").replace(".beta", ".bias")
-
-
-def _torch_name(model_type: str, path: str) -> str:
-    block, _, rest = path.partition("/")
-    if not rest:
-        return _NAMES[model_type][path]
-    return f"{_LAYERS[model_type]}.{block.removeprefix('block_')}.{_NAMES[model_type][rest]}"

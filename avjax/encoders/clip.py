@@ -36,7 +36,7 @@ class _TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig(_TowerConfig):
+class VisionConfig(_TowerConfig, base.OfPictures):
     """Architecture of a tower of pictures, which are squares; pictures and patches in pixels."""
 
     picture: int
@@ -61,10 +61,6 @@ class VisionConfig(_TowerConfig):
         return cls(**read)
 
     @property
-    def longest(self) -> None:
-        """No axis of pictures is padded."""
-
-    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return (self.picture // self.patch,) * 2
@@ -75,7 +71,7 @@ class VisionConfig(_TowerConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig(_TowerConfig):
+class TextConfig(_TowerConfig, base.OfWords):
     """Architecture of a tower of texts."""
 
     vocab: int
@@ -93,15 +89,6 @@ class TextConfig(_TowerConfig):
         if not isinstance(read["end"], int):
             raise AvjaxError(f"eos_token_id is {read['end']} in config.json, expected one id")
         return cls(**read)
-
-    @property
-    def longest(self) -> int:
-        """The longest input."""
-        return self.positions
-
-    def steps(self, length: int) -> int:
-        """How many features an input of `length` has."""
-        return length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +317,7 @@ class Family:
     name: str  # "vision" or "text"
     module: type[Vision] | type[Text]
     config: type[VisionConfig] | type[TextConfig]
-    example: Callable[[Any], tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]  # configuration → inputs and mask
+    example: Callable[[Any], tuple[tuple[tuple[int, ...], Any], ...]]  # configuration → shape and dtype of its inputs
     INPUTS: Inputs
     IGNORED: re.Pattern
     prepare: Callable[[Any, Mapping[str, Any]], tuple[np.ndarray, np.ndarray]] | None = None
@@ -341,8 +328,7 @@ class Family:
 
     def shapes(self, config: VisionConfig | TextConfig, projected: bool = False) -> dict[str, Any]:
         """The params of the module as shapes, without computing them."""
-        module = self.module(config, projected=projected)
-        return jax.eval_shape(module.init, jax.random.key(0), *self.example(config))["params"]
+        return base.shapes(self.module(config, projected=projected), *self.example(config))
 
     def convert(
         self, tensors: Mapping[str, np.ndarray], config: VisionConfig | TextConfig, projected: bool = False
@@ -363,13 +349,12 @@ def prepare(raw: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any])
     return pictures, np.ones(len(pictures), bool)
 
 
-def _picture(config: VisionConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    shape = (1, config.picture, config.picture, 3)
-    return jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.bool_)
+def _picture(config: VisionConfig) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    return ((1, config.picture, config.picture, 3), jnp.float32), ((1,), jnp.bool_)
 
 
-def _word(config: TextConfig) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    return jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+def _word(config: TextConfig) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    return ((1, 1), jnp.int32), ((1, 1), jnp.bool_)
 
 
 VISION = Family(
@@ -396,8 +381,7 @@ TEXT = Family(
 
 def shapes(config: CLIPConfig) -> dict[str, Any]:
     """The params of `CLIP(config)` as shapes, without computing them."""
-    inputs = (_picture(config.vision)[0], *_word(config.text))
-    return jax.eval_shape(CLIP(config).init, jax.random.key(0), *inputs)["params"]
+    return base.shapes(CLIP(config), _picture(config.vision)[0], *_word(config.text))
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: CLIPConfig) -> dict[str, Any]:
@@ -435,10 +419,7 @@ _BLOCK = {
 
 
 def _torch_name(tower: str, path: str) -> str:
-    block, _, rest = path.partition("/")
-    if not rest:
-        return _NAMES[tower][path]
-    return f"encoder.layers.{block.removeprefix('block_')}.{_BLOCK[rest]}"
+    return base.torch_name(path, _NAMES[tower], "encoder.layers", _BLOCK)
 
 
 def _joint_name(path: str) -> str:

@@ -55,7 +55,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class EfficientNetConfig:
+class EfficientNetConfig(base.OfPictures):
     """Architecture of a checkpoint; widths in numbers of units, pictures in pixels."""
 
     picture: tuple[int, int]  # height and width that it was trained with; others are computed as well
@@ -95,10 +95,6 @@ class EfficientNetConfig:
     def layers(self) -> int:
         """0: widths and sizes differ from block to block, so that only the last features are given."""
         return 0
-
-    @property
-    def longest(self) -> None:
-        """No axis of pictures is padded."""
 
     def steps(self, length: int) -> int:
         """How many features a picture of the configured size has; `length` does not count."""
@@ -298,9 +294,7 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Eff
 
 def shapes(config: EfficientNetConfig) -> dict[str, Any]:
     """The params of `EfficientNet(config)` as shapes, without computing them."""
-    pictures = jax.ShapeDtypeStruct((1, *config.picture, 3), jnp.float32)
-    mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
-    return jax.eval_shape(EfficientNet(config).init, jax.random.key(0), pictures, mask)["params"]
+    return base.shapes(EfficientNet(config), ((1, *config.picture, 3), jnp.float32), ((1,), jnp.bool_))
 
 
 # Our convolution, and the batch norm after it, → theirs; in the order in which they are computed.

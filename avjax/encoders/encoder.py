@@ -140,11 +140,7 @@ class Encoder:
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(limit)
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts))]
-        lengths = np.array([len(row) for row in rows], int)
-        mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
-        ids = np.full(mask.shape, self._files.config.get("pad_token_id") or 0, np.int32)
-        ids[mask] = np.concatenate([np.empty(0, np.int32), *rows])
-        return ids, mask
+        return base.pad_rows(rows, np.int32(self._files.config.get("pad_token_id") or 0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

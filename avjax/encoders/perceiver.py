@@ -35,7 +35,7 @@ _OVERLAP = 20  # pixels that neighbouring tiles share at least, as in DeepMind's
 
 
 @dataclasses.dataclass(frozen=True)
-class PerceiverConfig:
+class PerceiverConfig(base.OfPictures):
     """Architecture of a checkpoint; widths in numbers of units, the picture's height and width in pixels."""
 
     picture: tuple[int, int]  # the trained size; pairs have no other
@@ -71,10 +71,6 @@ class PerceiverConfig:
     def layers(self) -> int:
         """No layer but the last gives features of the pixels."""
         return 0
-
-    @property
-    def longest(self) -> None:
-        """No axis of pairs is padded."""
 
     def steps(self, length: int) -> int:
         """How many pixels a picture has; `length` does not count."""
@@ -363,9 +359,7 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Per
 
 def shapes(config: PerceiverConfig) -> dict[str, Any]:
     """The params of `Perceiver(config)` as shapes, without computing them."""
-    pairs = jax.ShapeDtypeStruct((1, 2, *config.picture, 3), jnp.float32)
-    mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
-    return jax.eval_shape(Perceiver(config).init, jax.random.key(0), pairs, mask)["params"]
+    return base.shapes(Perceiver(config), ((1, 2, *config.picture, 3), jnp.float32), ((1,), jnp.bool_))
 
 
 _TOP = {

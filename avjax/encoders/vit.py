@@ -24,7 +24,7 @@ INPUTS = Inputs("pictures (batch, height, width, 3)", rank=4, length_axis=None)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(base.OfPictures):
     """Architecture of a checkpoint; widths in numbers of units, pictures and patches in pixels."""
 
     model_type: str  # "vit" or "dinov2"
@@ -52,10 +52,6 @@ class ViTConfig:
         fields |= {"picture": _pair(fields["picture"]), "patch": _pair(fields["patch"])}
         _check(config, fields)
         return cls(**fields)
-
-    @property
-    def longest(self) -> None:
-        """No axis of pictures is padded."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -193,9 +189,7 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> ViT
 
 def shapes(config: ViTConfig) -> dict[str, Any]:
     """The params of `ViT(config)` as shapes, without computing them."""
-    pictures = jax.ShapeDtypeStruct((1, *config.picture, 3), jnp.float32)
-    mask = jax.ShapeDtypeStruct((1,), jnp.bool_)
-    return jax.eval_shape(ViT(config).init, jax.random.key(0), pictures, mask)["params"]
+    return base.shapes(ViT(config), ((1, *config.picture, 3), jnp.float32), ((1,), jnp.bool_))
 
 
 _TOP = {
@@ -241,14 +235,8 @@ def convert(tensors: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, A
       AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
     """
     plain = {_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
-    return weights.convert(plain, shapes(config), functools.partial(_torch_name, config.model_type), IGNORED)
-
-
-def _torch_name(model_type: str, path: str) -> str:
-    block, _, rest = path.partition("/")
-    if not rest:
-        return _TOP[path]
-    return f"encoder.layer.{block.removeprefix('block_')}.{_BLOCK[model_type][rest]}"
+    name_of = functools.partial(base.torch_name, top=_TOP, layers="encoder.layer", block=_BLOCK[config.model_type])
+    return weights.convert(plain, shapes(config), name_of, IGNORED)
 
 
 def prepare(raw: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -236,9 +236,7 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Wav
 
 def shapes(config: Wav2Vec2Config) -> dict[str, Any]:
     """The params of `Wav2Vec2(config)` as shapes, without computing them."""
-    waves = jax.ShapeDtypeStruct((1, config.least), jnp.float32)
-    mask = jax.ShapeDtypeStruct((1, config.least), jnp.bool_)
-    return jax.eval_shape(Wav2Vec2(config).init, jax.random.key(0), waves, mask)["params"]
+    return base.shapes(Wav2Vec2(config), ((1, config.least), jnp.float32), ((1, config.least), jnp.bool_))
 
 
 _POSITION = "encoder.pos_conv_embed"
@@ -320,12 +318,9 @@ def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.
     clips = [np.asarray(clip, np.float32) for clip in raw]
     if odd := [clip.shape for clip in clips if clip.ndim != 1]:
         raise AvjaxError(f"waveforms of shapes {odd}: expected (samples,), one channel each")
-    lengths = np.array([len(clip) for clip in clips], int)
-    mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
-    waves = np.zeros(mask.shape, np.float32)
-    for row, clip in zip(waves, clips, strict=True):
-        row[: len(clip)] = _standardised(clip) if settings.get("do_normalize", True) and len(clip) else clip
-    return waves, mask
+    if settings.get("do_normalize", True):
+        clips = [_standardised(clip) if len(clip) else clip for clip in clips]
+    return base.pad_rows(clips, np.float32(0))
 
 
 def _standardised(clip: np.ndarray) -> np.ndarray:

@@ -141,20 +141,17 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Whi
 
 def shapes(config: WhisperConfig) -> dict[str, Any]:
     """The params of `Whisper(config)` as shapes, without computing them."""
-    spectra = jax.ShapeDtypeStruct((1, config.bins, 2), jnp.float32)
-    mask = jax.ShapeDtypeStruct((1, 2), jnp.bool_)
-    return jax.eval_shape(Whisper(config).init, jax.random.key(0), spectra, mask)["params"]
+    return base.shapes(Whisper(config), ((1, config.bins, 2), jnp.float32), ((1, 2), jnp.bool_))
 
 
-_NAMES = {
-    "positions": "embed_positions",
-    "norm": "layer_norm",
+_TOP = {"conv1": "conv1", "conv2": "conv2", "positions": "embed_positions", "norm": "layer_norm"}
+_BLOCK = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
     "attention/value": "self_attn.v_proj",
     "attention/out": "self_attn.out_proj",
     "attention_norm": "self_attn_layer_norm",
-    "block/norm": "final_layer_norm",
+    "norm": "final_layer_norm",
     "up": "fc1",
     "down": "fc2",
 }
@@ -169,15 +166,8 @@ def convert(tensors: Mapping[str, np.ndarray], config: WhisperConfig) -> dict[st
       AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
     """
     plain = {name.removeprefix("model.").removeprefix("encoder."): tensor for name, tensor in tensors.items()}
-    return weights.convert(plain, shapes(config), _torch_name, IGNORED)
-
-
-def _torch_name(path: str) -> str:
-    block, _, rest = path.partition("/")
-    if not rest:
-        return _NAMES.get(path, path)
-    name = _NAMES["block/norm" if rest == "norm" else rest]
-    return f"layers.{block.removeprefix('block_')}.{name}"
+    name_of = functools.partial(base.torch_name, top=_TOP, layers="layers", block=_BLOCK)
+    return weights.convert(plain, shapes(config), name_of, IGNORED)
 
 
 def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -197,13 +187,7 @@ def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.
             raise AvjaxError(f"preprocessor_config.json: {key} is {settings[key]}, but only {value} is computed")
     bins = settings.get("feature_size", 80)
     longest = settings.get("chunk_length", 30) * _SAMPLE_RATE
-    spectra = [_log_mel(waveform[:longest], bins) for waveform in raw]
-    lengths = np.array([s.shape[1] for s in spectra], int)
-    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    inputs = np.zeros((len(raw), bins, mask.shape[1]), np.float32)
-    for row, spectrum in zip(inputs, spectra, strict=True):
-        row[:, : spectrum.shape[1]] = spectrum
-    return inputs, mask
+    return base.pad_rows([_log_mel(waveform[:longest], bins) for waveform in raw], np.float32(0), (bins,))
 
 
 def _log_mel(waveform: np.ndarray, bins: int) -> np.ndarray:
