@@ -158,11 +158,11 @@ def test_options_of_classes_are_refused_on_other_tasks(change):
 @pytest.mark.slow
 def test_even_weights_change_nothing():
     """Without any text the cosines are all 0, so the reweighted streams equal the plain ones."""
-    model, variables, _ = compiled_variant("full")
+    model, variables, step = compiled_variant("full")
     one = batch() | {"text_mask": np.zeros_like(batch()["text_mask"])}
-    guided = model.module.apply(variables, one)
+    guided = step(variables, one)[0][1]
     unguided = {k: v for k, v in variables["params"].items() if not k.startswith("guide")}
-    plain = model.module.clone(guide=False).apply({"params": unguided}, one)
+    plain = jax.jit(model.module.clone(guide=False).apply)({"params": unguided}, one)
     for stream in ("audio", "video"):
         np.testing.assert_allclose(guided.features[stream], plain.features[stream], atol=1e-6)
         steps = np.asarray(guided.attention[stream])
@@ -183,7 +183,11 @@ def compiled(text: str):
         output = model.module.apply(variables, one)
         return sum(t.sum() for t in model.loss(output, one, prior).values()) / len(one["label"]), output
 
-    return model, model.module.init(jax.random.key(0), batch()), jax.jit(jax.value_and_grad(total, has_aux=True))
+    return (
+        model,
+        jax.jit(model.module.init)(jax.random.key(0), batch()),
+        jax.jit(jax.value_and_grad(total, has_aux=True)),
+    )
 
 
 def compiled_variant(variant: str):
@@ -197,7 +201,7 @@ def test_neighbours_and_padding_change_nothing(variant):
     model, variables, step = compiled_variant(variant)
     together = step(variables, batch())[0][1].logits
     assert set(together) == set(model.heads)
-    alone = model.module.apply(variables, {k: v[2:3] for k, v in padded(batch(), 5).items()}).logits
+    alone = jax.jit(model.module.apply)(variables, {k: v[2:3] for k, v in padded(batch(), 5).items()}).logits
     for head, logits in together.items():
         np.testing.assert_allclose(alone[head], logits[2:3], atol=1e-5)
 
@@ -267,15 +271,14 @@ def test_trains_without_retracing(variant):
 
 
 def test_missing_sound_attends_evenly_and_missing_picture_reads_the_sound():
-    model, variables, _ = compiled_variant("full")
+    _, variables, step = compiled_variant("full")
     one = batch()
     no_sound = one | {"audio_mask": np.zeros_like(one["audio_mask"])}
-    weights = np.asarray(model.module.apply(variables, no_sound).attention["fusion"])[0]
+    weights = np.asarray(step(variables, no_sound)[0][1].attention["fusion"])[0]
     np.testing.assert_allclose(weights, np.full_like(weights, 1 / weights.shape[-1]), atol=1e-6)
     no_picture = one | {"video_mask": np.zeros_like(one["video_mask"])}
     both = [
-        model.module.apply(variables, b).features["fusion"][0]
-        for b in (no_picture, no_picture | {"audio": one["audio"] * 2})
+        step(variables, b)[0][1].features["fusion"][0] for b in (no_picture, no_picture | {"audio": one["audio"] * 2})
     ]
     assert float(jnp.abs(both[0] - both[1]).max()) > 1e-3
 
@@ -312,10 +315,11 @@ def test_a_stream_of_the_model_width_enters_as_it_is():
 
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     chosen = settings("full").model
-    exact, variables, _ = compiled_variant("full")
+    _, variables, step = compiled_variant("full")
     chosen.dtype = "bfloat16"
     rough = models.build(chosen, 3)
-    a, b = (m.module.apply(variables, batch()).logits["fusion"] for m in (exact, rough))
+    a = step(variables, batch())[0][1].logits["fusion"]
+    b = jax.jit(rough.module.apply)(variables, batch()).logits["fusion"]
     assert a.dtype == b.dtype == jnp.float32
     shapes = jax.eval_shape(rough.module.init, jax.random.key(0), batch())
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(shapes))
