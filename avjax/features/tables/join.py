@@ -8,9 +8,9 @@ A configuration describes them under `tables` (`Description`), in plain values:
         "facts": {"label": {"of": "face:emotion"}, "speaker": {"of": "key", "pattern": r"(\d+)_.*"}},
         "splits": (("train", "train"), ("dev", "val"), ("test", "test"))}
 
-All that is said there: `avjax.features.tables.description`. What is read: `avjax.features.tables.readers`, and what
-others publish: `avjax.datasets.importers`. Rows of different files meet by their keys. What cannot be used is counted
-and has its reason in `quarantine.csv`.
+All that it can say: `avjax.features.tables.description`. The files that are read: `avjax.features.tables.readers`, and
+those that others publish: `openface`, `mmsa` and `mosei` beside it. Rows of different files meet by their keys. What
+cannot be used is counted and has its reason in `quarantine.csv`.
 """
 
 import dataclasses

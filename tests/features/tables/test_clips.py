@@ -10,7 +10,7 @@ from avjax.errors import AvjaxError
 from avjax.features import store
 from avjax.features.tables import join
 from tests.conftest import REAL
-from tests.features.tables.test_importers import write_openface
+from tests.features.tables.test_openface import write_openface
 
 CLIPS = ("a", "b", "c")
 
