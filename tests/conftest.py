@@ -43,11 +43,11 @@ def _keep_programs(folder: pathlib.Path) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compiles the programs of quick tests, and of the commands that they start, without optimising: in half the time.
 
-    Thorough and slow tests, and those marked `optimised`, run them as users do.
+    Thorough and slow tests run them as users do.
     """
-    optimised = any(item.get_closest_marker(mark) for mark in ("thorough", "slow", "optimised"))
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(not optimised))
-    jax.config.update("jax_disable_most_optimizations", not optimised)
+    quick = not any(item.get_closest_marker(tier) for tier in ("thorough", "slow"))
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="session")

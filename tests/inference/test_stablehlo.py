@@ -106,6 +106,7 @@ def without_votes(run: runs.Run) -> runs.Run:
     return dataclasses.replace(run, predictor=Caches(tuple(silent)))
 
 
+@pytest.mark.budget(10)
 @pytest.mark.parametrize("sizes", [(4, 7), pytest.param((0, 3), marks=thorough)])
 def test_caches_vote_in_the_program(sizes):
     run, clips = portable.recalled(portable.features(2), sizes), portable.features(5)
