@@ -32,6 +32,7 @@ def python(*arguments: str) -> str:
 
 
 @pytest.mark.thorough
+@pytest.mark.budget(150)
 @pytest.mark.weights
 def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
     with (java_sed / "labels.csv").open(newline="") as file:
@@ -74,6 +75,7 @@ def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.budget(120)
 @pytest.mark.weights
 def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
     classes = list(metadata("mafw").classes)

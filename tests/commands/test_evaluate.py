@@ -67,6 +67,7 @@ def _compare(tmp_path, monkeypatch, *args: str) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.budget(90)
 def test_rows_are_trained_and_compared(compare, tmp_path, capsys):
     synthetic.write_store(tmp_path / "F", synthetic.make())
     compare("--markdown", "--rows=concat,weighted_sum,lmf")

@@ -284,6 +284,7 @@ def test_used_and_measured_correctly(measured, case):
 
 
 @pytest.mark.thorough
+@pytest.mark.budget(120)
 def test_prediction_takes_and_refuses_the_same_files(data, tmp_path_factory):
     workdir = tiny_run.make(tmp_path_factory)[2]
     named = ["missing.mp4", "film.jpg"]

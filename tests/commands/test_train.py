@@ -116,6 +116,7 @@ def test_a_killed_run_ends_as_if_undisturbed(features, undisturbed, tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.budget(120)
 def test_runs_killed_and_interrupted_in_turn_end_as_if_undisturbed(features, undisturbed, tmp_path):
     stop(features, tmp_path, "epoch 1/")  # the first checkpoint may be half-written
     stop(features, tmp_path, "epoch 5/")

@@ -350,6 +350,7 @@ def answers(workdir, *arguments) -> dict[str, dict]:
 
 
 @pytest.mark.thorough
+@pytest.mark.budget(150)
 @pytest.mark.weights
 def test_a_run_answers_as_it_stored(trained):
     data, workdir = trained
@@ -365,6 +366,7 @@ def test_a_run_answers_as_it_stored(trained):
 
 
 @pytest.mark.thorough
+@pytest.mark.budget(150)
 @pytest.mark.weights
 def test_a_corrected_clip_is_answered_by_its_label(trained, tmp_path):
     data, workdir = trained

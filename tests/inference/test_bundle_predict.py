@@ -182,6 +182,7 @@ def answered(folder, *arguments, module="avjax.predict") -> subprocess.Completed
 
 
 @pytest.mark.thorough
+@pytest.mark.budget(120)
 @pytest.mark.weights
 def test_a_clip_gets_the_answer_of_the_run(tmp_path_factory, tmp_path):
     data, _, workdir = tiny_run.make(tmp_path_factory)
