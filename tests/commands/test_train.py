@@ -108,7 +108,7 @@ def undisturbed(features, tmp_path_factory) -> pathlib.Path:
 
 @pytest.mark.budget(45)
 def test_a_killed_run_ends_as_if_undisturbed(features, undisturbed, tmp_path):
-    stop(features, tmp_path, "epoch 5/")
+    stop(features, tmp_path, "epoch 8/")
     said = run(features, tmp_path)
     assert "going on after epoch" in said
     assert "epoch 3/" not in said
