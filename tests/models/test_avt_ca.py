@@ -433,6 +433,7 @@ def test_masked_frames_change_neither_gradients_nor_statistics():
     assert finite((got, gradient("full", without(batch, *STREAMS), moves=True)))
 
 
+@pytest.mark.budget(10)
 def test_dropout_acts_in_training_and_only_in_self_blocks():
     for name, acts in (("full", True), ("ct4", False)):
         one, other = (gradient(name, batch_of(), seed)[0]["head"]["kernel"] for seed in (1, 2))
