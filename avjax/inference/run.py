@@ -29,8 +29,8 @@ class Run:
     Attributes:
       name: of its directory; dataset, protocol: as every table names them; classes: in the order of the logits.
       preset: how clips are measured; text_source: which sentence the model reads, "" for none.
-      model: without parameters; best, best_head, stats: of the lanes, with a leading lane axis
-      (`avjax.training.loop.State`). predictor: of these lanes; lanes: (fold, seed) of each.
+      model: without parameters; best, best_head, stats: of the lanes, with a leading lane axis (`loop.State`).
+      lanes: (fold, seed) of each; predictor: of these lanes.
       made_by: how the features were made that it was trained on (`extraction.made_by`).
       random: whether those came from encoders with weights drawn at random.
       streams: of each stream that the model reads, the shape that its longest clip in training had, and its dtype.

@@ -47,9 +47,8 @@ class Model:
         to choose.
       pictured: (name in `Output.attention`, stream that asks, stream that answers) of weights (b, q, k) worth seeing.
       streams: the batch streams that the model reads, such as `("text", "audio", "video")`.
-      readers: names of the classifiers that read the features after training (`avjax.evaluation.fewshot`), the
-      predicting
-        one first; they stand in the place of the heads then.
+      readers: names of the classifiers that read the features after training, the predicting one first; they then stand
+        in the place of the heads. `avjax.evaluation.predictor` says what they are.
       whole: whether a clip's loss depends on the others of its batch, so that no batch may be cut into pieces.
       constants: batch key → what every batch is to have whole, all lanes sharing it: pretrained weights.
       turns: whether a row of its batch is a conversation: streams (b, u, n, d) with masks (b, u, n), `turn_mask`
