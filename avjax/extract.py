@@ -38,11 +38,13 @@ def main(_: list[str]) -> None:
         config.preset,
         root=config.data.root,
         out=OUT.value or "",
-        processes=config.workers,
-        clip_seconds=config.clip_seconds,
-        runner=_runner(config),
-        only_text=ONLY.value == "text",
         random=config.weights.random,
+        options=extraction.Options(
+            processes=config.workers,
+            clip_seconds=config.clip_seconds,
+            runner=_runner(config),
+            only_text=ONLY.value == "text",
+        ),
     )
 
 
@@ -55,7 +57,7 @@ def _runner(config):
     if RUNNER.value == "local":
         if RUNNER_OPTIONS.value or MEDIA.value:
             raise AvjaxError("--runner_options and --media are of a Beam runner; name it with --runner")
-        return extraction.here
+        return extraction.local_runner
     from avjax.features import beam
 
     root = paths.data_root(config.dataset, config.data.root)

@@ -70,7 +70,8 @@ def measure(
 
 def _timings(dataset: str, root: str, preset: str, random: bool, workers: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        store = extraction.extract(dataset, preset, root=root, out=folder, processes=workers, random=random)
+        options = extraction.Options(processes=workers)
+        store = extraction.extract(dataset, preset, root=root, out=folder, random=random, options=options)
         return json.loads((Path(store) / "timings.json").read_text())
 
 

@@ -16,7 +16,8 @@ def make(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
     with once.folder(tmp_path_factory, "tiny_run") as root:
         if not run_directory.is_finished(root / "W"):
             _write_data(root / "R")
-            extraction.extract("folder", "lite", root=str(root / "R"), out=str(root / "F"), processes=1)
+            options = extraction.Options(processes=1)
+            extraction.extract("folder", "lite", root=str(root / "R"), out=str(root / "F"), options=options)
             settings = config.load(
                 "configs/fusion_folder.py:concat",  # which is compiled soonest
                 data__features=str(root / "F"),

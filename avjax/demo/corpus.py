@@ -19,8 +19,8 @@ from rich.console import Console
 from avjax.demo import face, voice
 from avjax.demo.voice import Manner
 from avjax.errors import AvjaxError
-from avjax.features import extract as extraction
 from avjax.media.audio import SAMPLE_RATE
+from avjax.media.requirements import need_media
 from avjax.utils import paths, progress, worker_pool
 from avjax.utils.storage import only_writer, read_json, replacing, write_text
 
@@ -28,6 +28,7 @@ VERSION = 1  # of the recipe; another version is another corpus, kept in another
 TAKES = 2  # clips per class and speaker
 SPEAKERS = 10
 FPS = 12
+_CLIP_SECONDS = 120.0  # to make one at most
 # Units of chance movements; the others have a cause in every clip.
 _STRAY = tuple(n for n in face.UNITS if n not in ("blink", "lips_together", "jaw_drop"))
 
@@ -111,13 +112,11 @@ def make(root: Path, console: Console) -> None:
     Raises:
       AvjaxError: packages are missing, the folder cannot be written, or a clip cannot be made.
     """
-    extraction.need_media()
+    need_media()
     clips = clip_path(root, plans()[0]).parent
     with only_writer(clips, "set AVJAX_CACHE to another folder"):
         jobs = [(root, plan) for plan in plans() if not clip_path(root, plan).is_file()]
-        done = worker_pool.each(
-            _make_one, jobs, count=os.cpu_count() or 1, seconds=extraction.CLIP_SECONDS, setup=_alone
-        )
+        done = worker_pool.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=_CLIP_SECONDS, setup=_alone)
         for (_, plan), answer in progress.bar(done, len(jobs), "demo clips", console):
             if isinstance(answer, worker_pool.Failure):
                 raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {answer.reason}")

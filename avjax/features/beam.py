@@ -19,8 +19,9 @@ from rich.console import Console
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError
 from avjax.features import extract as extraction
-from avjax.features.extract import Bench, Job, Runner
+from avjax.features.extract import Extractor, Job, Options, Runner
 from avjax.features.presets import Preset
+from avjax.features.provenance import Key
 from avjax.features.store import Store
 from avjax.utils import storage
 from avjax.utils.progress import Stopwatch
@@ -29,11 +30,11 @@ _PIECE = 16  # clips: enough to be worth the start of worker processes, few enou
 _FAILED = "failed"  # the staged "feature" of a clip that could not be measured
 
 
-def runner(name: str, options: Sequence[str], root: Path, media: str = "") -> Runner:
+def runner(name: str, flags: Sequence[str], root: Path, media: str = "") -> Runner:
     """The Beam runner `name` (DirectRunner, DataflowRunner, FlinkRunner, SparkRunner) as one of extraction.
 
     Args:
-      options: further options of the pipeline, such as `--project=P`.
+      flags: further options of the pipeline, such as `--project=P`.
       root: where the data set was indexed; media: where machines find the same files, such as `gs://bucket/mafw`;
         "" = under the same path as here.
     Raises:
@@ -42,17 +43,17 @@ def runner(name: str, options: Sequence[str], root: Path, media: str = "") -> Ru
     if importlib.util.find_spec("apache_beam") is None:
         raise AvjaxError(f"--runner={name} needs Apache Beam; install with: pip install 'avjax[beam]'")
 
-    def run(
-        jobs: Sequence[Job], on: Bench, processes: int, clip_seconds: float, console: Console
-    ) -> Iterator[tuple[str, str]]:
+    def run(jobs: Sequence[Job], extractor: Extractor, options: Options, console: Console) -> Iterator[tuple[str, str]]:
         for clip, keys, _ in jobs:
-            on.store.drop(clip.id, _FAILED, _key(keys))
+            extractor.store.drop(clip.id, _FAILED, _key(keys))
         sent = [(_elsewhere(clip, root, storage.place(media)), *job) for clip, *job in jobs] if media else list(jobs)
         pieces = [sent[at : at + _PIECE] for at in range(0, len(sent), _PIECE)]
         console.print(f"{name}: {len(jobs)} clips in {len(pieces)} pieces")
         if pieces:
-            _submit(name, options, pieces, (str(on.store.root), on.settings, on.made_by, processes, clip_seconds))
-        return (_outcome(on.store, job) for job in jobs)
+            made_alike = (str(extractor.store.root), extractor.settings, extractor.made_by)
+            limits = Options(options.processes, options.clip_seconds)
+            _submit([f"--runner={name}", *flags], pieces, made_alike, limits)
+        return (_outcome(extractor.store, job) for job in jobs)
 
     return run
 
@@ -64,7 +65,7 @@ def _elsewhere(clip: Clip, root: Path, media: Path) -> Clip:
     return dataclasses.replace(clip, path=moved(clip.path), audio=moved(clip.audio))
 
 
-def _key(keys: dict[str, str]) -> str:
+def _key(keys: Mapping[str, Key]) -> Key:
     return keys["video"]  # made of the files, too: another file fails for itself
 
 
@@ -79,53 +80,59 @@ def _outcome(store: Store, job: Job) -> tuple[str, str]:
     raise AvjaxError(f"{clip.id}: the pipeline ended and left neither features nor a reason; start it again")
 
 
-def _submit(name: str, options: Sequence[str], pieces: Sequence[Sequence[Job]], arguments: tuple) -> None:
+def _submit(
+    flags: Sequence[str],
+    pieces: Sequence[Sequence[Job]],
+    made_alike: tuple[str, Preset, Mapping[str, str]],
+    options: Options,
+) -> None:
+    """Runs the pipeline; `made_alike`: the arguments of `_Held`."""
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.utils.shared import Shared
 
     class Measure(beam.DoFn):
         def __init__(self):
-            self._benches = Shared()
+            self._shared = Shared()
 
         def setup(self):
-            self._bench = self._benches.acquire(lambda: _Held(*arguments[:3]))
+            self._held = self._shared.acquire(lambda: _Held(*made_alike))
 
         def process(self, piece):
-            _measure(piece, self._bench.bench, *arguments[3:])
+            _measure(piece, self._held.extractor, options)
             yield len(piece)
 
     try:
-        with beam.Pipeline(options=PipelineOptions([f"--runner={name}", *options])) as pipeline:
+        with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
             _ = pipeline | beam.Create(pieces) | beam.Reshuffle() | beam.ParDo(Measure())
     except ValueError as error:
-        raise AvjaxError(f"--runner={name}: {error}") from error
+        raise AvjaxError(f"{flags[0]}: {error}") from error
 
 
 class _Held:
-    """A `Bench` that the threads of a machine share; Beam shares only what can be referred to weakly.
+    """An `Extractor` that the threads of a machine share; Beam shares only what can be referred to weakly.
 
     Raises:
       AvjaxError: it would make other features than `made_by` says, such as in another precision on another device.
     """
 
     def __init__(self, root: str, settings: Preset, made_by: Mapping[str, str]):
-        self.bench = extraction.bench(settings, Store(storage.place(root)), Stopwatch())
-        if other := sorted(f for f in made_by if self.bench.made_by[f] != made_by[f]):
+        self.extractor = Extractor(settings, Store(storage.place(root)), Stopwatch())
+        if other := sorted(f for f in made_by if self.extractor.made_by[f] != made_by[f]):
             raise AvjaxError(
                 f"a machine of the pipeline would make {', '.join(other)} otherwise than the one that started it; give "
                 "all the same version of avjax, the same weights and the same kind of device"
             )
 
 
-def _measure(piece: Sequence[Job], on: Bench, processes: int, clip_seconds: float) -> None:
+def _measure(piece: Sequence[Job], extractor: Extractor, options: Options) -> None:
     """Measures the clips of a piece and stages what was found, or why nothing was."""
     keys = {clip.id: _key(found) for clip, found, _ in piece}
     with tempfile.TemporaryDirectory() as room:
         jobs = [(_fetched(clip, Path(room) / str(i)), *job) for i, (clip, *job) in enumerate(piece)]
-        for clip_id, reason in extraction.measured(jobs, on, processes, clip_seconds):
+        for clip_id, reason in extraction.measured(jobs, extractor, options):
             if reason:
-                on.store.put(clip_id, _FAILED, keys[clip_id], {"reason": np.array(reason)})
+                extractor.store.put(clip_id, _FAILED, keys[clip_id], {"reason": np.array(reason)})
 
 
 def _fetched(clip: Clip, room: Path) -> Clip:

@@ -6,20 +6,21 @@ long clip memory holds a block of pictures at a time. Where the preset is raw, t
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from avjax import encoders
 from avjax.encoders import images, perceiver
-from avjax.features import clip as clip_features
+from avjax.features import provenance
+from avjax.features.face_video import ENCODED, Raw, flow_ends, seen
 from avjax.features.presets import Encoding, Preset, encodings, every
+from avjax.features.provenance import Key
 from avjax.features.spool import Spool
 from avjax.features.store import Store
 from avjax.media import flow
+from avjax.media.audio import SAMPLE_RATE
 from avjax.utils.progress import Stopwatch
 
 # Clips in a batch, for each accelerator, where clips have few frames.
@@ -31,49 +32,78 @@ PAIRS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Waiting:
-    """A clip on its way: the key of what will be staged, its inputs with their mask, and what makes of the features
-    (rows, …) and their mask what is staged."""
+class Unencoded:
+    """A measured clip that an encoder is to see.
+
+    Attributes:
+      key: of what will be staged; raw: its inputs; found (t,): which of its frames show the face.
+    """
 
     clip_id: str
-    key: str
+    key: Key
+    raw: Raw
+    found: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """A clip on its way, and its prepared inputs with their mask."""
+
+    clip: Unencoded
     inputs: np.ndarray
     mask: np.ndarray
-    finish: Callable[[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What the stages of an extraction share: the preset, the feature store, the clock and the encoders."""
+
+    settings: Preset
+    store: Store
+    clock: Stopwatch
+    load: "Loader"
+
+    def record(self, feature: str, weights: Mapping[str, str]) -> str:
+        """Keeps the provenance record of a feature and gives its key."""
+        return self.store.record(provenance.described(feature, self.settings, **weights))
+
+    def put(self, feature: str, clip: Unencoded, arrays: Mapping[str, np.ndarray]) -> None:
+        """Stages a feature of a clip."""
+        with self.clock("writing"):
+            self.store.put(clip.clip_id, feature, clip.key, arrays)
 
 
 class Stage:
     """One encoder of a preset, and the clips that wait for it.
 
     Args:
-      feature: "image", "flow" or "sound"; settings: the preset; weights: further provenance.
+      feature: "image", "flow" or "sound"; weights: further provenance.
       rows: of one clip, at most; 0 = any number, and clips do not share a batch.
     Attributes:
       key: of the provenance record of what it stages.
     """
 
-    def __init__(
-        self, feature: str, settings: Preset, store: Store, clock: Stopwatch, rows: int, load: "Loader", **weights: str
-    ):
-        self._encoding = encodings(settings)[feature]
-        self._load, self._encoder = load, load(self._encoding)
-        made_by = self._encoder.provenance | weights
-        self.key = store.record(clip_features.provenance(feature, settings, **made_by))
-        self._name, self._feature, self._store, self._clock = self._encoding.source, feature, store, clock
+    def __init__(self, feature: str, context: Context, rows: int, **weights: str):
+        self._context, self._feature = context, feature
+        self._clock, self._encoding = context.clock, encodings(context.settings)[feature]
+        self._encoder = context.load(self._encoding)
+        self._name = self._encoder.source
+        self.key = context.record(feature, self._encoder.provenance | weights)
         shared = rows and jax.default_backend() != "cpu"
         self._clips = CLIPS * jax.local_device_count() if shared else 1
         self._rows = rows * self._clips if shared else 0
         self._waiting: dict[tuple[int, ...], list[Waiting]] = {}
 
-    def add(self, clip_id: str, key: str, raw: Any, finish: Callable) -> None:
-        """Takes a clip's raw inputs, None where it has none; when a batch is full, it is encoded and staged."""
+    def add(self, clip: Unencoded) -> None:
+        """Takes a clip; when a batch is full, it is encoded and staged."""
+        raw = self._raw(clip)
         if raw is None:
-            self._put(clip_id, key, finish, np.zeros((0, self._encoder.width)), np.zeros(0, bool))
+            self._put(clip, np.zeros((0, self._encoder.width)), np.zeros(0, bool))
             return
         with self._clock(self._name):
             inputs, mask = self._encoder.padded(*self._encoder.prepare(raw))
         group = self._waiting.setdefault(inputs.shape[1:], [])
-        group.append(Waiting(clip_id, key, inputs, mask, finish))
+        group.append(Waiting(clip, inputs, mask))
         if len(group) == self._clips:
             self._run(group)
 
@@ -88,7 +118,7 @@ class Stage:
         first = 0
         for clip in group:
             rows = slice(first, first + len(clip.inputs))
-            self._put(clip.clip_id, clip.key, clip.finish, encoded[rows], real[rows])
+            self._put(clip.clip, encoded[rows], real[rows])
             first = rows.stop
         group.clear()
 
@@ -97,27 +127,51 @@ class Stage:
             encoded, real = self._encoder(inputs, mask)
 
         def exact() -> np.ndarray:
-            return self._load(self._encoding, "float32")(inputs, mask)[0][real]
+            return self._context.load(self._encoding, "float32")(inputs, mask)[0][real]
 
-        note_precision(self._store, self.key, self._encoder, encoded[real], exact)
+        note_precision(self._context.store, self.key, self._encoder, encoded[real], exact)
         return encoded, real
 
-    def _put(self, clip_id: str, key: str, finish: Callable, encoded: np.ndarray, real: np.ndarray) -> None:
-        with self._clock("writing"):
-            self._store.put(clip_id, self._feature, key, finish(encoded, real))
+    def _put(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> None:
+        self._context.put(self._feature, clip, self._staged(clip, encoded, real))
+
+    def _raw(self, clip: Unencoded) -> Sequence[np.ndarray] | None:
+        """What the encoder prepares of a clip; None where it has nothing."""
+        raise NotImplementedError
+
+    def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+        """What is staged of a clip whose features are `encoded` (rows, …), of which `real` (rows, …) are no padding."""
+        raise NotImplementedError
+
+
+class Sound(Stage):
+    """A stage whose raw inputs are the samples of clips."""
+
+    def _raw(self, clip: Unencoded) -> Sequence[np.ndarray] | None:
+        return None if clip.raw.samples is None else [clip.raw.samples]
+
+    def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+        seconds = 0.0 if clip.raw.samples is None else len(clip.raw.samples) / SAMPLE_RATE
+        return of_sound(encoded[real], seconds, self._encoding.per_second)
 
 
 class Pictures(Stage):
-    """A stage whose raw inputs are a pile of pictures (n, h, w, 3) uint8, which it discards."""
+    """A stage whose raw inputs are a spool of images (n, h, w, 3) uint8, which it discards."""
 
-    def add(self, clip_id: str, key: str, raw: Spool | None, finish: Callable) -> None:
-        if raw is None or self._clips > 1:
-            super().add(clip_id, key, raw and np.concatenate(list(raw.blocks(BLOCK))), finish)
+    def add(self, clip: Unencoded) -> None:
+        if clip.raw.pictures is None or self._clips > 1:
+            super().add(clip)
         else:
-            encoded = np.concatenate([self._seen(block) for block in raw.blocks(BLOCK)])
-            self._put(clip_id, key, finish, encoded, np.ones(len(encoded), bool))
-        if raw:
-            raw.discard()
+            encoded = np.concatenate([self._seen(block) for block in clip.raw.pictures.blocks(BLOCK)])
+            self._put(clip, encoded, np.ones(len(encoded), bool))
+        if clip.raw.pictures:
+            clip.raw.pictures.discard()
+
+    def _raw(self, clip: Unencoded) -> Sequence[np.ndarray] | None:
+        return clip.raw.pictures and np.concatenate(list(clip.raw.pictures.blocks(BLOCK)))
+
+    def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+        return of_frames(encoded, seen(clip.found, self._context.settings))
 
     def _seen(self, pictures: np.ndarray) -> np.ndarray:
         with self._clock(self._name):
@@ -126,35 +180,38 @@ class Pictures(Stage):
 
 
 class Flows(Pictures):
-    """A stage whose raw inputs are a pile of flows (n, h, w, 2), or of the pairs of frames (n, 2, h, w, 3) uint8 that
-    they are computed of; it sees them drawn, after a picture of no motion, which is all that a clip without any has.
+    """A stage whose raw inputs are a spool of flows (n, h, w, 2), or of the pairs of frames (n, 2, h, w, 3) uint8 that
+    they are computed of; it sees them drawn, after an image of no motion, which is all that a clip without any has.
 
     Args:
-      room: a folder for piles; mover: computes flows of pairs, None where they come computed.
+      mover: computes flows of pairs, None where they come computed.
     """
 
-    def __init__(self, *arguments: Any, room: Path, mover: encoders.Encoder | None, **weights: Any):
-        super().__init__(*arguments, **weights)
-        self._room, self._mover = room, mover
+    def __init__(self, context: Context, mover: encoders.Encoder | None, **weights: str):
+        super().__init__("flow", context, 0, **weights)
+        self._mover = mover
         self._still: np.ndarray | None = None
 
-    def add(self, clip_id: str, key: str, raw: Spool | None, finish: Callable) -> None:
+    def add(self, clip: Unencoded) -> None:
         if self._still is None:
             side = self._encoding.side
             self._still = self._seen(flow.draw(np.zeros((1, side, side, 2)), 0.0))
         parts = [self._still]
-        if raw:
-            moved = self._moved(raw) if self._mover else raw
+        if clip.raw.flows:
+            moved = self._moved(clip.raw.flows) if self._mover else clip.raw.flows
             with self._clock("flow"):
                 spread = flow.spread(moved.blocks(BLOCK))
             parts += [self._seen(pictures) for pictures in self._drawn(moved, spread)]
             moved.discard()
         encoded = np.concatenate(parts)
-        self._put(clip_id, key, finish, encoded, np.ones(len(encoded), bool))
+        self._put(clip, encoded, np.ones(len(encoded), bool))
+
+    def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+        return of_flow(encoded, clip.found, flow_ends(clip.found, self._context.settings))
 
     def _moved(self, pairs: Spool) -> Spool:
         batch = 1 if jax.default_backend() == "cpu" else PAIRS * jax.local_device_count()
-        flows = Spool.begun(self._room, (*pairs.shape[1:3], 2), np.dtype(clip_features.ENCODED).name)
+        flows = Spool.begun(self._context.store.scratch, (*pairs.shape[1:3], 2), np.dtype(ENCODED).name)
         for block in pairs.blocks(BLOCK):
             with self._clock("flow"):
                 flows.add(perceiver.optical_flow(self._mover, block[:, 0], block[:, 1], batch=batch))
@@ -171,25 +228,26 @@ class Flows(Pictures):
 class FlowGrid:
     """What stands in the place of `Flows` where flow is not drawn and encoded but averaged over a grid (`flow.grid`).
 
-    Its raw inputs are piles of computed flows (n, h, w, 2).
+    Its raw inputs are spools of computed flows (n, h, w, 2).
 
     Attributes:
       key: as of a `Stage`.
     """
 
-    def __init__(self, settings: Preset, store: Store, clock: Stopwatch, **weights: str):
-        self.key = store.record(clip_features.provenance("flow", settings, **weights))
-        self._store, self._clock, self._side = store, clock, settings.flow.side
+    def __init__(self, context: Context, **weights: str):
+        self.key = context.record("flow", weights)
+        self._context, self._settings = context, context.settings
 
-    def add(self, clip_id: str, key: str, raw: Spool | None, finish: Callable) -> None:
-        """Takes a clip's flows, None where it has none, and stages what becomes of them, after that of no motion."""
-        with self._clock("flow"):
-            still = np.zeros((1, self._side, self._side, 2), clip_features.ENCODED)
+    def add(self, clip: Unencoded) -> None:
+        """Takes a clip and stages what becomes of its flows, after that of no motion."""
+        raw, side = clip.raw.flows, self._settings.flow.side
+        with self._context.clock("flow"):
+            still = np.zeros((1, side, side, 2), ENCODED)
             spread = flow.spread(raw.blocks(BLOCK)) if raw else 0.0
             blocks = [still, *(raw.blocks(BLOCK) if raw else ())]
             steps = np.concatenate([flow.grid(block, spread) for block in blocks])
-        with self._clock("writing"):
-            self._store.put(clip_id, "flow", key, finish(steps, np.ones(len(steps), bool)))
+        ends = flow_ends(clip.found, self._settings)
+        self._context.put("flow", clip, of_flow(steps, clip.found, ends))
         if raw:
             raw.discard()
 
@@ -200,23 +258,26 @@ class FlowGrid:
 class Inputs:
     """What stands in the place of a `Stage` where the preset is raw: it stages the inputs of an encoder, and runs none.
 
-    Args: as of a `Stage`; its raw inputs are a pile of pictures (n, h, w, 3) uint8, which it discards, or one waveform.
+    Its raw inputs are a spool of images (n, h, w, 3) uint8, which it discards, or samples.
+
     Attributes:
       key: as of a `Stage`.
     """
 
-    def __init__(self, feature: str, settings: Preset, store: Store, clock: Stopwatch, load: "Loader", **weights: str):
-        encoding = encodings(settings)[feature]
-        self._encoder, self._side = load(encoding, precision(settings)), encoding.side
-        self.key = store.record(clip_features.provenance(feature, settings, **self._encoder.provenance | weights))
-        self._name, self._feature, self._store, self._clock = encoding.source, feature, store, clock
+    def __init__(self, feature: str, context: Context, **weights: str):
+        encoding = encodings(context.settings)[feature]
+        self._encoder, self._side = context.load(encoding, precision(context.settings)), encoding.side
+        self.key = context.record(feature, self._encoder.provenance | weights)
+        self._name, self._feature, self._context = encoding.source, feature, context
 
-    def add(self, clip_id: str, key: str, raw: Any, finish: Callable) -> None:
-        """Takes a clip's raw inputs, None where it has none, and stages what the encoder would be given."""
-        with self._clock(self._name):
-            inputs = self._framed(raw) if self._feature == "image" else self._heard(raw)
-        with self._clock("writing"):
-            self._store.put(clip_id, self._feature, key, finish(inputs, np.ones(len(inputs), bool)))
+    def add(self, clip: Unencoded) -> None:
+        """Takes a clip and stages what the encoder would be given."""
+        with self._context.clock(self._name):
+            staged = self._images(clip) if self._feature == "image" else {"steps": self._heard(clip.raw.samples)}
+        self._context.put(self._feature, clip, staged)
+
+    def _images(self, clip: Unencoded) -> dict[str, np.ndarray]:
+        return of_frames(self._framed(clip.raw.pictures), seen(clip.found, self._context.settings))
 
     def close(self) -> None:
         """Nothing waits."""
@@ -230,9 +291,9 @@ class Inputs:
         pile.discard()
         return np.concatenate(pictures)
 
-    def _heard(self, waveforms: list[np.ndarray] | None) -> np.ndarray:
+    def _heard(self, samples: np.ndarray | None) -> np.ndarray:
         """Prepared sound with its length first: samples (n, 1), spectra (n, bins)."""
-        inputs, _ = self._encoder.prepare(waveforms or [np.zeros(0, np.float32)])
+        inputs, _ = self._encoder.prepare([np.zeros(0, np.float32) if samples is None else samples])
         steps = inputs[0].T  # a spectrum's length comes last
         return steps if steps.ndim > 1 else steps[:, None]
 
@@ -268,11 +329,11 @@ def note_precision(
     """
     if not len(encoded) or store.noted(key):
         return
-    a = encoded.astype(clip_features.ENCODED).astype(np.float64)
+    a = encoded.astype(ENCODED).astype(np.float64)
     b = (encoded if encoder.provenance["dtype"] == "float32" else exact()).astype(np.float64)
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     spread = {"least": float(cosine.min()), "mean": float(cosine.mean()), "vectors": len(cosine)}
-    store.note(key, {"stored": np.dtype(clip_features.ENCODED).name, "cosine_to_float32": spread})
+    store.note(key, {"stored": np.dtype(ENCODED).name, "cosine_to_float32": spread})
 
 
 def precision(settings: Preset) -> str | None:
@@ -289,25 +350,81 @@ def stages(
     Raises:
       AvjaxError: weights cannot be had.
     """
-    common = (settings, store, clock)
     load, made = Loader(settings.random), {}
-    faces = {"face_landmarker": face_landmarker}
+    context, faces = Context(settings, store, clock, load), {"face_landmarker": face_landmarker}
     if settings.raw:
-        return {f: Inputs(f, *common, load, **(faces if f == "image" else {})) for f in encodings(settings)}
+        return {f: Inputs(f, context, **(faces if f == "image" else {})) for f in encodings(settings)}
     if settings.image:
-        pictures = -(-settings.frames // every(settings))
-        made["image"] = Pictures("image", *common, pictures, load, **faces)
+        made["image"] = Pictures("image", context, -(-settings.frames // every(settings)), **faces)
     if settings.flow and not settings.flow.image:
-        made["flow"] = FlowGrid(*common, **faces)
+        made["flow"] = FlowGrid(context, **faces)
     elif settings.flow:
         mover = None
         if settings.flow.source != "dis":
             mover = load(Encoding(settings.flow.source))
             faces |= {f"flow_{what}": value for what, value in mover.provenance.items()}
-        made["flow"] = Flows("flow", *common, 0, load, room=store.scratch, mover=mover, **faces)
+        made["flow"] = Flows(context, mover, **faces)
     if settings.sound:
-        made["sound"] = Stage("sound", *common, 1, load)
+        made["sound"] = Sound("sound", context, 1)
     return made
+
+
+def of_frames(encoded: np.ndarray, shown: np.ndarray) -> dict[str, np.ndarray]:
+    """What is staged of encoded pictures (k, d): `steps (t, d)`, zeros where `shown (t,)` is False.
+
+    Pictures themselves, (k, h, w, 3) uint8, stay what they are.
+    """
+    dtype = np.uint8 if encoded.dtype == np.uint8 else ENCODED
+    steps = np.zeros((len(shown), *encoded.shape[1:]), dtype)
+    steps[shown] = encoded
+    return {"steps": steps}
+
+
+def of_flow(encoded: np.ndarray, found: np.ndarray, ends: np.ndarray) -> dict[str, np.ndarray]:
+    """What is staged of encoded flow: `steps (t, d)`, each frame's last flow, zeros where `found (t,)` is False.
+
+    Args:
+      encoded: (1 + k, d), first that of no motion, which frames before any flow have.
+      ends: (k,), see `flow.ends`.
+    """
+    steps = encoded[1 + flow.held(ends, len(found))]
+    return {"steps": np.where(found[:, None], steps, 0).astype(ENCODED)}
+
+
+def of_sound(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np.ndarray]:
+    """What is staged of encoded sound: `steps (s, d)`.
+
+    Args:
+      steps: (s, d), evenly spaced over `seconds`.
+      per_second: averaged to so many a second, the last one over what is left; 0 = as they are.
+    """
+    if per_second and len(steps):
+        each = max(1, round(len(steps) / seconds / per_second))
+        starts = np.arange(0, len(steps), each)
+        sums = np.add.reduceat(steps, starts, dtype=np.float32)
+        steps = sums / np.diff(starts, append=len(steps))[:, None]
+    return {"steps": steps.astype(ENCODED)}
+
+
+def encode_texts(encoder, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
+    """Token features of each text, (l, d) float32, or (1, d) of an encoder that pools; (0, d) for an empty one.
+
+    Equal texts are encoded once.
+    """
+    wanted = sorted({t for t in texts if t}, key=lambda t: (len(t), t))
+    known = {"": np.zeros((0, encoder.width), np.float32)}
+    if wanted:
+        tokens, mask = encoder(*encoder.tokenize(wanted, max_tokens))
+        if tokens.ndim == 2:  # one vector for each text
+            tokens, mask = tokens[:, None], mask[:, None]
+        known |= {t: x[m] for t, x, m in zip(wanted, tokens, mask, strict=True)}
+    return [known[t] for t in texts]
+
+
+def tokenize_texts(encoder, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
+    """Token ids of each text, (l, 1) int32; (0, 1) for an empty one."""
+    rows = zip(texts, *encoder.tokenize(texts, max_tokens), strict=True)
+    return [ids[mask & bool(text), None] for text, ids, mask in rows]
 
 
 def _joined(group: list[Waiting], rows: int) -> tuple[np.ndarray, np.ndarray]:

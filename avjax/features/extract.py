@@ -6,26 +6,28 @@ Each stage stages its work clip by clip in the feature store, so a killed extrac
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from avjax.datasets import registry
-from avjax.datasets.base import Clip
+from avjax.datasets.base import Clip, Corpus
 from avjax.errors import AvjaxError
 from avjax.features import clip as clip_features
-from avjax.features import presets
+from avjax.features import presets, provenance
 from avjax.features import store as stores
+from avjax.features.clip import Facts
+from avjax.features.face_video import ENCODED, Raw
 from avjax.features.presets import Preset
+from avjax.features.provenance import Key
 from avjax.media import audio
 from avjax.media.faces import FaceTracker
+from avjax.media.requirements import need_media
 from avjax.text import template
 from avjax.utils import progress, worker_pool
 from avjax.utils.media_files import trouble
@@ -35,113 +37,109 @@ from avjax.utils.storage import sha256, write_text
 CLIP_SECONDS = 120.0
 _PART = 256  # clips in a file of the packed view
 # A clip, and the keys under which its features are staged: feature → key.
-Measured = tuple[Clip, dict[str, str]]
-_MEDIA = ("av", "mediapipe", "pebble")  # packages of avjax[media] without which nothing can be measured
-
-
+Measured = tuple[Clip, dict[str, Key]]
 # A clip that lacks something: the clip, the keys of all its features, and the features that are not staged.
-Job = tuple[Clip, dict[str, str], list[str]]
+Job = tuple[Clip, dict[str, Key], list[str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
+class Extractor:
     """What measures clips on one machine.
 
+    Args:
+      settings: the preset; store: where features are staged; clock: counts the seconds spent.
     Attributes:
-      settings: the preset; store: where features are staged; clock: is told the seconds spent.
       landmarker: the face model; stages: encoder by feature; made_by: feature → key of its provenance record.
-    """
-
-    settings: Preset
-    store: stores.Store
-    clock: Stopwatch
-    landmarker: Path
-    stages: Mapping[str, Any]
-    made_by: Mapping[str, str]
-
-
-# (jobs, bench, processes, clip_seconds, console) → (clip id, why it cannot be used, "" if it can) of each job, in any
-# order, its features staged; `processes`, `clip_seconds` as in `extract`.
-Runner = Callable[[Sequence[Job], Bench, int, float, Console], Iterator[tuple[str, str]]]
-
-
-def bench(settings: Preset, store: stores.Store, clock: Stopwatch) -> Bench:
-    """Loads what measures clips.
-
     Raises:
       AvjaxError: a package or weights are missing.
     """
-    need_media()
-    from avjax.features import encode  # here: it brings JAX, which the workers do not need
 
-    model = clip_features.landmarker()
-    landmarker = sha256(model)
-    stages = encode.stages(settings, store, clock, landmarker)
-    made_by = {
-        "video": store.record(clip_features.provenance("video", settings, face_landmarker=landmarker)),
-        "audio": store.record(clip_features.provenance("audio", settings)),
-    }
-    if settings.window:
-        made_by["window"] = store.record(clip_features.provenance("window", settings, face_landmarker=landmarker))
-    made_by |= {feature: stage.key for feature, stage in stages.items()}
-    return Bench(settings, store, clock, model, stages, made_by)
+    def __init__(self, settings: Preset, store: stores.Store, clock: Stopwatch):
+        need_media()
+        from avjax.features import encode  # here: it brings JAX, which the workers do not need
+
+        self.settings, self.store, self.clock = settings, store, clock
+        self.landmarker = clip_features.landmarker()
+        weights = {"face_landmarker": sha256(self.landmarker)}
+        self.stages = encode.stages(settings, store, clock, **weights)
+        measured = {"video": weights, "audio": {}} | ({"window": weights} if settings.window else {})
+        self.made_by = {f: store.record(provenance.described(f, settings, **w)) for f, w in measured.items()}
+        self.made_by |= {feature: stage.key for feature, stage in self.stages.items()}
 
 
-def measured(jobs: Sequence[Job], on: Bench, processes: int, clip_seconds: float) -> Iterator[tuple[str, str]]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an extraction is done.
+
+    Attributes:
+      processes: 0 = one per core; clip_seconds: time limit of one clip, which is quarantined beyond it.
+      runner: measures and encodes the clips that lack something; None = `local_runner`.
+      only_text: encode the sentences of `sentences.csv` again, without opening any media.
+    """
+
+    processes: int = 0
+    clip_seconds: float = CLIP_SECONDS
+    runner: "Runner | None" = None
+    only_text: bool = False
+
+
+# (jobs, extractor, options, console) → (clip id, why it cannot be used, "" if it can) of each job, in any order, its
+# features staged.
+Runner = Callable[[Sequence[Job], Extractor, Options, Console], Iterator[tuple[str, str]]]
+
+
+def measured(jobs: Sequence[Job], extractor: Extractor, options: Options) -> Iterator[tuple[str, str]]:
     """Does jobs in worker processes of this machine, which decode and measure while this one encodes; see `Runner`."""
     if not jobs:
         return
+    from avjax.features.encode import Unencoded
+
     # Workers that compile librosa's functions side by side leave a file of them that crashes whoever loads it.
     audio.analyse(np.sin(np.arange(audio.SAMPLE_RATE, dtype=np.float32)))
     done = worker_pool.each(
         _measure_one,
         jobs,
-        count=processes or os.cpu_count() or 1,
-        seconds=clip_seconds,
+        count=options.processes or os.cpu_count() or 1,
+        seconds=options.clip_seconds,
         setup=_set_up,
-        arguments=(on.store.root, on.settings, on.landmarker),
+        arguments=(extractor.store.root, extractor.settings, extractor.landmarker),
     )
     for (clip, keys, lacks), answer in done:
         if isinstance(answer, worker_pool.Failure):
             yield clip.id, answer.reason
             continue
-        made, seconds = answer
-        on.clock.update(seconds)
-        for feature in on.stages.keys() & set(lacks):
-            raw, known = made[feature]
-            finish = functools.partial(_FINISH[feature], on.settings, *known)
-            on.stages[feature].add(clip.id, keys[feature], raw, finish)
+        raw, found, seconds = answer
+        extractor.clock.update(seconds)
+        for feature in extractor.stages.keys() & set(lacks):
+            extractor.stages[feature].add(Unencoded(clip.id, keys[feature], raw, found))
         yield clip.id, ""
-    for stage in on.stages.values():
+    for stage in extractor.stages.values():
         stage.close()
 
 
-def here(
-    jobs: Sequence[Job], on: Bench, processes: int, clip_seconds: float, console: Console
+def local_runner(
+    jobs: Sequence[Job], extractor: Extractor, options: Options, console: Console
 ) -> Iterator[tuple[str, str]]:
     """The `Runner` of one machine, under a progress bar."""
-    return progress.bar(measured(jobs, on, processes, clip_seconds), len(jobs), "picture and sound", console)
+    return progress.bar(measured(jobs, extractor, options), len(jobs), "picture and sound", console)
+
+
+@dataclasses.dataclass(frozen=True)
+class Extracted:
+    """The clips of a data set: those measured, (clip id, reason) of the rejected ones, and the sentences by clip."""
+
+    corpus: Corpus
+    measured: Sequence[Measured]
+    rejected: Sequence[tuple[str, str]]
+    sentences: Mapping[str, Mapping[str, str]]
 
 
 def extract(
-    dataset: str,
-    preset: str,
-    *,
-    root: str = "",
-    out: str = "",
-    processes: int = 0,
-    clip_seconds: float = CLIP_SECONDS,
-    runner: Runner = here,
-    only_text: bool = False,
-    random: bool = False,
+    dataset: str, preset: str, *, root: str = "", out: str = "", random: bool = False, options: Options = Options()
 ) -> Path:
     """Extracts a data set into a feature store and returns the store's folder.
 
     Args:
       root: where the data are, out: where the store is; "" = the data set's default places.
-      processes: 0 = one per core; clip_seconds: time limit of one clip, which is quarantined beyond it.
-      runner: what measures and encodes the clips that lack something.
-      only_text: encode the sentences of `sentences.csv` again, without opening any media.
       random: give the encoders weights drawn at random; whatever is made of such features says so.
     Raises:
       AvjaxError: the data set is not there, weights cannot be had, or no clip can be used.
@@ -150,28 +148,28 @@ def extract(
     place = stores.place(dataset, out)
     settings = presets.preset(preset, random=random)
     with stores.Store(place, dataset).locked() as store:
-        # ---- Picture and sound ------------------------------------------------------------------------------------
-        if only_text:
+        # ---- Video and audio --------------------------------------------------------------------------------------
+        if options.only_text:
             corpus, measured = store.read_measured(preset)
             rejected = [(r["clip_id"], r["reason"]) for r in store.read_table("quarantine.csv", ("clip_id", "reason"))]
         else:
             corpus = registry.index(dataset, root)
-            measured, failed = measure_all(
-                corpus.clips, settings, store, console, clock, processes, clip_seconds, runner
-            )
+            measured, failed = measure_all(corpus.clips, Extractor(settings, store, clock), options, console)
             rejected = [*corpus.rejected, *failed]
             store.write_table("quarantine.csv", ("clip_id", "reason"), rejected)
         # ---- Sentences --------------------------------------------------------------------------------------------
         if not measured:
             first = f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "it has no clips"
             raise AvjaxError(f"no clip of {corpus.name} can be used; {first} (all reasons: {place / 'quarantine.csv'})")
-        sentences = _sentences(measured, store, console)
+        facts = read_facts(measured, store)
+        sentences = _sentences(measured, facts, store, console)
         # ---- Text encoder -----------------------------------------------------------------------------------------
         measured = encode_all(measured, sentences, settings, store, console, clock)
         # ---- Packed view ------------------------------------------------------------------------------------------
         with clock("packing"):
-            _pack(corpus, measured, rejected, sentences, settings, store, preset, processes, console)
-        _report(measured, store, preset, clock, time.perf_counter() - begun, console)
+            extracted = Extracted(corpus, measured, rejected, sentences)
+            _pack(extracted, (preset, settings), store, options.processes, console)
+        _report(facts, store, preset, clock, time.perf_counter() - begun, console)
     index = stores.read_index(place, dataset)["presets"][preset]
     counts = index["counts"]
     console.print(
@@ -184,29 +182,22 @@ def extract(
 
 
 def measure_all(
-    clips: Sequence[Clip],
-    settings: Preset,
-    store: stores.Store,
-    console: Console,
-    clock: Stopwatch,
-    processes: int = 0,
-    clip_seconds: float = CLIP_SECONDS,
-    runner: Runner = here,
+    clips: Sequence[Clip], extractor: Extractor, options: Options, console: Console
 ) -> tuple[list[Measured], list[tuple[str, str]]]:
-    """Measures and encodes picture and sound of what is not staged yet; arguments as of `extract`.
+    """Measures and encodes video and audio of what is not staged yet.
 
     Returns:
       what was measured, and (clip id, reason) of each clip that cannot be used, both in the order of the clips.
     Raises:
-      AvjaxError: a package or weights are missing, or the store cannot be written.
+      AvjaxError: the store cannot be written.
     """
-    on = bench(settings, store, clock)
-    planned, reasons = _planned(clips, on.made_by)
-    lacking = [(clip, keys, [f for f in keys if not store.has(clip.id, f, keys[f])]) for clip, keys in planned]
+    planned, reasons = _planned(clips, extractor.made_by)
+    has = extractor.store.has
+    lacking = [(clip, keys, [f for f in keys if not has(clip.id, f, keys[f])]) for clip, keys in planned]
     jobs = [job for job in lacking if job[2]]
     if len(jobs) < len(planned):
         console.print(f"{len(planned)} clips, {len(planned) - len(jobs)} measured already")
-    answers = runner(jobs, on, processes, clip_seconds, console)
+    answers = (options.runner or local_runner)(jobs, extractor, options, console)
     reasons |= {clip_id: reason for clip_id, reason in answers if reason}
     # In the order of the clips, not in that of the workers, so that the same run gives the same tables.
     rejected = [(clip.id, reasons[clip.id]) for clip in clips if clip.id in reasons]
@@ -217,47 +208,16 @@ def _planned(clips: Iterable[Clip], made_by: Mapping[str, str]) -> tuple[list[Me
     """The clips whose files can be read, with the keys of what is to be staged; and clip id → reason of the others."""
     planned, reasons = [], {}
     for clip in clips:
-        source, reason = _source(clip)
+        # The one place where extraction asks: what opens the files later is spared it.
+        reason = next(filter(None, (trouble(path) for path in (clip.path, clip.audio) if path)), "")
+        try:
+            if not reason:
+                planned.append((clip, provenance.of_clip(made_by, clip)))
+        except OSError as error:  # it was there a moment ago
+            reason = f"cannot be read: {error.strerror}"
         if reason:
             reasons[clip.id] = reason
-        else:
-            planned.append((clip, {feature: f"{key}-{source}" for feature, key in made_by.items()}))
     return planned, reasons
-
-
-def _source(clip: Clip) -> tuple[str, str]:
-    """The key of a clip's files, or why they cannot be read."""
-    for path in filter(None, (clip.path, clip.audio)):
-        if reason := trouble(path):
-            return "", reason
-    try:
-        return clip_features.source_key(clip), ""
-    except OSError as error:  # it was there a moment ago
-        return "", f"cannot be read: {error.strerror}"
-
-
-def _finish_image(settings, shown: np.ndarray, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    return clip_features.of_frames(encoded, shown)
-
-
-def _finish_flow(settings, found, ends, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    return clip_features.of_flow(encoded, found, ends)
-
-
-def _finish_sound(settings, seconds: float, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    if settings.raw:
-        return {"steps": encoded}
-    return clip_features.of_sound(encoded[real], seconds, settings.sound.per_second)
-
-
-_FINISH = {"image": _finish_image, "flow": _finish_flow, "sound": _finish_sound}
-
-
-def need_media() -> None:
-    """Raises AvjaxError where packages are missing that reading media takes."""
-    missing = [name for name in _MEDIA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise AvjaxError(f"extraction needs {', '.join(missing)}; install with: pip install 'avjax[media]'")
 
 
 def _set_up(root: Path, settings, model: Path) -> None:
@@ -269,13 +229,12 @@ def _set_up(root: Path, settings, model: Path) -> None:
     _SHARED = stores.Store(root), settings, FaceTracker(model)
 
 
-def _measure_one(job) -> tuple[dict[str, tuple], dict[str, float]]:
+def _measure_one(job: Job) -> tuple[Raw, np.ndarray, dict[str, float]]:
     """In a worker: measures and stages a clip.
 
     Returns:
-      for each encoder that is still to see the clip, its raw input and what else its features need: the frames that
-      are seen, those with a face and those that flows lead to, the seconds of sound; and seconds by what they were
-      spent on.
+      what encoders are to see of the clip, which of its frames show the face (t,), and seconds by what they were spent
+      on.
     Raises:
       UnusableMedia: the clip cannot be used.
     """
@@ -288,22 +247,17 @@ def _measure_one(job) -> tuple[dict[str, tuple], dict[str, float]]:
     with clock("writing"):
         for feature in made.keys() & set(lacks):
             store.put(clip.id, feature, keys[feature], made[feature])
-    found, samples = made["video"]["video_mask"], raw.samples
-    seconds = 0.0 if samples is None else len(samples) / clip_features.audio.SAMPLE_RATE
-    needed = {
-        "image": (raw.pictures, (clip_features.seen(found, settings),)),
-        "flow": (raw.flows, (found, clip_features.flow_ends(found, settings))),
-        "sound": (None if samples is None else [samples], (seconds,)),
-    }
-    return needed, dict(clock)
+    return raw, made["video"]["video_mask"], dict(clock)
 
 
-def _sentences(measured: Sequence[Measured], store, console) -> dict[str, dict[str, str]]:
+def _sentences(
+    measured: Sequence[Measured], facts: Mapping[str, Facts], store: stores.Store, console: Console
+) -> dict[str, dict[str, str]]:
     """Makes the sentences and writes sentences.csv; rows that were edited there are kept."""
     columns = ("clip_id", *template.SOURCES, "generated")
     before = store.read_table("sentences.csv", columns)
     edited = {row["clip_id"]: row for row in before if _hash(row) != row["generated"]}
-    made = {i: {"clip_id": i, "generated": _hash(s)} | s for i, s in describe_all(measured, store).items()}
+    made = {i: {"clip_id": i, "generated": _hash(s)} | s for i, s in describe_all(measured, facts).items()}
     if edited:
         others = len(edited.keys() - made.keys())
         console.print(f"{len(edited)} edited rows of sentences.csv kept, {others} of them for clips not in this run")
@@ -312,15 +266,21 @@ def _sentences(measured: Sequence[Measured], store, console) -> dict[str, dict[s
     return {i: {s: (made[i] | rows[i])[s] for s in clip_features.TEXTS} for i in made}
 
 
-def describe_all(measured: Sequence[Measured], store: stores.Store) -> dict[str, dict[str, str]]:
+def read_facts(measured: Sequence[Measured], store: stores.Store) -> dict[str, Facts]:
+    """Reads of every clip what sentences and reports need, once: all features of thousands would fill the memory."""
+
+    def read(clip: Clip, keys: Mapping[str, Key]) -> Facts:
+        needed = clip_features.FACTS_OF.items()
+        return clip_features.facts(*(store.get(clip.id, feature, keys[feature], *names) for feature, names in needed))
+
+    return {clip.id: read(clip, keys) for clip, keys in measured}
+
+
+def describe_all(measured: Sequence[Measured], facts: Mapping[str, Facts]) -> dict[str, dict[str, str]]:
     """The sentences that the measurements make: clip id → text source (`features.TEXTS`) → sentence."""
-    # Only what sentences need: all features of thousands of clips would fill the memory.
-    pictures = {c.id: store.get(c.id, "video", keys["video"], "au", "video_mask") for c, keys in measured}
-    sounds = {c.id: store.get(c.id, "audio", keys["audio"], "prosody") for c, keys in measured}
-    usual = clip_features.speaker_pitch((c.speaker, float(sounds[c.id]["prosody"][0])) for c, _ in measured)
+    usual = clip_features.speaker_pitch((c.speaker, float(facts[c.id].prosody[0])) for c, _ in measured)
     return {
-        c.id: clip_features.describe(pictures[c.id], sounds[c.id], c.transcript, usual.get(c.speaker))
-        | {"constant": template.CONSTANT}
+        c.id: clip_features.describe(facts[c.id], c.transcript, usual.get(c.speaker)) | {"constant": template.CONSTANT}
         for c, _ in measured
     }
 
@@ -351,13 +311,10 @@ def encode_all(
 
     load = encode.Loader(settings.random)
     encoder = load(settings.text, encode.precision(settings))
-    made_by = store.record(clip_features.provenance("text", settings, **encoder.provenance))
-    keys = {
-        i: f"{made_by}-{hashlib.sha256(repr(sorted(s.items())).encode()).hexdigest()[:12]}"
-        for i, s in sentences.items()
-    }
+    made_by = store.record(provenance.described("text", settings, **encoder.provenance))
+    keys = {i: provenance.of_sentences(made_by, s) for i, s in sentences.items()}
     todo = [i for i in sentences if not store.has(i, "text", keys[i])]
-    made_of = clip_features.tokenize_texts if settings.raw else clip_features.encode_texts
+    made_of = encode.tokenize_texts if settings.raw else encode.encode_texts
     for clip_id in progress.bar(todo, len(todo), "sentences", console):
         # One clip at a time: the last bits depend on the batch, which must not depend on where a run was stopped.
         flat = [sentences[clip_id][s] for s in clip_features.TEXTS]
@@ -366,7 +323,7 @@ def encode_all(
         if not settings.raw:
             exact = functools.partial(_exact, load, flat, settings)
             encode.note_precision(store, made_by, encoder, np.concatenate(tokens), exact)
-            tokens = [x.astype(clip_features.ENCODED) for x in tokens]
+            tokens = [x.astype(ENCODED) for x in tokens]
         with clock("writing"):
             store.put(clip_id, "text", keys[clip_id], dict(zip(clip_features.TEXTS, tokens, strict=True)))
     return [(clip, known | {"text": keys[clip.id]}) for clip, known in measured]
@@ -374,7 +331,9 @@ def encode_all(
 
 def _exact(load, texts: Sequence[str], settings: Preset) -> np.ndarray:
     """The token features of texts in float32 all the way, (n, d)."""
-    return np.concatenate(clip_features.encode_texts(load(settings.text, "float32"), texts, settings.max_tokens))
+    from avjax.features import encode
+
+    return np.concatenate(encode.encode_texts(load(settings.text, "float32"), texts, settings.max_tokens))
 
 
 def examples(
@@ -389,9 +348,13 @@ def examples(
         yield clip_features.example(clip, settings, staged, sentences[clip.id])
 
 
-def _pack(corpus, measured, rejected, sentences, settings, store, preset: str, processes: int, console) -> None:
-    clips, staged = [c for c, _ in measured], {c.id: keys for c, keys in measured}
-    recipe = stores.recipe(corpus, clips, [rejected, staged, settings.face])
+def _pack(
+    extracted: Extracted, named: tuple[str, Preset], store: stores.Store, processes: int, console: Console
+) -> None:
+    """Packs what was extracted by a preset, given with its name, unless that was done."""
+    (preset, settings), measured, sentences = named, extracted.measured, extracted.sentences
+    clips, keys = [c for c, _ in measured], {c.id: keys for c, keys in measured}
+    recipe = stores.recipe(extracted.corpus, clips, [extracted.rejected, keys, settings.face])
     if store.is_packed(preset, recipe):
         return
     console.print(f"packing {len(clips)} clips")
@@ -399,24 +362,26 @@ def _pack(corpus, measured, rejected, sentences, settings, store, preset: str, p
     for at in range(0, len(measured), _PART):
         some = measured[at : at + _PART]
         parts.append(functools.partial(examples, some, {c.id: sentences[c.id] for c, _ in some}, settings, store))
-    about = {"rejected": rejected, "staged": staged, "made_by": made_by(measured[0]), "random": settings.random}
+    about = {"rejected": extracted.rejected, "keys": keys, "made_by": made_by(measured[0]), "random": settings.random}
     # A process more is worth its start from the second part on.
     side_by_side = min(len(parts), processes or os.cpu_count() or 1)
     shown = functools.partial(progress.bar, total=len(parts), what="packing", console=console, unit="parts")
-    store.pack(corpus, clips, preset, parts, recipe, about, processes=side_by_side, shown=shown)
+    store.pack(extracted.corpus, clips, preset, parts, recipe, about, processes=side_by_side, shown=shown)
 
 
 def made_by(measured: Measured) -> dict[str, str]:
     """The keys of the provenance records that the features of a clip have, and all of its set: feature → key."""
-    return {feature: key.partition("-")[0] for feature, key in measured[1].items()}
+    return {feature: key.record for feature, key in measured[1].items()}
 
 
-def _report(measured: Sequence[Measured], store, preset: str, clock: Stopwatch, wall: float, console) -> None:
+def _report(
+    facts: Mapping[str, Facts], store: stores.Store, preset: str, clock: Stopwatch, wall: float, console: Console
+) -> None:
     """Prints and keeps what the time was spent on, where anything was measured."""
     if "decoding" not in clock:
         return
-    played = sum(float(store.get(c.id, "audio", keys["audio"], "seconds")["seconds"]) for c, keys in measured)
-    about = {"preset": preset, "clips": len(measured), "seconds_of_sound": played, "seconds": wall}
+    played = sum(known.seconds for known in facts.values())
+    about = {"preset": preset, "clips": len(facts), "seconds_of_sound": played, "seconds": wall}
     write_text(store.root / "timings.json", json.dumps(about | {"spent": dict(clock)}, indent=1))
     split = ", ".join(f"{what} {seconds:.1f}" for what, seconds in clock.most_common())
     console.print(

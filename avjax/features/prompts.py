@@ -17,8 +17,8 @@ from rich.console import Console
 from avjax.datasets.base import Clip
 from avjax.encoders import Encoder
 from avjax.errors import AvjaxError
-from avjax.features import clip as clip_features
 from avjax.features import encode, presets
+from avjax.features.face_video import ENCODED
 from avjax.features.store import Features
 from avjax.text import prompt_templates
 from avjax.utils import paths, progress
@@ -118,8 +118,8 @@ def _encoded(encoder: Encoder, texts: Sequence[str], max_tokens: int, console: C
         blocks = [texts[i : i + _AT_ONCE] for i in range(0, len(texts), _AT_ONCE)]
         rows = []
         for block in progress.bar(blocks, len(blocks), "prompts", console):
-            rows += [tokens.mean(0) for tokens in clip_features.encode_texts(encoder, block, max_tokens)]
-        _keep(path, np.stack(rows).astype(clip_features.ENCODED))
+            rows += [tokens.mean(0) for tokens in encode.encode_texts(encoder, block, max_tokens)]
+        _keep(path, np.stack(rows).astype(ENCODED))
     try:
         with path.open("rb") as raw, np.load(raw) as file:
             return file["vectors"].astype(np.float32)

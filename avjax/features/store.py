@@ -31,6 +31,7 @@ from avjax.datasets.metadata import corpus as corpus_of
 from avjax.datasets.metadata import target as target_of
 from avjax.errors import AvjaxError
 from avjax.features import tfds
+from avjax.features.provenance import Key
 from avjax.utils import paths, storage, tables
 from avjax.utils.storage import is_local, only_writer, read_json, replacing, write_text
 
@@ -110,13 +111,13 @@ class Store:
         for unfinished in self.root.glob(f"tfds/*/*/*{tfds.UNFINISHED}*"):
             shutil.rmtree(unfinished)
 
-    def _staged(self, clip_id: str, feature: str, key: str) -> Path:
+    def _staged(self, clip_id: str, feature: str, key: Key) -> Path:
         return self.root / "staged" / safe_name(clip_id) / f"{feature}-{key}.npz"
 
-    def has(self, clip_id: str, feature: str, key: str) -> bool:
+    def has(self, clip_id: str, feature: str, key: Key) -> bool:
         return self._staged(clip_id, feature, key).is_file()
 
-    def put(self, clip_id: str, feature: str, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def put(self, clip_id: str, feature: str, key: Key, arrays: Mapping[str, np.ndarray]) -> None:
         """Stages one feature of one clip; a reader sees all of it or nothing.
 
         Raises:
@@ -128,11 +129,11 @@ class Store:
         except OSError as error:
             raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); mend that and start again") from error
 
-    def drop(self, clip_id: str, feature: str, key: str) -> None:
+    def drop(self, clip_id: str, feature: str, key: Key) -> None:
         """Removes a staged feature, if there is one."""
         self._staged(clip_id, feature, key).unlink(missing_ok=True)
 
-    def get(self, clip_id: str, feature: str, key: str, *names: str) -> dict[str, np.ndarray]:
+    def get(self, clip_id: str, feature: str, key: Key, *names: str) -> dict[str, np.ndarray]:
         """Reads the arrays `names` of a staged feature, by default all."""
         with self._staged(clip_id, feature, key).open("rb") as raw, np.load(raw) as file:
             return {name: file[name] for name in names or file.files}
@@ -174,22 +175,22 @@ class Store:
         index = read_index(self.root, self.dataset)
         return bool(index) and index["presets"].get(preset, {}).get("recipe") == recipe
 
-    def read_measured(self, preset: str) -> tuple[Corpus, list[tuple[Clip, dict[str, str]]]]:
+    def read_measured(self, preset: str) -> tuple[Corpus, list[tuple[Clip, dict[str, Key]]]]:
         """The data set and [(clip, {feature: key})] as the last whole extraction left them; opens no media.
 
         Raises:
           AvjaxError: there was none.
         """
         index = read_index(self.root, self.dataset)
-        staged = index["presets"].get(preset, {}).get("staged", {}) if index else {}
-        if not staged or any(c["id"] not in staged for c in index["clips"]):
+        keys = index["presets"].get(preset, {}).get("keys", {}) if index else {}
+        if not keys or any(c["id"] not in keys for c in index["clips"]):
             raise AvjaxError(
                 f"{self.root}: not all clips are measured with preset {preset!r}; run without --only first"
             )
         clips = _clips(index)
         task = Task(index["task"], tuple(index["classes"]))
         corpus = Corpus(index["dataset"], task, tuple(clips), _folds(index))
-        return corpus, [(c, {f: key for f, key in staged[c.id].items() if f != "text"}) for c in clips]
+        return corpus, [(c, {f: Key(*key) for f, key in keys[c.id].items() if f != "text"}) for c in clips]
 
     def pack(
         self,
@@ -207,7 +208,7 @@ class Store:
 
         Args:
           corpus: gives name, classes and official folds.
-          how: further arguments of `view.pack`.
+          how: further arguments of `tfds.pack`.
           about: further entries of this preset in the index, such as provenance; `rejected` (clip id, reason).
         """
         data = _described(corpus, clips)
@@ -219,7 +220,7 @@ class Store:
                     entry |= {"recipe": None, "content": None}
             write_text(index_path(self.root, self.dataset), json.dumps(index))
         tfds.remove(self.root, corpus.name, preset)
-        content, masked = tfds.pack(self.root, corpus.name, preset, corpus.task, parts, **how)
+        content, masked = tfds.pack(self.root, corpus, preset, parts, **how)
         counts = {"used": len(clips), "quarantined": len(about["rejected"])}
         counts |= {f"masked_{stream}": masked.get(stream, len(clips)) for stream in ("audio", "video")}
         presets = (index["presets"] if index else {}) | {

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from avjax.datasets.base import Task
+from avjax.datasets.base import Corpus, Task
 from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.utils import paths as assets
@@ -99,14 +99,13 @@ class _Shard:
 
 def pack(
     root: Path,
-    dataset: str,
+    corpus: Corpus,
     preset: str,
-    task: Task,
     parts: Sequence[Part],
     processes: int = 1,
     shown: Callable[[Iterator], Iterable] = iter,
 ) -> tuple[str, dict[str, int]]:
-    """Packs examples, each part into a file of its own.
+    """Packs examples of a data set, each part into a file of its own.
 
     TFDS's own writer holds all records in memory and sorts them, which beyond 1 GB takes TensorFlow; here a process
     holds one example.
@@ -117,6 +116,7 @@ def pack(
     Returns:
       the hash of all values, and stream → number of clips without any step of it.
     """
+    dataset, task = corpus.name, corpus.task
     with tempfile.TemporaryDirectory() as elsewhere:
         place = folder(root if is_local(root) else Path(elsewhere), dataset, preset)
         unfinished = place.with_name(f"{UNFINISHED}.{VERSION}")

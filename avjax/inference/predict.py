@@ -110,15 +110,17 @@ def measure(
     settings = presets.preset(run.preset, random=run.random)
     with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
         store = stores.Store(Path(folder))
-        clock = Stopwatch()
-        measured, rejected = extraction.measure_all(clips, settings, store, console, clock, clip_seconds=clip_seconds)
+        extractor = extraction.Extractor(settings, store, Stopwatch())
+        options = extraction.Options(clip_seconds=clip_seconds)
+        measured, rejected = extraction.measure_all(clips, extractor, options, console)
         if not measured:
             return None, [], rejected
-        sentences = extraction.describe_all(measured, store)
-        measured = extraction.encode_all(measured, sentences, settings, store, console, clock)
+        facts = extraction.read_facts(measured, store)
+        sentences = extraction.describe_all(measured, facts)
+        measured = extraction.encode_all(measured, sentences, settings, store, console, extractor.clock)
         _check_made_by(run, extraction.made_by(measured[0]))
         examples = list(extraction.examples(measured, sentences, settings, store))
-        missing = [_missing(m, run, sentences, store) for m in measured]
+        missing = [_missing(clip, run, sentences[clip.id], facts[clip.id]) for clip, _ in measured]
     found = _features(run, [c for c, _ in measured], examples)
     if run.text_source == prompts.UTTERANCE:
         found = prompts.attach_utterances(found, run.preset, run.random, console)
@@ -167,16 +169,15 @@ def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> s
     )
 
 
-def _missing(measured: extraction.Measured, run: Run, sentences: Mapping, store: stores.Store) -> dict[str, str]:
-    clip, keys = measured
+def _missing(clip: Clip, run: Run, sentences: Mapping[str, str], facts: clip_features.Facts) -> dict[str, str]:
     if run.text_source == prompts.UTTERANCE:
         unsaid = "" if clip.transcript else "nobody has told what is said"
     else:
-        silent = run.text_source and not sentences[clip.id][run.text_source]
+        silent = run.text_source and not sentences[run.text_source]
         unsaid = "nothing to say: no face and no voice was measured" if silent else ""
     why = {
-        "picture": str(store.get(clip.id, "video", keys["video"], "why")["why"]),
-        "sound": str(store.get(clip.id, "audio", keys["audio"], "why")["why"]),
+        "picture": facts.why["video"],
+        "sound": facts.why["audio"],
         "sentence": unsaid,
     }
     return {what: reason for what, reason in why.items() if reason}

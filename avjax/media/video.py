@@ -49,18 +49,17 @@ def opened(path: str | Path):
     """
     import av
 
-    if reason := trouble(path):
-        raise UnusableMedia(reason)
     try:
         # Metadata in a national encoding must not cost the clip.
         with av.open(str(path), metadata_errors="replace") as container:
             yield container
-    except av.InvalidDataError as error:
-        raise UnusableMedia(
-            "not a media file, or one that is damaged or cut off where its table of contents is"
-        ) from error
     except av.FFmpegError as error:
-        raise UnusableMedia(f"cannot be read as a media file ({error.strerror or error})") from error
+        # Whoever names clips asks this of their files before; here the answer is a better reason.
+        if reason := trouble(path):
+            raise UnusableMedia(reason) from error
+        if isinstance(error, av.InvalidDataError):
+            reason = "not a media file, or one that is damaged or cut off where its table of contents is"
+        raise UnusableMedia(reason or f"cannot be read as a media file ({error.strerror or error})") from error
 
 
 def decoded(container, stream, start: float = 0.0, end: float | None = None) -> Iterator[tuple[float, object]]:

@@ -260,7 +260,8 @@ def test_from_media_to_answers(task, tmp_path):
         rows.append((f"{i}.mp4", *numbers))
     with (root / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file", f"{mark}high", f"{mark}late"), *rows])
-    extraction.extract("folder", "lite", root=str(root), out=str(tmp_path / "F"), processes=2)
+    options = extraction.Options(processes=2)
+    extraction.extract("folder", "lite", root=str(root), out=str(tmp_path / "F"), options=options)
     settings = CONCAT | {"train__epochs": 3, "train__epochs_per_call": 3, "data__features": str(tmp_path / "F")}
     workdir = train.train(config.load("configs/fusion_folder.py:concat", **settings), tmp_path / "W")
     metrics, stored = measured(workdir)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from avjax.datasets.base import Clip
-from avjax.features import avtca_window, presets
+from avjax.features import avtca_window, presets, provenance
 from avjax.features import clip as clip_features
 from avjax.features.presets import Window
 from avjax.media import faces
@@ -245,7 +245,7 @@ def test_every_setting_changes_the_provenance():
     changes = {"seconds": 2.0, "rate": 25, "count": 7, "side": 9, "sample_rate": 16000, "mfccs": 13, "released": True}
     assert changes.keys() == {f.name for f in dataclasses.fields(Window)}
     made = [
-        str(clip_features.provenance("window", presets.Preset(window=dataclasses.replace(Window(), **{name: value}))))
+        str(provenance.described("window", presets.Preset(window=dataclasses.replace(Window(), **{name: value}))))
         for name, value in [*changes.items(), ("side", 224)]
     ]
     assert len(set(made)) == len(made)

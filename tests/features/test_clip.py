@@ -10,7 +10,7 @@ import pytest
 from avjax.datasets.base import Clip
 from avjax.errors import AvjaxError, UnusableMedia
 from avjax.features import clip as clip_features
-from avjax.features import presets
+from avjax.features import encode, face_video, presets, provenance
 from avjax.media import faces, flow, video
 from avjax.media.faces import Faces
 from avjax.text import template
@@ -124,19 +124,19 @@ def test_source_key_changes_with_the_file_and_the_part(tmp_path):
     assert one.stat().st_size == two.stat().st_size
     base = Clip("c", one, "sad", audio=two)
     variants = [{}, {"path": two}, {"audio": None}, {"audio": one}, {"start": 0.5}, {"end": 0.5}]
-    keys = [clip_features.source_key(dataclasses.replace(base, **v)) for v in variants]
+    keys = [provenance.source_key(dataclasses.replace(base, **v)) for v in variants]
     assert len(set(keys)) == len(keys)
     unchanged = dataclasses.replace(base, id="d", label="happy", speaker="ann", transcript="Oh.")
-    assert clip_features.source_key(unchanged) == keys[0]
+    assert provenance.source_key(unchanged) == keys[0]
     (tmp_path / "moved").mkdir()
     moved = dataclasses.replace(base, path=tmp_path / "moved/one.wav")
     shutil.copy2(one, moved.path)
-    assert clip_features.source_key(moved) == keys[0], "another folder is no other file"
+    assert provenance.source_key(moved) == keys[0], "another folder is no other file"
     os.utime(one, ns=(1, 1))
-    assert clip_features.source_key(base) != keys[0], "written anew at the same size"
+    assert provenance.source_key(base) != keys[0], "written anew at the same size"
     one.unlink()
     with pytest.raises(FileNotFoundError):
-        clip_features.source_key(base)
+        provenance.source_key(base)
 
 
 def test_what_encoders_are_given(tmp_path):
@@ -197,7 +197,7 @@ def test_flow_of_a_pair_is_that_of_its_two_frames_alone(tmp_path, window, stride
     )
     made, raw = measure(path, Everywhere(), wanted=("flow",), settings=settings)
     frames, box = video.read_frames(path, count=40), np.array([[4, 4, 24, 24]], np.float32)
-    ends = clip_features.flow_ends(made["video"]["video_mask"], settings)
+    ends = face_video.flow_ends(made["video"]["video_mask"], settings)
     assert ends.tolist() == [i for i in range(window, 40) if i % stride == 0 and i != 1]
     flows = piled(raw.flows)
     assert len(flows) == len(ends)
@@ -229,22 +229,22 @@ def test_what_is_staged_is_not_measured_again(tmp_path):
 def test_each_frame_holds_the_last_flow_that_ended():
     encoded = np.array([[9.0], [1], [2]])  # of no motion, then two flows
     found = np.array([True, True, True, False, True])
-    steps = clip_features.of_flow(encoded, found, np.array([1, 3]))["steps"]
+    steps = encode.of_flow(encoded, found, np.array([1, 3]))["steps"]
     assert steps.dtype == np.float16
     assert steps[:, 0].tolist() == [9, 1, 1, 0, 2]
-    assert clip_features.of_flow(encoded[:1], found[:2], np.zeros(0, int))["steps"][:, 0].tolist() == [9, 9]
+    assert encode.of_flow(encoded[:1], found[:2], np.zeros(0, int))["steps"][:, 0].tolist() == [9, 9]
 
 
 def test_encoded_frames_and_sound_as_they_are_staged():
     found = np.array([True, False, True])
-    made = clip_features.of_frames(np.array([[1.0, 2.0], [3.0, 4.0]]), found)["steps"]
+    made = encode.of_frames(np.array([[1.0, 2.0], [3.0, 4.0]]), found)["steps"]
     assert made.dtype == np.float16
     np.testing.assert_array_equal(made, [[1, 2], [0, 0], [3, 4]])
     steps = np.arange(12.0)[:, None]
-    np.testing.assert_array_equal(clip_features.of_sound(steps, 0.24, 0)["steps"], steps)
+    np.testing.assert_array_equal(encode.of_sound(steps, 0.24, 0)["steps"], steps)
     # 50 steps a second to 10: means of five, and of the two that are left
-    np.testing.assert_array_equal(clip_features.of_sound(steps, 0.24, 10)["steps"], [[2], [7], [10.5]])
-    assert clip_features.of_sound(np.zeros((0, 4)), 0.0, 10)["steps"].shape == (0, 4)
+    np.testing.assert_array_equal(encode.of_sound(steps, 0.24, 10)["steps"], [[2], [7], [10.5]])
+    assert encode.of_sound(np.zeros((0, 4)), 0.0, 10)["steps"].shape == (0, 4)
 
 
 def test_streams_of_a_preset_with_encoders(tmp_path):
@@ -299,7 +299,7 @@ def test_flow_is_on_the_time_base_of_the_encoded_frames(tmp_path):
 
 
 def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
-    before = {f: clip_features.provenance(f, LITE) for f in clip_features.CODE_VERSION}
+    before = {f: provenance.described(f, LITE) for f in provenance.CODE_VERSION}
     changes = {
         "frames": (7, {"video", "image", "flow"}),
         "steps_per_second": (7, {"audio"}),
@@ -317,16 +317,16 @@ def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
     assert changes.keys() == {f.name for f in dataclasses.fields(presets.Preset)}
     for setting, (value, touched) in changes.items():
         other = dataclasses.replace(LITE, **{setting: value})
-        changed = {f for f in before if clip_features.provenance(f, other) != before[f]}
+        changed = {f for f in before if provenance.described(f, other) != before[f]}
         assert changed == touched, setting
     changed = {
         f
         for f in before
-        if clip_features.provenance(f, EVERY_FRAME)
-        != clip_features.provenance(f, dataclasses.replace(EVERY_FRAME, max_seconds=7))
+        if provenance.described(f, EVERY_FRAME)
+        != provenance.described(f, dataclasses.replace(EVERY_FRAME, max_seconds=7))
     }
     assert changed == {"video", "audio", "image", "flow", "sound"}, "of every frame, those up to there"
-    assert clip_features.provenance("text", LITE, sha256="abc")["weights"] == {"sha256": "abc"}
+    assert provenance.described("text", LITE, sha256="abc")["weights"] == {"sha256": "abc"}
     with pytest.raises(AvjaxError, match="preset is 'light'; choose one of lite, open, etg"):
         presets.preset("light")
 
@@ -338,14 +338,17 @@ def test_usual_pitch_needs_enough_clips_with_voice():
 
 def test_sentences_of_a_clip():
     width = len(clip_features.faces.AU_NAMES)
-    still = {"au": np.zeros((4, width), np.float32), "video_mask": np.ones(4, bool)}
-    spoken = {"prosody": np.array([200, 4, 0], np.float32)}
-    made = clip_features.describe(still, spoken, "Oh no.", 100.0)
+    still = {"au": np.zeros((4, width), np.float32), "video_mask": np.ones(4, bool), "why": np.array("")}
+    spoken = {"prosody": np.array([200, 4, 0], np.float32), "seconds": np.array(2.5), "why": np.array("faint")}
+    known = clip_features.facts(still, spoken)
+    assert (known.seconds, known.why) == (2.5, {"video": "", "audio": "faint"})
+    made = clip_features.describe(known, "Oh no.", 100.0)
     assert tuple(made) == template.SOURCES
     assert "Oh no" in made["both"]
     assert "high" in made["both"]
-    assert "low" in clip_features.describe(still, spoken, None, 400.0)["audio"]
-    assert clip_features.describe(still, {"prosody": np.zeros(3, np.float32)}, None, None)["audio"] == ""
+    assert "low" in clip_features.describe(known, None, 400.0)["audio"]
+    silent = dataclasses.replace(known, prosody=np.zeros(3, np.float32))
+    assert clip_features.describe(silent, None, None)["audio"] == ""
 
 
 def test_equal_texts_are_encoded_once_and_empty_ones_not_at_all():
@@ -362,11 +365,11 @@ def test_equal_texts_are_encoded_once_and_empty_ones_not_at_all():
             return np.repeat(ids[..., None], 2, -1).astype(np.float32), mask
 
     encoder = Encoder()
-    tokens = clip_features.encode_texts(encoder, ["bb", "", "a", "bb"], 3)
+    tokens = encode.encode_texts(encoder, ["bb", "", "a", "bb"], 3)
     assert encoder.seen == ("a", "bb")
     assert [t.shape for t in tokens] == [(2, 2), (0, 2), (1, 2), (2, 2)]
     assert [t.sum() for t in tokens] == [8, 0, 2, 8]
-    assert [t.shape for t in clip_features.encode_texts(encoder, [""], 3)] == [(0, 2)]
+    assert [t.shape for t in encode.encode_texts(encoder, [""], 3)] == [(0, 2)]
 
 
 def test_an_encoder_that_pools_gives_a_text_one_vector():
@@ -379,7 +382,7 @@ def test_an_encoder_that_pools_gives_a_text_one_vector():
         def __call__(self, ids, mask):
             return np.ones((len(ids), 2), np.float32), np.ones(len(ids), bool)
 
-    assert [t.shape for t in clip_features.encode_texts(Encoder(), ["bb", "", "a"], 3)] == [(1, 2), (0, 2), (1, 2)]
+    assert [t.shape for t in encode.encode_texts(Encoder(), ["bb", "", "a"], 3)] == [(1, 2), (0, 2), (1, 2)]
 
 
 def test_face_landmarker_comes_from_the_registry(monkeypatch, tmp_path):

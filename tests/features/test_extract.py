@@ -16,10 +16,10 @@ import pytest
 from avjax.datasets import registry
 from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
-from avjax.features import clip as clip_features
 from avjax.features import extract as extraction
+from avjax.features import provenance, tfds
 from avjax.features import store as stores
-from avjax.features import tfds
+from avjax.media import requirements
 from tests import clips
 from tests.conftest import REAL
 
@@ -59,7 +59,8 @@ def write_table(root, rows):
 
 
 def run(root, out, **changes):
-    return extraction.extract("folder", "lite", root=str(root), out=str(out), **{"processes": 1} | changes)
+    options = extraction.Options(**{"processes": 1} | changes)
+    return extraction.extract("folder", "lite", root=str(root), out=str(out), options=options)
 
 
 def table(path):
@@ -237,7 +238,7 @@ def test_new_sentences_follow_the_table_of_labels(copied):
 
 def test_files_that_vanish_are_quarantined(copied, monkeypatch):
     data, out = copied
-    index, source_key = registry.index, clip_features.source_key
+    index, source_key = registry.index, provenance.source_key
 
     def index_then_lose(*where):
         corpus = index(*where)
@@ -251,7 +252,7 @@ def test_files_that_vanish_are_quarantined(copied, monkeypatch):
         return key
 
     monkeypatch.setattr(registry, "index", index_then_lose)
-    monkeypatch.setattr(clip_features, "source_key", key_then_lose)
+    monkeypatch.setattr(provenance, "source_key", key_then_lose)
     run(data, out)
     reasons = table(out / "quarantine.csv")
     assert reasons["c0"]["reason"] == reasons["c1"]["reason"] == "no such file"
@@ -267,7 +268,7 @@ def test_no_usable_clip_at_all(tmp_path):
 
 
 def test_missing_media_packages_are_named(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(extraction, "_MEDIA", ("av", "no_such_package"))
+    monkeypatch.setattr(requirements, "PACKAGES", ("av", "no_such_package"))
     with pytest.raises(
         AvjaxError, match=r"extraction needs no_such_package; install with: pip install 'avjax\[media\]'"
     ):
@@ -293,7 +294,8 @@ def test_mafw_miniature(tmp_path):
         place.mkdir(parents=True, exist_ok=True)
         chosen = [i for i in range(11) if (i % 5 == fold) == (part == "test")]
         (place / f"{part}.txt").write_text("".join(f"{names[i]}.mp4 {classes[i]}\r\n" for i in chosen))
-    out = extraction.extract("mafw", "lite", root=str(data), out=str(tmp_path / "F"), processes=1)
+    options = extraction.Options(processes=1)
+    out = extraction.extract("mafw", "lite", root=str(data), out=str(tmp_path / "F"), options=options)
     loaded = stores.load(out, "lite")
     assert loaded.dataset == "mafw"
     assert loaded.classes == tuple(classes)

@@ -16,6 +16,7 @@ from avjax.features import clip as clip_features
 from avjax.features import encode, presets
 from avjax.features import extract as extraction
 from avjax.features import store as stores
+from avjax.features.face_video import Raw
 from avjax.features.spool import Spool
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
@@ -183,15 +184,15 @@ def test_what_a_grid_stages_is_of_the_whole_clip_whatever_its_blocks(tmp_path, f
         rng.normal(size=(10, 48, 48, 2)).astype(np.float16) * np.arange(1, 11, dtype=np.float16)[:, None, None, None]
     )
     store, settings, found = stores.Store(tmp_path), flowing["grid"], np.ones(11, bool)
-    stage = encode.FlowGrid(settings, store, Stopwatch(), face_landmarker="abc")
-    finish = functools.partial(clip_features.of_flow, found=found, ends=clip_features.flow_ends(found, settings))
+    context = encode.Context(settings, store, Stopwatch(), encode.Loader(random=True))
+    stage = encode.FlowGrid(context, face_landmarker="abc")
 
-    def staged(name, flows):
+    def staged(name, flows, found=found):
         pile = None
         if flows is not None:
             pile = Spool.begun(tmp_path / "room", flows.shape[1:], "float16")
             pile.add(flows)
-        stage.add(name, stage.key, pile, lambda steps, mask: finish(steps))
+        stage.add(encode.Unencoded(name, stage.key, Raw(flows=pile), found))
         assert not pile or not pile.path.exists()
         return store.get(name, "flow", stage.key)["steps"]
 
@@ -201,8 +202,7 @@ def test_what_a_grid_stages_is_of_the_whole_clip_whatever_its_blocks(tmp_path, f
     assert made.shape == (11, 147)
     assert not made[0].any()
     np.testing.assert_allclose(made[1:], flow.grid(flows, flow.spread([flows])), atol=1e-3)
-    finish = functools.partial(clip_features.of_flow, found=found[:2], ends=np.zeros(0, int))
-    np.testing.assert_array_equal(staged("c", None), np.zeros((2, 147)))
+    np.testing.assert_array_equal(staged("c", None, np.zeros(2, bool)), np.zeros((2, 147)))
 
 
 @pytest.mark.thorough
@@ -241,7 +241,8 @@ def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so
         lambda what, *_: fetch(what) if what == "face_landmarker" else pytest.fail(f"{what} was fetched"),
     )
     out, workdir = tmp_path / "F", tmp_path / "W"
-    extraction.extract("folder", name, root=str(data), out=str(out), processes=2, random=True)
+    options = extraction.Options(processes=2)
+    extraction.extract("folder", name, root=str(data), out=str(out), random=True, options=options)
     assert stores.load(out, name).random
     encoded = [
         r for r in map(_read, (out / "provenance").iterdir()) if r["feature"] in ("image", "flow", "sound", "text")

@@ -96,7 +96,7 @@ def preset(tiny, monkeypatch):
 
 
 def extract(data, out, preset="tiny"):
-    extraction.extract("folder", preset, root=str(data), out=str(out), processes=1)
+    extraction.extract("folder", preset, root=str(data), out=str(out), options=extraction.Options(processes=1))
     return {e["clip_id"].decode(): e for e in tfds.read(out, "folder", preset)}
 
 
@@ -261,7 +261,7 @@ import pathlib, pickle, sys
 from avjax.features import extract as extraction, presets
 if __name__ == "__main__":
     presets.PRESETS["tiny"] = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
-    extraction.extract("folder", "tiny", root=sys.argv[2], out=sys.argv[3], processes=2)
+    extraction.extract("folder", "tiny", root=sys.argv[2], out=sys.argv[3], options=extraction.Options(processes=2))
 """
 
 

@@ -14,7 +14,7 @@ from avjax.encoders import images
 from avjax.errors import AvjaxError
 from avjax.evaluation import baselines
 from avjax.features import clip as clip_features
-from avjax.features import encode, presets
+from avjax.features import encode, presets, provenance
 from avjax.features import store as stores
 from avjax.features.packed import Packed
 from avjax.inference import predict as prediction
@@ -122,7 +122,7 @@ def test_encoders_make_of_stored_inputs_the_features_of_the_preset_that_encodes(
             np.testing.assert_allclose(got[clip["video_mask"]], want["video"][want["video_mask"]], **near)
         if len(clip["audio"]):
             got, real = sound(clip["audio"][None, :, 0])
-            means = clip_features.of_sound(got[real], len(clip["audio"]) / 16000, raw.sound.per_second)["steps"]
+            means = encode.of_sound(got[real], len(clip["audio"]) / 16000, raw.sound.per_second)["steps"]
             np.testing.assert_allclose(means, want["audio"], **near)
         for source, ids in clip["text"].items():
             got = text(ids[None, :, 0])[0][0] if len(ids) else np.zeros((0, 12))
@@ -153,7 +153,7 @@ def test_normalising_subtracts_the_mean_of_each_channel_and_divides_by_its_devia
 def test_texts_become_ids_and_an_empty_one_has_none(raw):
     text = encoder(raw.text)
     said = ["The pitch is their pitch", "", "the pitch the pitch the pitch the pitch the pitch the pitch"]
-    short, empty, long = clip_features.tokenize_texts(text, said, 9)
+    short, empty, long = encode.tokenize_texts(text, said, 9)
     assert short.tolist() == [[5], [6], [7], [2], [6]]
     assert (empty.shape, empty.dtype) == ((0, 1), np.int32)
     assert long.tolist() == [[5], [6]] * 4 + [[5]]
@@ -200,10 +200,10 @@ def test_what_is_staged_is_not_staged_again_whatever_encoders_compute_in(packed,
 
 def test_provenance_tells_inputs_from_features_and_leaves_those_of_before_alone(raw):
     weights = {"sha256": "abc"}
-    for feature in clip_features.CODE_VERSION:
-        before = clip_features.provenance(feature, dataclasses.replace(raw, raw=False), **weights)
+    for feature in provenance.CODE_VERSION:
+        before = provenance.described(feature, dataclasses.replace(raw, raw=False), **weights)
         assert "raw" not in before["settings"]
-        now = clip_features.provenance(feature, raw, **weights)
+        now = provenance.described(feature, raw, **weights)
         inputs = {"raw": True} if feature in ("image", "sound", "text") else {}
         assert now == before | {"settings": before["settings"] | inputs}
 

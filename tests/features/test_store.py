@@ -44,9 +44,9 @@ def example(clip, steps=3):
 def pack(root, data=None, preset="lite", make=example):
     data = data or corpus()
     with stores.Store(root, data.name).locked() as store:
-        staged = {c.id: {"video": "v", "audio": "a", "text": "t"} for c in data.clips}
-        recipe = stores.recipe(data, data.clips, staged)
-        about = {"rejected": (), "staged": staged, "made_by": {}}
+        keys = {c.id: {feature: (feature[0], "s") for feature in ("video", "audio", "text")} for c in data.clips}
+        recipe = stores.recipe(data, data.clips, keys)
+        about = {"rejected": (), "keys": keys, "made_by": {}}
         store.pack(data, data.clips, preset, [lambda: map(make, data.clips)], recipe, about)
         assert store.is_packed(preset, recipe)
         assert not store.is_packed(preset, "other")

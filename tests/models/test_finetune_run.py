@@ -37,7 +37,8 @@ def run(tmp_path_factory):
         csv.writer(file).writerows([("file", "label"), *rows])
     with pytest.MonkeyPatch.context() as patch:
         tiny_raw.register(patch)
-        extraction.extract("folder", "tiny_raw", root=str(data), out=str(kept), processes=2, random=True)
+        options = extraction.Options(processes=2)
+        extraction.extract("folder", "tiny_raw", root=str(data), out=str(kept), random=True, options=options)
         made = tiny_raw.settings(
             "lora",
             data__features=str(kept),

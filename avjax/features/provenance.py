@@ -1,0 +1,78 @@
+"""What a staged feature was made by and of: the records and keys that tell one feature from another."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from avjax.datasets.base import Clip
+from avjax.features.presets import Preset
+
+# Raised when a change of code changes what is measured: part of every staged file's key.
+CODE_VERSION = {"video": 2, "audio": 3, "image": 2, "flow": 1, "sound": 1, "window": 1, "text": 2}
+# The features that are, of a preset that is `raw`, the inputs of an encoder.
+_INPUTS = ("image", "sound", "text")
+
+
+class Key(NamedTuple):
+    """What tells a staged feature of a clip from others; its text is part of a file's name.
+
+    Attributes:
+      record: the key of the provenance record: settings, weights and code.
+      source: a hash of what it was made of: the clip's files, or its sentences.
+    """
+
+    record: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.record}-{self.source}"
+
+
+def of_clip(records: Mapping[str, str], clip: Clip) -> dict[str, Key]:
+    """The keys of what is measured of a clip; `records`: feature → key of its provenance record.
+
+    Raises:
+      OSError: a file of the clip is gone.
+    """
+    source = source_key(clip)
+    return {feature: Key(record, source) for feature, record in records.items()}
+
+
+def of_sentences(record: str, sentences: Mapping[str, str]) -> Key:
+    """The key of the encoded sentences of a clip."""
+    return Key(record, hashlib.sha256(repr(sorted(sentences.items())).encode()).hexdigest()[:12])
+
+
+def described(feature: str, settings: Preset, **weights: str) -> dict[str, object]:
+    """What a `feature` (a key of CODE_VERSION) of a clip depends on beside the clip itself."""
+    used = {
+        "video": ("frames",) if settings.frames else ("frames", "max_seconds"),
+        "audio": ("steps_per_second", "max_seconds"),
+        "image": ("frames", "image") if settings.frames else ("frames", "max_seconds", "image"),
+        "flow": ("frames", "max_seconds", "flow"),
+        "sound": ("max_seconds", "sound"),
+        "window": ("window",),
+        "text": ("text", "max_tokens"),
+    }[feature]
+    everything = dataclasses.asdict(settings)
+    if settings.raw and feature in _INPUTS:
+        used += ("raw",)
+    return {
+        "feature": feature,
+        "code": CODE_VERSION[feature],
+        "settings": {k: everything[k] for k in used},
+        "weights": weights,
+    }
+
+
+def source_key(clip: Clip) -> str:
+    """A short hash that changes when another file, or another part of it, becomes the clip.
+
+    A file is told from another by name, size and time of change, as `make` and `rsync` do.
+
+    Raises:
+      OSError: a file of the clip is not there.
+    """
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (clip.path, clip.audio) if p]
+    return hashlib.sha256(repr([files, clip.start, clip.end]).encode()).hexdigest()[:12]
