@@ -87,7 +87,7 @@ class Stage:
         self._context, self._feature = context, feature
         self._clock, self._encoding = context.clock, encodings(context.settings)[feature]
         self._encoder = context.load(self._encoding)
-        self._name = self._encoder.source
+        self._name = self._encoding.source
         self.key = context.record(feature, self._encoder.provenance | weights)
         shared = rows and jax.default_backend() != "cpu"
         self._clips = CLIPS * jax.local_device_count() if shared else 1
