@@ -125,7 +125,7 @@ def etg() -> tuple[runs.Run, export.Exported]:
     return run, exported(run)
 
 
-@pytest.mark.parametrize(("clips", "more"), [(1, 0), (7, 0), (7, 30)])
+@pytest.mark.parametrize(("clips", "more"), [(1, 0), pytest.param(7, 0, marks=thorough), (7, 30)])
 def test_any_number_of_clips_and_steps(clips, more):
     run, made = etg()
     np.testing.assert_allclose(
