@@ -152,7 +152,7 @@ def measured(tmp_path_factory) -> tuple[list[dict[str, str]], list[str]]:
         return list(csv.DictReader(file)), done.stdout.splitlines()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_rows(measured):
     by_name = {row["what"]: row for row in measured[0]}
     assert list(by_name) == ["lanes", "one after another", "pytorch"]
@@ -172,7 +172,7 @@ def test_rows(measured):
     assert float(lanes_row["speed_up_over_one_after_another"]) == pytest.approx(ratio, rel=1e-2)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_ways_are_timed_in_turn(measured):
     timed = [line.split(": ")[1].rsplit(" ", 2)[0] for line in measured[1] if "repeat" in line]
     assert timed == 2 * [row["what"] for row in measured[0] if row["seconds_min"]]
