@@ -174,7 +174,7 @@ def tune(cache: Cache, features: Mapping[str, np.ndarray], label: np.ndarray, st
         "zero": zero.astype(np.float32),
         "one_hot": values,
         "label": label,
-        "others": ~own,
+        "others": ~own[None],
         "alpha": np.array([*cache.alpha.values()], np.float32),
         "beta": np.float32(cache.beta),
     }

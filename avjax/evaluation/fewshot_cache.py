@@ -254,7 +254,7 @@ def affinity(rows: Array, keys: Array, among: Array | bool = True) -> Array:
 
     Args:
       rows: (…, k, m, d) features of m clips in k modalities; keys: (…, k, n, d) of n entries.
-      among: (m, n), False for entries that a clip does not ask.
+      among: (…, 1, m, n), False for entries that a clip does not ask.
     Returns:
       (…, k, m, n).
     """
@@ -316,7 +316,7 @@ def _votes(cache: Cache, rows: np.ndarray, betas: Sequence[float], apart: bool) 
     out = np.zeros((len(betas), *rows.shape[:2], len(cache.classes)))
     for first in range(0, rows.shape[1], _ROWS):
         part = np.arange(first, min(first + _ROWS, rows.shape[1]))
-        others = part[:, None] != np.arange(keys.shape[1]) if apart else True
+        others = (part[:, None] != np.arange(keys.shape[1]))[None] if apart else True
         near = affinity(rows[:, part], keys, others)
         for i, beta in enumerate(betas):
             out[i, :, part[0] : part[-1] + 1] = votes(near, one_hot, beta)

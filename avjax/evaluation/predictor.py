@@ -119,7 +119,7 @@ class Caches:
         xp = weights["keys"].__array_namespace__()
         rows = xp.stack([read[m] for m in self.caches[0].modalities], 1)  # (lanes, k, b, d)
         text, keys, alpha = (weights[name].astype(rows.dtype) for name in ("text", "keys", "alpha"))
-        one_hot = (weights["label"][..., None] == xp.arange(text.shape[-2])).astype(rows.dtype)
+        one_hot = (weights["label"][..., None] == xp.arange(text.shape[-2])[None, None]).astype(rows.dtype)
         beta = weights["beta"].astype(rows.dtype)[:, None, None, None]
         votes = caching.votes(caching.affinity(rows, keys), one_hot, beta)
         return _probabilities(caching.combined(zero_shot_scores(rows, text), votes, alpha) / TEMPERATURE).mean(0)
