@@ -308,7 +308,7 @@ def test_memory_grows_with_the_batch_and_not_with_its_square(name):
 
 
 @BOTH
-@pytest.mark.parametrize("clips", [2048, 4096])
+@pytest.mark.parametrize("clips", [2048, *thorough(4096)])
 def test_many_clips_cost_what_the_direct_form_says(name, clips):
     x, y = features(clips, 512)
     ours = mean_compiled(functools.partial(blockwise, name=name), clips)(x, y)
