@@ -194,7 +194,7 @@ def test_only_text_encodes_edited_sentences_and_opens_no_media(copied, monkeypat
     edit(out, "c1", "She is over the moon.")
     data.rename(tmp_path / "away")
     with monkeypatch.context() as without_media:
-        without_media.setattr(extraction, "_MEDIA", ("no_such_package",))
+        without_media.setattr(requirements, "PACKAGES", ("no_such_package",))
         run(data, out, only_text=True)
     after = decoded(out)
     assert {(i, k) for i in before for k in before[i] if before[i][k] != after[i][k]} == {
