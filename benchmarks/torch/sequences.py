@@ -49,7 +49,7 @@ def mma_dfer(state: State, inputs: Inputs, settings: Mapping) -> Answers:
     return {"logits": linear(state, "head", heard[:, 0])}
 
 
-def _layer(
+def _layer(  # noqa: PLR0913 - the settings of PyTorch's layer
     state: State,
     name: str,
     heads: int,

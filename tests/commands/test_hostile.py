@@ -34,7 +34,7 @@ RATES = {"mono": 16000, "stereo": 48000}
 # ---- The files -------------------------------------------------------------------------------------------------------
 
 
-def write(path, images, *, times=None, rotation=0, hz=220.0, layout="mono", quick_start=False, fps=10):
+def write(path, images, *, times=None, rotation=0, hz=220.0, layout="mono", quick_start=False, fps=10):  # noqa: PLR0913 - a file has as many properties
     """Writes pictures, shown at `times` in seconds, with a sine of `hz` as long as they are (None: no sound)."""
     import av
 

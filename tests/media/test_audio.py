@@ -28,7 +28,7 @@ def syllables(per_second: int, count: int, loud: int = 0, gain: float = 1.0) -> 
     return voice(count * length / RATE) * np.concatenate([bump * g for g in gains]) * 0.3
 
 
-def write(path, samples, rate, codec="pcm_s16le", format="s16", begin=0.0, picture=False):
+def write(path, samples, rate, codec="pcm_s16le", format="s16", begin=0.0, picture=False):  # noqa: PLR0913 - a file has as many properties
     """Writes (channels, n) samples in [-1, 1]; `begin` seconds after a picture where there is one."""
     samples = np.atleast_2d(samples)
     scale, offset, dtype = {"s16": (32767, 0, np.int16), "u8": (127, 128, np.uint8), "fltp": (1, 0, np.float32)}[format]

@@ -31,7 +31,9 @@ def numbers(frames: video.Frames) -> list[int]:
     return (lower @ (1 << np.arange(BITS))).tolist()
 
 
-def write(path, total=30, *, rate=25, pts=None, rotation=0, codec="libx264", turns=0, height=64, title=None, **options):
+def write(  # noqa: PLR0913 - a file has as many properties
+    path, total=30, *, rate=25, pts=None, rotation=0, codec="libx264", turns=0, height=64, title=None, **options
+):
     """Writes `total` numbered frames; `pts` in milliseconds makes the frame rate variable."""
     with av.open(str(path), "w", **options) as container:
         container.metadata.update({"title": title} if title else {})

@@ -89,7 +89,7 @@ def check_steps(system: str, presets: Iterable[str]) -> None:
         ("dp", {"data": 2, "tensor": 4}, 8, 1, 5, 8, {"data": 2, "tensor": 4}),
     ],
 )
-def test_sizes_of_meshes(preset, given, devices, processes, lanes, batch, expected):
+def test_sizes_of_meshes(preset, given, devices, processes, lanes, batch, expected):  # noqa: PLR0913 - a row of the table
     config = ConfigDict(NONE | given | {"preset": preset})
     sizes = sharding.mesh_sizes(config, devices, processes, lanes, batch)
     assert sizes == dict.fromkeys(sharding.AXES, 1) | expected
