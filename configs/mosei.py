@@ -3,7 +3,7 @@
 Command:   python -m avjax.train --config configs/mosei.py --config.data.root=R
 Data:      R/aligned_50.pkl (unaligned: R/unaligned_50.pkl) of MMSA (Mao et al. 2022): text BERT 768, sound COVAREP 74,
            picture Facet 35 numbers at up to 50 steps (unaligned: 500 of sound and picture); 16,326, 1,871 and 4,659
-           utterances. Not shipped. Pickles are read by `avjax.features.tables.safe_pickle`: nothing in them runs.
+           utterances. Not shipped. Pickles are read by `avjax.utils.safe_pickle`: nothing in them runs.
            emotions: R has the files of the CMU Multimodal SDK that `avjax/features/tables/mosei.py` names: text GloVe
            300, sound COVAREP 74, picture Facet 35 (or OpenFace 713) numbers, and its cmu_mosei_std_folds.py.
            A step of zeros alone is none; what is no finite number (COVAREP has −inf) is 0. A dialogue is a video. Its

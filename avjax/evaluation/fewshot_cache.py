@@ -253,26 +253,27 @@ def affinity(rows: Array, keys: Array, among: Array | bool = True) -> Array:
     The paper's Eq. 4 writes those of the video for both.
 
     Args:
-      rows: (…, k, m, d) features of m clips in k modalities; keys: (…, k, n, d) of n entries.
-      among: (…, 1, m, n), False for entries that a clip does not ask.
+      rows: (…, m, d) features of m clips; keys: (…, n, d) of n entries; leading axes of both: modalities, lanes.
+      among: (…, m, n), False for entries that a clip does not ask.
     Returns:
-      (…, k, m, n).
+      (…, m, n).
     """
     xp = rows.__array_namespace__()
     both = (rows != 0).any(-1)[..., :, None] & (keys != 0).any(-1)[..., None, :] & among
     return xp.where(both, rows @ xp.swapaxes(keys, -1, -2), -xp.inf)
 
 
-def votes(affinity: Array, one_hot: Array, beta: Array | float) -> Array:
-    """Sums exp(−β(1 − cosine)) (Eq. 4) over the entries of each class (Eq. 3).
+def votes(affinity: Array, one_hot: Array, beta: Array | float, alpha: Array | float = 1.0) -> Array:
+    """Sums α exp(−β(1 − cosine)) (Eq. 4) over the entries of each class (Eq. 3).
 
     Args:
-      affinity: (…, k, m, n), as `affinity` gives it; one_hot: (…, n, c), the class of each entry.
+      affinity: (…, m, n), as `affinity` gives it; one_hot: (…, n, c), the class of each entry; alpha: the residual
+        ratio α, 1 where it is applied later.
     Returns:
-      (…, k, m, c).
+      (…, m, c).
     """
     xp = affinity.__array_namespace__()
-    return xp.exp(-beta * (1 - affinity)) @ one_hot[..., None, :, :]
+    return (alpha * xp.exp(-beta * (1 - affinity))) @ one_hot
 
 
 def combined(zero: Array, votes: Array, alpha: Array) -> Array:

@@ -121,7 +121,7 @@ class Caches:
         text, keys, alpha = (weights[name].astype(rows.dtype) for name in ("text", "keys", "alpha"))
         one_hot = (weights["label"][..., None] == xp.arange(text.shape[-2])[None, None]).astype(rows.dtype)
         beta = weights["beta"].astype(rows.dtype)[:, None, None, None]
-        votes = caching.votes(caching.affinity(rows, keys), one_hot, beta)
+        votes = caching.votes(caching.affinity(rows, keys), one_hot[..., None, :, :], beta)
         return _probabilities(caching.combined(zero_shot_scores(rows, text), votes, alpha) / TEMPERATURE).mean(0)
 
     def select_lanes(self, lanes: Sequence[int]) -> "Caches":
