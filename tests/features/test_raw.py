@@ -16,7 +16,9 @@ from avjax.evaluation import baselines
 from avjax.features import clip as clip_features
 from avjax.features import encode, presets, provenance
 from avjax.features import store as stores
+from avjax.features.face_video import Raw
 from avjax.features.packed import Packed
+from avjax.features.provenance import Key
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.training import batches, loop, streamed_batches
@@ -225,21 +227,18 @@ def test_raw_presets_are_there_by_name():
 def test_weights_drawn_at_random_prepare_inputs_too(tmp_path):
     store, clock = stores.Store(tmp_path), encode.Stopwatch()
     made = encode.stages(presets.preset("etg_raw", random=True), store, clock, "x")
-    made["sound"].add("c", made["sound"].key, [np.sin(np.arange(4000.0)).astype(np.float32)], _steps)
-    made["image"].add("c", made["image"].key, None, _steps)
+    keys = {feature: Key(stage.key, "made-up") for feature, stage in made.items()}
+    heard, nothing = Raw(samples=np.sin(np.arange(4000.0)).astype(np.float32)), np.zeros(0, bool)
+    made["sound"].add(encode.Unencoded("c", keys["sound"], heard, nothing))
+    made["image"].add(encode.Unencoded("c", keys["image"], Raw(), nothing))
     for stage in made.values():
         stage.close()
-    wave = store.get("c", "sound", made["sound"].key)["steps"]
+    wave = store.get("c", "sound", keys["sound"])["steps"]
     assert (wave.shape, wave.dtype) == ((4000, 1), np.float32)
-    picture = store.get("c", "image", made["image"].key)["steps"]
+    picture = store.get("c", "image", keys["image"])["steps"]
     assert (picture.shape, picture.dtype) == ((0, 224, 224, 3), np.uint8)
     record = (tmp_path / "provenance" / f"{made['sound'].key}.json").read_text()
     assert "random, seed 0" in record
-
-
-def _steps(inputs, real):
-    assert real.all()
-    return {"steps": inputs}
 
 
 def test_gradients_reach_the_params_of_an_encoder_from_stored_pictures(packed, raw):
