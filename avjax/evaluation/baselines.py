@@ -115,7 +115,8 @@ def logistic_regression(
     else:
         model = LogisticRegression(C=strength, max_iter=5000, class_weight="balanced" if balanced else None)
         # The matrices are small: threads that wait for each other cost a hundred times more than they save.
-        with threadpool_limits(1):
+        # And a class that is out of the question has the logarithm of 0, without a warning.
+        with threadpool_limits(1), np.errstate(divide="ignore"):
             model.fit(x, label)
             out[:, model.classes_] = model.predict_log_proba(x_test)
     return np.maximum(out, -100.0)  # a class without training clips, and what float32 cannot tell from it
