@@ -20,6 +20,7 @@ import pytest
 
 from avjax.features import store as stores
 from avjax.features import tfds
+from avjax.features.provenance import Key
 from tests import clips, tiny_run
 from tests.conftest import REAL
 
@@ -257,10 +258,10 @@ def test_quarantined_with_a_plain_reason(store, case):
 def measured(store):
     """Clip id → its packed record, and why it lacks what it lacks."""
     records = {e["clip_id"].decode(): e for e in tfds.read(store, "folder", "lite")}
-    staged = stores.read_index(store)["presets"]["lite"]["staged"]
+    staged = stores.read_index(store)["presets"]["lite"]["keys"]
     for clip_id, keys in staged.items():
         for feature in ("video", "audio"):
-            kept = stores.Store(store).get(clip_id, feature, keys[feature])
+            kept = stores.Store(store).get(clip_id, feature, Key(*keys[feature]))
             records[clip_id] |= {f"{feature}_why": str(kept["why"])} | {k: kept[k] for k in kept if k == "seconds"}
     return records
 

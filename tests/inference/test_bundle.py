@@ -130,10 +130,12 @@ def test_a_feature_store_that_is_gone_leaves_the_keys(workdir, tmp_path):
 
 def test_a_bundle_is_the_run(workdir, whole):
     run, back = runs.read_run(workdir), bundle.read(whole)
-    different = ("model", "best", "stats", "best_head")
+    # The predictor is that of the model, compared by what it predicts.
+    different = ("model", "best", "stats", "best_head", "predictor")
     for field in dataclasses.fields(run):
         if field.name not in different:
             assert getattr(back, field.name) == getattr(run, field.name), field.name
+    assert type(back.predictor) is type(run.predictor)
     features = store.load(workdir.with_name("F"), "lite")
     np.testing.assert_array_equal(prediction.probabilities(back, features), prediction.probabilities(run, features))
 

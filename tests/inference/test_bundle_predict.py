@@ -122,11 +122,14 @@ def test_a_card_has_protocol_figures_and_classes(place, told):
     assert "{" not in "".join(text.split("```")[::2])
 
 
+PARAMS = {"head": {"kernel": np.zeros((2, 3), np.float32)}}  # of a made-up network, for cards
+
+
 def test_a_card_names_a_public_data_set_and_random_weights(told):
     from avjax.datasets.metadata import metadata
 
     says, metrics = told
-    text = model_card.markdown("B", says | {"random_weights": True}, metrics, metadata("mafw"))
+    text = model_card.markdown("B", says | {"random_weights": True}, metrics, metadata("mafw"), PARAMS)
     assert "Licence of the data: Research only, under a signed agreement; not to be passed on." in text
     assert "**RANDOM WEIGHTS**" in text
 
@@ -139,7 +142,7 @@ def test_made_up_streams_have_sizes_that_the_program_takes(told, lengths):
         key: about | {"shape": ["clips", lengths if fixed else lengths.format("x"), *about["shape"][2:]]}
         for key, about in says["inputs"].items()
     }
-    text = model_card.markdown("B", says | {"inputs": inputs}, metrics, None)
+    text = model_card.markdown("B", says | {"inputs": inputs}, metrics, None, PARAMS)
     assert f'"audio": np.zeros((2, {32 if fixed else 16}, 7), np.float32),' in text
     assert ("as many steps as below" if fixed else "any multiple of 16") in text
 
@@ -148,9 +151,9 @@ def test_made_up_streams_have_sizes_that_the_program_takes(told, lengths):
 def test_names_are_shown_and_not_obeyed(told, name):
     says, metrics = told
     classes = [name, *metrics["classes"][1:]]
-    text = model_card.markdown(name, says, metrics | {"classes": classes}, None)
-    blocks = text.split("```")[1::2]
-    for block in blocks[:3]:
+    text = model_card.markdown(name, says, metrics | {"classes": classes}, None, PARAMS)
+    blocks = [block for block in text.split("```")[1::2] if block.startswith("python\n")]
+    for block in blocks:
         compile(block.removeprefix("python\n"), "card", "exec")
     assert f"folder = {name!r}" in blocks[0]
     prose = re.sub(r"`[^`]*`", "", "".join(text.split("```")[::2]))
@@ -166,7 +169,7 @@ def test_cards_of_other_tasks(told, task, says_so):
     values = {"values": {name: dict.fromkeys(scores, 0.125) for name in metrics["classes"]}}
     other = {key: value for key, value in metrics.items() if key not in ("confusion", "f1", "together")}
     text = model_card.markdown(
-        "B", says, other | {"task": task, "folds": folds, "reference": {}} | figures | values, None
+        "B", says, other | {"task": task, "folds": folds, "reference": {}} | figures | values, None, PARAMS
     )
     assert says_so in text
     assert "| class0 | 0.125 | 0.125" in text
