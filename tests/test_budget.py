@@ -41,6 +41,7 @@ OVER = {"test_own", "test_of_fixture", "test_of_command", "test_over_budget", "t
 def run(pytester: pytest.Pytester, monkeypatch):
     """Runs made-up tests under the plugin."""
     monkeypatch.setattr(budget, "QUICK", 0.1)
+    monkeypatch.setattr(budget, "GRACE", 1.5)
     monkeypatch.setitem(budget.TIERS, "thorough", 0.15)
     pytester.makepyprojecttoml('[tool.pytest.ini_options]\nmarkers = ["budget(seconds)", "thorough", "slow"]')
     pytester.makepyfile(test_made_up=TESTS, test_long="import pytest\n@pytest.mark.budget(9)\ndef test(): pass")
