@@ -460,7 +460,7 @@ def attention(model: Model, state: State, plan: LanePlan, data, count: int = 3) 
     Args:
       data: resident or streamed clips.
     """
-    lane, state = (jax.tree.map(lambda v: v[0], tree) for tree in (plan.lanes, state))
+    lane, state = (jax.tree.map(lambda v: jnp.asarray(v[0]), tree) for tree in (plan.lanes, state))
     index = lane.test[: min(count, int(jnp.sum(lane.test_weight)))]
     few = data.resident(index)
 

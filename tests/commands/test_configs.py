@@ -251,7 +251,11 @@ def test_installed_wheel_ships_what_it_needs(tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     shipped = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
-    assert {"avjax/report/page.html.j2", "avjax/_shipped/data/mafw.json"} <= shipped
+    assert {
+        "avjax/evaluation/report/templates/page.html.j2",
+        "avjax/inference/model_card.md.j2",
+        "avjax/_shipped/data/mafw.json",
+    } <= shipped
     assert {f"avjax/_shipped/{file}" for file in EXPECTED} <= shipped
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

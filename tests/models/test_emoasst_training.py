@@ -87,6 +87,7 @@ def test_it_learns_and_is_not_traced_again():
 # ---- Labels --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.budget(20)  # compiles what the others share
 def test_prompts_of_clips_that_do_not_train_are_never_read(whole):
     other = Run(changed(prompts=spoilt(slice(26, 48)))).train()
     equal(other.state, whole.state)
