@@ -12,7 +12,6 @@ import pytest
 
 from avjax import config, train
 from avjax.encoders import perceiver, weights
-from avjax.features import clip as clip_features
 from avjax.features import encode, presets
 from avjax.features import extract as extraction
 from avjax.features import store as stores
@@ -219,7 +218,7 @@ def test_a_mover_is_asked_for_the_flow_of_the_pairs(data, tmp_path, monkeypatch)
     assert {source for source, _, _ in asked} == {"mover"}
     assert all(first == second and first[1:] == (40, 40, 3) for _, first, second in asked)
     seen = [c for i, c in made.items() if "/" in i]
-    assert sum(n for _, (n, *_), _ in asked) == sum(len(clip_features.flow.ends(c["flow_mask"], 2, 2)) for c in seen)
+    assert sum(n for _, (n, *_), _ in asked) == sum(len(flow.ends(c["flow_mask"], 2, 2)) for c in seen)
     record = next(r for r in map(_read, (tmp_path / "F" / "provenance").iterdir()) if r["feature"] == "flow")
     assert record["weights"]["flow_source"] == "mover"
     assert record["weights"]["flow_model_type"] == "perceiver"
