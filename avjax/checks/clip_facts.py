@@ -18,8 +18,7 @@ from rich.console import Console
 from avjax.datasets.base import Clip
 from avjax.errors import UnusableMedia
 from avjax.media import video
-from avjax.utils import progress, worker_pool
-from avjax.utils.media_files import trouble
+from avjax.utils import media_files, progress, worker_pool
 from avjax.utils.storage import sha256
 
 SILENT = 1e-3  # of full scale, -60 dB: below, nothing is said
@@ -121,14 +120,13 @@ def inspect_all(
 
 
 def _keys(clips: Sequence[Clip]) -> tuple[dict[str, list], dict[str, Facts]]:
-    """Clip id → key of those whose files can be read; and facts that say why of the others."""
+    """Clip id → key; and facts that say why of clips that are gone by now."""
     keys, facts = {}, {}
     for clip in clips:
-        reasons = [reason for path in (clip.path, clip.audio) if path and (reason := trouble(path))]
-        if reasons:
-            facts[clip.id] = Facts(clip.id, [], failed=reasons[0])
-        else:
+        try:
             keys[clip.id] = key_of(clip)
+        except OSError as error:
+            facts[clip.id] = Facts(clip.id, [], failed=media_files.reason_of(error))
     return keys, facts
 
 

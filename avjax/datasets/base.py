@@ -55,6 +55,11 @@ class Clip:
     turn: int | None = None
     gender: str | None = None
 
+    def trouble(self) -> str:
+        """Says why a file of the clip cannot be read; "" where all can. Whoever names clips asks, once."""
+        reason = media_files.trouble(self.audio) if self.audio else ""
+        return media_files.trouble(self.path) or (reason and f"its sound file: {reason}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
@@ -113,7 +118,7 @@ def make_corpus(
     rejected = []
     for clip in clips:
         twice = "duplicate clip id: another file has this name" if clip.id in kept else ""
-        if reason := twice or known.broken.get(clip.id) or reasons.get(clip.id) or _trouble(clip):
+        if reason := twice or known.broken.get(clip.id) or reasons.get(clip.id) or clip.trouble():
             rejected.append((clip.id, reason))
         else:
             kept[clip.id] = clip
@@ -121,8 +126,3 @@ def make_corpus(
         why = f"none of {len(rejected)} clips can be used; the first: {': '.join(rejected[0])}" if rejected else lacking
         raise AvjaxError(f"{why}; set --config.data.root to the folder of the download")
     return Corpus(name, Task(kind, tuple(known.classes)), tuple(kept.values()), (), tuple(rejected))
-
-
-def _trouble(clip: Clip) -> str:
-    reason = media_files.trouble(clip.audio) if clip.audio else ""
-    return media_files.trouble(clip.path) or (reason and f"its sound file: {reason}")

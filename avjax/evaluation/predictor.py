@@ -16,7 +16,7 @@ from avjax.evaluation import fewshot
 from avjax.evaluation import fewshot_cache as caching
 from avjax.evaluation.fewshot_cache import Array, Cache
 from avjax.models.base import Model, Output
-from avjax.models.emoasst import TEMPERATURE, zero_shot_scores
+from avjax.models.emoasst import ANSWERING, TEMPERATURE, zero_shot_scores
 from avjax.training import loop
 from avjax.training.lanes import LanePlan
 
@@ -71,6 +71,16 @@ class Heads:
 
     def save(self, folder: Path, names: Sequence[tuple[str, int]]) -> None:
         """Writes nothing."""
+
+    @classmethod
+    def restored(cls, model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> "Heads":
+        """Reads nothing."""
+        return cls(model)
+
+    @staticmethod
+    def described(plan: LanePlan, settings: Any) -> str:
+        """Says nothing: the protocol's text names the head."""
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +142,24 @@ class Caches:
         """Writes the caches of lanes (fold, seed)."""
         fewshot.write_caches(folder, self.caches, names)
 
+    @classmethod
+    def restored(cls, model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> "Caches":
+        """Reads the caches of lanes (fold, seed)."""
+        return cls(tuple(fewshot.read_caches(folder, names)))
+
+    @staticmethod
+    def described(plan: LanePlan, settings: Any) -> str:
+        """Says of which kind the caches are and how they were fitted."""
+        return f"; {fewshot.described(plan, settings)}"
+
+
+# By the kind of a model's first reader ("both_cache": a cache); "" where its heads predict.
+PREDICTORS: Mapping[str, type[Heads | Caches]] = {"": Heads, **dict.fromkeys(ANSWERING, Caches)}
+
+
+def _kind(model: Model) -> type[Heads | Caches]:
+    return PREDICTORS[model.readers[0].rpartition("_")[2] if model.readers else ""]
+
 
 def described(model: Model, plan: LanePlan, config: Any) -> str:
     """Says which classifier predicts, as an addition to the protocol's text; "" where a head of the model does.
@@ -139,7 +167,7 @@ def described(model: Model, plan: LanePlan, config: Any) -> str:
     Args:
       config: the `model` part of a configuration.
     """
-    return f"; {fewshot.described(plan, config.settings)}" if model.readers else ""
+    return _kind(model).described(plan, config.settings)
 
 
 def restored(model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> Predictor:
@@ -148,4 +176,4 @@ def restored(model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> Pr
     Raises:
       AvjaxError: a cache is missing or damaged.
     """
-    return Caches(tuple(fewshot.read_caches(folder, names))) if model.readers else Heads(model)
+    return _kind(model).restored(model, folder, names)

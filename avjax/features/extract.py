@@ -29,8 +29,7 @@ from avjax.media import audio
 from avjax.media.faces import FaceTracker
 from avjax.media.requirements import need_media
 from avjax.text import template
-from avjax.utils import progress, worker_pool
-from avjax.utils.media_files import trouble
+from avjax.utils import media_files, progress, worker_pool
 from avjax.utils.progress import Stopwatch
 from avjax.utils.storage import sha256, write_text
 
@@ -186,6 +185,8 @@ def measure_all(
 ) -> tuple[list[Measured], list[tuple[str, str]]]:
     """Measures and encodes video and audio of what is not staged yet.
 
+    Args:
+      clips: those without `Clip.trouble`.
     Returns:
       what was measured, and (clip id, reason) of each clip that cannot be used, both in the order of the clips.
     Raises:
@@ -205,18 +206,13 @@ def measure_all(
 
 
 def _planned(clips: Iterable[Clip], made_by: Mapping[str, str]) -> tuple[list[Measured], dict[str, str]]:
-    """The clips whose files can be read, with the keys of what is to be staged; and clip id → reason of the others."""
+    """The clips with the keys of what is to be staged; and clip id → reason of those that are gone by now."""
     planned, reasons = [], {}
     for clip in clips:
-        # The one place where extraction asks: what opens the files later is spared it.
-        reason = next(filter(None, (trouble(path) for path in (clip.path, clip.audio) if path)), "")
         try:
-            if not reason:
-                planned.append((clip, provenance.of_clip(made_by, clip)))
-        except OSError as error:  # it was there a moment ago
-            reason = f"cannot be read: {error.strerror}"
-        if reason:
-            reasons[clip.id] = reason
+            planned.append((clip, provenance.of_clip(made_by, clip)))
+        except OSError as error:
+            reasons[clip.id] = media_files.reason_of(error)
     return planned, reasons
 
 

@@ -1,4 +1,4 @@
-""""""
+"""Predictions for new clips by a finished run."""
 
 import dataclasses
 import tempfile
@@ -23,11 +23,7 @@ from avjax.utils.progress import Stopwatch
 
 # What is taken from a folder; a file that is named itself is tried whatever its name.
 _PICTURE = "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
-
-
 _SOUND = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
-
-
 SUFFIXES = tuple(f".{name}" for name in f"{_PICTURE} {_SOUND}".split())
 
 
@@ -108,11 +104,15 @@ def measure(
       AvjaxError: what extraction raises, or the run was trained on features of another kind than are made now.
     """
     settings = presets.preset(run.preset, random=run.random)
+    trouble = {clip.id: clip.trouble() for clip in clips}
     with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
         store = stores.Store(Path(folder))
         extractor = extraction.Extractor(settings, store, Stopwatch())
         options = extraction.Options(clip_seconds=clip_seconds)
-        measured, rejected = extraction.measure_all(clips, extractor, options, console)
+        readable = [clip for clip in clips if not trouble[clip.id]]
+        measured, failed = extraction.measure_all(readable, extractor, options, console)
+        reasons = {clip_id: reason for clip_id, reason in trouble.items() if reason} | dict(failed)
+        rejected = [(clip.id, reasons[clip.id]) for clip in clips if clip.id in reasons]
         if not measured:
             return None, [], rejected
         facts = extraction.read_facts(measured, store)

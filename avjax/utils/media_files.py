@@ -27,7 +27,7 @@ def trouble(path: str | os.PathLike) -> str:
         about = os.stat(path)
         pointer = stat.S_ISREG(about.st_mode) and about.st_size < _POINTER_BYTES and _is_pointer(path)
     except OSError as error:
-        return _WHY.get(error.errno, f"cannot be read: {error.strerror}")
+        return reason_of(error)
     except ValueError:  # a null byte
         return "no such file: the name has a null byte"
     if stat.S_ISDIR(about.st_mode):
@@ -39,6 +39,11 @@ def trouble(path: str | os.PathLike) -> str:
     if pointer:
         return "a Git LFS pointer, not the file: fetch it with git lfs pull"
     return "" if about.st_size else "an empty file"
+
+
+def reason_of(error: OSError) -> str:
+    """Says in plain words why a file cannot be read."""
+    return _WHY.get(error.errno, f"cannot be read: {error.strerror}")
 
 
 def _is_pointer(path: str | os.PathLike) -> bool:
