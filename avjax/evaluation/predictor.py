@@ -78,7 +78,7 @@ class Heads:
         return cls(model)
 
     @staticmethod
-    def described(plan: LanePlan, settings: Any) -> str:
+    def described(plan: LanePlan, config: Any) -> str:
         """Says nothing: the protocol's text names the head."""
         return ""
 
@@ -148,9 +148,9 @@ class Caches:
         return cls(tuple(fewshot.read_caches(folder, names)))
 
     @staticmethod
-    def described(plan: LanePlan, settings: Any) -> str:
+    def described(plan: LanePlan, config: Any) -> str:
         """Says of which kind the caches are and how they were fitted."""
-        return f"; {fewshot.described(plan, settings)}"
+        return f"; {fewshot.described(plan, config.settings)}"
 
 
 # By the kind of a model's first reader ("both_cache": a cache); "" where its heads predict.
@@ -167,7 +167,7 @@ def described(model: Model, plan: LanePlan, config: Any) -> str:
     Args:
       config: the `model` part of a configuration.
     """
-    return _kind(model).described(plan, config.settings)
+    return _kind(model).described(plan, config)
 
 
 def restored(model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> Predictor:
