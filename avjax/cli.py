@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from avjax import config
 from avjax.errors import AvjaxError, Stopped
@@ -36,6 +36,8 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
         signal.signal(signal.SIGINT, _interrupt)
 
     def begin(argv: list[str]) -> int | None:
+        if "keys" in flags.FLAGS and flags.FLAGS.keys:
+            return _print_keys()
         if takes and needed and len(argv) < 2:
             raise AvjaxError(f"nothing to do; expected {takes}, see --help")
         if not takes and len(argv) > 1:
@@ -44,6 +46,9 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
         logging.set_verbosity(logging.ERROR)
         return main(argv)
 
+    for name in ("config", "keys"):  # for --help, which lists the flags of the started module alone
+        if name in flags.FLAGS:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     try:
         app.run(begin, flags_parser=config.parse_flags)
     except AvjaxError as error:
@@ -55,6 +60,12 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def _print_keys() -> None:
+    if flags.FLAGS.config is None:
+        raise AvjaxError("--keys lists the keys of a configuration; expected --config FILE beside it")
+    print(config.key_table(flags.FLAGS.config))
 
 
 def _interrupt(*_) -> None:

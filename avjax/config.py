@@ -4,7 +4,6 @@ A configuration file defines `get_config(variants: str = "") -> ConfigDict`. It 
 directory, else among the files that avjax ships.
 """
 
-import difflib
 import functools
 import importlib.util
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from types import ModuleType
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, choose, nearest
+from avjax.settings import ExtractSettings, Part, Settings, of_config
 from avjax.utils import paths
 
 
@@ -24,11 +24,10 @@ def with_variants(config: ConfigDict, names: str, table: Mapping[str, Mapping[st
     Args:
       table: variant → {dotted key: value}.
     Raises:
-      AvjaxError: a variant is unknown; the message names the nearest.
+      AvjaxError: a variant is unknown.
     """
     for name in filter(None, names.split(",")):
-        if name not in table:
-            raise AvjaxError(f"no variant {name!r} in this configuration{_nearest(name, table)}")
+        choose(f"variant of {config.name}", name, table)
         config.update_from_flattened_dict(dict(table[name]))
         config.variants = f"{config.variants},{name}".strip(",")
     return config
@@ -47,8 +46,7 @@ def load(spec: str, **overrides: object) -> ConfigDict:
     config = source.get_config(variants)
     for key, value in overrides.items():
         dotted = key.replace("__", ".")
-        if dotted not in keys(config):
-            raise AvjaxError(f"no key {dotted!r} in {file}{_nearest(dotted, keys(config))}")
+        choose(f"key of {file}", dotted, keys(config))
         config.update_from_flattened_dict({dotted: value})
     return config
 
@@ -65,13 +63,13 @@ def find(file: str) -> Path:
     """The path of a configuration file: as given, else the shipped one of that name.
 
     Raises:
-      AvjaxError: there is neither; the message names the nearest shipped one.
+      AvjaxError: there is neither.
     """
     if Path(file).is_file():
         return Path(file)
     shipped = [name for name in paths.names("configs") if name.endswith(".py")]
     if file not in shipped:
-        raise AvjaxError(f"{file}: no such configuration file{_nearest(file, shipped)}")
+        raise AvjaxError(f"{file}: no such configuration file; avjax has {', '.join(shipped)}{nearest(file, shipped)}")
     return paths.path(file)
 
 
@@ -83,11 +81,37 @@ def keys(config: ConfigDict, prefix: str = "") -> list[str]:
     return out
 
 
+def typed(config: ConfigDict, of: type[Part] | None = None) -> Settings | ExtractSettings:
+    """Makes the typed settings of a configuration, all of them checked.
+
+    Args:
+      of: `Settings` or `ExtractSettings`, where a command takes one of them alone.
+    Raises:
+      AvjaxError: a value does not fit, or the configuration is that of another command.
+    """
+    made = of_config(config.to_dict())
+    if of and not isinstance(made, of):
+        raise AvjaxError(
+            f"{config.name} is a configuration of avjax.{made.command}; "
+            f"avjax.{of.command} takes one such as {of.example}"
+        )
+    return made
+
+
+def settings(spec: str, **overrides: object) -> Settings | ExtractSettings:
+    """Makes the typed settings of `file.py:variants`; arguments and errors as `load` and `typed`."""
+    return typed(load(spec, **overrides))
+
+
 @functools.cache
 def define_flag() -> flags.FlagHolder:
-    """Defines the `--config` flag of an entry point; one flag for all that are imported into a process."""
+    """Defines `--config` and `--keys`; one pair of flags for all entry points that are imported into a process."""
+    flags.DEFINE_bool("keys", False, "Print every key of the configuration with its value and meaning, and end.")
     holder = config_flags.DEFINE_config_file(
-        "config", None, "Configuration, `file.py` or `file.py:variant,variant`; `--config.a.b=value` changes a key."
+        "config",
+        None,
+        "Configuration: a file, and after a colon variants, applied left to right: configs/etg_folder.py:open,concat. "
+        "--config.KEY=VALUE changes a key: --config.train.epochs=3 --config.train.seeds=42,43; --keys lists them.",
     )
     return holder
 
@@ -111,10 +135,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line, for `app.run(flags_parser=...)`.
 
     Raises:
-      AvjaxError: the configuration file, a variant, a key or a flag does not exist (the message names the nearest), or
-        a value is not of the kind expected.
+      AvjaxError: the configuration file, a variant, a key or a flag does not exist, or a value is not of the kind
+        expected.
     """
-    argv = [argv[0], *_with_found_file(argv[1:])]
+    _check_spelling(argv[1:])
+    argv = [argv[0], *_normal(argv[1:])]
     try:
         return flags.FLAGS(argv, known_only=False)
     except (AttributeError, KeyError) as error:
@@ -126,33 +151,61 @@ def parse_flags(argv: list[str]) -> list[str]:
         raise SystemExit(0) from ended
 
 
-def _with_found_file(args: list[str]) -> list[str]:
-    """Puts the path where the configuration file really is into the command line, as `--config=path:variants`."""
-    out = list(args)
-    for i, arg in enumerate(args):
-        name, equals, value = arg.partition("=")
-        spec = value if equals else "".join(args[i + 1 : i + 2])
-        if name in ("--config", "-config") and spec:
-            file, colon, variants = spec.partition(":")
-            out[i : i + 1 + (not equals)] = [f"--config={find(file)}{colon}{variants}"]
-    return out
+def _normal(args: list[str]) -> list[str]:
+    """Writes `--config`, with the path where the file is found, and its keys as `--name=value`; the last of each."""
+    given: dict[str, str] = {}
+    others = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg.lstrip("-").partition("=")
+        if not _is_config(arg) or (not equals and (not rest or rest[0].startswith("--"))):
+            others.append(arg)
+        else:
+            value = value if equals else rest.pop(0)
+            given[name] = f"--{name}={_found(value) if name == 'config' else value}"
+    # The file first: its keys become flags when it is read.
+    return [*([given.pop("config")] if "config" in given else []), *given.values(), *others]
+
+
+def _found(spec: str) -> str:
+    file, colon, variants = spec.partition(":")
+    return f"{find(file)}{colon}{variants}"
+
+
+def _is_config(arg: str) -> bool:
+    return arg.startswith("-") and arg.lstrip("-").partition("=")[0].partition(".")[0] == "config"
+
+
+def key_table(config: ConfigDict) -> str:
+    """Lists every key with its value and its meaning, for `--keys`."""
+    rows = [(key, repr(value), meaning) for key, value, meaning in typed(config).rows()]
+    wide, values = max(len(key) for key, _, _ in rows), min(36, max(len(value) for _, value, _ in rows))
+    return "\n".join(f"{key:<{wide}}  {value:<{values}}  {meaning}" for key, value, meaning in rows)
+
+
+def _check_spelling(args: list[str]) -> None:
+    """Checks for a configuration without its flag, and for keys without `config.` before them.
+
+    Raises:
+      AvjaxError: there is one of these.
+    """
+    names = [arg.partition("=")[0].lstrip("-") for arg in args]
+    files = [arg for arg, name in zip(args, names, strict=True) if name.partition(":")[0].endswith(".py")]
+    if "config" not in names and files and not files[0].startswith("-"):
+        raise AvjaxError(f"{files[0]}: a configuration is given with --config {files[0]}")
+    known = {key for part in (Settings(), ExtractSettings()) for key, _, _ in part.rows()}
+    for arg, name in zip(args, names, strict=True):
+        if arg.startswith("-") and "." in name and name in known:
+            raise AvjaxError(f"--{name}: a key of the configuration is written --config.{name}")
 
 
 def _unknown_key(argv: list[str]) -> str:
-    """Which `--config.key` is not in the configuration, and the nearest that is."""
+    """Says which `--config.key` is not in the configuration."""
     spec = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "")
     valid = keys(load(spec))
     for arg in argv[1:]:
         key = arg.partition("=")[0].lstrip("-").removeprefix("config.")
         if arg.lstrip("-").startswith("config.") and key not in valid:
-            return f"no key {key!r} in {spec}{_nearest(key, valid)}"
+            return f"no key {key!r} in {spec}; --keys lists them{nearest(key, valid)}"
     return f"a --config.key in {argv[1:]} does not fit {spec}; valid keys: {', '.join(valid)}"
-
-
-def _nearest(name: str, valid) -> str:
-    valid = list(valid)
-    # Matching on the last part too, so that `data.root` is found for `root`.
-    close = difflib.get_close_matches(name, valid, 1, 0.5) or [
-        v for v in valid if difflib.SequenceMatcher(None, v.rsplit(".", 1)[-1], name.rsplit(".", 1)[-1]).ratio() > 0.7
-    ]
-    return f"; did you mean {close[0]!r}? (all: {', '.join(valid)})" if close else f"; valid ones: {', '.join(valid)}"

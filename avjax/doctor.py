@@ -27,6 +27,7 @@ from absl import flags
 from avjax import cli
 from avjax import config as configs
 from avjax.errors import AvjaxError
+from avjax.settings import ProtocolSettings, Settings
 
 CONFIG = configs.define_flag()
 OUT = flags.DEFINE_string("out", None, "data: folder of audit.html and audit.json; default audits/<data set>.")
@@ -63,20 +64,21 @@ def data() -> int:
 
     from avjax.checks import dataset as dataset_checks
 
-    config = CONFIG.value
-    if config is None:
+    if CONFIG.value is None:
         raise AvjaxError("no --config; expected one such as configs/etg_folder.py, with --config.data.root=R")
+    settings = configs.typed(CONFIG.value)
     # A configuration of extraction has none, and its clips are divided as by default.
-    protocol = config.protocol if "protocol" in config else {}
+    protocol = settings.protocol if isinstance(settings, Settings) else ProtocolSettings()
     options = dataset_checks.Options(
         lists=LISTS.value or "",
         faces=not NO_FACES.value,
         processes=WORKERS.value,
-        **{key: protocol[key] for key in ("folds", "fold_count") if key in protocol},
+        folds=protocol.folds,
+        fold_count=protocol.fold_count,
     )
     console = Console(soft_wrap=True, markup=False, stderr=JSON.value)
     result = dataset_checks.audit(
-        config.dataset, config.data.root, out=OUT.value or "", options=options, console=console
+        settings.dataset, settings.data.root, out=OUT.value or "", options=options, console=console
     )
     if JSON.value:
         print(json.dumps(result, indent=1))

@@ -1,4 +1,7 @@
-"""Errors that a user can mend: each says what was got, what was expected and what to do."""
+"""Errors that a user can fix: each says what was got, what was expected and what to do."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class AvjaxError(Exception):
@@ -11,3 +14,26 @@ class UnusableMedia(AvjaxError):
 
 class Stopped(Exception):
     """A run was told to stop, and has kept its state; the message says where. The same command goes on from there."""
+
+
+def choose(what: str, got: object, choices: Iterable[object]) -> None:
+    """Checks that a value is one of its choices.
+
+    Args:
+      what: the key, flag or kind of name that the value stands for, as the user writes it.
+    Raises:
+      AvjaxError: it is none; the message names the nearest, and all of them.
+    """
+    choices = list(choices)
+    if got not in choices:
+        raise AvjaxError(f"{what} is {got!r}; choose one of {', '.join(map(str, choices))}{nearest(got, choices)}")
+
+
+def nearest(got: object, choices: Iterable[object]) -> str:
+    """Names the choice that is most like what was got, as an addition to a message; "" where none is."""
+    names = [str(choice) for choice in choices]
+    # Matching on the last part too, so that `data.root` is found for `root`.
+    close = difflib.get_close_matches(str(got), names, 1, 0.5) or [
+        n for n in names if difflib.SequenceMatcher(None, n.split(".")[-1], str(got).split(".")[-1]).ratio() > 0.7
+    ]
+    return f"; did you mean {close[0]!r}?" if close else ""

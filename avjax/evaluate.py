@@ -23,6 +23,7 @@ from absl import flags
 from avjax import cli
 from avjax import config as configs
 from avjax.errors import AvjaxError
+from avjax.settings import Settings
 
 CONFIG = configs.define_flag()
 MARKDOWN = flags.DEFINE_bool("markdown", False, "Print Markdown instead of a terminal table.")
@@ -69,8 +70,9 @@ def _compare(surplus: list[str]) -> None:
 
     if surplus or not CONFIG.value:
         raise AvjaxError(f"got {' '.join(surplus)!r}; expected compare --config FILE, see --help")
-    names = ROWS.value or comparable(CONFIG.value.model.streams)
-    folder = Path(RUNS.value or "runs") / ("" if RUNS.value else _name(CONFIG.value))
+    settings = configs.typed(CONFIG.value, Settings)
+    names = ROWS.value or comparable(settings.model.streams)
+    folder = Path(RUNS.value or "runs") / ("" if RUNS.value else _name(settings))
     trained, failed = train_all(names, folder)
     if not trained:
         raise AvjaxError(f"no row could be trained: {'; '.join(failed)}")
@@ -80,14 +82,19 @@ def _compare(surplus: list[str]) -> None:
 
 
 def train_all(names: list[str], folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Trains the rows one after another; the run directories, and "row: reason" of those that cannot be trained."""
+    """Trains the rows one after another, on one feature store.
+
+    Returns:
+      the run directories, and "row: reason" of those that cannot be trained.
+    """
     from avjax.train import train
+    from avjax.training import data
 
     trained, failed = {}, []
     for name in names:
-        config = configs.with_variant(CONFIG, name)
         try:
-            trained[name] = train(config, folder / name)
+            settings = configs.typed(configs.with_variant(CONFIG, name), Settings)
+            trained[name] = train(data.with_store(settings, folder), folder / name)
         except AvjaxError as error:
             failed.append(f"{name}: {error}")
     return trained, failed
@@ -101,8 +108,8 @@ def _show_heads(runs: list[tuple[str, dict]]) -> None:
     Console(markup=False).print(tables.head_table(runs))
 
 
-def _name(config) -> str:
-    return "-".join(["compare", config.name, *filter(None, config.variants.split(","))])
+def _name(settings: Settings) -> str:
+    return "-".join(["compare", settings.name, *filter(None, settings.variants.split(","))])
 
 
 def _show(runs: list[tuple[str, dict]], evidence, failed: list[str]) -> None:

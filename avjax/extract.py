@@ -7,11 +7,16 @@ with a reason and never stops the run. Sentences are in F/sentences.csv: edit th
 """
 
 import shlex
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from avjax import cli
 from avjax import config as configs
+from avjax.settings import ExtractSettings
+
+if TYPE_CHECKING:
+    from avjax.features.extract import Runner
 
 CONFIG = configs.require_flag()
 OUT = flags.DEFINE_string("out", None, "Feature store; default $AVJAX_CACHE/features/<dataset>.")
@@ -32,24 +37,24 @@ def main(_: list[str]) -> None:
     from avjax.features import extract as extraction
 
     cli.use_compile_cache()
-    config = CONFIG.value
+    settings = configs.typed(CONFIG.value, ExtractSettings)
     extraction.extract(
-        config.dataset,
-        config.preset,
-        root=config.data.root,
+        settings.dataset,
+        settings.preset,
+        root=settings.data.root,
         out=OUT.value or "",
-        random=config.weights.random,
+        random=settings.weights.random,
         options=extraction.Options(
-            processes=config.workers,
-            clip_seconds=config.clip_seconds,
-            runner=_runner(config),
+            processes=settings.workers,
+            clip_seconds=settings.clip_seconds,
+            runner=_runner(settings),
             only_text=ONLY.value == "text",
         ),
     )
 
 
-def _runner(config):
-    """The runner that the flags ask for."""
+def _runner(settings: ExtractSettings) -> "Runner":
+    """Gives the runner that the flags ask for."""
     from avjax.errors import AvjaxError
     from avjax.features import extract as extraction
     from avjax.utils import paths
@@ -60,7 +65,7 @@ def _runner(config):
         return extraction.local_runner
     from avjax.features import beam
 
-    root = paths.data_root(config.dataset, config.data.root)
+    root = paths.data_root(settings.dataset, settings.data.root)
     return beam.runner(RUNNER.value, shlex.split(RUNNER_OPTIONS.value), root, MEDIA.value)
 
 

@@ -16,6 +16,7 @@ from etils import epath
 from avjax import cli
 from avjax import config as configs
 from avjax.errors import Stopped
+from avjax.settings import Settings
 from avjax.utils import storage
 
 CONFIG = configs.require_flag()
@@ -26,14 +27,15 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show parameters, their places, me
 
 
 def main(_: list[str]) -> None:
-    train(CONFIG.value, storage.place(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
+    settings = configs.typed(CONFIG.value, Settings)
+    train(settings, storage.place(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
 
 
-def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None:
-    """Runs `config` in `workdir` and returns the run directory; a `dry` run writes nothing and returns None.
+def train(settings: Settings, workdir: Path | None = None, dry: bool = False) -> Path | None:
+    """Trains what `settings` say in `workdir` and returns the run directory; a `dry` run writes nothing, gives None.
 
     Raises:
-      AvjaxError: something in the configuration, the features or the run directory does not fit.
+      AvjaxError: something in the settings, the features or the run directory does not fit.
       Stopped: SIGTERM came; what was done is kept.
     """
     import jax
@@ -60,54 +62,60 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
     from avjax.utils import multihost
     from avjax.utils.storage import write_text
 
-    multihost.join(config.processes)
+    # Before anything is read or waited for.
+    models.check(settings.model)
+    data.check(settings)
+    multihost.join(settings.processes)
     console = Console(markup=False, quiet=not multihost.is_writer())
     say = functools.partial(console.print, soft_wrap=True)  # lines stay whole in a log; tables keep to the terminal
     cli.use_compile_cache()
 
     # ---- Features -------------------------------------------------------------------------------------------------
+    workdir = workdir or run_directory.default(settings)
+    settings = data.with_store(settings, workdir)
     with multihost.writer_first():
-        features = data.obtain(config, console)
+        features = data.obtain(settings, console)
     counts, dataset = features.counts, registry.title(features.dataset)
-    say(f"{config.name} {config.variants or 'full'} on {dataset}: {counts['used']} clips, {len(features.classes)} "
+    say(f"{settings.name} {settings.variants or 'full'} on {dataset}: {counts['used']} clips, {len(features.classes)} "
         f"classes; {counts['quarantined']} quarantined, without sound {counts['masked_audio']}, "
         f"without face {counts['masked_video']}")  # fmt: skip
 
     # ---- Protocol and model ---------------------------------------------------------------------------------------
     # Before the directory is claimed: what is refused here is to be fixed and started again in the same one.
-    folds, folds_name = protocol.folds(features, config.protocol)
-    model = models.build(config.model, len(features.classes), features.task)
-    plan = lane_plans.plan(features, folds, config.train.seeds, config.protocol, model.turns)
-    place = sharding.place(config, len(plan.names))
-    protocol_text = protocol.protocol_text(folds_name, plan, config.protocol, model, features.random)
-    protocol_text += predictor.described(model, plan, config.model)
-    clips = streamed_batches.choose(features, config, model.constants, place)
+    folds, folds_name = protocol.folds(features, settings.protocol)
+    model = models.build(settings.model, len(features.classes), features.task)
+    plan = lane_plans.plan(features, folds, settings.train.seeds, settings.protocol, model.turns)
+    place = sharding.place(settings, len(plan.names))
+    protocol_text = protocol.protocol_text(folds_name, plan, settings.protocol, model, features.random)
+    protocol_text += predictor.described(model, plan, getattr(settings.model, "settings", {}))
+    clips = streamed_batches.choose(features, settings, model.constants, place)
     streamed = isinstance(clips, streamed_batches.Streamed)
-    loop.check_streams(model, clips.resident(np.arange(1)) if streamed else clips, config.preset)
+    loop.check_streams(model, clips.resident(np.arange(1)) if streamed else clips, settings.preset)
     if dry:
-        dry_run.show(model, config, place, plan, clips, console)
+        dry_run.show(model, settings, place, plan, clips, console)
         return None
 
     # ---- Run directory --------------------------------------------------------------------------------------------
-    workdir = workdir or run_directory.default(config, features)
+    if features.dataset != settings.dataset and workdir == run_directory.default(settings):
+        workdir = run_directory.default(settings, features.dataset)
     if run_directory.is_finished(workdir):
-        run_directory.begin(workdir, config, features)
-        console.print(*tables.of_run(results.read(workdir), config.name))
+        run_directory.begin(workdir, settings, features)
+        console.print(*tables.of_run(results.read(workdir), settings.name))
         say(f"{workdir} is finished; nothing to do (choose another --workdir for a new run)")
         return workdir
     with run_directory.held(workdir, multihost.is_writer()):
         with multihost.writer_first():
-            run_directory.begin(workdir, config, features)
+            run_directory.begin(workdir, settings, features)
         if multihost.is_writer():
-            record = protocol.record(features, plan, config.protocol, protocol_text)
+            record = protocol.record(features, plan, settings.protocol, protocol_text)
             write_text(workdir / "protocol.json", json.dumps(record, indent=1))
         say(f"protocol: {protocol_text}")
 
         # ---- State ------------------------------------------------------------------------------------------------
         if streamed:
-            trainer = streamed_loop.make(model, config, workdir, say, place, cli.stop_requested)
+            trainer = streamed_loop.make(model, settings, workdir, say, place, cli.stop_requested)
         else:
-            trainer = loop.make(model, config, place)
+            trainer = loop.make(model, settings, place)
         lanes = place.put_lanes(plan.lanes)
         state = trainer.init(lanes, clips)
         if place.mesh:
@@ -122,20 +130,20 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
             log = run_directory.Log(workdir, done, multihost.is_writer())
             if done:
                 say(f"going on after epoch {done}")
-            while done < config.train.epochs and not place.read(state.stopped).all():
+            while done < settings.train.epochs and not place.read(state.stopped).all():
                 cli.heed_interrupts()
                 start = time.perf_counter()
                 multihost.reached(f"epoch {done + 1}")
                 state, sums = trainer.epochs(state, lanes, clips, np.int32(done + 1))
                 sums = jax.device_get(sums)
                 with kept_if_refused(workdir / REFUSED, done + 1, state):
-                    history.check_finite(sums, plan, features.ids, done + 1, config.train.batch_size)
+                    history.check_finite(sums, plan, features.ids, done + 1, settings.train.batch_size)
                 rows = history.epoch_rows(sums, plan.names, done + 1, model)
                 log.add([{"dataset": dataset} | row for row in rows])
                 done += sums["live"].shape[1]
                 checkpoints.save(done, state)
                 seconds = time.perf_counter() - start
-                say(run_directory.progress(log.rows, config.train.epochs, len(plan.names), seconds, features.task))
+                say(run_directory.progress(log.rows, settings.train.epochs, len(plan.names), seconds, features.task))
                 if multihost.agree(cli.stop_requested()):
                     raise Stopped(f"epoch {done}")
             log.close()
@@ -145,7 +153,7 @@ def train(config, workdir: Path | None = None, dry: bool = False) -> Path | None
         cli.heed_interrupts()
         state, clips = place.read(state), streamed_batches.here(clips)
         if multihost.is_writer():
-            trained = finish_run.Trained(config, model, features, plan, clips, state, logits, log.rows, protocol_text)
+            trained = finish_run.Trained(settings, model, features, plan, clips, state, logits, log.rows, protocol_text)
             epath.Path(workdir / streamed_loop.FOLDER).rmtree(missing_ok=True)
             with storage.filled(workdir, last="report.html") as folder:
                 console.print(*finish_run.write(folder, trained))

@@ -197,7 +197,7 @@ def startup(out: Path) -> None:
     from avjax.training import data
     from benchmarks import startup as benchmark
 
-    data.obtain(config.load(benchmark.CONFIG), Console())
+    data.obtain(config.settings(benchmark.CONFIG), Console())
 
     def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
         yield benchmark.measure([f"--config={benchmark.CONFIG}"], REPEATS.value, say)

@@ -175,7 +175,7 @@ def _tell(say: Callable[[str], None], width: int, repeat: str, name: str, second
 
 def make_case(width: int, clips: int, epochs: int, batch: int) -> Case:
     """Early stopping is off, so that every lane makes all its updates; the epochs are one call."""
-    config = configs.load(
+    config = configs.settings(
         CONFIG,
         model__width=width,
         train__batch_size=batch,

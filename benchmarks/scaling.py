@@ -23,6 +23,7 @@ from avjax.errors import AvjaxError
 from avjax.features import presets
 from avjax.models.base import Model
 from avjax.models.end_to_end import PRETRAINED
+from avjax.settings import Settings
 from avjax.training import sharding
 from avjax.training.dry_run import compile_step
 from avjax.training.lanes import Lane, LanePlan
@@ -211,8 +212,8 @@ def compiled(case: Case, preset: str, clips: int) -> dict[str, Any]:
     fields of its collectives; with the preset "lanes" of as many lanes as devices, else of one."""
     count = jax.device_count()
     lanes = count if preset == "lanes" else 1
-    config = configs.load(case.config, **case.settings, mesh__preset=preset)
-    config.train.batch_size = clips * count // lanes
+    batch = clips * count // lanes
+    config = configs.settings(case.config, **case.settings, mesh__preset=preset, train__batch_size=batch)
     model, place = models.build(config.model, CLASSES), sharding.place(config, lanes)
     step = compile_step(model, config, place, _plan(lanes), _clips(case, config, model))
     return {
@@ -232,7 +233,7 @@ def _plan(lanes: int) -> LanePlan:
     return LanePlan(made, [("paper", i) for i in range(lanes)], [], [])
 
 
-def _clips(case: Case, config, model: Model) -> Streamed:
+def _clips(case: Case, config: Settings, model: Model) -> Streamed:
     clip = {stream: np.zeros(shape, dtype) for stream, (shape, dtype) in case.streams.items()}
     clip |= {f"{stream}_mask": np.ones(shape[0], bool) for stream, (shape, _) in case.streams.items()}
     groups = int(config.protocol.standardise != "none")
@@ -247,7 +248,7 @@ class _Shape(jax.ShapeDtypeStruct):
         return self
 
 
-def _pretrained(config) -> dict[str, Any]:
+def _pretrained(config: Settings) -> dict[str, Any]:
     """The shapes of the encoders' weights."""
     preset = presets.preset(config.preset)
     out = {}

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
 from avjax import config as configs
 from avjax import models
 from avjax.errors import AvjaxError
 from avjax.models.base import Model
 from avjax.models.fusions import registry as fusions
+from avjax.settings import EtgAverSettings, FusionSettings
 from benchmarks import encoders, record
 from benchmarks.encoders import AVJAX, COMPILED, PYTORCH
 from benchmarks.torch import baselines as torch_baselines
@@ -160,23 +160,22 @@ def _tell(say: Callable[[str], None], who: str, repeat: str, name: str, seconds:
 
 def make_case(name: str, size: Size) -> Case:
     """The model of that size, random weights and a batch."""
-    model = models.build(_config(name, size.settings), CLASSES)
+    model = models.build(_model_settings(name, size.settings), CLASSES)
     restated = RESTATED.get(name)
     batch = made_up(model, SHAPES | (restated.shapes if restated else {}) | size.shapes, size.more)
     shapes = jax.eval_shape(model.module.init, jax.random.key(0), batch)
     return Case(name, model, batch, random_variables(shapes), None if no_pytorch() else restated)
 
 
-def _config(name: str, settings: Mapping[str, Any]) -> ConfigDict:
-    """The model part of a configuration, with the paper's settings but for those that are given."""
-    files = {"etg_aver": "configs/etg_mafw.py", "emoasst": "configs/emoasst_meld.py"}
-    if name in files:
-        config = configs.load(files[name]).model
-    else:
-        config = fusions.model_config(name)
-        config.streams = fusions.FUSIONS[name].streams
-    config.get("settings", config).update(settings)
-    return config
+def _model_settings(name: str, given: Mapping[str, Any]) -> EtgAverSettings | FusionSettings:
+    """Gives the settings of a model: the paper's but for those that are given."""
+    if name == "etg_aver":
+        return dataclasses.replace(configs.settings("configs/etg_mafw.py").model, **given)
+    if name == "emoasst":
+        model = configs.settings("configs/emoasst_meld.py").model
+        return dataclasses.replace(model, settings={**model.settings, **given})
+    own = {**fusions.settings(name), **given}
+    return FusionSettings(name, streams=fusions.FUSIONS[name].streams, settings=own)
 
 
 def made_up(

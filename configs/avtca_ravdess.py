@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from avjax.config import module, with_variants
 from avjax.models import avt_ca
 from avjax.models.fusions import registry as fusions
+from avjax.settings import AugmentSettings
 
 MAFW = module("configs/etg_mafw.py")
 ENTRY = avt_ca.FUSIONS["avt_ca"]
@@ -43,8 +44,7 @@ def base() -> ConfigDict:
     config.model = fusions.model_config("avt_ca")
     config.model.update(streams=("audio", "video"), text_source="")
     config.model.settings.frames = True
-    # Of the pictures in training, drawn for each clip and step: turned by up to so many degrees, mirrored by chance.
-    config.train.augment = ConfigDict({"degrees": 10.0, "flip": 0.5})
+    config.train.augment = ConfigDict(AugmentSettings().to_dict())
     config.train.update(**ENTRY.recipe, epochs_per_call=1, schedule="constant", warmup=0.0, patience=0)
     config.protocol.update(folds="speaker", validation=0.2)
     return config

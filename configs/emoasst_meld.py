@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from avjax.config import module, with_variants
 from avjax.models import emoasst
+from avjax.settings import FusionSettings, PromptSettings
 
 ETG = module("configs/etg_mafw.py")
 TABLE = (
@@ -44,16 +45,9 @@ TABLE = (
 def base() -> ConfigDict:
     config = ETG.base()
     config.name, config.dataset, config.preset = "emoasst_meld", "meld", "emoasst"
-    config.model = ConfigDict(
-        {
-            "name": "emoasst",
-            "streams": ("text", "audio", "video"),
-            "text_source": "utterance",  # utterance: the transcript alone | both | audio | video: the sentence
-            "settings": emoasst.settings(),
-            "dtype": "float32",
-        }
-    )
-    config.prompts = ConfigDict({"preset": ""})  # whose text encoder encodes the prompts; "" = the features' own
+    own = FusionSettings(name="emoasst", text_source="utterance", settings=emoasst.settings())
+    config.model = ConfigDict(own.to_dict())
+    config.prompts = ConfigDict(PromptSettings().to_dict())
     # The paper selects no epoch that it tells of; validation clips are for the classifiers' alpha, beta and strength.
     config.protocol.select = "last"
     config.train.update(

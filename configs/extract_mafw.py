@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from avjax.config import with_variants
 from avjax.features.presets import DEIII_WINDOWS
+from avjax.settings import ExtractSettings
 
 _PRESETS = (
     "lite",
@@ -47,19 +48,8 @@ PRESETS = {name: {"preset": name} for name in _PRESETS} | {
 
 
 def base() -> ConfigDict:
-    return ConfigDict(
-        {
-            "name": "extract_mafw",
-            "variants": "",
-            "dataset": "mafw",
-            "preset": "lite",
-            # True: encoders get weights drawn at random, for trying what cannot be had; every figure says so.
-            "weights": {"random": False},
-            "data": {"root": ""},  # "" = $AVJAX_DATA/<dataset>
-            "workers": 0,  # 0 = one per core
-            "clip_seconds": 120.0,  # time limit for one clip; a clip over it is quarantined
-        }
-    )
+    # Every key has its default and its meaning in `avjax.settings`; `--keys` prints them.
+    return ConfigDict(ExtractSettings(name="extract_mafw", dataset="mafw").to_dict())
 
 
 def get_config(variants: str = "") -> ConfigDict:

@@ -31,6 +31,7 @@ FLOORS = (
     ("text", "layers", "tasks"),
     ("config",),
     ("utils",),
+    ("settings",),
     ("errors",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -19,7 +19,7 @@ def run(tmp_path_factory) -> pathlib.Path:
             (root / "F" / "provenance").mkdir()
             (root / "F" / "provenance" / "v.json").write_text('{"feature": "video", "code": 2}')
             settings = {"model__width": 8, "train__epochs": 1, "train__epochs_per_call": 1, "train__seeds": (1, 2)}
-            chosen = config.load("configs/etg_folder.py", data__features=str(root / "F"), **settings)
+            chosen = config.settings("configs/etg_folder.py", data__features=str(root / "F"), **settings)
             train.train(chosen, root / "W")
     return root / "W"
 

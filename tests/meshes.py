@@ -15,7 +15,7 @@ from avjax.training import loop, sharding, streamed_batches
 from tests import prompted, synthetic
 
 MESHES = {
-    **{preset: {} for preset in sharding.PRESETS if preset != "auto"},
+    **{preset: {} for preset in ("single", "dp", "fsdp", "tp", "lanes")},
     # By sizes, which stand in the place of the preset's.
     "lane × fsdp × tensor": {"lane": 2, "fsdp": 2, "tensor": 2},
     "data × tensor": {"data": 2, "tensor": 4},
@@ -59,7 +59,7 @@ def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
         "mesh__preset": "auto" if sizes else preset,
         **{f"mesh__{k}": v for k, v in sizes.items()},
     }
-    config = configs.load(file, **small | chosen)
+    config = configs.settings(file, **small | chosen)
     made = features(system)
     ids = made.ids
     model = models.build(config.model, len(made.classes))

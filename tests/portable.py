@@ -17,6 +17,7 @@ from avjax.features.store import Features
 from avjax.inference import run as runs
 from avjax.models.base import Model
 from avjax.models.fusions import registry as fusions
+from avjax.settings import FusionSettings
 from avjax.training import batches, run_directory
 from avjax.training.checkpoint import Checkpoints
 from tests.models.fusions.test_all import CLASSES, SMALL, WIDTHS
@@ -48,11 +49,9 @@ def of_arrays(arrays, masks, names: tuple[str, ...] = NAMES) -> Features:
 @functools.cache
 def fusion(name: str, task: str = "single", **changes) -> runs.Run:
     """Two lanes of a fusion of `SMALL` size; `changes` of the model's configuration."""
-    chosen = fusions.model_config(name)
-    chosen.streams = fusions.FUSIONS[name].streams
-    chosen.settings.update(SMALL.get(name, {}))
-    chosen.update(changes)
-    return run_of(models.build(chosen, CLASSES, task), features(2))
+    own = fusions.settings(name) | SMALL.get(name, {})
+    chosen = FusionSettings(name, streams=fusions.FUSIONS[name].streams, settings=own)
+    return run_of(models.build(dataclasses.replace(chosen, **changes), CLASSES, task), features(2))
 
 
 def run_of(model: Model, few: Features, **more) -> runs.Run:
@@ -121,9 +120,8 @@ def recalled(few: Features, sizes: tuple[int, ...]) -> runs.Run:
 
 def emoasst():
     """The configuration of `recalled`."""
-    config = configs.load("configs/emoasst_folder.py")
-    config.model.settings.update({"width": 8, "heads": 2, "inner": 8})
-    return config
+    small = {"width": 8, "heads": 2, "inner": 8}
+    return configs.settings("configs/emoasst_folder.py", **{f"model__settings__{k}": v for k, v in small.items()})
 
 
 def finished(run: runs.Run, config, workdir: pathlib.Path, **made_by: str) -> pathlib.Path:

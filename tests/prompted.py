@@ -7,13 +7,13 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from avjax import config as configs
 from avjax import models
 from avjax.datasets.base import Fold
 from avjax.evaluation import fewshot
 from avjax.features.store import Features
+from avjax.settings import Settings
 from avjax.training import lanes as lane_plans
 from avjax.training import loop, streamed_batches
 from tests import synthetic
@@ -47,13 +47,13 @@ def folds(ids: list[str]) -> tuple[Fold, ...]:
 def settings(**more):
     chosen = {f"model__settings__{k}": v for k, v in SMALL.items()}
     chosen |= {"train__epochs": 2, "train__epochs_per_call": 2, "train__batch_size": 8, "train__seeds": (1,)}
-    return configs.load("configs/emoasst_folder.py", **chosen | more)
+    return configs.settings("configs/emoasst_folder.py", **chosen | more)
 
 
 @functools.cache
 def compiled(chosen: str, classes: int):
     """The model and the trainer of a configuration, compiled once for all runs of equal settings."""
-    config = ConfigDict(json.loads(chosen))
+    config = Settings.of(json.loads(chosen))
     model = models.build(config.model, classes)
     return model, loop.make(model, config)
 
@@ -63,7 +63,7 @@ class Run:
 
     def __init__(self, features: Features, **more):
         self.config, self.features = settings(**more), features
-        self.model, self.trainer = compiled(self.config.to_json(), len(features.classes))
+        self.model, self.trainer = compiled(json.dumps(self.config.to_dict()), len(features.classes))
         protocol = self.config.protocol
         self.plan = lane_plans.plan(features, folds(features.ids), self.config.train.seeds, protocol)
         self.data = streamed_batches.choose(features, self.config, self.model.constants)

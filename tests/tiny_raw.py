@@ -64,7 +64,7 @@ def settings(variants: str = "finetune", preset: str = "tiny_raw", **more):
     """The configuration of a fast run on `features`."""
     chosen = {"preset": preset, "weights__random": True, "model__width": 16, "model__dropout": 0.0}
     chosen |= {"train__seeds": (1,), "train__epochs": 4, "train__epochs_per_call": 4, "train__patience": 0}
-    return config.load(f"configs/etg_folder.py:{variants}", **(chosen | more))
+    return config.settings(f"configs/etg_folder.py:{variants}", **(chosen | more))
 
 
 def features(clips: int = 12, preset: str = "tiny_raw", seed: int = 0, noise: float = 0.1) -> Features:

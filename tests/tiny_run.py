@@ -18,7 +18,7 @@ def make(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
             _write_data(root / "R")
             options = extraction.Options(processes=1)
             extraction.extract("folder", "lite", root=str(root / "R"), out=str(root / "F"), options=options)
-            settings = config.load(
+            settings = config.settings(
                 "configs/fusion_folder.py:concat",  # which is compiled soonest
                 data__features=str(root / "F"),
                 protocol__fold_count=2,

@@ -51,15 +51,11 @@ def natural_folds(
     Raises:
       AvjaxError: the data do not admit the folds asked for, or only some of their clips have a split or fold.
     """
-    if count < 2:
-        raise AvjaxError(f"protocol.fold_count is {count}; expected at least 2")
     makers = {
         "given": lambda: _given(clips, official),
         "speaker": lambda: _by_speaker(clips, count, seed),
         "stratified": lambda: _stratified(clips, count, seed),
     }
-    if kind != "auto" and kind not in makers:
-        raise AvjaxError(f"protocol.folds is {kind!r}; choose one of auto, {', '.join(makers)}")
     for name in makers if kind == "auto" else (kind,):
         made = makers[name]()
         if made is not None:

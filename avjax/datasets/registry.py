@@ -5,7 +5,7 @@ from pathlib import Path
 
 from avjax.datasets import crema_d, dfew, folder, java_sed, mafw, meld, msp_improv, ravdess
 from avjax.datasets.base import Corpus, Index
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, choose
 from avjax.utils import paths
 
 
@@ -38,14 +38,18 @@ def title(name: str) -> str:
     return _TITLES.get(name, name)
 
 
+def check(name: str) -> None:
+    """Raises AvjaxError where no data set has that name."""
+    choose("dataset", name, sorted(REGISTRY))
+
+
 def index(name: str, root: str = "") -> Corpus:
     """Indexes data set `name` at `root`, by default `$AVJAX_DATA/<corpus>`.
 
     Raises:
       AvjaxError: no data set has that name, the root does not exist, or its layout is another.
     """
-    if name not in REGISTRY:
-        raise AvjaxError(f"dataset is {name!r}; the registry has {', '.join(sorted(REGISTRY))}")
+    check(name)
     place = paths.data_root(name, root)
     if not place.is_dir():
         raise AvjaxError(f"{place}: no such folder; set --config.data.root to where the {name} data are")

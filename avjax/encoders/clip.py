@@ -18,7 +18,7 @@ import numpy as np
 
 from avjax.encoders import base, images, weights
 from avjax.encoders.base import Inputs
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, choose
 from avjax.layers import PreNormBlock, Project, causal
 
 
@@ -157,8 +157,7 @@ def tower_config(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
     Raises:
       AvjaxError: there is no such tower.
     """
-    if tower not in _B32:
-        raise AvjaxError(f"tower is {tower!r}, expected one of {', '.join(_B32)}")
+    choose("tower", tower, _B32)
     defaults = _ASSUMED | _B32[tower]
     nested = defaults | (config.get(f"{tower}_config") or {})
     older = config.get(f"{tower}_config_dict")

@@ -23,7 +23,7 @@ from avjax.encoders import (
     whisper,
 )
 from avjax.encoders.encoder import Encoder
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, choose
 from avjax.utils.storage import read_json, sha256
 
 # model_type of the hub's config.json → family
@@ -71,8 +71,7 @@ def load(
       AvjaxError: the source is neither, no family computes it, it has no such tower or layer, or its tensors do not
         fit.
     """
-    if pool not in (None, *POOLS):
-        raise AvjaxError(f"pool is {pool!r}, expected one of {', '.join(POOLS)}, or None for all steps")
+    choose("pool", pool, (None, *POOLS))
     files = _registered(source) if random else _find(source)
     files = dataclasses.replace(files, config=select_tower(files.config, tower))
     family = FAMILIES[files.config["model_type"]]

@@ -92,11 +92,13 @@ def represent(model: Model, state: loop.State, data, told: bool = False) -> dict
     return {m: np.concatenate([block[m] for block in blocks], 1) for m in blocks[0]}
 
 
-def fit(found: Mapping[str, np.ndarray], features: Features, plan: LanePlan, settings) -> ClassifierOutputs:
+def fit(
+    found: Mapping[str, np.ndarray], features: Features, plan: LanePlan, settings: Mapping[str, Any]
+) -> ClassifierOutputs:
     """Fits the classifiers of every lane, and predicts its test clips.
 
     Args:
-      found: as `represent` gives it; settings: `model.settings` of the configuration.
+      found: as `represent` gives it; settings: the model's own.
     """
     run = origin(found)
     lanes = jax.device_get(plan.lanes)
@@ -107,7 +109,7 @@ def fit(found: Mapping[str, np.ndarray], features: Features, plan: LanePlan, set
         combinations = {m: (m,) for m in vectors} | ({BOTH: tuple(vectors)} if len(vectors) > 1 else {})
         logits = {}
         for name, streams in combinations.items():
-            empty = _few(parts["train"].of(streams), features, settings.shots, seed, run)
+            empty = _few(parts["train"].of(streams), features, settings["shots"], seed, run)
             now = {p: part.of(streams) for p, part in parts.items()}
             read, cache = _read(empty, now, settings)
             logits |= {f"{name}_{reader}": rows for reader, rows in read.items()}
@@ -138,12 +140,14 @@ def _few(part: Part, features: Features, shots: int, seed: int, origin: str) -> 
     return caches.add(empty, [ids[i] for i in chosen], names, {m: v[chosen] for m, v in part.features.items()})
 
 
-def _read(unfitted: Cache, parts: Mapping[str, Part], settings) -> tuple[dict[str, np.ndarray], Cache]:
+def _read(
+    unfitted: Cache, parts: Mapping[str, Part], settings: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], Cache]:
     """Reader → logits of the test clips, and the cache that answers."""
     train, val, test = (parts[p] for p in _PARTS)
     held = (val.features, val.label) if len(val.index) else None
     cache = caches.fit(unfitted, held)
-    tuned = tune(cache, train.features, train.label, settings.tune_steps, settings.tune_rate)
+    tuned = tune(cache, train.features, train.label, settings["tune_steps"], settings["tune_rate"])
     if held:
         tuned = caches.fit(tuned, held)
     scores = {
@@ -153,7 +157,7 @@ def _read(unfitted: Cache, parts: Mapping[str, Part], settings) -> tuple[dict[st
     }
     logits = {reader: v / TEMPERATURE for reader, v in scores.items()}
     silent = dataclasses.replace(cache, alpha=dict.fromkeys(cache.alpha, 0.0))
-    answering = {"zero": silent, "cache": cache, "tuned": tuned}[settings.reader]
+    answering = {"zero": silent, "cache": cache, "tuned": tuned}[settings["reader"]]
     return logits | {"probe": probe(train, val, test, len(cache.classes))}, answering
 
 
@@ -235,15 +239,15 @@ def remarks(
     return {"query": query_mismatch(plan, features, told["video"], found["video"])}
 
 
-def described(plan: LanePlan, settings) -> str:
+def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
     """The part of the protocol's name that is about the classifier which answers."""
-    if settings.reader == "zero":
+    if settings["reader"] == "zero":
         return "head: zero-shot"
     held = {counts["n_val"] > 0 for counts in plan.counts}
     ways = {True: "on validation clips", False: "by leaving one entry out"}
     how = " or, where nothing is held out, ".join(ways[h] for h in sorted(held, reverse=True))
-    tuned = " with tuned keys" if settings.reader == "tuned" else ""
-    return f"head: {settings.shots}-shot cache{tuned}, alpha and beta {how}"
+    tuned = " with tuned keys" if settings["reader"] == "tuned" else ""
+    return f"head: {settings['shots']}-shot cache{tuned}, alpha and beta {how}"
 
 
 def query_mismatch(plan: LanePlan, features: Features, told: np.ndarray, not_told: np.ndarray) -> dict[str, float]:

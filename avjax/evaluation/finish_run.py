@@ -7,7 +7,6 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import RenderableType
@@ -18,6 +17,7 @@ from avjax.evaluation.report import page, plots, tables
 from avjax.features.store import Features
 from avjax.models import finetune
 from avjax.models.base import Model
+from avjax.settings import Settings
 from avjax.training import loop, run_directory
 from avjax.training.batches import Resident
 from avjax.training.lanes import LanePlan
@@ -35,7 +35,7 @@ class Trained:
       protocol_text: how the protocol is called.
     """
 
-    config: Any
+    settings: Settings
     model: Model
     features: Features
     plan: LanePlan
@@ -56,7 +56,7 @@ def write(workdir: Path, run: Trained) -> list[RenderableType]:
     logits, about, remarks = run.logits, {"best_epoch": run.state.best_epoch.tolist()}, {}
     if model.readers:
         found = fewshot.represent(model, run.state, run.clips)
-        outputs = fewshot.fit(found, features, plan, run.config.model.settings)
+        outputs = fewshot.fit(found, features, plan, run.settings.model.settings)
         fewshot.write(workdir, outputs, found, features, plan)
         logits, about = logits | outputs.logits, about | outputs.about
         remarks = fewshot.remarks(model, run.state, plan, run.clips, features, found)
@@ -70,9 +70,9 @@ def write(workdir: Path, run: Trained) -> list[RenderableType]:
     finetune.write_merged(workdir / "merged", model, run.state.best, plan.names)
     results.write_predictions(workdir / "predictions.npz", predictions)
     write_text(workdir / "metrics.json", json.dumps(metrics, indent=1))
-    title = f"{run.config.name} {run.config.variants or 'full'}"
+    title = f"{run.settings.name} {run.settings.variants or 'full'}"
     _draw(workdir, run, metrics, predictions, title)
-    page.write_report(workdir, sentences=results.examples(features, predictions, run.config.model.text_source))
+    page.write_report(workdir, sentences=results.examples(features, predictions, run.settings.model.text_source))
     return tables.of_run(metrics, title)
 
 

@@ -78,7 +78,7 @@ class Heads:
         return cls(model)
 
     @staticmethod
-    def described(plan: LanePlan, config: Any) -> str:
+    def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
         """Says nothing: the protocol's text names the head."""
         return ""
 
@@ -148,9 +148,9 @@ class Caches:
         return cls(tuple(fewshot.read_caches(folder, names)))
 
     @staticmethod
-    def described(plan: LanePlan, config: Any) -> str:
+    def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
         """Says of which kind the caches are and how they were fitted."""
-        return f"; {fewshot.described(plan, config.settings)}"
+        return f"; {fewshot.described(plan, settings)}"
 
 
 # By the kind of a model's first reader ("both_cache": a cache); "" where its heads predict.
@@ -161,13 +161,13 @@ def _kind(model: Model) -> type[Heads | Caches]:
     return PREDICTORS[model.readers[0].rpartition("_")[2] if model.readers else ""]
 
 
-def described(model: Model, plan: LanePlan, config: Any) -> str:
+def described(model: Model, plan: LanePlan, settings: Mapping[str, Any]) -> str:
     """Says which classifier predicts, as an addition to the protocol's text; "" where a head of the model does.
 
     Args:
-      config: the `model` part of a configuration.
+      settings: the model's own (`FusionSettings.settings`).
     """
-    return _kind(model).described(plan, config)
+    return _kind(model).described(plan, settings)
 
 
 def restored(model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> Predictor:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from avjax.errors import AvjaxError
+from avjax.errors import choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +175,7 @@ def preset(name: str, *, random: bool = False) -> Preset:
     Raises:
       AvjaxError: no preset has that name.
     """
-    if name not in PRESETS:
-        raise AvjaxError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
+    choose("preset", name, PRESETS)
     return dataclasses.replace(PRESETS[name], random=random)
 
 

@@ -20,6 +20,7 @@ from avjax.errors import AvjaxError
 from avjax.features import encode, presets
 from avjax.features.face_video import ENCODED
 from avjax.features.store import Features
+from avjax.settings import Settings
 from avjax.text import prompt_templates
 from avjax.utils import paths, progress
 from avjax.utils.storage import replacing
@@ -28,13 +29,13 @@ UTTERANCE = "utterance"
 _AT_ONCE = 32  # texts
 
 
-def attach(found: Features, config, console: Console) -> Features:
+def attach(found: Features, settings: Settings, console: Console) -> Features:
     """Features with `prompts` (n, 6, d), `text_utterance` (n, 1, d), masked where nothing is said, and `classes`.
 
     The last (c, d), a constant of all batches, are the means of the prompts that name nothing but a class (Eq. 2), of
     length 1.
 
-    Texts are encoded by the text encoder of the preset `config.prompts.preset`, "" = the features' own, a vector each;
+    Texts are encoded by the text encoder of the preset `prompts.preset`, "" = the features' own, a vector each;
     the vectors are kept under `$AVJAX_CACHE/prompts`.
 
     Raises:
@@ -42,12 +43,12 @@ def attach(found: Features, config, console: Console) -> Features:
     """
     if found.task != "single":
         raise AvjaxError(f"prompts name one class per clip; the labels of these data are of the task {found.task!r}")
-    settings = presets.preset(config.prompts.preset or config.preset, random=config.weights.random)
-    encoder = encode.Loader(settings.random)(settings.text)
+    preset = presets.preset(settings.prompts.preset or settings.preset, random=settings.weights.random)
+    encoder = encode.Loader(preset.random)(preset.text)
     length = _counter(encoder)
-    texts = [fitted(clip, length, settings.max_tokens) for clip in found.clips]
+    texts = [fitted(clip, length, preset.max_tokens) for clip in found.clips]
     classes = [prompt_templates.of_class(name) for name in found.classes]
-    known = _known(encoder, [*texts, *classes, _spoken(found)], settings.max_tokens, console)
+    known = _known(encoder, [*texts, *classes, _spoken(found)], preset.max_tokens, console)
     found = _with_utterances(found, known, encoder.width)
     return dataclasses.replace(
         found,

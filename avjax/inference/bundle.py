@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from avjax import models
@@ -36,6 +35,8 @@ from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.inference.predict import Prediction
 from avjax.inference.run import MANIFEST, WEIGHTS, Run
+from avjax.settings import Settings
+from avjax.training import run_directory
 from avjax.utils.storage import is_local, only_writer, read_json, sha256, write_text
 
 FORMAT = "avjax bundle 1"
@@ -56,17 +57,17 @@ def write(workdir: Path, out: Path, fold: str | None = None, seed: int | None = 
     """
     _check_new(out)
     run = runs.read_run(workdir, fold, seed, new_clips=False)
-    config = ConfigDict(read_json(workdir / "config.json"))
-    runs.check_statistics(workdir, config)
+    settings = run_directory.read_settings(workdir / "config.json")
+    runs.check_statistics(workdir, settings)
     weights = stablehlo.weights_of(run)
     exported = stablehlo.exported(run, weights)
-    says = provenance.of_run(run, config, workdir, stablehlo.inputs(exported))
+    says = provenance.of_run(run, settings, workdir, stablehlo.inputs(exported))
     metrics, known = read_json(workdir / "metrics.json"), metadata(says["dataset"])
     with _whole(out) as folder:
         (folder / PROGRAM).write_bytes(exported.serialize())
         _write_weights(folder, weights)
         run.predictor.save(folder, run.lanes)
-        _write_json(folder / "config.json", _placeless(config))
+        _write_json(folder / "config.json", _placeless(settings))
         _write_json(folder / "labels.json", {"task": run.task, "classes": list(run.classes)})
         _write_json(folder / "provenance.json", says)
         params = jax.tree.map(lambda leaf: leaf[0], run.best["params"])
@@ -114,8 +115,8 @@ def _write_weights(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
     (folder / PARAMS / "commit_success.txt").unlink(missing_ok=True)
 
 
-def _placeless(config: ConfigDict) -> dict[str, Any]:
-    plain = config.to_dict()
+def _placeless(settings: Settings) -> dict[str, Any]:
+    plain = settings.to_dict()
     return plain | {"data": plain["data"] | dict.fromkeys(_PLACES, "")}
 
 
@@ -201,31 +202,31 @@ def read(folder: Path, fold: str | None = None, seed: int | None = None, *, new_
       AvjaxError: what `check` raises; it has no such lanes, or, for new clips, was trained on tables.
     """
     check(folder)
-    config = ConfigDict(read_json(folder / "config.json"))
+    settings = run_directory.read_settings(folder / "config.json")
     if new_clips:
-        runs.check_measurable(folder, config)
+        runs.check_measurable(folder, settings)
     try:
-        run = _restored(folder, config)
+        run = _restored(folder, settings)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise AvjaxError(f"{folder}: not of this version of avjax (without {error}); export its run again") from error
     return runs.select_lanes(run, folder, fold, seed)
 
 
-def _restored(folder: Path, config: ConfigDict) -> Run:
+def _restored(folder: Path, settings: Settings) -> Run:
     from safetensors.numpy import load_file
 
     labels, says = (read_json(folder / f"{name}.json") for name in ("labels", "provenance"))
     tree = unflatten_dict(load_file(folder / WEIGHTS), sep="/")
     lanes = tuple((lane["fold"], lane["seed"]) for lane in says["lanes"])
-    model = models.build(config.model, len(labels["classes"]), labels["task"])
+    model = models.build(settings.model, len(labels["classes"]), labels["task"])
     streams = says["preprocessing"]["streams"]
     return Run(
         name=says["run"],
         dataset=says["title"],
         protocol=says["protocol"],
         classes=tuple(labels["classes"]),
-        preset=config.preset,
-        text_source=config.model.text_source,
+        preset=settings.preset,
+        text_source=settings.model.text_source,
         model=model.replace(constants=tree.get("constants", {})),
         best=tree["best"],
         best_head=tree["best_head"],
@@ -243,12 +244,12 @@ class Bundle:
     """A bundle that has been read and found whole.
 
     Attributes:
-      folder: where it is; run: what is in it; config: with which that was trained.
+      folder: where it is; run: what is in it; settings: with which that was trained.
     """
 
     folder: Path
     run: Run
-    config: ConfigDict
+    settings: Settings
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -273,7 +274,7 @@ class Bundle:
           AvjaxError: a folder has no media files; the bundle is of features from tables; clips are measured otherwise
             now than when it was trained.
         """
-        runs.check_measurable(self.folder, self.config)
+        runs.check_measurable(self.folder, self.settings)
         clips = prediction.find_clips(map(os.fspath, paths))
         return prediction.predict(self.run, clips, Console(quiet=True), clip_seconds=clip_seconds)
 
@@ -285,4 +286,4 @@ def load(folder: str | os.PathLike) -> Bundle:
       AvjaxError: it is not whole, or not what was written; see `check`.
     """
     place = Path(folder)
-    return Bundle(place, read(place, new_clips=False), ConfigDict(read_json(place / "config.json")))
+    return Bundle(place, read(place, new_clips=False), run_directory.read_settings(place / "config.json"))

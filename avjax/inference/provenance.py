@@ -5,32 +5,32 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-from ml_collections import ConfigDict
 
 from avjax.encoders.registry import REGISTRY
 from avjax.features import presets
 from avjax.features.presets import Encoding, Preset
 from avjax.inference.run import Run
+from avjax.settings import Settings
 from avjax.training import data
 from avjax.utils.storage import read_json
 from avjax.utils.version import VERSION
 
 
-def of_run(run: Run, config: ConfigDict, workdir: Path, inputs: Mapping[str, dict]) -> dict[str, object]:
+def of_run(run: Run, settings: Settings, workdir: Path, inputs: Mapping[str, dict]) -> dict[str, object]:
     """The content of `provenance.json`.
 
     Args:
-      config: of the run; inputs: `program.inputs`.
+      settings: of the run; inputs: `program.inputs`.
     Raises:
       AvjaxError: a file of the run directory cannot be read.
     """
     machine, protocol = read_json(workdir / "environment.json"), read_json(workdir / "protocol.json")
     features = machine.pop("features")
-    settings = presets.PRESETS.get(config.preset) if "tables" not in config else None
-    told = described(settings, run.text_source) if settings else _of_tables(config)
+    preset = presets.PRESETS.get(settings.preset) if settings.tables is None else None
+    told = described(preset, run.text_source) if preset else _of_tables(settings)
     return {
         "run": run.name,
-        "model": config.model.name,
+        "model": settings.model.name,
         "dataset": protocol["dataset"],
         "title": run.dataset,
         "protocol": run.protocol,
@@ -41,31 +41,31 @@ def of_run(run: Run, config: ConfigDict, workdir: Path, inputs: Mapping[str, dic
         "features": {
             "content": features["content"],
             "made_by": dict(run.made_by),
-            "records": _records(config, protocol["dataset"], run.made_by),
+            "records": _records(settings, protocol["dataset"], run.made_by),
         },
         "preprocessing": {
-            "preset": config.preset,
-            "settings": dataclasses.asdict(settings) if settings else config.tables.to_dict(),
+            "preset": settings.preset,
+            "settings": dataclasses.asdict(preset) if preset else settings.tables,
             "streams": {
                 stream: {"what": told.get(stream, ""), "longest": list(shape), "dtype": dtype}
                 for stream, (shape, dtype) in run.streams.items()
             },
         },
         "inputs": dict(inputs),
-        "pretrained": pretrained(settings) if settings else {},
+        "pretrained": pretrained(preset) if preset else {},
         "exported_with": {"avjax": VERSION, "jax": jax.__version__},
         "trained_with": machine,
     }
 
 
-def _records(config: ConfigDict, dataset: str, made_by: Mapping[str, str]) -> dict[str, dict]:
+def _records(settings: Settings, dataset: str, made_by: Mapping[str, str]) -> dict[str, dict]:
     """The records of how features were made, by key, as far as the feature store is where it was and has them."""
-    paths = {key: data.store_of(config, dataset) / "provenance" / f"{key}.json" for key in made_by.values()}
+    paths = {key: data.store_of(settings, dataset) / "provenance" / f"{key}.json" for key in made_by.values()}
     return {key: read_json(path) for key, path in paths.items() if path.is_file()}
 
 
-def _of_tables(config: ConfigDict) -> dict[str, str]:
-    return {stream: f"of tables: {', '.join(columns)}" for stream, columns in config.tables.streams.items()}
+def _of_tables(settings: Settings) -> dict[str, str]:
+    return {stream: f"of tables: {', '.join(columns)}" for stream, columns in settings.tables["streams"].items()}
 
 
 def described(settings: Preset, text_source: str) -> dict[str, str]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from avjax import models
 from avjax.errors import AvjaxError
 from avjax.evaluation import predictor as predictors
 from avjax.evaluation.predictor import Predictor
 from avjax.models.base import Model
+from avjax.settings import Settings
 from avjax.training import checkpoint, run_directory, standardise
 from avjax.utils.media_files import shown
 from avjax.utils.storage import read_json
@@ -67,22 +67,22 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *,
       AvjaxError: no finished run there, one of its files is damaged, it has no such fold or seed, or it standardises
         features per speaker, which takes more than a clip.
     """
-    config = _config(workdir)
+    settings = _settings(workdir)
     if new_clips:
-        check_measurable(workdir, config)
+        check_measurable(workdir, settings)
     if not run_directory.is_finished(workdir):
         raise AvjaxError(f"{workdir}: an unfinished run; start its avjax.train command again, which goes on to the end")
     metrics = read_json(workdir / "metrics.json")
     try:
         if new_clips:
-            check_statistics(workdir, config)
+            check_statistics(workdir, settings)
         names = tuple((lane["fold"], lane["seed"]) for lane in metrics["folds"])
         about = {key: metrics[key] for key in ("dataset", "protocol")}
         classes = tuple(metrics["classes"])
-        about |= {"classes": classes, "preset": config.preset, "text_source": config.model.text_source}
+        about |= {"classes": classes, "preset": settings.preset, "text_source": settings.model.text_source}
         made = read_json(workdir / "environment.json")["features"]
         about |= {"made_by": made["made_by"], "random": made["random"]}
-        model = models.build(config.model, len(classes), metrics["task"])
+        model = models.build(settings.model, len(classes), metrics["task"])
     except (KeyError, AttributeError, TypeError) as error:
         raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
     saved = checkpoint.read(workdir / "checkpoints", "best", "best_head", "stats")
@@ -95,7 +95,7 @@ def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *,
     if constants := about["predictor"].constants:
         model = model.replace(constants=constants)
     # Runs of before that was kept answer all the same; they cannot be exported.
-    about["streams"] = _shapes(model, config.model.text_source, made.get("streams", {}))
+    about["streams"] = _shapes(model, settings.model.text_source, made.get("streams", {}))
     run = Run(shown(workdir.resolve().name), **about, model=model, **saved, lanes=names)
     return select_lanes(run, workdir, fold, seed)
 
@@ -105,15 +105,15 @@ def is_bundle(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (MANIFEST, WEIGHTS))
 
 
-def check_measurable(where: Path, config: ConfigDict) -> None:
-    """Raises AvjaxError where a run of `config` reads what cannot be measured in a clip."""
-    if "tables" in config:
+def check_measurable(where: Path, settings: Settings) -> None:
+    """Raises AvjaxError where a run with `settings` reads what cannot be measured in a clip."""
+    if settings.tables is not None:
         raise AvjaxError(f"{where}: trained on features from tables, which avjax cannot measure in a clip")
 
 
-def check_statistics(where: Path, config: ConfigDict) -> None:
-    """Raises AvjaxError where a run of `config` standardises features per speaker, which takes more than a clip."""
-    if (way := config.protocol.standardise) not in ("train", "none"):
+def check_statistics(where: Path, settings: Settings) -> None:
+    """Raises AvjaxError where a run with `settings` standardises features per speaker, which takes more than a clip."""
+    if (way := settings.protocol.standardise) not in ("train", "none"):
         raise AvjaxError(
             f"{where}: protocol.standardise is {way!r}; such a run needs the feature statistics of the speaker, "
             "which a new clip does not bring. Train one without speaker_norm or enrol"
@@ -140,12 +140,12 @@ def _shapes(model: Model, text_source: str, made: Mapping) -> dict[str, tuple[tu
     return {stream: (tuple(made[name][0]), made[name][1]) for stream, name in named.items() if name in made}
 
 
-def _config(workdir: Path) -> ConfigDict:
+def _settings(workdir: Path) -> Settings:
     if is_bundle(workdir):
         raise AvjaxError(f"{workdir}: a bundle of avjax.export, not a run of avjax.train; set --workdir to a run")
     if not (workdir / "config.json").is_file():
         raise AvjaxError(f"{workdir}: no run of avjax.train here (no config.json); set --workdir to the one it wrote")
-    return ConfigDict(read_json(workdir / "config.json"))
+    return run_directory.read_settings(workdir / "config.json")
 
 
 def _chosen(workdir: Path, names: Sequence[tuple[str, int]], fold: str | None, seed: int | None) -> list[int]:

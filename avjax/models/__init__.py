@@ -1,18 +1,17 @@
-"""The registry of models: name → a function of (model configuration, number of classes, task)."""
+"""The registry of models: name → a function of (settings of the model, number of classes, task)."""
 
-from typing import Any
-
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, choose
 from avjax.models import emoasst, etg_aver
 from avjax.models.base import Build, Model
 from avjax.models.fusions import registry as fusions
+from avjax.settings import EtgAverSettings, FusionSettings
 
 
-def _end_to_end(config: Any, classes: int, task: str) -> Model:
+def _end_to_end(settings: EtgAverSettings, classes: int, task: str) -> Model:
     # Models know arrays; this one brings pretrained encoders, which know files.
     from avjax.models import finetune
 
-    return finetune.build(config, classes, task)
+    return finetune.build(settings, classes, task)
 
 
 REGISTRY: dict[str, Build] = {
@@ -22,12 +21,25 @@ REGISTRY: dict[str, Build] = {
 } | dict.fromkeys(fusions.FUSIONS, fusions.build)
 
 
-def build(config: Any, classes: int, task: str = "single") -> Model:
-    """Builds `config.name` with `config`'s settings for `classes` classes, labels or values of a kind of task.
+def check(settings: EtgAverSettings | FusionSettings) -> None:
+    """Checks what only the registry knows: the name of the model, its streams and its own settings.
 
     Raises:
-      AvjaxError: no model has that name.
+      AvjaxError: no model has that name, or a setting does not fit it.
     """
-    if config.name not in REGISTRY:
-        raise AvjaxError(f"model.name is {config.name!r}; the registry has {', '.join(sorted(REGISTRY))}")
-    return REGISTRY[config.name](config, classes, task)
+    choose("model.name", settings.name, sorted(REGISTRY))
+    fits = isinstance(settings, EtgAverSettings) == settings.name.startswith("etg_aver")
+    if not fits:
+        raise AvjaxError(f"model.name is {settings.name!r}, which has other settings; choose it by a variant")
+    if isinstance(settings, FusionSettings):
+        (emoasst if settings.name == "emoasst" else fusions).check(settings)
+
+
+def build(settings: EtgAverSettings | FusionSettings, classes: int, task: str = "single") -> Model:
+    """Builds the model of `settings` for `classes` classes, labels or targets of a kind of task.
+
+    Raises:
+      AvjaxError: as `check`, or a setting does not fit the task.
+    """
+    check(settings)
+    return REGISTRY[settings.name](settings, classes, task)

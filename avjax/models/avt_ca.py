@@ -230,10 +230,8 @@ class AvtCa(FusionModule):
         real ones.
 
         Raises:
-          AvjaxError: `blocks` is unknown, or video is not what `frames` says.
+          AvjaxError: video is not what `frames` says.
         """
-        if self.blocks not in _BLOCKS:
-            raise AvjaxError(f"blocks is {self.blocks!r}; choose one of {', '.join(_BLOCKS)}")
         if train and self.softhard:
             batch = softhard(batch, ("audio", "video"), self.make_rng("dropout"))
         audio, video, weights = self._audio(batch), self._video(batch), {}
@@ -299,6 +297,7 @@ FUSIONS: dict[str, Fusion] = {
         reads=("audio", "video"),
         least=2,
         most=2,
+        choices={"blocks": _BLOCKS},
         pictured=(("audio", "audio", "video"), ("video", "video", "audio")),
         recipe={"optimizer": "adam", "learning_rate": 0.01, "weight_decay": 1e-3, "batch_size": 8, "epochs": 128},
         paper="Venkatraman et al. 2024, Audio-Video Transformer Fusion with Cross Attention",

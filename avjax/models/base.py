@@ -120,6 +120,7 @@ class Fusion:
       needs: streams that must be among those it reads; reads: all that it can read, () for any.
       least, most: how many streams it can read.
       turns: whether it reads whole conversations, see `Model.turns`.
+      choices: setting → the values it may have, of settings that are words.
       recipe: the optimizer's facts as the paper has them: key of the `train` configuration → value.
       small: settings for a few thousand clips, where the paper's sizes were made for far more.
     """
@@ -135,6 +136,7 @@ class Fusion:
     least: int = 1
     most: int = 3
     turns: bool = False
+    choices: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -179,7 +179,7 @@ class DeIII(FusionModule):
         "audio" the sum.
 
         Raises:
-          AvjaxError: a setting is not one of its choices, or video and flow have different numbers of steps.
+          AvjaxError: video and flow have different numbers of steps.
         """
         self._check(batch)
         steps, masks = enter(batch, self.streams, self.dtype)
@@ -197,9 +197,6 @@ class DeIII(FusionModule):
         return {"video", "flow"} <= set(self.streams)
 
     def _check(self, batch: Batch) -> None:
-        for key, choices in (("visual", VISUALS), ("sequence", SEQUENCES), ("head", ("validation", *HEADS))):
-            if (got := getattr(self, key)) not in choices:
-                raise AvjaxError(f"model.settings.{key} is {got!r}; choose one of {', '.join(choices)}")
         video, flow = (batch[f"{s}_mask"].shape[1] if self._both else 0 for s in ("video", "flow"))
         if video != flow:
             raise AvjaxError(f"video has {video} steps and flow {flow}; they share one time base: give equal numbers")
@@ -297,6 +294,7 @@ FUSIONS: dict[str, Fusion] = {
         reads=("audio", "video", "flow"),
         least=2,
         most=3,
+        choices={"visual": VISUALS, "sequence": SEQUENCES, "head": ("validation", *HEADS)},
         # The batch is not stated.
         recipe={"optimizer": "adamw", "learning_rate": 5e-6, "batch_size": 32, "weight_decay": 5e-2, "epochs": 20},
         small={

@@ -22,12 +22,13 @@ import numpy as np
 from avjax.errors import AvjaxError
 from avjax.layers import PostNormBlock, Project, masked_mean
 from avjax.models.base import Loss, Model, Output
+from avjax.settings import STREAMS, FusionSettings, check_model_settings
 from avjax.tasks import contrastive
 
 TEMPERATURE = 0.07  # τ of the losses, and at which cosines become probabilities
-VISUAL_LOSSES = ("clip", "supcon")
 READERS = ("cache", "tuned", "zero", "probe")
 ANSWERING = READERS[:3]  # the linear probe measures features (Table 2)
+CHOICES = {"visual_loss": ("clip", "supcon"), "reader": ANSWERING}
 BOTH = "both"
 _OF_MODULE = ("width", "heads", "inner", "queries", "dropout", "prompt", "told")
 _EPS = 1e-5
@@ -204,7 +205,7 @@ def contrast(visual: str, temperature: float = TEMPERATURE) -> Loss:
 
 
 def settings() -> dict[str, Any]:
-    """What `model.settings` may hold, with the paper's values; `visual_loss` and `reader` have their choices above."""
+    """What `model.settings` may hold, with the paper's values; `CHOICES` has those that are words."""
     return {name: getattr(EmoAsst, name) for name in _OF_MODULE} | {
         "visual_loss": "clip",
         "reader": "cache",
@@ -214,38 +215,32 @@ def settings() -> dict[str, Any]:
     }
 
 
-def build(config, classes: int, task: str) -> Model:
-    """Makes the model of `config` (the `model` part of a configuration).
+def check(given: FusionSettings) -> None:
+    """Checks streams and own settings.
 
     Raises:
-      AvjaxError: a setting is unknown or not one of its choices, or the streams have neither picture nor sound.
+      AvjaxError: a setting is unknown or does not fit, or the streams have neither video nor audio.
     """
-    given = dict(config.settings)
-    if unknown := given.keys() ^ settings().keys():
-        raise AvjaxError(
-            f"model.settings: {', '.join(sorted(unknown))} unknown or missing; expected {', '.join(settings())}"
-        )
-    for key, choices in (("visual_loss", VISUAL_LOSSES), ("reader", ANSWERING)):
-        if given[key] not in choices:
-            raise AvjaxError(f"model.settings.{key} is {given[key]!r}; choose one of {', '.join(choices)}")
-    if given["shots"] < 1:
-        raise AvjaxError(f"model.settings.shots is {given['shots']}; expected 1 or more of each class")
-    streams = tuple(config.streams)
-    read = modalities(streams)
-    if not read or not set(streams) <= {"text", "audio", "video"}:
-        raise AvjaxError(f"model.streams is {streams}; EmoAsst reads video, audio or both, and text beside them")
-    if "text" not in streams and not given["prompt"]:
+    check_model_settings(given.settings, settings(), CHOICES)
+    if not modalities(given.streams) or not set(given.streams) <= set(STREAMS):
+        raise AvjaxError(f"model.streams is {given.streams}; EmoAsst reads video, audio or both, and text beside them")
+    if "text" not in given.streams and not given.settings.get("prompt", EmoAsst.prompt):
         raise AvjaxError("model.settings.prompt=False trains by the text of the clips; add text to model.streams")
-    shape = {key: given[key] for key in _OF_MODULE}
-    module = EmoAsst(streams=streams, dtype=jnp.dtype(config.dtype), **shape)
+
+
+def build(given: FusionSettings, classes: int, task: str) -> Model:
+    """Makes the model of settings that `check` has passed."""
+    own, read = settings() | dict(given.settings), modalities(given.streams)
+    shape = {key: own[key] for key in _OF_MODULE}
+    module = EmoAsst(streams=given.streams, dtype=jnp.dtype(given.dtype), **shape)
     answered = (BOTH, *read) if len(read) > 1 else read
-    primary = f"{answered[0]}_{given['reader']}"
+    primary = f"{answered[0]}_{own['reader']}"
     others = [head for m in answered for reader in READERS if (head := f"{m}_{reader}") != primary]
     return Model(
         module=module,
-        loss=contrast(given["visual_loss"]),
+        loss=contrast(own["visual_loss"]),
         heads=tuple(f"{m}_zero" for m in answered),
-        streams=streams,
+        streams=given.streams,
         task=task,
         readers=(primary, *others),
         whole=True,

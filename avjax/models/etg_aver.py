@@ -22,11 +22,9 @@ import jax.numpy as jnp
 from avjax.errors import AvjaxError
 from avjax.layers import masked_mean, masked_softmax
 from avjax.models.base import Model, Output, Stream, head_loss
+from avjax.settings import EtgAverSettings
 from avjax.tasks import losses
 
-FUSIONS = ("concat", "additive", "attention")
-WEIGHTINGS = ("softmax", "ratio")
-QUERIES = ("tokens", "summary")
 _SETTINGS = (
     "width",
     "guide",
@@ -39,7 +37,6 @@ _SETTINGS = (
     "segment_count",
     "dropout",
 )
-IMBALANCE = ("none", "class_weights", "logit_adjustment", "focal")
 
 # The paper's tables as settings of `config.model`, by the name that stands after the colon of `--config file.py:name`.
 VARIANTS: dict[str, dict[str, object]] = {
@@ -229,9 +226,9 @@ class EtgAver(nn.Module):
       width: model width d; a stream of another width enters through a linear layer.
       streams: which of text, audio, video enter.
       guide: reweight audio and video by the text, Eqs. 3–4.
-      fusion: one of `FUSIONS`; "concat" joins the pooled streams.
+      fusion: "concat", "additive" or "attention"; "concat" joins the pooled streams.
       hlo: a head for every stream beside the fusion head, Eqs. 6–7.
-      weighting, temperature: Eq. 4, one of `WEIGHTINGS`.
+      weighting, temperature: Eq. 4, "softmax" or "ratio".
       query: Eq. 5 asks with all text "tokens", or with the "summary" alone.
       summary: the text's "first" token, or the "mean" of its tokens for encoders that were trained on their mean.
       segment_count: g of Eq. 5.
@@ -324,7 +321,7 @@ def hierarchical_loss(
       output: the model's answer; batch: with `label (b,)` and the masks of the streams.
       prior: (c,) shares of the training labels, for the imbalance options.
       weights: head name → factor.
-      imbalance: one of `IMBALANCE`; "focal" takes the focal loss for the cross entropy, with γ = 2.
+      imbalance: as `EtgAverSettings.imbalance`; "focal" takes the focal loss for the cross entropy, with γ = 2.
       smoothing: label smoothing, which the focal loss has none of.
     Returns:
       {head: (b,)}.
@@ -341,51 +338,29 @@ def hierarchical_loss(
     return terms
 
 
-def build(config, classes: int, task: str) -> Model:
-    """Makes the model of `config` (the `model` part of a configuration) for a kind of task.
+def build(settings: EtgAverSettings, classes: int, task: str) -> Model:
+    """Makes the model for a kind of task.
 
     Of other tasks than "single" their own loss stands in the place of the cross entropy.
 
     Raises:
-      AvjaxError: a setting is not one of its choices, text guides a model without text, labels are smoothed for the
-        focal loss, or a setting for classes is used for another task.
+      AvjaxError: a setting for classes is used for another task.
     """
-    streams = tuple(config.streams)
-    for key, choices in (
-        ("fusion", FUSIONS),
-        ("weighting", WEIGHTINGS),
-        ("query", QUERIES),
-        ("imbalance", IMBALANCE),
-        ("summary", ("first", "mean")),
-        ("dtype", ("float32", "bfloat16")),
-    ):
-        if config[key] not in choices:
-            raise AvjaxError(f"model.{key} is {config[key]!r}; choose one of {', '.join(choices)}")
-    if config.imbalance == "focal" and config.smoothing:
+    if task != "single" and (settings.imbalance != "none" or settings.smoothing):
         raise AvjaxError(
-            f"model.smoothing is {config.smoothing} with model.imbalance='focal'; the focal loss reads hard labels: "
-            "set model.smoothing=0.0, or choose another model.imbalance"
+            f"model.imbalance is {settings.imbalance!r}, model.smoothing {settings.smoothing}; both are for classes, "
+            f"and the task is {task!r}: set 'none' and 0"
         )
-    if task != "single" and (config.imbalance != "none" or config.smoothing):
-        raise AvjaxError(
-            f"model.imbalance is {config.imbalance!r}, model.smoothing {config.smoothing}; both are for classes, and "
-            f"the task is {task!r}: set 'none' and 0"
-        )
-    if (config.guide or config.fusion != "concat") and set(streams) != {"text", "audio", "video"}:
-        raise AvjaxError(
-            f"model.streams is {streams}; text guidance and attention fusion need text, audio and video: "
-            "set model.guide=False and model.fusion='concat', or give all three"
-        )
-    heads = ("fusion", *(streams if config.hlo else ()))
-    weights = dict(zip(("fusion", "text", "audio", "video"), config.loss_weights, strict=True))
-    settings = {key: config[key] for key in _SETTINGS}
-    module = EtgAver(classes=classes, streams=streams, dtype=jnp.dtype(config.dtype), **settings)
+    heads = ("fusion", *(settings.streams if settings.hlo else ()))
+    weights = dict(zip(("fusion", "text", "audio", "video"), settings.loss_weights, strict=True))
+    own = {key: getattr(settings, key) for key in _SETTINGS}
+    module = EtgAver(classes=classes, streams=settings.streams, dtype=jnp.dtype(settings.dtype), **own)
 
-    def loss(output, batch, prior):
+    def loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
         if task != "single":
             return {head: weights[head] * head_loss(output, batch, head, task) for head in output.logits}
         return hierarchical_loss(
-            output, batch, prior, weights=weights, imbalance=config.imbalance, smoothing=config.smoothing
+            output, batch, prior, weights=weights, imbalance=settings.imbalance, smoothing=settings.smoothing
         )
 
-    return Model(module=module, loss=loss, heads=heads, streams=streams, task=task)
+    return Model(module=module, loss=loss, heads=heads, streams=settings.streams, task=task)

@@ -23,10 +23,10 @@ from avjax.models import etg_aver
 from avjax.models import lora as tuning
 from avjax.models.base import Model
 from avjax.models.end_to_end import PRETRAINED, Encode, EndToEnd
+from avjax.settings import EtgAverSettings
 from avjax.utils.storage import replacing
 
 FAMILIES = (bert, vit, wav2vec2, whisper)
-TUNE = ("full", "lora")
 _EPS = 1e-5
 
 
@@ -62,22 +62,23 @@ class Pretrained(Mapping):
         return out
 
 
-def build(config, classes: int, task: str) -> Model:
-    """Makes ETG-AVER with the encoders of `config.encoders.preset`; `config` is the `model` part of a configuration.
+def build(settings: EtgAverSettings, classes: int, task: str) -> Model:
+    """Makes ETG-AVER with the encoders of `settings.encoders.preset`.
 
     Steps of sound are kept as the encoder gives them: the core averages them to segments of its own. Features of a
     middle layer, which come before the encoder's last norm, are brought to mean 0 and variance 1 in each step.
 
     Raises:
-      AvjaxError: the preset does not stage raw inputs of all streams, a setting does not fit, or as `etg_aver.build`.
+      AvjaxError: the preset does not stage raw inputs of all streams, or as `etg_aver.build`.
     """
-    model, settings = etg_aver.build(config, classes, task), config.encoders
-    encodings = _encodings(settings.preset, model.streams)
-    encoded = tuple((stream, _encode(e, config.dtype, settings.remat)) for stream, e in encodings.items())
+    model, own = etg_aver.build(settings, classes, task), settings.encoders
+    encodings = _encodings(own.preset, model.streams)
+    encoded = tuple((stream, _encode(e, settings.dtype, own.remat)) for stream, e in encodings.items())
+    tuned = tuning.Tuning(own.frozen, own.lora if own.tune == "lora" else None)
     return model.replace(
-        module=EndToEnd(model.module, encoded, _tuning(settings)),
+        module=EndToEnd(model.module, encoded, tuned),
         pictures="video" if "video" in encodings else "",
-        constants=Pretrained(encodings, settings.random),
+        constants=Pretrained(encodings, own.random),
     )
 
 
@@ -88,19 +89,6 @@ def _encodings(preset: str, streams: Sequence[str]) -> dict[str, Encoding]:
         raise AvjaxError(f"preset {preset!r} has features, not the inputs of their encoders; take one of {raw}")
     there = {"video": chosen.image, "audio": chosen.sound, "text": chosen.text}
     return {stream: there[stream] for stream in streams}
-
-
-def _tuning(settings) -> tuning.Tuning:
-    if settings.tune not in TUNE:
-        raise AvjaxError(f"model.encoders.tune is {settings.tune!r}; choose one of {', '.join(TUNE)}")
-    lora = settings.lora
-    frozen, targets = tuple(settings.frozen), tuple(lora.targets)
-    tuning.check_patterns(frozen, "model.encoders.frozen")
-    tuning.check_patterns(targets, "model.encoders.lora.targets")
-    if lora.rank < 1:
-        raise AvjaxError(f"model.encoders.lora.rank is {lora.rank}; give at least 1")
-    low = tuning.Lora(lora.rank, lora.alpha, targets) if settings.tune == "lora" else None
-    return tuning.Tuning(frozen, low)
 
 
 def _encode(encoding: Encoding, dtype: str, remat: bool) -> Encode:

@@ -16,27 +16,20 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from avjax.errors import AvjaxError
-
-
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """A kernel W of the `targets` (patterns of paths) becomes W + (alpha / rank) · down · up, and W itself stays.
-
-    `down` and `up` are the paper's A and B, transposed as kernels are here: (inputs, rank) and (rank, outputs).
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] = (r"/attention/(query|key|value|out)/kernel$",)
+from avjax.settings import LoraSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
     """What of pretrained weights is trained: no leaf whose path one of the patterns `frozen` is found in; of the others
-    every one, or where there is a `lora` its targets."""
+    every one, or where there is a `lora` its targets.
+
+    A kernel W of the targets becomes W + (alpha / rank) · down · up, and W itself stays. `down` and `up` are the
+    paper's A and B, transposed as kernels are here: (inputs, rank) and (rank, outputs).
+    """
 
     frozen: tuple[str, ...] = ()
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
 
     def chosen(self, stream: str, paths: Iterable[str]) -> list[str]:
         """Those among the paths of a stream's encoder that are trained."""
@@ -52,15 +45,6 @@ class Tuning:
                 raise AvjaxError(
                     f"model.encoders.{key}: {pattern!r} is found in no path of the encoders; they look like {paths[0]}"
                 )
-
-
-def check_patterns(patterns: Iterable[str], key: str) -> None:
-    """Raises AvjaxError where one of the `patterns` of the configuration's `key` is no regular expression."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise AvjaxError(f"{key}: {pattern!r} is no regular expression ({error})") from error
 
 
 def _found(patterns: Iterable[str], path: str) -> bool:

@@ -4,7 +4,7 @@ What a clip does not bring leaves no gap: without a gender the speaker is a pers
 without a transcript "something".
 """
 
-from avjax.errors import AvjaxError
+from avjax.errors import choose
 
 _PEOPLE = {"female": ("woman", "She is"), "male": ("man", "He is"), None: ("person", "They are")}
 FORMATS = (
@@ -29,8 +29,7 @@ def prompts(
     Raises:
       AvjaxError: the gender is none of these.
     """
-    if gender not in _PEOPLE:
-        raise AvjaxError(f"gender is {gender!r}; expected one of {', '.join(map(repr, _PEOPLE))}")
+    choose("gender", gender, _PEOPLE)
     person, they = _PEOPLE[gender]
     quoted = f"“{utterance}”" if utterance else "something"
     parts = {

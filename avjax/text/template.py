@@ -7,7 +7,7 @@ what would break a line, close a quotation early or end a sentence twice.
 import re
 from dataclasses import dataclass, fields
 
-from avjax.errors import AvjaxError
+from avjax.errors import choose
 
 # The query of the "w/o ETG" ablation (Fig. 3a): one sentence for every clip.
 CONSTANT = "A person is speaking."
@@ -56,8 +56,7 @@ def sentence(parts: Parts, source: str = "both") -> str:
     Raises:
       AvjaxError: `source` is unknown.
     """
-    if source not in _ALLOWED:
-        raise AvjaxError(f"text source {source!r}: expected one of {', '.join(SOURCES)}")
+    choose("text source", source, SOURCES)
     known = {name: text for name in _ALLOWED[source] if (text := _clean(name, getattr(parts, name)))}
     clauses = (
         f"{known['scene']}." if "scene" in known else "",

@@ -4,6 +4,7 @@ The demo corpus stands in for a data set that cannot be shipped, and only where 
 found: a place that is named and wrong is an error.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -12,72 +13,94 @@ from rich.console import Console
 from rich.panel import Panel
 
 from avjax.datasets import registry
-from avjax.errors import AvjaxError
+from avjax.errors import AvjaxError, choose
 from avjax.features import extract as extraction
-from avjax.features import store
+from avjax.features import presets, store
 from avjax.features.store import Features
 from avjax.features.tables import join
+from avjax.settings import Settings
 from avjax.training import streamed_batches
 from avjax.utils import paths
 
 STAND_INS = {"mafw": "demo"}
 
 
-def obtain(config, console: Console) -> Features:
-    """The features of `config.dataset` with `config.preset`; extracts them first where the data are at hand, or makes
-    them of the tables that `config.tables` describes; with prompts where `config.prompts` asks for them.
+def obtain(settings: Settings, console: Console) -> Features:
+    """Gives the features of the data set with the preset: extracts them first where the data are available, or makes
+    them of the tables that `tables` describes; with prompts where `prompts` asks for them.
 
     Raises:
       AvjaxError: the data root or the feature store is set and wrong, or the extraction fails.
     """
-    found = join.obtain(config) if "tables" in config else _stored(config, console)
-    if "prompts" not in config:
+    found = join.obtain(settings) if settings.tables is not None else _stored(settings, console)
+    if settings.prompts is None:
         return found
     from avjax.features import prompts  # here: it brings the encoders, which training on features does not need
 
-    return prompts.attach(found, config, console)
+    return prompts.attach(found, settings, console)
 
 
-def store_of(config, dataset: str) -> Path:
-    """Finds the feature store of `dataset`: that of `config`, or the demo corpus's own where it stands in."""
+def check(settings: Settings) -> None:
+    """Checks the names of data set and preset.
+
+    Raises:
+      AvjaxError: there is no data set, or no preset, of that name.
+    """
+    if settings.tables is None:
+        registry.check(settings.dataset)
+        presets.preset(settings.preset)
+    if settings.prompts is not None and settings.prompts.preset:
+        choose("prompts.preset", settings.prompts.preset, presets.PRESETS)
+
+
+def with_store(settings: Settings, workdir: Path) -> Settings:
+    """Gives a folder data set whose feature store is not named one of its own, in the run directory."""
+    if settings.dataset != "folder" or settings.data.features:
+        return settings
+    named = dataclasses.replace(settings.data, features=str(workdir / "features"))
+    return dataclasses.replace(settings, data=named)
+
+
+def store_of(settings: Settings, dataset: str) -> Path:
+    """Finds the feature store of `dataset`: that of the settings, or the demo corpus's own where it stands in."""
     if dataset not in STAND_INS.values():
-        return store.place(config.dataset, config.data.features)
+        return store.place(settings.dataset, settings.data.features)
     from avjax.demo import corpus  # here: finished runs and bundles are read without it
 
     return corpus.place() / "features"
 
 
-def _stored(config, console: Console) -> Features:
+def _stored(settings: Settings, console: Console) -> Features:
     from avjax.demo import corpus  # here: as in `store_of`
 
-    dataset, root, place = config.dataset, config.data.root, store_of(config, config.dataset)
-    if _stand_in(config, place):
-        dataset, root, place = STAND_INS[dataset], str(corpus.place()), store_of(config, STAND_INS[dataset])
-        console.print(Panel(_banner(config), title=registry.title(dataset), border_style="yellow"))
+    dataset, root, place = settings.dataset, settings.data.root, store_of(settings, settings.dataset)
+    if _stand_in(settings, place):
+        dataset, root, place = STAND_INS[dataset], str(corpus.place()), store_of(settings, STAND_INS[dataset])
+        console.print(Panel(_banner(settings), title=registry.title(dataset), border_style="yellow"))
         corpus.make(corpus.place(), console)
     elif root:
         registry.index(dataset, root)  # also where its features are there already
-    if not store.is_finished(place, config.preset, dataset) and (root or paths.data_root(dataset).is_dir()):
-        extraction.extract(dataset, config.preset, root=root, out=str(place), random=config.weights.random)
+    if not store.is_finished(place, settings.preset, dataset) and (root or paths.data_root(dataset).is_dir()):
+        extraction.extract(dataset, settings.preset, root=root, out=str(place), random=settings.weights.random)
     # What is not there yet has no size: `load` says what to do.
-    there = store.is_finished(place, config.preset, dataset)
+    there = store.is_finished(place, settings.preset, dataset)
     # Of several processes each reads its part.
     several = jax.process_count() > 1
-    on_disk = there and (several or streamed_batches.too_large(place, dataset, config.preset, config.data.mode))
-    return store.load(place, config.preset, dataset, on_disk=on_disk)
+    on_disk = there and (several or streamed_batches.too_large(place, dataset, settings.preset, settings.data.mode))
+    return store.load(place, settings.preset, dataset, on_disk=on_disk)
 
 
-def _stand_in(config, place: Path) -> bool:
-    if config.dataset not in STAND_INS or config.data.root or config.data.features:
+def _stand_in(settings: Settings, place: Path) -> bool:
+    if settings.dataset not in STAND_INS or settings.data.root or settings.data.features:
         return False
     given = os.environ.get("AVJAX_DATA")
     if given and not Path(given).expanduser().is_dir():
         raise AvjaxError(f"AVJAX_DATA is {given}, and no such folder exists; mend it, or unset it for the demo corpus")
-    return not paths.data_root(config.dataset).exists() and not place.exists()
+    return not paths.data_root(settings.dataset).exists() and not place.exists()
 
 
-def _banner(config) -> str:
-    name, there = config.dataset.upper(), paths.data_root(config.dataset)
+def _banner(settings: Settings) -> str:
+    name, there = settings.dataset.upper(), paths.data_root(settings.dataset)
     return (
         f"No data root is set and nothing is at {there}: this run uses synthetic clips in the layout of {name}. They "
         f"show that everything works; their figures say nothing about {name} or about people.\n"

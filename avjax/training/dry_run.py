@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from avjax.models.base import Model
+from avjax.settings import Settings
 from avjax.training import loop, sharding, streamed_loop
 from avjax.training.batches import Resident
 from avjax.training.lanes import LanePlan
@@ -43,13 +44,15 @@ class Step:
         return self.compiled.cost_analysis().get("flops", 0.0)
 
 
-def compile_step(model: Model, config, place: Placement, plan: LanePlan, clips: Resident | Streamed) -> Step:
+def compile_step(
+    model: Model, settings: Settings, place: Placement, plan: LanePlan, clips: Resident | Streamed
+) -> Step:
     """Compiles a training step from shapes alone; nothing is computed."""
     few = here(clips).resident(np.arange(1))
     lanes, shapes = _shapes(plan.lanes), _shapes(few)
-    count, size = len(plan.names), config.train.batch_size
+    count, size = len(plan.names), settings.train.batch_size
     one = lanes.replace(counted=jax.ShapeDtypeStruct((count, 1), np.float32))
-    state = jax.eval_shape(loop.make(model, config).init, one, shapes)
+    state = jax.eval_shape(loop.make(model, settings).init, one, shapes)
     if place.mesh:
         state = _placed(state, place.of_state(state))
     turns = plan.lanes.train.shape[2:]
@@ -60,7 +63,7 @@ def compile_step(model: Model, config, place: Placement, plan: LanePlan, clips: 
         "there": row(bool),
         "weight": row(np.float32),
     }
-    step = streamed_loop.step(loop.recipe_of(model, config, place))
+    step = streamed_loop.step(loop.recipe_of(model, settings, place))
     lowered = step.lower(state, lanes, batch, _shapes(few.constants), (np.int32(1), np.int32(0)))
     return Step(state, lowered.compile())
 
@@ -74,10 +77,10 @@ def _placed(shapes: Any, places: Any) -> Any:
 
 
 def show(
-    model: Model, config, place: Placement, plan: LanePlan, clips: Resident | Streamed, console: Console
+    model: Model, settings: Settings, place: Placement, plan: LanePlan, clips: Resident | Streamed, console: Console
 ) -> Mapping[str, Any]:
     """Prints the parameter table, devices, memory and FLOPs; gives the figures."""
-    step = compile_step(model, config, place, plan, clips)
+    step = compile_step(model, settings, place, plan, clips)
     lanes, devices = len(plan.names), place.mesh.size if place.mesh else 1
     size = sum(v.size for v in jax.tree.leaves(step.state.params)) // lanes
     resident = 0 if isinstance(clips, Streamed) else sum(v.nbytes for v in jax.tree.leaves(clips))
@@ -97,7 +100,7 @@ def show(
     say(f"on each device: state {_mib(figures['state_bytes'])}, resident clips {_mib(resident)}")
     memory = ", ".join(f"{name} {_mib(value)}" for name, value in step.memory.items())
     work = f"{figures['flops'] / 1e9:.3g} GFLOP"
-    say(f"a step of batch {config.train.batch_size}, on each device: {memory}; {work}")
+    say(f"a step of batch {settings.train.batch_size}, on each device: {memory}; {work}")
     say("dry run: nothing was trained or written")
     return figures
 

@@ -11,8 +11,7 @@ from avjax.datasets.base import Fold
 from avjax.datasets.folds import hold_out
 from avjax.errors import AvjaxError
 from avjax.features.store import Features
-
-STANDARDISE = ("train", "speaker", "enrol", "none")
+from avjax.settings import ProtocolSettings
 
 
 @flax.struct.dataclass
@@ -58,28 +57,28 @@ class LanePlan:
     notes: list[str] = flax.struct.field(pytree_node=False)
 
 
-def plan(features: Features, folds: Sequence[Fold], seeds: Sequence[int], config, turns: bool = False) -> LanePlan:
-    """Turns folds and seeds into lanes, as `config` (the `protocol` part of a configuration) says.
+def plan(
+    features: Features, folds: Sequence[Fold], seeds: Sequence[int], settings: ProtocolSettings, turns: bool = False
+) -> LanePlan:
+    """Turns folds and seeds into lanes.
 
     Validation clips come out of the training clips, unless the fold has an official part. With `enrol`, statistics of
     every speaker come from `enrol_clips` of the speaker's clips, which are then not scored. With `turns` the rows are
     conversations, whose turns outside the part are seen and neither trained on nor scored.
 
     Raises:
-      AvjaxError: a fold has no clip left to train on or to test on, or a seed comes twice.
+      AvjaxError: a fold has no clip left to train on or to test on.
     """
-    if len(set(seeds)) < len(seeds):
-        raise AvjaxError(f"train.seeds is {tuple(seeds)}; expected each seed once")
     clips = dict(zip(features.ids, features.clips, strict=True))
     where = {clip_id: i for i, clip_id in enumerate(features.ids)}
-    enrolled = _enrolled(features, config.enrol_clips) if config.standardise == "enrol" else set()
+    enrolled = _enrolled(features, settings.enrol_clips) if settings.standardise == "enrol" else set()
     parts, counts, names, notes = [], [], [], []
     for fold in folds:
         for seed in seeds:
             val, train = [i for i in fold.val if i in where], [i for i in fold.train if i in where]
             how = "official validation part"
             if not val:
-                train, val, how = hold_out([clips[i] for i in train], config.validation, seed)
+                train, val, how = hold_out([clips[i] for i in train], settings.validation, seed)
             test = [i for i in fold.test if i in where and i not in enrolled]
             if not train or not test:
                 raise AvjaxError(f"fold {fold.name}: {len(train)} clips to train on, {len(test)} to test on; need both")
@@ -89,11 +88,11 @@ def plan(features: Features, folds: Sequence[Fold], seeds: Sequence[int], config
             notes.append(how)
     notes = sorted(set(notes))
     if enrolled:
-        notes.append(f"{config.enrol_clips} enrolment clips per speaker not scored")
+        notes.append(f"{settings.enrol_clips} enrolment clips per speaker not scored")
     talks = conversations(features) if turns else None
     if talks is not None and talks.shape[1] > 1:
         notes.append("each clip with the other turns of its conversation before it, without their labels")
-    lanes = _stack(features, parts, [seed for _, seed in names], config.standardise, enrolled, talks)
+    lanes = _stack(features, parts, [seed for _, seed in names], settings.standardise, enrolled, talks)
     return LanePlan(lanes, names, counts, notes)
 
 

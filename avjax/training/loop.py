@@ -19,6 +19,7 @@ import optax
 from avjax import tasks
 from avjax.errors import AvjaxError
 from avjax.models.base import CHOSEN, Batch, Model, Output
+from avjax.settings import Settings
 from avjax.training import optim
 from avjax.training.augment import augment
 from avjax.training.batches import Resident, alive, batches, gather, lane_statistics, shuffled
@@ -26,7 +27,6 @@ from avjax.training.lanes import Lane, LanePlan
 from avjax.training.sharding import ALONE, Placement
 from avjax.training.standardise import Statistics
 
-SELECT = ("val", "last")
 _EVAL_BATCH = 64
 # Bytes of the batches of all lanes. Measured with ETG-AVER on two cores with 32 MiB of cache: 25 lanes of batch 32 make
 # 65 to 260 MB, and together take 1.2 times as long; 15 of batch 8 make 10 MB, and together take 0.7 of the time.
@@ -67,12 +67,12 @@ class Recipe:
 
     Attributes:
       model: what is trained; tx: its optimizer, whose directions are not yet scaled by the learning rate.
-      config: the whole training configuration; place: where arrays live.
+      settings: of the whole experiment; place: where arrays live.
     """
 
     model: Model
     tx: optax.GradientTransformation
-    config: Any
+    settings: Settings
     place: Placement = ALONE
 
 
@@ -93,18 +93,15 @@ class Trainer:
     predict: Callable = flax.struct.field(pytree_node=False)
 
 
-def make(model: Model, config, place: Placement = ALONE) -> Trainer:
-    """Compiles nothing yet; `config` is a whole training configuration.
+def make(model: Model, settings: Settings, place: Placement = ALONE) -> Trainer:
+    """Makes the functions of a run; compiles nothing yet.
 
     Args:
       place: where arrays live; lanes and data that the functions are given have been put there.
-
-    Raises:
-      AvjaxError: `protocol.select` is unknown.
     """
-    recipe, over = recipe_of(model, config, place), functools.partial(over_lanes, model, place)
+    recipe, over = recipe_of(model, settings, place), functools.partial(over_lanes, model, place)
     init = over_lanes(None, place, functools.partial(_init, recipe), (0, None))
-    epochs = over(functools.partial(_epochs, recipe), (0, 0, None, None), config.train.batch_size)
+    epochs = over(functools.partial(_epochs, recipe), (0, 0, None, None), settings.train.batch_size)
     predict = over(functools.partial(_predict_test, recipe), (0, 0, None))
 
     def placed_epochs(*arguments):
@@ -118,15 +115,9 @@ def make(model: Model, config, place: Placement = ALONE) -> Trainer:
     )
 
 
-def recipe_of(model: Model, config, place: Placement = ALONE) -> Recipe:
-    """Makes the recipe of a whole training configuration.
-
-    Raises:
-      AvjaxError: `protocol.select` is unknown.
-    """
-    if config.protocol.select not in SELECT:
-        raise AvjaxError(f"protocol.select is {config.protocol.select!r}; choose one of {', '.join(SELECT)}")
-    return Recipe(model, optim.transform(config.train), config, place)
+def recipe_of(model: Model, settings: Settings, place: Placement = ALONE) -> Recipe:
+    """Makes the recipe of an experiment."""
+    return Recipe(model, optim.transform(settings.train), settings, place)
 
 
 def check_streams(model: Model, few: Resident, preset: str) -> None:
@@ -221,7 +212,7 @@ def _epochs(recipe: Recipe, state: State, lane: Lane, data: Resident, first: jax
         val = _evaluate(recipe, state, lane, data)
         return select(recipe, state, val, epoch), train | val | {"live": live}
 
-    return jax.lax.scan(one, state, first + jnp.arange(recipe.config.train.epochs_per_call))
+    return jax.lax.scan(one, state, first + jnp.arange(recipe.settings.train.epochs_per_call))
 
 
 def _batch(place: Placement, data: Resident, stats: Statistics, index, weight) -> dict[str, jax.Array]:
@@ -229,7 +220,7 @@ def _batch(place: Placement, data: Resident, stats: Statistics, index, weight) -
 
 
 def _train_epoch(recipe: Recipe, state: State, lane: Lane, data: Resident, epoch: jax.Array) -> tuple[State, dict]:
-    order = epoch_order(lane, epoch, recipe.config.train.batch_size)
+    order = epoch_order(lane, epoch, recipe.settings.train.batch_size)
 
     def one(state, item):
         index, weight, step_key = item
@@ -252,8 +243,8 @@ def train_step(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.
     Raises:
       AvjaxError: gradients are to be accumulated, but the loss or what the model keeps is of a whole batch.
     """
-    train, pictures = recipe.config.train, recipe.model.pictures
-    if pictures and "augment" in train:
+    train, pictures = recipe.settings.train, recipe.model.pictures
+    if pictures and train.augment:
         how, draw = train.augment, jax.random.fold_in(key, 0)
         batch = batch | {pictures: augment(batch[pictures], draw, degrees=how.degrees, flip=how.flip)}
     grads, sums, running = _gradients(recipe, state, lane, batch, key)
@@ -286,7 +277,7 @@ def epoch_order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Arra
 
 def _gradients(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.Array) -> tuple[dict, dict, dict]:
     """Computes the gradients of the batch's mean loss, the summed loss by term, and what the model keeps."""
-    pieces = recipe.config.train.accumulate
+    pieces = recipe.settings.train.accumulate
     size = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
     gradient = functools.partial(_gradient, recipe, state, lane.prior, size)
     if pieces > 1:
@@ -307,7 +298,7 @@ def _gradient(recipe: Recipe, state: State, prior, size, batch: Batch, key: jax.
         sums = {name: jnp.sum(term * batch["weight"]) for name, term in terms.items()}
         return sum(sums.values()) / size, (sums, running)
 
-    return jax.grad(jax.checkpoint(mean_loss) if recipe.config.train.remat else mean_loss, has_aux=True)(state.params)
+    return jax.grad(jax.checkpoint(mean_loss) if recipe.settings.train.remat else mean_loss, has_aux=True)(state.params)
 
 
 def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) -> tuple[dict, dict]:
@@ -387,13 +378,13 @@ def candidates(model: Model) -> list[int]:
 
 def select(recipe: Recipe, state: State, val: dict[str, jax.Array], epoch) -> State:
     """Keeps the best epoch and head on validation, or the last one, and decides whether to stop; test plays no part."""
-    model, config = recipe.model, recipe.config
+    model, settings = recipe.model, recipe.settings
     among, scoring = jnp.array(candidates(model)), tasks.SCORINGS[model.task]
     scores = scoring.scores(val["val_tables"])[scoring.picks][among]
     score, head = jnp.max(scores), among[jnp.argmax(scores)]
     loss = val["val_loss"] / jnp.maximum(val["val_size"], 1.0)
     better = (score > state.best_score) | ((score == state.best_score) & (loss < state.best_loss))
-    by_val = (config.protocol.select == "val") & (val["val_size"] > 0)
+    by_val = (settings.protocol.select == "val") & (val["val_size"] > 0)
     take = ~state.stopped & (better | ~by_val)
     kept = state.replace(
         best=_variables(state),
@@ -405,8 +396,8 @@ def select(recipe: Recipe, state: State, val: dict[str, jax.Array], epoch) -> St
     )
     state = _where(take, kept, state)
     bad = jnp.where(state.stopped, state.bad, state.bad + 1)
-    patience = config.train.patience
-    stop = state.stopped | (epoch >= config.train.epochs) | ((patience > 0) & by_val & (bad >= max(patience, 1)))
+    patience = settings.train.patience
+    stop = state.stopped | (epoch >= settings.train.epochs) | ((patience > 0) & by_val & (bad >= max(patience, 1)))
     return state.replace(bad=bad, stopped=stop)
 
 

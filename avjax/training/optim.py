@@ -14,74 +14,65 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from avjax.errors import AvjaxError
-from avjax.models.lora import check_patterns
+from avjax.settings import TrainSettings
 
-SCHEDULES = ("cosine", "constant")
-OPTIMIZERS = ("adamw", "adam", "sgd")
 # What stands before `/block_<i>/` is an encoder; of its other parameters only the last norm comes after its blocks.
 _BLOCK = re.compile(r"^(.+)/block_(\d+)/")
 _AFTER = "norm"
 
 
-def transform(config) -> optax.GradientTransformation:
-    """Clipped directions without the learning rate; `config` is the `train` part of a configuration.
+def transform(settings: TrainSettings) -> optax.GradientTransformation:
+    """Makes clipped directions without the learning rate.
 
     Weight decay acts on the weights alone in "adamw"; in "adam" and "sgd" (momentum 0.9) it is added to the gradient
     first, as PyTorch's optimizers of these names do. In the end directions are multiplied by `factors`, weight decay
     with them. A `clip_norm` of 0 clips nothing.
-
-    Raises:
-      AvjaxError: the name of the schedule or of the optimizer is unknown, or as `check_patterns`.
     """
-    for key, choices in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
-        if config[key] not in choices:
-            raise AvjaxError(f"train.{key} is {config[key]!r}; choose one of {', '.join(choices)}")
-    check_patterns([pattern for pattern, _ in config.rates], "train.rates")
-    decay = optax.add_decayed_weights(config.weight_decay)
+    decay = optax.add_decayed_weights(settings.weight_decay)
     order = {
         "adamw": (optax.scale_by_adam(), decay),
         "adam": (decay, optax.scale_by_adam()),
         "sgd": (decay, optax.trace(0.9)),
     }
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, *order[config.optimizer], *_scaled(config))
+    clip = optax.clip_by_global_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
+    return optax.chain(clip, *order[settings.optimizer], *_scaled(settings))
 
 
-def _scaled(config) -> tuple[optax.GradientTransformation, ...]:
-    if not config.rates and config.layer_decay == 1:
+def _scaled(settings: TrainSettings) -> tuple[optax.GradientTransformation, ...]:
+    if not settings.rates and settings.layer_decay == 1:
         return ()
 
     def scale(directions: Any, params: Any) -> Any:
-        known = factors(config, flatten_dict(params, sep="/"))
+        known = factors(settings, flatten_dict(params, sep="/"))
         flat = {path: known[path] * direction for path, direction in flatten_dict(directions, sep="/").items()}
         return unflatten_dict(flat, sep="/")
 
     return (optax.stateless(scale),)
 
 
-def factors(config, paths: Iterable[str]) -> dict[str, float]:
+def factors(settings: TrainSettings, paths: Iterable[str]) -> dict[str, float]:
     """What the learning rate is multiplied by, for each of the `paths` of the parameters.
 
-    `config.rates` are pairs of a pattern and a factor, of which the first counts whose pattern is found in the path.
+    `settings.rates` are pairs of a pattern and a factor, of which the first counts whose pattern is found in the path.
     It is multiplied with layer-wise decay (Bao et al. 2022, "BEiT", appendix): of an encoder with L blocks that are
-    trained, block i, from 0, has `config.layer_decay` to the power of L − i, what comes before the blocks to that of
+    trained, block i, from 0, has `settings.layer_decay` to the power of L − i, what comes before the blocks to that of
     L + 1, and what comes after them, or is no part of an encoder, has 1.
 
     Raises:
       AvjaxError: a pattern is found in no path, or layers are to decay and there are none.
     """
     paths = list(paths)
-    for pattern, _ in config.rates:
+    for pattern, _ in settings.rates:
         if not any(re.search(pattern, path) for path in paths):
             raise AvjaxError(f"train.rates: {pattern!r} is found in no path of what is trained, such as {paths[0]}")
     depths: dict[str, int] = {}
     for found in filter(None, map(_BLOCK.match, paths)):
         depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
-    if config.layer_decay != 1 and not depths:
+    if settings.layer_decay != 1 and not depths:
         raise AvjaxError(
-            f"train.layer_decay is {config.layer_decay}, but no block of an encoder is trained: set it to 1.0"
+            f"train.layer_decay is {settings.layer_decay}, but no block of an encoder is trained: set it to 1.0"
         )
-    return {path: _rate(config.rates, path) * config.layer_decay ** _steps_down(depths, path) for path in paths}
+    return {path: _rate(settings.rates, path) * settings.layer_decay ** _steps_down(depths, path) for path in paths}
 
 
 def _rate(rates: Iterable[tuple[str, float]], path: str) -> float:
@@ -98,16 +89,16 @@ def _steps_down(depths: dict[str, int], path: str) -> int:
     return 0
 
 
-def learning_rate(config, progress: jax.Array) -> jax.Array:
-    """Linear warm-up over the share `config.warmup` of the run, then cosine decay to 0, or constant.
+def learning_rate(settings: TrainSettings, progress: jax.Array) -> jax.Array:
+    """Linear warm-up over the share `settings.warmup` of the run, then cosine decay to 0, or constant.
 
     Args:
       progress: share of the run's steps already done, in [0, 1].
     """
-    rise = jnp.minimum(progress / config.warmup, 1.0) if config.warmup else 1.0
-    done = jnp.clip((progress - config.warmup) / max(1 - config.warmup, 1e-9), 0.0, 1.0)
-    fall = 0.5 * (1 + jnp.cos(jnp.pi * done)) if config.schedule == "cosine" else 1.0
-    return config.learning_rate * rise * fall
+    rise = jnp.minimum(progress / settings.warmup, 1.0) if settings.warmup else 1.0
+    done = jnp.clip((progress - settings.warmup) / max(1 - settings.warmup, 1e-9), 0.0, 1.0)
+    fall = 0.5 * (1 + jnp.cos(jnp.pi * done)) if settings.schedule == "cosine" else 1.0
+    return settings.learning_rate * rise * fall
 
 
 def cut(batch: dict[str, Any], pieces: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -12,6 +12,7 @@ from avjax.datasets.metadata import metadata
 from avjax.errors import AvjaxError
 from avjax.features.store import Features
 from avjax.models.base import Model
+from avjax.settings import ProtocolSettings
 from avjax.training.lanes import LanePlan
 
 _STANDARDISED = {
@@ -22,29 +23,29 @@ _STANDARDISED = {
 }
 
 
-def folds(features: Features, config) -> tuple[list[Fold], str]:
-    """The folds of `features` by `config`, the `protocol` part of a configuration, and their name.
+def folds(features: Features, settings: ProtocolSettings) -> tuple[list[Fold], str]:
+    """Makes the folds of `features`, and names them.
 
     Raises:
       AvjaxError: the data do not admit the folds asked for (`natural_folds`); two parts of a fold share a clip; folds
-        that test the same clips are asked for together, or there is none called `config.only`; or a division that the
-        data set does not bring itself puts a speaker on both sides, and `config.allow_speaker_overlap` is not set.
+        that test the same clips are asked for together, or there is none called `only`; or a division that the
+        data set does not bring itself puts a speaker on both sides, and `allow_speaker_overlap` is not set.
     """
-    made, name = natural_folds(features.clips, features.folds, config.folds, config.fold_count)
+    made, name = natural_folds(features.clips, features.folds, settings.folds, settings.fold_count)
     for fold in made:
         _check_disjoint(fold)
-    chosen = [f for f in made if f.name == config.only] if config.only else made
+    chosen = [f for f in made if f.name == settings.only] if settings.only else made
     if not chosen:
-        raise AvjaxError(f"protocol.only is {config.only!r}; the folds are {', '.join(f.name for f in made)}")
+        raise AvjaxError(f"protocol.only is {settings.only!r}; the folds are {', '.join(f.name for f in made)}")
     _check_tested_once(chosen)
     shared = max(len(_shared(features, f)) for f in chosen)
-    if shared and made != list(features.folds) and not config.allow_speaker_overlap:
+    if shared and made != list(features.folds) and not settings.allow_speaker_overlap:
         raise AvjaxError(
-            f"protocol.folds={config.folds}: {name}: up to {shared} speakers of a fold are in training and in test, "
+            f"protocol.folds={settings.folds}: {name}: up to {shared} speakers of a fold are in training and in test, "
             "which makes results look better than they are; use --config.protocol.folds=speaker, or "
             "--config.protocol.allow_speaker_overlap=True, which stamps it on every result"
         )
-    return chosen, f"fold {config.only} alone of {name}" if config.only else name
+    return chosen, f"fold {settings.only} alone of {name}" if settings.only else name
 
 
 def _check_disjoint(fold: Fold) -> None:
@@ -69,35 +70,35 @@ def _shared(features: Features, fold: Fold) -> set[str]:
     return {speaker.get(i) for i in (*fold.train, *fold.val)} & {speaker.get(i) for i in fold.test} - {None}
 
 
-def protocol_text(name: str, plan: LanePlan, config, model: Model, random: bool = False) -> str:
+def protocol_text(name: str, plan: LanePlan, settings: ProtocolSettings, model: Model, random: bool = False) -> str:
     """Says in one line how the figures came about; it stands beside every figure.
 
     Args:
-      name: of the division; config: the `protocol` part of a configuration; random: whether the features come from
+      name: of the division; random: whether the features come from
         weights drawn at random.
     """
     task = model.task
     warning = ["RANDOM WEIGHTS in the encoders: the figures mean nothing"] if random else []
     shared = max(c["speaker_overlap"] or 0 for c in plan.counts)
     overlap = [f"SPEAKERS OVERLAP: up to {shared} speakers of a fold are in training and in test"] if shared else []
-    heads = [f"head: {_selection(plan, config, task, model.heads[0])}"] if len(model.candidates) > 1 else []
-    epoch = f"epoch: {_selection(plan, config, task, 'last epoch')}"
-    return "; ".join([*warning, *overlap, name, *plan.notes, epoch, *heads, _STANDARDISED[config.standardise]])
+    heads = [f"head: {_selection(plan, settings, task, model.heads[0])}"] if len(model.candidates) > 1 else []
+    epoch = f"epoch: {_selection(plan, settings, task, 'last epoch')}"
+    return "; ".join([*warning, *overlap, name, *plan.notes, epoch, *heads, _STANDARDISED[settings.standardise]])
 
 
-def _selection(plan: LanePlan, config, task: str, without: str) -> str:
+def _selection(plan: LanePlan, settings: ProtocolSettings, task: str, without: str) -> str:
     """By what epoch or head is chosen; `without` is what counts where no clip is held out."""
-    held_out = {c["n_val"] > 0 for c in plan.counts} if config.select == "val" else {False}
+    held_out = {c["n_val"] > 0 for c in plan.counts} if settings.select == "val" else {False}
     scoring = tasks.SCORINGS[task]
     ways = {True: f"best validation {scoring.names[scoring.picks]}", False: without}
     return " or, where nothing is held out, ".join(ways[h] for h in sorted(held_out, reverse=True))
 
 
-def record(features: Features, plan: LanePlan, config, protocol_text: str) -> dict[str, object]:
+def record(features: Features, plan: LanePlan, settings: ProtocolSettings, protocol_text: str) -> dict[str, object]:
     """The content of `protocol.json`: what was used and dropped and why, who is on which side, and what chooses.
 
     Args:
-      config: the `protocol` part of a configuration; protocol_text: `protocol_text`.
+      protocol_text: as `protocol_text` gives it.
     """
     known = metadata(features.dataset)
     used = len(features.ids)
@@ -113,8 +114,8 @@ def record(features: Features, plan: LanePlan, config, protocol_text: str) -> di
             "published": (known.clips or None) if known else None,
         },
         "dropped": [{"clip_id": i, "reason": reason} for i, reason in features.rejected],
-        "selection": _selection(plan, config, features.task, "last epoch"),
-        "standardise": config.standardise,
+        "selection": _selection(plan, settings, features.task, "last epoch"),
+        "standardise": settings.standardise,
         "folds": [
             {"fold": fold, "seed": seed, **counts} for (fold, seed), counts in zip(plan.names, plan.counts, strict=True)
         ],

@@ -19,6 +19,7 @@ from avjax import tasks
 from avjax.errors import AvjaxError
 from avjax.features.packed import shapes
 from avjax.features.store import Features
+from avjax.settings import Settings
 from avjax.utils.storage import is_local, only_writer, read_json, write_text
 from avjax.utils.version import VERSION
 
@@ -26,10 +27,25 @@ from avjax.utils.version import VERSION
 _PLACES = re.compile(r"data\.(root|features|mode)$|train\.(save_steps|remat)$|mesh\.|processes\.")
 
 
-def default(config, features: Features) -> Path:
-    """`runs/<config>-<variants>`, and `-<data set>` where another one stands in for the configuration's."""
-    stand_in = "" if features.dataset == config.dataset else features.dataset
-    return Path("runs") / "-".join(filter(None, [config.name, *config.variants.split(","), stand_in]))
+def default(settings: Settings, stand_in: str = "") -> Path:
+    """Gives `runs/<config>-<variants>`, and `-<data set>` where another one stands in for the configuration's."""
+    return Path("runs") / "-".join(filter(None, [settings.name, *settings.variants.split(","), stand_in]))
+
+
+def read_settings(path: Path) -> Settings:
+    """Reads the `config.json` of a run or bundle.
+
+    Raises:
+      AvjaxError: it cannot be read, or is not of this version of avjax.
+    """
+    plain = read_json(path)
+    try:
+        settings = Settings.of(plain)
+    except AvjaxError as error:
+        raise AvjaxError(f"{path}: not of this version of avjax ({error}); train again") from error
+    if missing := _flat(settings.to_dict()).keys() - _flat(plain).keys():
+        raise AvjaxError(f"{path}: not of this version of avjax (without {min(missing)!r}); train again")
+    return settings
 
 
 def is_finished(workdir: Path) -> bool:
@@ -47,15 +63,15 @@ def held(workdir: Path, writes: bool) -> Iterator[None]:
         yield
 
 
-def begin(workdir: Path, config, features: Features) -> None:
+def begin(workdir: Path, settings: Settings, features: Features) -> None:
     """Claims `workdir` for a run, or checks that it holds this very run.
 
     Args:
-      config: the run's configuration; features: what it trains on.
+      features: what it trains on.
     Raises:
       AvjaxError: the directory holds a run of another configuration, or of other features.
     """
-    new = {k: v for k, v in _flat(config.to_dict()).items() if not _PLACES.match(k)}
+    new = {k: v for k, v in _flat(settings.to_dict()).items() if not _PLACES.match(k)}
     path = workdir / "config.json"
     if path.is_file():
         old = {k: v for k, v in _flat(read_json(path)).items() if not _PLACES.match(k)}
@@ -76,7 +92,7 @@ def begin(workdir: Path, config, features: Features) -> None:
     about = {"content": features.content, "made_by": features.made_by, "random": features.random}
     about |= {"streams": shapes(features)}
     write_text(workdir / "environment.json", json.dumps(environment() | {"features": about}, indent=1))
-    write_text(path, json.dumps(config.to_dict(), indent=1))
+    write_text(path, json.dumps(settings.to_dict(), indent=1))
 
 
 def environment() -> dict[str, object]:

@@ -18,9 +18,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from avjax.errors import AvjaxError
+from avjax.settings import MeshSettings, Settings
 
 AXES = ("lane", "data", "fsdp", "tensor")  # the last ones speak most and are neighbours
-PRESETS = ("auto", "single", "dp", "fsdp", "tp", "lanes")
 _BATCH = ("data", "fsdp")  # share out the clips of a batch
 
 Rules = tuple[tuple[str, P], ...]
@@ -175,34 +175,32 @@ class Placement:
 ALONE = Placement()
 
 
-def place(config, lanes: int) -> Placement:
-    """Where a run with so many lanes puts its arrays; `config` is a whole training configuration.
+def place(settings: Settings, lanes: int) -> Placement:
+    """Where a run with so many lanes puts its arrays.
 
     Raises:
-      AvjaxError: the preset is unknown, or the sizes of its mesh fit neither devices, nor lanes, nor batch.
+      AvjaxError: the sizes of the mesh fit neither devices, nor lanes, nor batch.
     """
     devices = jax.devices()
-    sizes = mesh_sizes(config.mesh, len(devices), jax.process_count(), lanes, config.train.batch_size)
+    sizes = mesh_sizes(settings.mesh, len(devices), jax.process_count(), lanes, settings.train.batch_size)
     count = math.prod(sizes.values())
     if count == 1 and jax.process_count() == 1:
         return ALONE
     mesh = jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:count])
-    return Placement(mesh, RULES.get(config.model.name, RULES["fusions"]))
+    return Placement(mesh, RULES.get(settings.model.name, RULES["fusions"]))
 
 
-def mesh_sizes(config, devices: int, processes: int, lanes: int, batch: int) -> dict[str, int]:
+def mesh_sizes(settings: MeshSettings, devices: int, processes: int, lanes: int, batch: int) -> dict[str, int]:
     """The size of each axis of the mesh, in the order of `AXES`.
 
     Args:
-      config: the `mesh` part of a configuration; sizes in it that are not 0 stand in the place of the preset's.
+      settings: sizes in them that are not 0 stand in the place of the preset's.
       lanes: of the run; batch: clips of a training batch.
     Raises:
       AvjaxError: as `place`.
     """
-    if config.preset not in PRESETS:
-        raise AvjaxError(f"mesh.preset is {config.preset!r}; choose one of {', '.join(PRESETS)}")
-    given = {axis: config[axis] for axis in AXES if config[axis]}
-    sizes = dict.fromkeys(AXES, 1) | (given or _preset(config.preset, devices, processes, lanes, batch))
+    given = {axis: size for axis in AXES if (size := getattr(settings, axis))}
+    sizes = dict.fromkeys(AXES, 1) | (given or _preset(settings.preset, devices, processes, lanes, batch))
     count = math.prod(sizes.values())
     said = " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     if count > devices or (processes > 1 and count != devices):

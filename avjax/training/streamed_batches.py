@@ -15,16 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax.errors import AvjaxError
 from avjax.features import tfds
 from avjax.features.packed import Packed
 from avjax.features.store import Features
+from avjax.settings import Settings
 from avjax.training import batches as batching
 from avjax.training import standardise as feature_statistics
 from avjax.training.sharding import ALONE, Placement
 from avjax.utils import multihost
 
-MODES = ("auto", "resident", "streamed")
 # Of the memory where data would be resident, the share that they may take.
 _SHARE = 0.4
 # Padding and decoding make of a packed view at most about so many times its size.
@@ -111,21 +110,21 @@ def batches(data: Streamed, index: np.ndarray, first: int = 0) -> Iterator[tuple
 
 
 def choose(
-    features: Features, config, constants: Mapping[str, Any] = MappingProxyType({}), place: Placement = ALONE
+    features: Features,
+    settings: Settings,
+    constants: Mapping[str, Any] = MappingProxyType({}),
+    place: Placement = ALONE,
 ) -> batching.Resident | Streamed:
-    """The data of a run: on the device, or streamed where `config.data.mode` says so or there is too much of them.
+    """The data of a run: on the device, or streamed where `data.mode` says so or there is too much of them.
 
     Args:
       constants: as for `batching.resident`.
       place: where arrays live. Resident clips are whole on every device; of those that were left on disk each process
         reads its part.
     Raises:
-      AvjaxError: the mode is unknown, or as `batching.resident`.
+      AvjaxError: as `batching.resident`.
     """
-    mode = config.data.mode
-    if mode not in MODES:
-        raise AvjaxError(f"data.mode is {mode!r}; choose one of {', '.join(MODES)}")
-    source, standardise = config.model.text_source, config.protocol.standardise
+    mode, source, standardise = settings.data.mode, settings.model.text_source, settings.protocol.standardise
     size = sum(v.nbytes for v in features.arrays.values())
     if features.packed is None and (mode == "resident" or (mode == "auto" and size <= room())):
         return batching.resident(features, source, standardise, constants, place.put)

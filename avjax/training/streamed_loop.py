@@ -15,6 +15,7 @@ import numpy as np
 
 from avjax.errors import Stopped
 from avjax.models.base import Model
+from avjax.settings import Settings
 from avjax.training import batches, loop, standardise, streamed_batches
 from avjax.training.checkpoint import Checkpoints
 from avjax.training.lanes import Lane
@@ -28,7 +29,7 @@ _ASKED = 16  # steps between two questions to other processes whether one was to
 
 def make(
     model: Model,
-    config,
+    settings: Settings,
     workdir: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
     place: Placement = ALONE,
@@ -41,10 +42,8 @@ def make(
       say: is told of each such checkpoint, as a sign of progress.
       place: where arrays live; each process reads what its devices need of a batch.
       stop_requested: whether the run is to stop; it then writes a checkpoint after the step and raises `Stopped`.
-    Raises:
-      AvjaxError: `protocol.select` is unknown.
     """
-    run = _Run(loop.recipe_of(model, config, place), workdir / FOLDER if workdir else None, say, stop_requested)
+    run = _Run(loop.recipe_of(model, settings, place), workdir / FOLDER if workdir else None, say, stop_requested)
     return loop.Trainer(init=run.init, epochs=run.epochs, predict=run.predict)
 
 
@@ -52,14 +51,14 @@ class _Run:
     """The compiled functions of a run over lanes, and what goes on between them."""
 
     def __init__(self, recipe: loop.Recipe, folder: Path | None, say, stop_requested):
-        model, config, place = recipe.model, recipe.config, recipe.place
+        model, settings, place = recipe.model, recipe.settings, recipe.place
         self._say, self._place, self._stop_requested = say, place, stop_requested
-        self._config, self._folder = config, folder
+        self._settings, self._folder = settings, folder
         over = functools.partial(loop.over_lanes, model, place)
         start = loop.over_lanes(None, place, functools.partial(_start, recipe), (0, 0, 0, None))
         self._start = jax.jit(lambda *arguments: place.state(start(*arguments)))
         self._order = jax.jit(
-            jax.vmap(functools.partial(loop.epoch_order, batch_size=config.train.batch_size), (0, None))
+            jax.vmap(functools.partial(loop.epoch_order, batch_size=settings.train.batch_size), (0, None))
         )
         self._step = step(recipe)
         score = over(functools.partial(_score, recipe), (0, 0, 0, None))
@@ -86,9 +85,9 @@ class _Run:
             for batch in self._batches(data, index, weight, len(found)):
                 state, sums = self._step(state, lanes, batch, data.constants, (first, np.int32(len(found))))
                 found.append(sums)
-                said = f"epoch {epoch}/{self._config.train.epochs}, step {len(found)} of {index.shape[1]}"
+                said = f"epoch {epoch}/{self._settings.train.epochs}, step {len(found)} of {index.shape[1]}"
                 stop = self._must_stop(len(found), said)
-                due = self._config.train.save_steps and len(found) % self._config.train.save_steps == 0
+                due = self._settings.train.save_steps and len(found) % self._settings.train.save_steps == 0
                 if due or stop:
                     kept.save(epoch, index.shape[1], state, found)
                     self._say(said)

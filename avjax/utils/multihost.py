@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from avjax.errors import AvjaxError
+from avjax.settings import ProcessSettings
 
 _EXPLICIT = ("AVJAX_COORDINATOR", "AVJAX_PROCESSES", "AVJAX_PROCESS")
 _BEAT = 2.0  # seconds between signs of life
@@ -43,12 +44,12 @@ def wanted(environment=os.environ) -> bool:
     return bool(there or int(tasks) > 1 or len(hosts) > 1 or any(environment.get(name) for name in told))
 
 
-def join(config) -> None:
+def join(settings: ProcessSettings) -> None:
     """Joins the other processes, if the environment speaks of any; before anything is computed.
 
     Args:
-      config: the `processes` part of a configuration: `wait`, seconds for all to join; `patience`, seconds without a
-        sign of life, or behind the others, until a process is given up.
+      settings: `wait`, seconds for all to join; `patience`, seconds without a sign of life, or behind the others, until
+        a process is given up.
     Raises:
       AvjaxError: they did not all join in time.
     """
@@ -65,21 +66,21 @@ def join(config) -> None:
             "process_id": _number("AVJAX_PROCESS"),
         }
     # JAX's own time-outs end the process without a word that helps; ours come first.
-    late = threading.Timer(config.wait, _end, [_LATE.format(wait=config.wait)])
+    late = threading.Timer(settings.wait, _end, [_LATE.format(wait=settings.wait)])
     late.daemon = True
     late.start()
     try:
         jax.distributed.initialize(
             **explicit,
-            initialization_timeout=2 * config.wait + 60,
-            heartbeat_timeout_seconds=2 * config.patience + 60,
+            initialization_timeout=2 * settings.wait + 60,
+            heartbeat_timeout_seconds=2 * settings.patience + 60,
             shutdown_timeout_seconds=30,
         )
     except (RuntimeError, ValueError) as error:
         raise AvjaxError(f"the processes of this run could not join ({str(error).splitlines()[0]})") from error
     finally:
         late.cancel()
-    _watch = Watch(config.patience)
+    _watch = Watch(settings.patience)
 
 
 def _end(reason: str) -> None:

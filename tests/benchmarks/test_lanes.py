@@ -26,7 +26,7 @@ def settings(**more):
     """One batch an epoch, so that the order of the clips does not matter."""
     chosen = {"model__width": 16, "train__batch_size": 24, "train__epochs": 8, "train__epochs_per_call": 8}
     chosen |= {"train__patience": 0, "train__learning_rate": 0.01, "train__warmup": 0.2, "train__weight_decay": 0.1}
-    return config.load("configs/etg_mafw.py", **(chosen | more))
+    return config.settings("configs/etg_mafw.py", **(chosen | more))
 
 
 @functools.cache

@@ -86,9 +86,9 @@ def test_configuration(file):
     config = configs.load(file)
     assert (config.name, config.dataset, config.variants) == (name, dataset, "")
     assert f"--config {file}" in configs.module(file).__doc__
-    with pytest.raises(AvjaxError, match="no variant 'qqqqqqqq'") as caught:
+    with pytest.raises(AvjaxError, match="is 'qqqqqqqq'; choose one of") as caught:
         configs.load(f"{file}:qqqqqqqq")
-    assert sorted(str(caught.value).partition("valid ones: ")[2].split(", ")) == sorted(variants)
+    assert sorted(str(caught.value).partition("choose one of ")[2].split(", ")) == sorted(variants)
     for variant in variants:
         changed = configs.load(f"{file}:{variant}")
         assert changed.variants == variant
@@ -108,7 +108,6 @@ def _build(config):
     from avjax.features import clip as clip_features
     from avjax.features import prompts
     from avjax.features.tables import join
-    from avjax.training import lanes as lane_plans
 
     texts = clip_features.TEXTS
     if "tables" in config:
@@ -122,9 +121,9 @@ def _build(config):
         presets.preset(config.preset)
         if "prompts" in config:
             texts = (*texts, prompts.UTTERANCE)
+    made = configs.typed(config)
     if "model" in config:
-        models.build(config.model, 7)
-        assert config.protocol.standardise in lane_plans.STANDARDISE
+        models.build(made.model, 7)
         assert config.model.text_source in (texts if "text" in config.model.streams else (*texts, ""))
 
 
@@ -177,7 +176,7 @@ def test_entry_points_can_be_imported_together():
 
 def test_overrides_without_flags():
     assert configs.load("configs/etg_mafw.py", train__epochs=3).train.epochs == 3
-    with pytest.raises(AvjaxError, match=r"no key 'train.epoch' .* did you mean 'train.epochs'"):
+    with pytest.raises(AvjaxError, match=r"is 'train.epoch'; choose .* did you mean 'train.epochs'"):
         configs.load("configs/etg_mafw.py", train__epoch=3)
 
 
@@ -215,13 +214,16 @@ FOLDER = "--config=configs/extract_folder.py"
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([FOLDER, "--config.data.rot=x"], "no key 'data.rot' in configs/extract_folder.py; did you mean 'data.root'?"),
+        (
+            [FOLDER, "--config.data.rot=x"],
+            "no key 'data.rot' in configs/extract_folder.py; --keys lists them; did",
+        ),
         (["--config", FOLDER[9:], "--config.rot", "x"], "no key 'rot' in"),
         (["-config", FOLDER[9:], "-config.worker=1"], "did you mean 'workers'?"),
-        ([FOLDER + ":light"], "no variant 'light' in this configuration; did you mean 'lite'?"),
+        ([FOLDER + ":light"], "variant of extract_folder is 'light'; choose one of lite, open"),
         (
             ["--config=configs/extract_foldr.py"],
-            "no such configuration file; did you mean 'configs/extract_folder.py'?",
+            "; did you mean 'configs/extract_folder.py'?",
         ),
         (["--config=/nowhere/x.py"], "/nowhere/x.py: no such configuration file"),
         (["--config=configs"], "configs: no such configuration file"),

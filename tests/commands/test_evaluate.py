@@ -103,7 +103,7 @@ def test_values_are_compared_without_evidence_over_people(compare, tmp_path, cap
 
 
 def test_mistakes_of_a_comparison_are_named(compare, tmp_path):
-    with pytest.raises(AvjaxError, match="no variant 'nosuch'"):
+    with pytest.raises(AvjaxError, match="is 'nosuch'; choose one of"):
         compare("--rows=nosuch")
     with pytest.raises(AvjaxError, match=r"got 'W'; expected compare --config FILE"):
         compare("W")

@@ -70,7 +70,7 @@ def trained(features, workdir, spec: str, settings: dict):
     """The directory of a run on features that are at hand."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "obtain", lambda config, console: features)
-        return train.train(config.load(spec, **settings), workdir)
+        return train.train(config.settings(spec, **settings), workdir)
 
 
 def concat(features, workdir):
@@ -263,7 +263,7 @@ def test_from_media_to_answers(task, tmp_path):
     options = extraction.Options(processes=2)
     extraction.extract("folder", "lite", root=str(root), out=str(tmp_path / "F"), options=options)
     settings = CONCAT | {"train__epochs": 3, "train__epochs_per_call": 3, "data__features": str(tmp_path / "F")}
-    workdir = train.train(config.load("configs/fusion_folder.py:concat", **settings), tmp_path / "W")
+    workdir = train.train(config.settings("configs/fusion_folder.py:concat", **settings), tmp_path / "W")
     metrics, stored = measured(workdir)
     assert (metrics["task"], metrics["classes"]) == (task, ["high", "late"])
     assert dict(zip(stored["clip_id"].tolist(), stored["label"].tolist(), strict=True)) == {

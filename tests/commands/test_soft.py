@@ -99,11 +99,11 @@ def test_guided_heads_cost_cross_entropy_with_shares_and_nothing_for_classes():
     label = tasks.encoded([(0.5, 0.5, 0)], NAMES, "soft")
     batch = {"label": label, "weight": np.ones(1, np.float32)}
     output = Output({"fusion": np.zeros((1, 3), np.float32)}, {}, {})
-    chosen = config.load("configs/etg_folder.py").model
+    chosen = config.settings("configs/etg_folder.py").model
     found = models.build(chosen, 3, "soft").loss(output, batch, np.ones(3) / 3)
     np.testing.assert_allclose(found["fusion"], 2 * np.log(3), rtol=1e-6)
     with pytest.raises(AvjaxError, match="both are for classes"):
-        models.build(config.load("configs/etg_folder.py", model__imbalance="focal").model, 3, "soft")
+        models.build(config.settings("configs/etg_folder.py", model__imbalance="focal").model, 3, "soft")
 
 
 def test_what_compares_classes_refuses_shares():

@@ -1,6 +1,5 @@
 """The whole command on a small made-up feature store: killed and begun again, finished, changed, interrupted."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -38,7 +37,7 @@ def features(tmp_path_factory) -> pathlib.Path:
 
 def settings(features: pathlib.Path, **more):
     chosen = {k.replace(".", "__"): v for k, v in SETTINGS.items()} | {"data__features": str(features)} | more
-    return config.load(f"{CONFIG}:{VARIANT}", **chosen)
+    return config.settings(f"{CONFIG}:{VARIANT}", **chosen)
 
 
 def command(features: pathlib.Path, workdir: pathlib.Path) -> list[str]:
@@ -199,12 +198,9 @@ def test_changed_features_are_refused_and_moved_ones_are_not(features, undisturb
 
 
 def test_the_run_directory_is_named_after_the_configuration_and_what_stands_in():
-    own = dataclasses.replace(synthetic.make(), dataset="folder")
-    assert run_directory.default(config.load(f"{CONFIG}:audio_only,speaker_norm"), own) == pathlib.Path(
-        "runs/etg_folder-audio_only-speaker_norm"
-    )
-    demo = dataclasses.replace(own, dataset="demo")
-    assert run_directory.default(config.load("configs/etg_mafw.py"), demo) == pathlib.Path("runs/etg_mafw-demo")
+    chosen = config.settings(f"{CONFIG}:audio_only,speaker_norm")
+    assert run_directory.default(chosen) == pathlib.Path("runs/etg_folder-audio_only-speaker_norm")
+    assert run_directory.default(config.settings("configs/etg_mafw.py"), "demo") == pathlib.Path("runs/etg_mafw-demo")
 
 
 def test_history_beyond_the_checkpoint_and_cut_lines_are_left_out(tmp_path):

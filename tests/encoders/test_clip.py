@@ -375,5 +375,5 @@ def test_configs_that_are_not_computed_are_refused(hub, message):
 
 
 def test_there_are_two_towers():
-    with pytest.raises(AvjaxError, match="tower is 'audio', expected one of vision, text"):
+    with pytest.raises(AvjaxError, match="tower is 'audio'; choose one of vision, text"):
         clip.tower_config({"model_type": "clip"}, "audio")

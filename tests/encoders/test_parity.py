@@ -384,13 +384,13 @@ def test_sources_and_options_that_do_not_exist_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(AvjaxError, match=r"config\.json: cannot be read as JSON .*fetch it again"):
         encoders.load(tmp_path)
-    with pytest.raises(AvjaxError, match="pool is 'max', expected one of first, mean, projected"):
+    with pytest.raises(AvjaxError, match="pool is 'max'; choose one of None, first, mean, projected"):
         encoders.load("minilm", pool="max")
     with pytest.raises(AvjaxError, match="a Bert has no joint space"):
         encoders.load("minilm", pool="projected", random=True)
     with pytest.raises(AvjaxError, match="tower is 'text', but a bert has none to choose from"):
         encoders.load("minilm", tower="text", random=True)
-    with pytest.raises(AvjaxError, match="tower is None, expected one of vision, text"):
+    with pytest.raises(AvjaxError, match="tower is None; choose one of vision, text"):
         encoders.load("clip_vit_b32", random=True)
     with pytest.raises(AvjaxError, match="layer"):
         encoders.load("hsemotion_b2", layer=3, random=True)

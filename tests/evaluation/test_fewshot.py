@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
@@ -13,6 +12,7 @@ from avjax.evaluation import fewshot
 from avjax.evaluation import fewshot_cache as caches
 from avjax.evaluation.fewshot_cache import ALPHAS, BETAS
 from avjax.models.emoasst import TEMPERATURE
+from avjax.settings import ProtocolSettings
 from avjax.training import lanes as lane_plans
 from tests import prompted, synthetic
 
@@ -25,7 +25,7 @@ FOLDS = (
     Fold("a", tuple(IDS[:26]), tuple(IDS[36:]), tuple(IDS[26:36])),
     Fold("b", tuple(IDS[:15]), tuple(IDS[41:]), ()),
 )
-SETTINGS = ConfigDict({"shots": 4, "tune_steps": 20, "tune_rate": 0.01, "reader": "cache"})
+SETTINGS = {"shots": 4, "tune_steps": 20, "tune_rate": 0.01, "reader": "cache"}
 HEADS = [f"{m}_{r}" for m in ("video", "audio", "both") for r in ("zero", "cache", "tuned", "probe")]
 
 
@@ -46,13 +46,12 @@ def made(seed: int = 0, signal: float = 0.8) -> dict[str, np.ndarray]:
 
 
 def plan_of(features=FEATURES, folds=FOLDS) -> lane_plans.LanePlan:
-    how = ConfigDict({"validation": 0.0, "standardise": "none", "enrol_clips": 0})
+    how = ProtocolSettings(validation=0.0, standardise="none")
     return lane_plans.plan(features, folds, (7,), how)
 
 
 def read(found=None, features=FEATURES, folds=FOLDS, **more) -> fewshot.ClassifierOutputs:
-    settings = ConfigDict(SETTINGS.to_dict() | more)
-    return fewshot.fit(found or made(), features, plan_of(features, folds), settings)
+    return fewshot.fit(found or made(), features, plan_of(features, folds), SETTINGS | more)
 
 
 @pytest.fixture(scope="module")
@@ -317,15 +316,15 @@ def test_a_lane_reads_the_same_alone(whole):
 
 
 def test_who_answers_is_said():
-    settings = ConfigDict(SETTINGS.to_dict())
+    settings = dict(SETTINGS)
     searched, left_out = "on validation clips", "by leaving one entry out"
     both = f"{searched} or, where nothing is held out, {left_out}"
     assert fewshot.described(plan_of(), settings) == f"head: 4-shot cache, alpha and beta {both}"
     for folds, how in ((FOLDS[:1], searched), (FOLDS[1:], left_out)):
-        settings.reader = "tuned"
+        settings["reader"] = "tuned"
         told = fewshot.described(plan_of(folds=folds), settings)
         assert told == f"head: 4-shot cache with tuned keys, alpha and beta {how}"
-        settings.reader = "zero"
+        settings["reader"] = "zero"
         assert fewshot.described(plan_of(folds=folds), settings) == "head: zero-shot"
 
 

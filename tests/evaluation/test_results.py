@@ -17,7 +17,7 @@ from avjax.training import batches
 from avjax.training import lanes as lane_plans
 from tests import synthetic
 
-PROTOCOL = config.load("configs/etg_folder.py").protocol
+PROTOCOL = config.settings("configs/etg_folder.py").protocol
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,7 @@ def test_attention_is_named_after_its_clip():
 
 
 def yardstick(features, **changes):
-    chosen = PROTOCOL.copy_and_resolve_references()
-    chosen.update(changes)
+    chosen = dataclasses.replace(PROTOCOL, **changes)
     folds, _ = natural_folds(features.clips, features.folds, chosen.folds, chosen.fold_count)
     plan = lane_plans.plan(features, folds, (42, 43), chosen)
     return baselines.yardsticks(batches.resident(features, "both", chosen.standardise), plan)

@@ -248,7 +248,7 @@ def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so
     ]
     assert len(encoded) == (3 if name == "emoasst" else 4)
     assert {r["weights"]["sha256"] for r in encoded} == {"random, seed 0"}
-    settings = config.load(
+    settings = config.settings(
         "configs/etg_folder.py",
         data__features=str(out),
         preset=name,

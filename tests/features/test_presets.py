@@ -234,7 +234,7 @@ def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, pres
     from rich.console import Console
 
     out, _ = packed
-    settings = config.load(
+    settings = config.settings(
         "configs/etg_folder.py",
         data__features=str(out),
         preset="tiny",

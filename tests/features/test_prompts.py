@@ -69,7 +69,7 @@ def test_a_class_is_named_by_formats_one_and_three():
 
 
 def test_another_gender_is_told():
-    with pytest.raises(AvjaxError, match=r"gender is 'f'; expected one of 'female', 'male', None"):
+    with pytest.raises(AvjaxError, match=r"gender is 'f'; choose one of female, male, None"):
         prompt_templates.prompts("joy", gender="f")
 
 
@@ -198,7 +198,7 @@ def told(**more):
 
 
 def attached(features, **more):
-    return prompts.attach(features, configs.load("configs/emoasst_folder.py", **more), Console(quiet=True))
+    return prompts.attach(features, configs.settings("configs/emoasst_folder.py", **more), Console(quiet=True))
 
 
 def test_features_get_prompts_utterances_and_classes(encoder):

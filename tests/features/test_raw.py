@@ -213,8 +213,8 @@ def test_provenance_tells_inputs_from_features_and_leaves_those_of_before_alone(
 def test_raw_presets_are_there_by_name():
     for name, of in (("open_raw", "open"), ("etg_raw", "etg")):
         made, known = presets.preset(name), presets.preset(of)
-        assert config.load(f"configs/extract_folder.py:{name}").preset == name
-        assert config.load(f"configs/etg_folder.py:{name}").preset == name
+        assert config.settings(f"configs/extract_folder.py:{name}").preset == name
+        assert config.settings(f"configs/etg_folder.py:{name}").preset == name
         assert (made.frames, made.image.every, made.max_seconds) == (8, 1, 10)
         assert {k: e.source for k, e in presets.encodings(made).items()} == {
             k: e.source for k, e in presets.encodings(known).items()
@@ -290,7 +290,7 @@ def test_without_standardisation_streams_enter_as_they_are(packed, preset):
 
 
 def test_without_standardisation_streamed_clips_have_no_statistics_either(packed):
-    settings = config.load("configs/etg_folder.py", protocol__standardise="none", data__mode="streamed")
+    settings = config.settings("configs/etg_folder.py", protocol__standardise="none", data__mode="streamed")
     there = streamed_batches.choose(stores.load(packed[0], "raw", on_disk=True), settings)
     assert there.groups == 0
     assert streamed_batches.statistics(there, np.ones((2, 7))) == {}

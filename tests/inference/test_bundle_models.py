@@ -1,5 +1,7 @@
 """Bundles of every kind of model: what is written and read back answers as what was trained."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from avjax.inference import bundle
 from avjax.inference import predict as prediction
 from avjax.inference import run as runs
 from avjax.models.fusions import registry as fusions
+from avjax.settings import FusionSettings
 from tests import portable, tiny_raw
 
 
@@ -27,10 +30,9 @@ def checked(run: runs.Run, clips, config, folder) -> runs.Run:
 )
 def test_fusions(name, tmp_path):
     run = portable.fusion(name)
-    config = configs.load("configs/fusion_folder.py")
-    config.model = fusions.model_config(name)
-    config.model.streams = fusions.FUSIONS[name].streams
-    config.model.settings.update(portable.SMALL.get(name, {}))
+    own = fusions.settings(name) | portable.SMALL.get(name, {})
+    model = FusionSettings(name, streams=fusions.FUSIONS[name].streams, settings=own)
+    config = dataclasses.replace(configs.settings("configs/fusion_folder.py"), model=model)
     checked(run, portable.features(3), config, tmp_path)
 
 

@@ -61,7 +61,7 @@ def test_answers_are_of_the_task(task):
 
 @pytest.mark.parametrize("variant", ["full", pytest.param("no_hlo,summary_query", marks=thorough)])
 def test_etg_aver(variant):
-    config = configs.load(f"configs/etg_folder.py:{variant}", model__width=16)
+    config = configs.settings(f"configs/etg_folder.py:{variant}", model__width=16)
     same(portable.run_of(models.build(config.model, 3), portable.features(2)), portable.features(5))
 
 
@@ -81,8 +81,8 @@ def pictures(clips: int):
 
 @thorough
 def test_pictures():
-    config = configs.load("configs/avtca_folder.py")
-    config.model.settings.update({"frames": True, "width": 16, "heads": 2})
+    small = {"model__settings__width": 16, "model__settings__heads": 2}
+    config = configs.settings("configs/avtca_folder.py", **small)
     model = models.build(config.model, 3)
     made = same(portable.run_of(model, pictures(2)), pictures(3), 16)
     assert stablehlo.inputs(made)["video"] == {"shape": ["clips", "16*video_steps", 32, 32, 3], "dtype": "uint8"}
@@ -120,7 +120,7 @@ def test_caches_vote_in_the_program(sizes):
 
 @functools.cache
 def etg() -> tuple[runs.Run, export.Exported]:
-    config = configs.load("configs/etg_folder.py", model__width=16)
+    config = configs.settings("configs/etg_folder.py", model__width=16)
     run = portable.run_of(models.build(config.model, 3), portable.features(2))
     return run, exported(run)
 

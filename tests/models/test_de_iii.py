@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+from avjax import models
 from avjax.errors import AvjaxError
 from avjax.layers import ConformerBlock
 from avjax.models import de_iii
 from avjax.models.de_iii import HEADS, VARIANTS, DeIII, Ife, Pae
+from avjax.settings import FusionSettings
 from benchmarks.step import random_variables
 
 FUSION = de_iii.FUSIONS["de_iii"]
@@ -463,7 +465,7 @@ def test_the_small_one_is_built():
 )
 def test_an_unknown_choice_is_named(setting, choices):
     with pytest.raises(AvjaxError, match=f"model.settings.{setting} is 'late'; choose one of {choices}"):
-        jax.eval_shape(built(**{setting: "late"}).init, jax.random.key(0), batch())
+        models.check(FusionSettings("de_iii", streams=FUSION.streams, settings={setting: "late"}))
 
 
 def test_pictures_of_different_lengths_are_refused():

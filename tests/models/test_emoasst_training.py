@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 
 from avjax import config as configs
 from avjax import models
@@ -151,10 +150,10 @@ def test_texts_of_another_width_than_the_prompts_are_told():
 
 def built(variants: str = "", **changes):
     """The model of a configuration; `changes` of `model`, and of `model.settings`."""
-    config = configs.load("configs/emoasst_meld.py" + (f":{variants}" if variants else "")).model.unlock()
-    for key, value in changes.items():
-        (config if key in config else config.settings)[key] = value
-    return models.build(config, 7)
+    chosen = configs.settings("configs/emoasst_meld.py" + (f":{variants}" if variants else "")).model
+    own = {key: value for key, value in changes.items() if not hasattr(chosen, key)}
+    top = {key: value for key, value in changes.items() if hasattr(chosen, key)}
+    return models.build(dataclasses.replace(chosen, **({"settings": {**chosen.settings, **own}} | top)), 7)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +201,9 @@ def test_the_loss_of_the_pictures_is_a_setting():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"depth": 2}, "depth unknown or missing; expected width, heads"),
-        ({"settings": ConfigDict({"width": 8})}, "heads.* unknown or missing"),
+        ({"depth": 2}, "model.settings key is 'depth'; choose one of width, heads"),
         ({"visual_loss": "triplet"}, "visual_loss is 'triplet'; choose one of clip, supcon"),
-        ({"shots": 0}, "shots is 0; expected 1 or more"),
+        ({"shots": 0}, "shots is 0; expected at least 1"),
         ({"reader": "probe"}, "reader is 'probe'; choose one of cache, tuned, zero"),
         ({"streams": ("text",)}, "reads video, audio or both"),
         ({"streams": ("text", "flow", "video")}, "reads video, audio or both"),

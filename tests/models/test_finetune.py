@@ -17,6 +17,7 @@ from avjax.errors import AvjaxError
 from avjax.features import presets
 from avjax.models import finetune, lora
 from avjax.models.end_to_end import PRETRAINED
+from avjax.settings import LoraSettings
 from avjax.training import batches, history, loop
 from avjax.training import lanes as lane_plans
 from tests import tiny_raw
@@ -339,7 +340,7 @@ def test_remat_gives_the_same_and_holds_less_for_the_gradient(kind):
 @pytest.mark.parametrize("preset", ["open_raw", "etg_raw"])
 def test_lora_trains_less_than_two_percent(preset):
     """Of the encoders at their true sizes, which need not be at hand."""
-    chosen, how = presets.preset(preset), lora.Tuning(lora=lora.Lora())
+    chosen, how = presets.preset(preset), lora.Tuning(lora=LoraSettings())
     trained = total = 0
     for stream, e in (("video", chosen.image), ("audio", chosen.sound), ("text", chosen.text)):
         family, module, _ = encoders.architecture(e.source, layer=e.layer, dtype="float32")

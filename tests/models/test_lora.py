@@ -7,7 +7,8 @@ from flax.traverse_util import flatten_dict
 
 from avjax.errors import AvjaxError
 from avjax.models import lora
-from avjax.models.lora import Lora, Tuning
+from avjax.models.lora import Tuning
+from avjax.settings import LoraSettings
 
 # Query with 4 inputs and 2 heads of 3, out the other way round, of unequal sides so that none passes for the other.
 SHAPES = {
@@ -44,9 +45,9 @@ def flat(tree) -> dict:
         (Tuning(frozen=("",)), []),
         (Tuning(frozen=("^text/words/", "/bias$", "block_1")), [*SHAPES][1:2] + [*SHAPES][3:5] + [*SHAPES][6:]),
         (Tuning(frozen=("^audio/",)), list(SHAPES)),
-        (Tuning(lora=Lora()), [p for p in SHAPES if "attention" in p and p.endswith("kernel")]),
-        (Tuning(frozen=("block_0/",), lora=Lora()), ["block_1/attention/query/kernel"]),
-        (Tuning(lora=Lora(targets=("^text/.*/up/kernel$",))), ["block_0/up/kernel"]),
+        (Tuning(lora=LoraSettings()), [p for p in SHAPES if "attention" in p and p.endswith("kernel")]),
+        (Tuning(frozen=("block_0/",), lora=LoraSettings()), ["block_1/attention/query/kernel"]),
+        (Tuning(lora=LoraSettings(targets=("^text/.*/up/kernel$",))), ["block_0/up/kernel"]),
     ],
 )
 def test_leaves_are_chosen_by_their_paths(how, expected):
@@ -64,7 +65,7 @@ def test_trained_leaves_begin_as_pretrained_and_take_their_places():
 
 
 def test_lora_changes_nothing_at_first_and_then_adds_the_product_of_its_factors():
-    how, pretrained = Tuning(lora=Lora(rank=2, alpha=6.0, targets=("kernel$",))), params()
+    how, pretrained = Tuning(lora=LoraSettings(rank=2, alpha=6.0, targets=("kernel$",))), params()
     trained = lora.begun(jax.random.key(3), how, "text", pretrained)
     jax.tree.map(np.testing.assert_array_equal, lora.merged(how, pretrained, trained), pretrained)
     rng = np.random.default_rng(1)
@@ -83,7 +84,7 @@ def test_lora_changes_nothing_at_first_and_then_adds_the_product_of_its_factors(
 
 def test_factors_differ_between_kernels_and_are_of_the_size_of_a_projection():
     wide = {"attention": {"query": {"kernel": np.zeros((400, 4, 100))}, "key": {"kernel": np.zeros((400, 4, 100))}}}
-    how = Tuning(lora=Lora(rank=50, targets=("kernel$",)))
+    how = Tuning(lora=LoraSettings(rank=50, targets=("kernel$",)))
     trained = flat(lora.begun(jax.random.key(0), how, "text", wide))
     query, key = (np.asarray(trained[f"attention/{name}/kernel/down"]) for name in ("query", "key"))
     assert query.std() == pytest.approx(400**-0.5, rel=0.02)
@@ -92,7 +93,7 @@ def test_factors_differ_between_kernels_and_are_of_the_size_of_a_projection():
 
 
 def test_what_is_no_kernel_has_no_factors():
-    how = Tuning(lora=Lora(targets=("conv_0|norm",)))
+    how = Tuning(lora=LoraSettings(targets=("conv_0|norm",)))
     with pytest.raises(AvjaxError, match=r"targets names text/norm/scale of shape \(5,\), which is no kernel"):
         lora.begun(jax.random.key(0), how, "text", {"norm": {"scale": np.ones(5)}})
 
@@ -101,10 +102,10 @@ def test_what_is_no_kernel_has_no_factors():
     ("how", "message"),
     [
         (Tuning(frozen=("^video/", "^sound/")), r"frozen: '\^sound/' is found in no path .* look like video/words"),
-        (Tuning(lora=Lora(targets=("querry",))), r"lora\.targets: 'querry' is found in no path"),
+        (Tuning(lora=LoraSettings(targets=("querry",))), r"lora\.targets: 'querry' is found in no path"),
     ],
 )
 def test_a_pattern_that_finds_nothing_is_a_mistake(how, message):
     with pytest.raises(AvjaxError, match=message):
         how.check({"video": params(), "text": params()})
-    Tuning(("^video/", "block_1"), Lora()).check({"video": params(), "text": params()})
+    Tuning(("^video/", "block_1"), LoraSettings()).check({"video": params(), "text": params()})

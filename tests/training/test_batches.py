@@ -17,9 +17,7 @@ from tests import synthetic
 
 
 def protocol(**changes):
-    out = config.load("configs/etg_folder.py").protocol
-    out.update(changes)
-    return out
+    return dataclasses.replace(config.settings("configs/etg_folder.py").protocol, **changes)
 
 
 def planned(features, seeds=(1,), **changes) -> lane_plans.LanePlan:

@@ -38,7 +38,7 @@ def asked(monkeypatch):
 def obtain(**changes) -> str:
     """What was said, after obtaining features."""
     console = Console(record=True, width=100, quiet=False)
-    data.obtain(configs.load("configs/etg_mafw.py", **changes), console)
+    data.obtain(configs.settings("configs/etg_mafw.py", **changes), console)
     return console.export_text()
 
 
@@ -100,5 +100,5 @@ def test_a_data_folder_in_the_environment_that_is_wrong_is_an_error(home, asked,
 
 def test_no_stand_in_for_a_folder_of_clips(home, asked):
     with pytest.raises(AvjaxError, match="no feature store named"):
-        data.obtain(configs.load("configs/etg_folder.py"), Console())
+        data.obtain(configs.settings("configs/etg_folder.py"), Console())
     assert asked == []

@@ -173,7 +173,7 @@ def test_values_are_validated_as_one_set_however_many_batches_it_takes():
     features = synthetic.values(clips=150)
     ids = features.ids
     fold = Fold("x", tuple(ids[:60]), tuple(ids[:2]), tuple(ids[60:]))  # 90 clips: two batches
-    model = SMALL.replace(loss=of_heads)
+    model = SMALL.replace(loss=of_heads, task="regression")
     run = Run(features, [fold], (1,), model, train__epochs=4).call()
     run.check()
     state = jax.tree.map(lambda v: v[0], run.state)

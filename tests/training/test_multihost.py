@@ -114,7 +114,7 @@ def test_two_processes_make_the_run_of_one(preset, mode, features, alone, tmp_pa
 def fresh_state(features: pathlib.Path) -> loop.State:
     from avjax.features import store
 
-    chosen = config.load(CONFIG, model__width=8, train__batch_size=8, train__seeds=(42,))
+    chosen = config.settings(CONFIG, model__width=8, train__batch_size=8, train__seeds=(42,))
     found = store.load(features, chosen.preset, "folder")
     plan = lane_plans.plan(found, folds(found, chosen.protocol)[0], (42,), chosen.protocol)
     data = batches.resident(found, "both", chosen.protocol.standardise)

@@ -5,15 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 from avjax.errors import AvjaxError
+from avjax.settings import TrainSettings
 from avjax.training import optim
 
 
-def settings(**changes) -> ConfigDict:
-    base = {"learning_rate": 0.1, "weight_decay": 0.02, "warmup": 0.2, "schedule": "cosine", "clip_norm": 1.0}
-    return ConfigDict(base | {"optimizer": "adamw", "rates": (), "layer_decay": 1.0} | changes)
+def settings(**changes) -> TrainSettings:
+    return TrainSettings(**({"learning_rate": 0.1, "weight_decay": 0.02, "warmup": 0.2} | changes))
 
 
 @pytest.mark.parametrize(
@@ -81,4 +80,4 @@ def test_steps_are_those_of_pytorch(name):
 )
 def test_unknown_names_are_named(changes, message):
     with pytest.raises(AvjaxError, match=message):
-        optim.transform(settings(**changes))
+        settings(**changes)

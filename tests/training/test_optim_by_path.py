@@ -59,7 +59,7 @@ def test_what_finds_nothing_is_a_mistake(changes, paths, message):
 
 def test_patterns_must_be_expressions():
     with pytest.raises(AvjaxError, match=r"train\.rates: '\(' is no regular expression"):
-        optim.transform(settings(rates=(("(", 0.1),)))
+        settings(rates=(("(", 0.1),))
 
 
 def tree() -> dict:

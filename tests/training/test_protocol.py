@@ -13,13 +13,11 @@ from avjax.training import lanes as lane_plans
 from avjax.training import protocol
 from tests import synthetic
 
-PROTOCOL = configs.load("configs/etg_folder.py").protocol
+PROTOCOL = configs.settings("configs/etg_folder.py").protocol
 
 
 def asked(**changes):
-    chosen = PROTOCOL.copy_and_resolve_references()
-    chosen.update(changes)
-    return chosen
+    return dataclasses.replace(PROTOCOL, **changes)
 
 
 def counts(held_out):
@@ -61,13 +59,9 @@ def test_a_part_that_reaches_into_another_is_refused(features, parts, message):
         protocol.folds(official(features, fold), asked())
 
 
-def test_choosing_by_test_clips_cannot_be_configured(features):
-    from avjax import models
-    from avjax.training import loop
-
-    config = configs.load("configs/etg_folder.py", protocol__select="test")
+def test_choosing_by_test_clips_cannot_be_configured():
     with pytest.raises(AvjaxError, match=r"protocol.select is 'test'; choose one of val, last"):
-        loop.make(models.build(config.model, 3), config)
+        configs.settings("configs/etg_folder.py", protocol__select="test")
 
 
 def test_folds_that_test_the_same_clips_are_run_one_by_one(features):
@@ -157,8 +151,7 @@ def test_the_record_says_what_was_dropped_and_why(features):
     ],
 )
 def test_the_protocols_name_says_how_the_figures_came_about(changes, held_out, notes, expected):
-    chosen = PROTOCOL.copy_and_resolve_references()
-    chosen.update(changes)
+    chosen = asked(**changes)
     plan = lane_plans.LanePlan(lanes=None, names=[], counts=counts(held_out), notes=notes)
     assert text("F", plan, chosen).startswith(expected)
     stamped = text("F", plan, chosen, random=True)
@@ -182,8 +175,7 @@ def test_the_protocols_name_says_how_the_figures_came_about(changes, held_out, n
     ],
 )
 def test_the_protocols_name_says_how_the_head_was_chosen(task, select, held_out, expected):
-    config = PROTOCOL.copy_and_resolve_references()
-    config.select = select
+    config = asked(select=select)
     plan = lane_plans.LanePlan(lanes=None, names=[], counts=counts(held_out), notes=[])
     assert text("F", plan, config, ("video", "audio"), task=task).startswith(expected)
     assert "head:" not in text("F", plan, config, task=task)

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from avjax import config as configs
 from avjax import models
 from avjax.errors import AvjaxError
+from avjax.settings import MeshSettings
 from avjax.training import batches, dry_run, sharding
 from avjax.training import lanes as lane_plans
 from tests import meshes
@@ -34,7 +34,6 @@ DEVICES = {"single": 1}
 MARKS = {"etg_aver": [pytest.mark.thorough, pytest.mark.budget(150)]}
 # Of the answers' spread, behind two updates: Adam's first ones are as large where a gradient is rounding alone.
 CLOSE = {"avt_ca": 1e-2}
-NONE = {"lane": 0, "data": 0, "fsdp": 0, "tensor": 0}
 
 
 def trained(system: str, presets: Iterable[str]) -> dict[str, dict]:
@@ -90,8 +89,7 @@ def check_steps(system: str, presets: Iterable[str]) -> None:
     ],
 )
 def test_sizes_of_meshes(preset, given, devices, processes, lanes, batch, expected):  # noqa: PLR0913 - a row of the table
-    config = ConfigDict(NONE | given | {"preset": preset})
-    sizes = sharding.mesh_sizes(config, devices, processes, lanes, batch)
+    sizes = sharding.mesh_sizes(MeshSettings(preset=preset, **given), devices, processes, lanes, batch)
     assert sizes == dict.fromkeys(sharding.AXES, 1) | expected
     assert tuple(sizes) == sharding.AXES
 
@@ -115,7 +113,7 @@ def test_sizes_of_meshes(preset, given, devices, processes, lanes, batch, expect
 )
 def test_meshes_that_do_not_fit(preset, given, devices, processes, says):
     with pytest.raises(AvjaxError, match=says):
-        sharding.mesh_sizes(ConfigDict(NONE | given | {"preset": preset}), devices, processes, 5, 8)
+        sharding.mesh_sizes(MeshSettings(preset=preset, **given), devices, processes, 5, 8)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +148,7 @@ def test_an_array_in_another_place_is_named():
 def test_a_dry_run_tells_parameters_memory_and_work(capsys):
     from rich.console import Console
 
-    config = configs.load("configs/etg_folder.py", model__width=16, train__batch_size=8)
+    config = configs.settings("configs/etg_folder.py", model__width=16, train__batch_size=8)
     made = meshes.features("etg_aver")
     model = models.build(config.model, 3)
     fold = meshes.Fold("one", tuple(made.ids[:16]), tuple(made.ids[16:]), ())

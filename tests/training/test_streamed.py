@@ -118,11 +118,11 @@ def test_packed_clips_are_those_of_the_whole_set(root):
 
 def test_what_is_in_memory_stands_beside_the_clips_on_disk(root):
     rng = np.random.default_rng(0)
-    held = {name: rng.normal(size=(48, n, 5)).astype(np.float32) for name, n in (("prompts", 6), ("text_said", 1))}
+    held = {name: rng.normal(size=(48, n, 5)).astype(np.float32) for name, n in (("prompts", 6), ("text_constant", 1))}
     masks = {name: np.ones(array.shape[:2], bool) for name, array in held.items()}
     left, whole = (store.load(root, "lite", on_disk=on_disk) for on_disk in (True, False))
     left, whole = (dataclasses.replace(f, arrays=f.arrays | held, masks=f.masks | masks) for f in (left, whole))
-    for source, texts in (("said", held["text_said"]), ("audio", whole.arrays["text_audio"])):
+    for source, texts in (("constant", held["text_constant"]), ("audio", whole.arrays["text_audio"])):
         disk, memory = (streamed_batches.choose(f, chosen(model__text_source=source)) for f in (left, whole))
         index = np.array([[3, 0], [47, 3]])
         equal(disk.rows(index), memory.rows(index))
@@ -240,9 +240,9 @@ def test_killed_within_an_epoch_a_command_ends_as_if_undisturbed(root, tmp_path)
 
 def pictured(features, mode: str, **augment: float) -> Run:
     """AVT-CA on raw pictures, after an epoch."""
-    made = config.load("configs/avtca_folder.py", data__mode=mode, train__epochs=1, train__batch_size=8)
-    made.model.settings.width = 16
-    made.train.augment.update(augment)
+    changes = {f"train__augment__{key}": value for key, value in augment.items()} | {"model__settings__width": 16}
+    changes |= {"data__mode": mode, "train__epochs": 1, "train__batch_size": 8}
+    made = config.settings("configs/avtca_folder.py", **changes)
     model = models.build(made.model, 3)
     assert model.pictures == "video"
     return Run(features, made, model=model).train(last=1)

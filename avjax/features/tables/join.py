@@ -33,6 +33,7 @@ from avjax.features import store as stores
 from avjax.features import tfds
 from avjax.features.tables import readers
 from avjax.features.tables.description import FORMATS, Description, Fact, File, Format, text_of
+from avjax.settings import Settings
 from avjax.utils import paths as assets
 from avjax.utils.storage import sha256
 from avjax.utils.tables import number
@@ -41,21 +42,19 @@ CODE_VERSION = 1  # raised when a change of code changes what is packed
 TEXT_SOURCE = "given"  # by which `model.text_source` names the stream `text`
 
 
-def obtain(config) -> stores.Features:
-    """The features that `config.tables` describes; the store is made first, or again where a file has changed.
+def obtain(settings: Settings) -> stores.Features:
+    """Gives the features that `tables` describes; the store is made first, or again where a file has changed.
 
-    Args:
-      config: a configuration with `tables`, `dataset` (the store's name), `preset` and `data`.
     Raises:
       AvjaxError: no data are there and no store either, or see `make`.
     """
-    place = stores.place(config.dataset, config.data.features)
-    root = assets.data_root(config.dataset, config.data.root)
+    place = stores.place(settings.dataset, settings.data.features)
+    root = assets.data_root(settings.dataset, settings.data.root)
     if root.is_dir():
-        make(config.dataset, config.preset, Description.of(config.tables.to_dict()), root, place)
-    elif config.data.root or not stores.is_finished(place, config.preset, config.dataset):
-        raise AvjaxError(f"{root}: no such folder; set --config.data.root to where the {config.dataset} tables are")
-    return stores.load(place, config.preset, config.dataset)
+        make(settings.dataset, settings.preset, Description.of(settings.tables), root, place)
+    elif settings.data.root or not stores.is_finished(place, settings.preset, settings.dataset):
+        raise AvjaxError(f"{root}: no such folder; set --config.data.root to where the {settings.dataset} tables are")
+    return stores.load(place, settings.preset, settings.dataset)
 
 
 def make(name: str, preset: str, description: Description, root: Path, place: Path) -> None:

@@ -36,6 +36,7 @@ from avjax.models.fusions import (
     uavm,
     vavl,
 )
+from avjax.settings import STREAMS, FusionSettings, check_model_settings
 
 _FILES = (
     averages,
@@ -66,8 +67,6 @@ _FILES = (
     avt_ca,
 )
 FUSIONS: dict[str, Fusion] = {name: fusion for file in _FILES for name, fusion in file.FUSIONS.items()}
-STREAMS = ("text", "audio", "video")
-DTYPES = ("float32", "bfloat16")
 _GIVEN = ("classes", "streams", "dtype", "parent", "name")
 
 
@@ -106,40 +105,30 @@ def comparable(there: Sequence[str]) -> list[str]:
 
 
 def model_config(name: str) -> ConfigDict:
-    """The `model` part of a configuration: a fusion of all three streams."""
-    return ConfigDict(
-        {
-            "name": name,
-            "streams": STREAMS,
-            "text_source": "both",  # both | audio | video | constant
-            "settings": settings(name),
-            "dtype": "float32",
-        }
-    )
+    """Gives the `model` part of a configuration: a fusion of all three streams."""
+    return ConfigDict(FusionSettings(name=name, settings=settings(name)).to_dict())
 
 
-def build(config: Any, classes: int, task: str) -> Model:
-    """Makes the fusion of `config` (the `model` part of a configuration).
+def check(given: FusionSettings) -> None:
+    """Checks streams and own settings of a fusion.
 
     Raises:
-      AvjaxError: a setting is unknown, or the fusion cannot read the streams.
+      AvjaxError: a setting is unknown or does not fit, or the fusion cannot read the streams.
     """
-    if config.dtype not in DTYPES:
-        raise AvjaxError(f"model.dtype is {config.dtype!r}; choose one of {', '.join(DTYPES)}")
-    fusion, streams = FUSIONS[config.name], tuple(config.streams)
+    fusion, streams = FUSIONS[given.name], given.streams
     if not fusion.fits(streams):
         needed = f"{', '.join(fusion.needs)} among them" if fusion.needs else "any"
         count = f"{fusion.least} to {fusion.most}" if fusion.least < fusion.most else fusion.most
         raise AvjaxError(
-            f"model.streams is {streams}; {config.name} reads {count} streams ({needed}), "
-            f"{fusion.streams} unless told otherwise"
+            f"model.streams is {streams}; {given.name} reads {count} streams ({needed}), by default {fusion.streams}"
         )
-    given = config.settings.to_dict() if isinstance(config.settings, ConfigDict) else dict(config.settings)
-    if unknown := given.keys() - settings(config.name).keys():
-        raise AvjaxError(
-            f"model.settings has {', '.join(sorted(unknown))}; {config.name} has {', '.join(settings(config.name))}"
-        )
-    module = fusion.module(classes=classes, streams=streams, dtype=jnp.dtype(config.dtype), **given)
+    check_model_settings(given.settings, settings(given.name), fusion.choices)
+
+
+def build(given: FusionSettings, classes: int, task: str) -> Model:
+    """Makes the fusion of settings that `check` has passed."""
+    fusion, streams = FUSIONS[given.name], given.streams
+    module = fusion.module(classes=classes, streams=streams, dtype=jnp.dtype(given.dtype), **given.settings)
     return Model(
         module=module,
         loss=lambda output, batch, prior: fusion.loss(output, batch, task),

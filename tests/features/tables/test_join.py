@@ -313,7 +313,7 @@ def test_quarantine_lists_what_was_rejected(root):
 def real(spec):
     if not (REAL / "mmmo").is_dir():
         pytest.skip(f"the tables are not at {REAL} (set AVJAX_TEST_DATA)")
-    return configs.load(spec, data__root=str(REAL))
+    return configs.settings(spec, data__root=str(REAL))
 
 
 def obtained(config):
@@ -381,9 +381,9 @@ def test_mmmo_beats_the_majority_with_masked_padding(cache):
 def test_without_data_and_without_a_store_it_says_where_to_look(cache, monkeypatch):
     monkeypatch.setenv("AVJAX_DATA", str(cache))
     with pytest.raises(AvjaxError, match=r"mmmo: no such folder; set --config\.data\.root"):
-        obtained(configs.load("configs/mmmo.py"))
+        obtained(configs.settings("configs/mmmo.py"))
     config = real("configs/mmmo.py")
     content = obtained(config).content
-    assert obtained(configs.load("configs/mmmo.py")).content == content  # the store is enough
+    assert obtained(configs.settings("configs/mmmo.py")).content == content  # the store is enough
     with pytest.raises(AvjaxError, match="nowhere: no such folder"):
-        obtained(configs.load("configs/mmmo.py", data__root="/nowhere"))
+        obtained(configs.settings("configs/mmmo.py", data__root="/nowhere"))

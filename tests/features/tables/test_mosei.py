@@ -33,7 +33,7 @@ def root(tmp_path, monkeypatch):
 
 
 def obtained(root, variants=""):
-    config = configs.load(f"{SPEC}:{variants}", data__root=str(root))
+    config = configs.settings(f"{SPEC}:{variants}", data__root=str(root))
     return data.obtain(config, Console(quiet=True))
 
 
@@ -85,7 +85,7 @@ def test_of_an_unaligned_file_lengths_say_how_many_steps_there_are(root):
 @pytest.mark.budget(17)
 def test_training_measures_sentiment_as_the_field_does(root, tmp_path, capsys):
     write_mmsa(root, "aligned_50.pkl", dict.fromkeys(WIDTHS, 5))
-    workdir = train.train(configs.load(SPEC, data__root=str(root), **TRAINING), tmp_path / "W")
+    workdir = train.train(configs.settings(SPEC, data__root=str(root), **TRAINING), tmp_path / "W")
     found = json.loads((workdir / "metrics.json").read_text())
     with np.load(workdir / "predictions.npz") as rows:
         y, x = rows["label"][:, 0].astype(float), rows["logits_fusion"][:, 0].astype(float)
@@ -201,7 +201,7 @@ def test_openface_and_no_words_will_do(root):
 @pytest.mark.thorough
 def test_emotions_are_trained(root, tmp_path):
     write_sdk(root)
-    config = configs.load(f"{SPEC}:emotions,audio", data__root=str(root), **TRAINING)
+    config = configs.settings(f"{SPEC}:emotions,audio", data__root=str(root), **TRAINING)
     found = json.loads((train.train(config, tmp_path / "W") / "metrics.json").read_text())
     assert list(found["values"]) == list(mosei.EMOTIONS)
     assert all(set(scores) == {"wa", "f1"} for scores in found["values"].values())
