@@ -24,7 +24,7 @@ TABLE = MAFW.TABLE | {
 def base() -> ConfigDict:
     config = MAFW.base()
     config.name, config.dataset = "etg_folder", "folder"
-    # Such sets are small. Chosen on held-out training speakers of four-speaker clips (docs/results.md), never on test clips.
+    # Such sets are small. Chosen on held-out training speakers of four-speaker clips (docs/results.md), never on test.
     config.model.update(dropout=0.5)
     config.train.update(seeds=(42, 43, 44), epochs=30, batch_size=16, learning_rate=1e-3, weight_decay=0.1)
     config.protocol.update(fold_count=10, validation=0.2)
