@@ -32,7 +32,7 @@ def main(workdir: Path, clip: Path) -> None:
     figure.text(0.03, 0.945, "report.html", size=17, weight="bold")
     figure.text(0.03, 0.905, metrics["dataset"], size=12, color=GREY)
     figure.text(0.67, 0.945, "avjax.predict", size=17, weight="bold")
-    figure.text(0.67, 0.905, "one clip of the demo corpus, which the run knows", size=12, color=GREY)
+    figure.text(0.67, 0.905, "one clip of the demo corpus, also used in training", size=12, color=GREY)
 
     scores(figure.add_axes((0.03, 0.33, 0.24, 0.5)), metrics)
     figure.text(0.03, 0.05, _wrapped(f"{metrics['dataset']}. {metrics['protocol']}", 48), size=10, color=GREY)
