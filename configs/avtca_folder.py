@@ -2,7 +2,7 @@
 
 Command:   python -m avjax.train --config configs/avtca_folder.py --config.data.root=R --config.data.features=F
 Data:      yours. With speakers: leave one speaker out (groups of speakers when there are many); else stratified folds.
-Result:    README, "DE-III and AVT-CA", on 96 real clips.
+Result:    docs/results.md, on 96 real clips.
 Variants:  as in `configs/avtca_ravdess.py`; avtca: pictures of 224 x 224; paper: the paper's optimizer.
 """
 

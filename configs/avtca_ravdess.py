@@ -5,7 +5,7 @@ Data:      RAVDESS as it was downloaded (Actor_01/*.mp4; CC BY-NC-SA 4.0): the 1
            sound. 15 pictures of 224 x 224 and 156 steps of 10 MFCC from 3.6 s in the middle. Not shipped.
 Paper:     accuracy 96.11, F1 93.78: of a validation fifth, with no test set, all 7,360 files counted (Table I). An
            independent rerun of the released code on held-out actors got 66.7 to 71.25.
-Here:      not measured: the films were not at hand. On 96 real clips: README, "DE-III and AVT-CA".
+Here:      not measured: the films were not at hand. On 96 real clips: docs/results.md.
 Variants:  Table V: it1, it4 (self-attention alone, 1 or 4 heads), ct1, ct4 (cross-attention alone), full; softhard (the
            modality dropout of MMER); repo: the released model with its optimizer; avtca_faulty: the released
            preprocessing with its faults (`avjax.features.presets.Window`), a word of the extraction too; avtca_112:

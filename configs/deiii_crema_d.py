@@ -4,7 +4,7 @@ Command:   python -m avjax.train --config configs/deiii_crema_d.py --config.data
 Data:      CREMA-D as it was downloaded (VideoFlash/*.flv, AudioWAV/*.wav; ODbL): 7,442 clips of 91 actors, of which
            five are left out. The folds are blocks of actors, 1001 to 1018 and so on, as in HiCMAE's lists. Not shipped.
 Paper:     F1 macro 79.5, micro 83.7 (Table 1; five folds, training, validation and test with disjoint actors).
-Here:      not measured: the films were not at hand. On 96 real clips: README, "DE-III and AVT-CA".
+Here:      not measured: the films were not at hand. On 96 real clips: docs/results.md.
            Batch 32 and the convolution's kernel are not stated in the paper. A validation fifth of the training actors
            picks epoch and head.
 Variants:  crowd: what most of the crowd saw, 5,820 clips in the five partitions of VAVL, whose lists are to be beside

@@ -2,7 +2,7 @@
 
 Command:   python -m avjax.train --config configs/deiii_folder.py --config.data.root=R --config.data.features=F
 Data:      yours. With speakers: leave one speaker out (groups of speakers when there are many); else stratified folds.
-Result:    README, "DE-III and AVT-CA", on 96 real clips.
+Result:    docs/results.md, on 96 real clips.
 Variants:  as in `configs/deiii_crema_d.py`; `paper` for the paper's sizes and optimizer; `concat`: the concatenation of
            the same streams. Features: `deiii_lite` (default), `deiii_open`, and what the hub has, `deiii`, `flow_dis`.
 """

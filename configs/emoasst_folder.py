@@ -3,7 +3,7 @@
 Command:   python -m avjax.train --config configs/emoasst_folder.py --config.data.root=R --config.data.features=F
 Data:      yours. With speakers: leave one speaker out (groups of speakers when there are many); else stratified folds.
            Columns `speaker`, `gender` and `transcript` enter the prompts.
-Result:    README, "EmoAsst", on 96 real clips.
+Result:    docs/models/emoasst.md, on 96 real clips.
 Variants:  as in `configs/emoasst_meld.py`, but untold is the default; `paper`: its widths, told; features: `lite`
            (default), `open`, or `emoasst`, which the hub has.
 """
@@ -21,7 +21,7 @@ def base() -> ConfigDict:
     config = MELD.base()
     # The sentence speaks for clips without a transcript, and quotes one where it is.
     config.name, config.dataset, config.model.text_source = "emoasst_folder", "folder", "both"
-    # A query that is told the label in training teaches the pictures' branch to copy it (README, "EmoAsst").
+    # A query that is told the label in training teaches the pictures' branch to copy it (docs/models/emoasst.md).
     config.update_from_flattened_dict(MELD.TABLE["lite"] | MELD.TABLE["small"] | MELD.TABLE["untold"])
     config.protocol.update(fold_count=10, validation=0.2)
     config.train.update(seeds=(42, 43, 44), epochs=60, batch_size=32)

@@ -5,7 +5,7 @@ Command:   python -m avjax.train --config configs/emoasst_ravdess.py --config.da
 Data:      as in `configs/ravdess_features.py`; each clip is one step of picture and one of sound, so that the branches
            have nothing to attend to in time. What is said is one of two sentences, whatever the emotion.
 Paper:     none.
-Here:      README, "EmoAsst".
+Here:      docs/adapt.md.
 Variants:  as in `configs/emoasst_meld.py` but for its presets.
 """
 

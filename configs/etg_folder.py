@@ -3,7 +3,7 @@
 Command:   python -m avjax.extract --config configs/extract_folder.py --config.data.root=R --out F
            python -m avjax.train --config configs/etg_folder.py --config.data.features=F --workdir W
 Data:      yours. With speakers: leave one speaker out (groups of speakers when there are many); else stratified folds.
-Result:    README, "A result that can be repeated".
+Result:    docs/results.md, on 96 real clips.
 Variants:  as in `configs/etg_mafw.py`; finetune, lora: five epochs, no dropout, the core at 1e-3. Without the hub, on a
            laptop: `finetune,open_raw`, `lora,open_raw`, and `--config.train.accumulate=4` for memory.
 """
@@ -24,7 +24,7 @@ TABLE = MAFW.TABLE | {
 def base() -> ConfigDict:
     config = MAFW.base()
     config.name, config.dataset = "etg_folder", "folder"
-    # Such sets are small. Chosen on held-out training speakers of four-speaker clips (README), never on test clips.
+    # Such sets are small. Chosen on held-out training speakers of four-speaker clips (docs/results.md), never on test.
     config.model.update(dropout=0.5)
     config.train.update(seeds=(42, 43, 44), epochs=30, batch_size=16, learning_rate=1e-3, weight_decay=0.1)
     config.protocol.update(fold_count=10, validation=0.2)

@@ -5,7 +5,7 @@ Command:   python -m avjax.train --config configs/etg_mafw.py [--config.data.roo
            corpus stands in, synthetic and of the same layout, and every figure says so.
 Data:      MAFW (signed agreement); 9,172 single-label clips, 8,996 of compound emotions. Not shipped.
 Paper:     WAR 60.78, UAR 44.27 (mean of five folds; end-to-end fine-tuned encoders, 1e-5, batch 4, seed 42).
-Here:      frozen encoders; not measured: the data set was not at hand. Demo corpus: README, "Two commands".
+Here:      frozen encoders; not measured: the data set was not at hand. Demo corpus: docs/quickstart.md.
            Learning rate 1e-3 and batch 8: frozen encoders leave little to train, and so the demo corpus is learned in
            25 epochs (1e-4 or batch 32 leaves it half learned). Nothing was chosen on MAFW.
 Variants:  the rows of Tables III–VI and Figure 3 (`avjax.models.etg_aver.VARIANTS`), the protocols and the presets

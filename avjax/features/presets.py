@@ -113,8 +113,8 @@ _DEIII = Preset(
     flow=Flow("perceiver_flow", _B2, side=368),
     sound=Encoding("wav2vec2_large_robust"),
 )
-# Encoders that can be had without the hub. Layers chosen on held-out training speakers (README): Whisper's middle is
-# .13 above its end; for the picture layers 9 to 12 are alike, and the tenth spares two.
+# Encoders that can be had without the hub. Layers chosen on held-out training speakers (docs/results.md): Whisper's
+# middle is .13 above its end; for the picture layers 9 to 12 are alike, and the tenth spares two.
 _S14 = Encoding("vit_s14", layer=10, pool="first")
 _WHISPER = Encoding("whisper_base", layer=3, per_second=10)
 _ETG = Preset(

@@ -1,4 +1,4 @@
-"""The commands of the README, as a user types them, from media files to the tables."""
+"""The commands of the documents, as a user types them, from media files to the tables."""
 
 import csv
 import json
