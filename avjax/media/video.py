@@ -50,8 +50,9 @@ def opened(path: str | Path):
     import av
 
     try:
-        # Metadata in a national encoding must not cost the clip.
-        with av.open(str(path), metadata_errors="replace") as container:
+        # Metadata in a national encoding must not cost the clip; PyAV 19 replaces what it cannot decode by itself.
+        lenient = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "replace"}
+        with av.open(str(path), **lenient) as container:
             yield container
     except av.FFmpegError as error:
         # Whoever names clips asks this of their files before; here the answer is a better reason.

@@ -43,7 +43,7 @@ def read_settings(path: Path) -> Settings:
         settings = Settings.of(plain)
     except AvjaxError as error:
         raise AvjaxError(f"{path}: not of this version of avjax ({error}); train again") from error
-    if missing := _flat(settings.to_dict()).keys() - _flat(plain).keys():
+    if missing := {k for k in _flat(settings.to_dict()) if not _PLACES.match(k)} - _flat(plain).keys():
         raise AvjaxError(f"{path}: not of this version of avjax (without {min(missing)!r}); train again")
     return settings
 

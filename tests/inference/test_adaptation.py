@@ -90,7 +90,7 @@ def without_caches(run: runs.Run) -> runs.Run:
 def test_a_new_cache_has_clips_of_the_run_and_the_middle_of_its_lanes(whole):
     workdir, run = whole
     cache = adaptation.new_cache(workdir, run)
-    assert np.bincount(cache.label).tolist() == [SETTINGS.shots] * 3
+    assert np.bincount(cache.label).tolist() == [SETTINGS["shots"]] * 3
     assert (cache.classes, cache.origin) == (CLASSES, run.predictor.caches[0].origin)
     assert cache.beta == np.median([c.beta for c in run.predictor.caches])
     for m in ("video", "audio"):
