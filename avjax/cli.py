@@ -12,6 +12,7 @@ from absl import app, flags, logging
 
 from avjax import config
 from avjax.errors import AvjaxError, Stopped
+from avjax.settings import FusionSettings
 from avjax.utils import paths
 
 # Native libraries that chat on standard error by default; an explicit setting of the user wins.
@@ -65,7 +66,13 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
 def _print_keys() -> None:
     if flags.FLAGS.config is None:
         raise AvjaxError("--keys lists the keys of a configuration; expected --config FILE beside it")
-    print(config.key_table(flags.FLAGS.config))
+    settings, meanings = config.typed(flags.FLAGS.config), {}
+    if isinstance(model := getattr(settings, "model", None), FusionSettings):
+        from avjax import models  # imported late, as it brings JAX
+
+        models.check(model)
+        meanings = models.meanings(model.name)
+    print(config.key_table(settings, meanings))
 
 
 def _interrupt(*_) -> None:

@@ -177,9 +177,16 @@ def _is_config(arg: str) -> bool:
     return arg.startswith("-") and arg.lstrip("-").partition("=")[0].partition(".")[0] == "config"
 
 
-def key_table(config: ConfigDict) -> str:
-    """Lists every key with its value and its meaning, for `--keys`."""
-    rows = [(key, repr(value), meaning) for key, value, meaning in typed(config).rows()]
+def key_table(settings: Settings | ExtractSettings, meanings: Mapping[str, str]) -> str:
+    """Lists every key with its value and its meaning.
+
+    Args:
+      meanings: of the own settings of the model, by their names.
+    """
+    rows = [
+        (key, repr(value), meanings.get(key.removeprefix("model.settings."), meaning))
+        for key, value, meaning in settings.rows()
+    ]
     wide, values = max(len(key) for key, _, _ in rows), min(36, max(len(value) for _, value, _ in rows))
     return "\n".join(f"{key:<{wide}}  {value:<{values}}  {meaning}" for key, value, meaning in rows)
 

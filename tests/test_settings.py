@@ -190,8 +190,8 @@ COMMAND_LINE = [
     "mesh.preset=ddp",
     "mesh.lane=-1",
     "data.mode=cloud",
-    "model.fusion=gate",
-    "model.dropout=1.0",
+    "model.dtype=float16",
+    "model.settings.dropout=1.0",
     "preset=light",
     "dataset=foldr",
     "weights.random=maybe",
@@ -201,7 +201,7 @@ COMMAND_LINE = [
 @pytest.mark.budget(10)
 def test_nothing_is_read_or_claimed_and_the_corrected_command_runs(features, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "W"
-    base = ("--config=configs/etg_folder.py:audio_only", f"--config.data.features={features}", f"--workdir={workdir}")
+    base = ("--config=configs/fusion_folder.py:concat", f"--config.data.features={features}", f"--workdir={workdir}")
     monkeypatch.setattr("avjax.training.data.obtain", lambda *_: pytest.fail("data were read"))
     for change in COMMAND_LINE:
         assert run(monkeypatch, *base, f"--config.{change}") == 2, change
@@ -210,7 +210,13 @@ def test_nothing_is_read_or_claimed_and_the_corrected_command_runs(features, tmp
         assert said.count("\n") == 1, change
         assert not workdir.exists(), change
     monkeypatch.undo()
-    small = ("train.epochs=1", "train.epochs_per_call=1", "model.width=8", "protocol.fold_count=2", "train.seeds=1,")
+    small = (
+        "train.epochs=1",
+        "train.epochs_per_call=1",
+        "model.settings.width=8",
+        "protocol.fold_count=2",
+        "train.seeds=1,",
+    )
     assert run(monkeypatch, *base, *(f"--config.{change}" for change in small)) in (0, None)
     assert (workdir / "report.html").is_file()
 
@@ -241,6 +247,14 @@ def test_keys_lists_every_key_with_value_and_meaning(monkeypatch, capsys):
     assert rows.keys() >= {key for key, _, _ in Settings().rows()}
     assert rows["train.epochs"].split() == ["train.epochs", "3", "epochs", "at", "most"]
     assert "'open'" in rows["preset"]
+
+
+def test_own_settings_of_models_mean_what_their_modules_say(monkeypatch, capsys):
+    run(monkeypatch, "--config=configs/fusion_folder.py:mult", "--keys")
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "blocks of a crossmodal transformer" in rows["model.settings.layers"]
+    assert "in the last perceptron" in rows["model.settings.out_dropout"]
+    assert models.meanings("emoasst")["queries"].startswith("m of the visual fusion module")
 
 
 def test_of_repeated_flags_the_last_wins(monkeypatch, capsys):

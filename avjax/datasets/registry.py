@@ -6,11 +6,15 @@ from pathlib import Path
 from avjax.datasets import crema_d, dfew, folder, java_sed, mafw, meld, msp_improv, ravdess
 from avjax.datasets.base import Corpus, Index
 from avjax.errors import AvjaxError, choose
-from avjax.utils import paths
+from avjax.utils import paths, tables
 
 
 def _demo(root: Path) -> Corpus:
-    return dataclasses.replace(mafw.index(root), name="demo")
+    columns = tables.read_columns(root / "speakers.csv")
+    speakers = dict(zip(columns["clip"], columns["speaker"], strict=True))
+    corpus = mafw.index(root)
+    clips = tuple(dataclasses.replace(clip, speaker=speakers[clip.id]) for clip in corpus.clips)
+    return dataclasses.replace(corpus, name="demo", clips=clips)
 
 
 REGISTRY: dict[str, Index] = {

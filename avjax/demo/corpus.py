@@ -24,7 +24,8 @@ from avjax.media.requirements import need_media
 from avjax.utils import paths, progress, worker_pool
 from avjax.utils.storage import only_writer, read_json, replacing, write_text
 
-VERSION = 1  # of the recipe; another version is another corpus, kept in another place
+VERSION = 2  # another version is another corpus, kept in another folder
+_SEED = 1  # of the clips, which version 2 shares with version 1
 TAKES = 2  # clips per class and speaker
 SPEAKERS = 10
 FPS = 12
@@ -85,7 +86,7 @@ class Look:
 def plans() -> list[Plan]:
     """All clips in the order of their names, which tell nothing about class or speaker."""
     every = [(e, s) for e in EMOTIONS for s in range(SPEAKERS) for _ in range(TAKES)]
-    order = np.random.default_rng(VERSION).permutation(len(every))
+    order = np.random.default_rng(_SEED).permutation(len(every))
     return [Plan(f"{n:05d}", *every[i], fold=every[i][1] // 2 + 1) for n, i in enumerate(order, 1)]
 
 
@@ -95,8 +96,9 @@ def place() -> Path:
 
 
 def write_lists(root: Path) -> None:
-    """Writes the fold lists as MAFW has them, five times train.txt and test.txt, and a note on what this is."""
+    """Writes the fold lists as MAFW has them, five times train.txt and test.txt, the speakers, and a note."""
     every = plans()
+    write_text(root / "speakers.csv", "".join(["clip,speaker\n", *(f"{p.name},{p.speaker}\n" for p in every)]))
     for fold in range(1, 6):
         for part in ("train", "test"):
             lines = [f"{p.name}.mp4 {p.emotion}\n" for p in every if (p.fold == fold) == (part == "test")]
@@ -140,7 +142,7 @@ def clip_path(root: Path, plan: Plan) -> Path:
 
 def write_clip(root: Path, plan: Plan) -> None:
     """Renders one clip; the same plan gives the same picture and sound, whatever else is made."""
-    rng = np.random.default_rng([VERSION, int(plan.name)])
+    rng = np.random.default_rng([_SEED, int(plan.name)])
     sound, openness = _sound(plan, rng)
     with replacing(clip_path(root, plan), "wb") as file:
         _encode(file, _pictures(plan, openness, rng), sound)
@@ -230,7 +232,7 @@ def _expression(emotion: str, rng: np.random.Generator) -> dict[str, float]:
 
 @functools.cache
 def _look(speaker: int) -> Look:
-    rng = np.random.default_rng([VERSION, 1, speaker])
+    rng = np.random.default_rng([_SEED, 1, speaker])
     return Look(
         mirrored=bool(speaker % 2),
         gains=(0.75 + 0.25 * rng.random() + rng.uniform(-0.08, 0.08, 3)).astype(np.float32),
@@ -242,7 +244,7 @@ def _look(speaker: int) -> Look:
 
 @functools.cache
 def _voice(speaker: int) -> voice.Speaker:
-    rng = np.random.default_rng([VERSION, 2, speaker])
+    rng = np.random.default_rng([_SEED, 2, speaker])
     return voice.Speaker(rng.uniform(160, 192), rng.uniform(0.88, 1.12), rng.uniform(-11, -7))
 
 

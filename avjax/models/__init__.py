@@ -1,5 +1,8 @@
 """The registry of models: name → a function of (settings of the model, number of classes, task)."""
 
+import inspect
+import re
+
 from avjax.errors import AvjaxError, choose
 from avjax.models import emoasst, etg_aver
 from avjax.models.base import Build, Model
@@ -33,6 +36,16 @@ def check(settings: EtgAverSettings | FusionSettings) -> None:
         raise AvjaxError(f"model.name is {settings.name!r}, which has other settings; choose it by a variant")
     if isinstance(settings, FusionSettings):
         (emoasst if settings.name == "emoasst" else fusions).check(settings)
+
+
+def meanings(name: str) -> dict[str, str]:
+    """Gives what the own settings of a fusion or of EmoAsst mean, out of the docstring of its module."""
+    module = emoasst.EmoAsst if name == "emoasst" else fusions.FUSIONS[name].module
+    listed = (inspect.getdoc(module) or "").partition("Attributes:")[2]
+    text = " ".join(listed.split())
+    # "width, heads: of all layers; dropout: a rate" names three settings in two pieces.
+    pieces = re.findall(r"(?:^|[.;] )((?:[a-z_]+, )*[a-z_]+): (.*?)(?=[.;] (?:[a-z_]+, )*[a-z_]+: |$)", text)
+    return {key: meaning.rstrip(".") for keys, meaning in pieces for key in keys.split(", ")}
 
 
 def build(settings: EtgAverSettings | FusionSettings, classes: int, task: str = "single") -> Model:

@@ -67,7 +67,7 @@ def close(ours, others, share: float = 1e-4) -> None:
 # ---- PyTorch ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.budget(12)
+@pytest.mark.thorough
 @needs_torch
 def test_the_models_have_the_same_parameters():
     params = lane(trained()[3].params)

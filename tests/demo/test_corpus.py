@@ -172,7 +172,7 @@ def test_length_loudness_and_lead_in_are_drawn_without_regard_to_the_class():
     """The draws come before anything that depends on the class; what is left of it after mixing is loudness."""
     lengths, levels, labels = [], [], []
     for plan in corpus.plans():
-        sound, openness = corpus._sound(plan, np.random.default_rng([corpus.VERSION, int(plan.name)]))
+        sound, openness = corpus._sound(plan, np.random.default_rng([corpus._SEED, int(plan.name)]))
         lengths.append((len(sound), np.argmax(openness > 0)))
         levels.append(10 * np.log10(np.mean(sound**2)))
         labels.append(list(corpus.EMOTIONS).index(plan.emotion))

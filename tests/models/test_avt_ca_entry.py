@@ -21,7 +21,6 @@ def test_the_entry_reads_audio_and_video_in_any_order():
 @pytest.mark.parametrize(
     ("settings", "side", "message"),
     [
-        ({"blocks": "none"}, 0, "blocks is 'none'; choose one of both, self, cross"),
         ({}, 32, r"shape \(4, 5, 32, 32, 3\); AVT-CA with frames=False reads features .* set frames to True"),
         ({"frames": True}, 0, r"shape \(4, 5, 6\); AVT-CA with frames=True reads pictures .* set frames to False"),
         ({"frames": True}, 31, "pictures of 31 x 31 pixels .* even sides, such as 112 x 112"),

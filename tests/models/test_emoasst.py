@@ -428,6 +428,7 @@ def test_gradients_reach_everything_but_what_one_token_leaves_without(queries):
             assert np.abs(slope).max() > 1e-6, path
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("clips", [3 * (BLIND, BLIND), 3 * (SILENT, SILENT), 3 * (EMPTY, EMPTY), 3 * (MUTE, WHOLE)])
 def test_gradients_are_finite_where_modalities_are_missing(clips):
     found = gradients(clips=clips)

@@ -1,5 +1,6 @@
 """ETG-AVER: its equations against plain float64 loops, and what must hold for every named variant."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -191,8 +192,8 @@ def compiled(text: str):
 
 
 def compiled_variant(variant: str):
-    chosen = settings(variant).model
-    chosen.text_source = "both"  # the features' business: the same model whatever the sentence was made from
+    # The source of the text is the features' concern: the model is the same whatever the sentence was made from.
+    chosen = dataclasses.replace(settings(variant).model, text_source="both")
     return compiled(json.dumps(chosen.to_dict()))
 
 

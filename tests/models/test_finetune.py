@@ -371,7 +371,7 @@ def test_a_model_is_described_without_weights(monkeypatch):
         ({"tune": "some"}, r"model\.encoders\.tune is 'some'; choose one of full, lora"),
         ({"frozen": ("(",)}, r"model\.encoders\.frozen: '\(' is no regular expression"),
         ({"lora__targets": ("[",)}, r"model\.encoders\.lora\.targets: '\[' is no regular expression"),
-        ({"lora__rank": 0}, r"model\.encoders\.lora\.rank is 0; give at least 1"),
+        ({"lora__rank": 0}, r"model\.encoders\.lora\.rank is 0; expected at least 1"),
         ({"preset": "open"}, r"preset 'open' has features, .*; take one of .*open_raw, etg_raw"),
         (
             {"preset": "tiny_b2"},
@@ -395,6 +395,6 @@ def test_patterns_that_find_nothing_are_named_at_the_start():
 def test_random_weights_and_the_preset_follow_the_configuration():
     config = tiny_raw.settings("lora,open_raw", "open_raw", weights__random=False)
     assert (config.model.encoders.preset, config.model.encoders.random) == ("open_raw", False)
-    config.weights.random, config.preset = True, "etg_raw"
+    config = tiny_raw.settings("lora,open_raw", "etg_raw", weights__random=True)
     assert (config.model.encoders.preset, config.model.encoders.random) == ("etg_raw", True)
     assert json.loads(json.dumps(config.to_dict()))["model"]["encoders"]["preset"] == "etg_raw"

@@ -181,7 +181,6 @@ def test_unequal_lanes_are_padded_with_their_own_training_clips():
     ("call", "message"),
     [
         (lambda f: batches.resident(f, "face", "train"), "text_source is 'face'; the feature store has both, audio"),
-        (lambda f: batches.resident(f, "both", "clip"), "standardise is 'clip'; choose one of train, speaker, enrol"),
         (lambda f: batches.resident(f, "both", "speaker"), "needs a speaker for every clip; use 'train'"),
         (lambda f: lane_plans.plan(f, [Fold("x", ("gone",), ("clip001",))], (1,), protocol()), "fold x: 0 clips to"),
         (lambda f: lane_plans.plan(f, [Fold("x", ("clip001",), ())], (1,), protocol()), "fold x: 1 clips to"),
@@ -265,8 +264,3 @@ def test_padding_rows_have_nothing_real():
     data = batches.resident(synthetic.make(6), "both", "train")
     batch = batches.gather(data, {}, jnp.array([1, 2]), jnp.array([1.0, 0.0]))
     assert batch["audio_mask"].any(-1).tolist() == [True, False]
-
-
-def test_a_seed_comes_once():
-    with pytest.raises(AvjaxError, match=r"train\.seeds is \(1, 2, 1\); expected each seed once"):
-        planned(synthetic.make(), seeds=(1, 2, 1))

@@ -82,7 +82,7 @@ def test_of_an_unaligned_file_lengths_say_how_many_steps_there_are(root):
     assert shapes == {"audio": 3, "video": 3, "text_given": 5}
 
 
-@pytest.mark.budget(17)
+@pytest.mark.thorough
 def test_training_measures_sentiment_as_the_field_does(root, tmp_path, capsys):
     write_mmsa(root, "aligned_50.pkl", dict.fromkeys(WIDTHS, 5))
     workdir = train.train(configs.settings(SPEC, data__root=str(root), **TRAINING), tmp_path / "W")
