@@ -1,11 +1,17 @@
 """avjax: audio-visual emotion recognition in JAX and Flax."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from avjax.utils.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from avjax.inference.bundle import Bundle
 
 __all__ = ["__version__", "load"]
 
 
-def load(folder):
+def load(folder: str | Path) -> "Bundle":
     """Reads a bundle of `avjax.export` (see `avjax.inference.bundle.load`)."""
     from avjax.inference import bundle  # here: most of what imports avjax needs no more than a part of it
 

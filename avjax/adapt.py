@@ -19,11 +19,15 @@ writes W/adaptation.json and W/adaptation.png.
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from avjax import cli
 from avjax.errors import AvjaxError
+
+if TYPE_CHECKING:
+    from avjax.inference.run import Run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of avjax.train.", required=True)
 CACHE = flags.DEFINE_string("cache", None, "The cache file.")
@@ -51,7 +55,7 @@ def main(_: list[str]) -> None:
         _edit(workdir, run, Path(CACHE.value))
 
 
-def _edit(workdir: Path, run, path: Path) -> None:
+def _edit(workdir: Path, run: "Run", path: Path) -> None:
     from rich.console import Console
 
     from avjax.evaluation import fewshot_cache as caches
@@ -74,7 +78,7 @@ def _edit(workdir: Path, run, path: Path) -> None:
     Console(markup=False).print(prediction_tables.cache_table(cache, str(path), adaptation.new_cache(workdir, run)))
 
 
-def _curve(workdir: Path, run) -> None:
+def _curve(workdir: Path, run: "Run") -> None:
     from rich.console import Console
 
     from avjax.evaluation.report import plots

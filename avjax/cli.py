@@ -75,7 +75,7 @@ def _print_keys() -> None:
     print(config.key_table(settings, meanings))
 
 
-def _interrupt(*_) -> None:
+def _interrupt(*_: object) -> None:
     _interrupted.set()
     raise KeyboardInterrupt
 

@@ -20,7 +20,9 @@ Exit status: 1 where something needed is broken or a finding is invalid, 2 for a
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -28,6 +30,9 @@ from avjax import cli
 from avjax import config as configs
 from avjax.errors import AvjaxError
 from avjax.settings import ProtocolSettings, Settings
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 CONFIG = configs.define_flag()
 OUT = flags.DEFINE_string("out", None, "data: folder of audit.html and audit.json; default audits/<data set>.")
@@ -101,12 +106,12 @@ def lists(folder: str) -> int:
     return int(bool(problems))
 
 
-def _labels(clips) -> dict[str, int]:
+def _labels(clips: Mapping[str, object]) -> dict[str, int]:
     """Label → number of clips, in the order of the labels."""
     return {str(label): count for label, count in sorted(Counter(map(str, clips.values())).items())}
 
 
-def _lists_table(parts):
+def _lists_table(parts: Sequence[Mapping[str, Any]]) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
@@ -117,7 +122,7 @@ def _lists_table(parts):
     return out
 
 
-def _print(as_json: dict, table) -> None:
+def _print(as_json: dict, table: "Table") -> None:
     from rich.console import Console
 
     if JSON.value:

@@ -15,8 +15,9 @@ protocol into W/<row>, and shows all with bootstrap intervals over speakers and 
 again it goes on where it stopped; a row that cannot be trained is named with its reason and the others go on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -112,7 +113,7 @@ def _name(settings: Settings) -> str:
     return "-".join(["compare", settings.name, *filter(None, settings.variants.split(","))])
 
 
-def _show(runs: list[tuple[str, dict]], evidence, failed: list[str]) -> None:
+def _show(runs: list[tuple[str, dict]], evidence: Mapping[str, Any] | None, failed: list[str]) -> None:
     from rich.console import Console
 
     from avjax.evaluation.report import tables

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +21,9 @@ from avjax.errors import UnusableMedia
 from avjax.media import video
 from avjax.utils import media_files, progress, worker_pool
 from avjax.utils.storage import sha256
+
+if TYPE_CHECKING:
+    from avjax.media.faces import FaceTracker
 
 SILENT = 1e-3  # of full scale, -60 dB: below, nothing is said
 # Lossy codecs round off clipped tops, which then lie on either side of full scale: from -1 dB on they count.
@@ -164,7 +168,9 @@ def _batches(jobs: Sequence[tuple[Clip, list]], most: int) -> list[list[tuple[Cl
     return batches
 
 
-def _opened(batches: Sequence[list[tuple[Clip, list]]], model, count: int, seconds: float) -> Iterator[Facts]:
+def _opened(
+    batches: Sequence[list[tuple[Clip, list]]], model: Path | None, count: int, seconds: float
+) -> Iterator[Facts]:
     again = []
     for batch, answer in worker_pool.each(
         _inspect_batch, batches, count=count, seconds=seconds, setup=set_up, arguments=(model,)
@@ -181,6 +187,9 @@ def _opened(batches: Sequence[list[tuple[Clip, list]]], model, count: int, secon
 
 
 # ---- In a worker -----------------------------------------------------------------------------------------------------
+
+
+_TRACKER: "FaceTracker | None" = None  # of a worker process
 
 
 def set_up(model: Path | None) -> None:
@@ -200,7 +209,7 @@ def _inspect_batch(batch: Sequence[tuple[Clip, list]]) -> list[Facts]:
     return [inspect(clip, key, _TRACKER) for clip, key in batch]
 
 
-def inspect(clip: Clip, key: list, tracker=None) -> Facts:
+def inspect(clip: Clip, key: list, tracker: "FaceTracker | None" = None) -> Facts:
     """Opens the files of a clip and decodes all of it.
 
     Args:
@@ -250,7 +259,7 @@ def _picture(clip: Clip) -> dict[str, object]:
     }
 
 
-def _is_black(frame) -> bool:
+def _is_black(frame: Any) -> bool:
     return int(frame.to_ndarray(format="gray", width=32, height=24).max()) < BLACK
 
 
@@ -278,7 +287,7 @@ def _sound(clip: Clip) -> dict[str, object]:
     return share | {"sound": (begin, over), "sound_stated": stated}
 
 
-def _levels(frame) -> np.ndarray:
+def _levels(frame: Any) -> np.ndarray:
     """Magnitudes of the samples of a frame, 1 = full scale."""
     samples = frame.to_ndarray()
     if samples.dtype.kind == "f":
@@ -289,7 +298,7 @@ def _levels(frame) -> np.ndarray:
     return np.abs(samples.astype(np.float32)) / -float(np.iinfo(samples.dtype).min)
 
 
-def _part(clip: Clip, container, stream) -> Iterator[tuple[float, object]]:
+def _part(clip: Clip, container: Any, stream: Any) -> Iterator[tuple[float, object]]:
     """The (time, frame) pairs of a stream that belong to the clip."""
     start = clip.start or 0.0
     for time, frame in video.decoded(container, stream, start, clip.end):
@@ -297,12 +306,12 @@ def _part(clip: Clip, container, stream) -> Iterator[tuple[float, object]]:
             yield time, frame
 
 
-def _end(clip: Clip, container) -> float | None:
+def _end(clip: Clip, container: Any) -> float | None:
     """When the clip ends, by what is said of it, else by its container."""
     return clip.end or (container.duration / 1e6 if container.duration else None)
 
 
-def _stated(clip: Clip, container, stream) -> float | None:
+def _stated(clip: Clip, container: Any, stream: Any) -> float | None:
     """When a stream ends by its header, no later than the clip."""
     if stream.duration is None:
         return None
@@ -310,7 +319,7 @@ def _stated(clip: Clip, container, stream) -> float | None:
     return min(over, clip.end or over)
 
 
-def _shows_face(clip: Clip, tracker) -> bool:
+def _shows_face(clip: Clip, tracker: "FaceTracker | None") -> bool:
     chosen = {"": video.spread(FACE_FRAMES)}
     try:
         for blocks in video.passes(clip.path, chosen, start=clip.start or 0.0, end=clip.end):

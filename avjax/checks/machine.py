@@ -10,12 +10,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from avjax.errors import AvjaxError
 from avjax.utils import paths
 from avjax.utils.version import VERSION
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from rich.table import Table
 
 OK, NOTE, BROKEN = "ok", "note", "broken"
 EXTRAS = {
@@ -62,7 +67,7 @@ def as_json(rows: Sequence[Row]) -> dict[str, object]:
     return {"broken": sum(r.state == BROKEN for r in rows), "rows": [dataclasses.asdict(r) for r in rows]}
 
 
-def table(rows: Sequence[Row]):
+def table(rows: Sequence[Row]) -> "Table":
     """The rows as a rich Table."""
     from rich.table import Table
     from rich.text import Text
@@ -122,7 +127,7 @@ def _requirements(extra: str) -> list:
     ]
 
 
-def _package(section: str, requirement) -> Row:
+def _package(section: str, requirement: "Requirement") -> Row:
     try:
         found = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
@@ -139,7 +144,7 @@ def _in_range(section: str, what: str, found: str, needed: str) -> Row:
     return Row(section, what, f"{found}; supported is {needed}", BROKEN)
 
 
-def _plain(requirement) -> str:
+def _plain(requirement: "Requirement") -> str:
     return f"{requirement.name}{requirement.specifier}"
 
 
@@ -208,7 +213,7 @@ def codecs() -> Iterator[Row]:
             yield _tried(Path(folder) / f"tiny.{container}", named, picture, sound)
 
 
-def _tried(path: Path, named: str, picture, sound) -> Row:
+def _tried(path: Path, named: str, picture: tuple[str, str] | None, sound: tuple[str, str] | None) -> Row:
     import av
 
     from avjax.media import audio, video
@@ -254,7 +259,7 @@ def _write(path: Path, picture: str | None, sound: str) -> None:
             container.mux(stream.encode(None))
 
 
-def _grey(number: int):
+def _grey(number: int) -> Any:
     import av
 
     frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 * number, np.uint8), "rgb24")
@@ -262,7 +267,7 @@ def _grey(number: int):
     return frame
 
 
-def _tone():
+def _tone() -> Any:
     import av
 
     wave = (8000 * np.sin(np.arange(_SOUND_RATE // 2) * 0.1)).astype(np.int16)

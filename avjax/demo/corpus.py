@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -248,7 +249,7 @@ def _voice(speaker: int) -> voice.Speaker:
     return voice.Speaker(rng.uniform(160, 192), rng.uniform(0.88, 1.12), rng.uniform(-11, -7))
 
 
-def _encode(file, pictures: Iterator[np.ndarray], sound: np.ndarray) -> None:
+def _encode(file: Any, pictures: Iterator[np.ndarray], sound: np.ndarray) -> None:
     import av
 
     with av.open(file, "w", format="mp4") as container:

@@ -65,7 +65,9 @@ def speak(speaker: Speaker, manner: Manner, seconds: float, rng: np.random.Gener
     return sound / _rms(sound), openness
 
 
-def _pitch(speaker: Speaker, manner: Manner, time, seconds, accented, rng) -> np.ndarray:
+def _pitch(
+    speaker: Speaker, manner: Manner, time: np.ndarray, seconds: float, accented: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """(n,) F0 in Hz: declining by two semitones, raised on accents, and never quite steady."""
     wander = np.interp(time, np.linspace(0, seconds, 9), rng.normal(0, 0.35, 9))
     accent = _smooth(accented * (0.6 + 0.12 * manner.stress))

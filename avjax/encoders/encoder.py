@@ -41,7 +41,7 @@ class Encoder:
         *,
         pool: str | None = None,
         files: base.Files | None = None,
-    ):
+    ) -> None:
         self.module, self.config = module, module.config
         self.width = module.config.joint if pool == "projected" else module.config.width
         self.longest = module.config.longest

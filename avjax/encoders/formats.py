@@ -179,7 +179,7 @@ _VARIABLE = re.compile(r"(encoder|decoder)/(?:layer_(\d+)/)?(.+)/(\w+)")
 class _Bytes:
     """The contents of a file, taken from the front."""
 
-    def __init__(self, contents: bytes):
+    def __init__(self, contents: bytes) -> None:
         self._rest = memoryview(contents)
 
     def take(self, size: int) -> memoryview:
@@ -288,7 +288,7 @@ class _Ordered(dict):
 
     __slots__ = ()
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
 
     def __setstate__(self, state: object) -> None:

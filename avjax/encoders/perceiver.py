@@ -290,7 +290,7 @@ def _read(query: jax.Array, pixels: Pixels) -> jax.Array:
     Portion by portion, with sums that are scaled anew where a higher score turns up (Milakov and Gimelshein 2018).
     """
 
-    def step(seen, portion):
+    def step(seen: tuple[jax.Array, jax.Array, jax.Array], portion: jax.Array) -> Any:
         top, total, summed = seen
         x = pixels.normalised(portion)
         scores = jnp.einsum("bhli,bpi->bhlp", query, x, preferred_element_type=jnp.float32)
@@ -316,7 +316,7 @@ class Decoding(nn.Module):
         """Flow (b, pixels, 2), float32, out of latents (b, l, d)."""
         key, offset, value, bias = self._folded(latents)
 
-        def step(module, _, portion):
+        def step(module: nn.Module, _: None, portion: jax.Array) -> Any:
             x = pixels.normalised(portion)
             scores = jnp.einsum("bpi,bli->bpl", x, key, preferred_element_type=jnp.float32) + offset[:, None]
             shares = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))

@@ -27,7 +27,9 @@ from avjax.models.base import Model
 from avjax.models.emoasst import BOTH, TEMPERATURE, modalities
 from avjax.tasks import metrics
 from avjax.training import loop
+from avjax.training.batches import Resident
 from avjax.training.lanes import LanePlan
+from avjax.training.streamed_batches import Streamed
 from avjax.utils.storage import replacing
 
 FOLDER = "caches"  # of the run directory
@@ -79,7 +81,7 @@ def origin(found: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-def represent(model: Model, state: loop.State, data, told: bool = False) -> dict[str, np.ndarray]:
+def represent(model: Model, state: loop.State, data: Resident | Streamed, told: bool = False) -> dict[str, np.ndarray]:
     """The features of all clips by each lane's best parameters: modality → (lanes, clips, d).
 
     Args:
@@ -121,7 +123,7 @@ def fit(
 _PARTS = ("train", "val", "test")
 
 
-def _part(vectors, features: Features, index: np.ndarray, weight: np.ndarray) -> Part:
+def _part(vectors: Mapping[str, np.ndarray], features: Features, index: np.ndarray, weight: np.ndarray) -> Part:
     index = index[weight > 0]
     return Part(index, {m: v[index] for m, v in vectors.items()}, features.label[index])
 
@@ -204,7 +206,7 @@ def _tuned(keys: Mapping[str, jax.Array], given: Mapping[str, Any], steps: int, 
             scores += caches.votes(near, given["one_hot"], given["beta"], given["alpha"][m])
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores / TEMPERATURE, given["label"]))
 
-    def step(carry, _):
+    def step(carry: tuple[Any, Any], _: None) -> tuple[Any, None]:
         keys, state = carry
         moves, state = tx.update(jax.grad(loss)(keys), state, keys)
         return (optax.apply_updates(keys, moves), state), None
@@ -230,7 +232,12 @@ def _recall(logits: np.ndarray, label: np.ndarray, classes: int) -> float:
 
 
 def remarks(
-    model: Model, state: loop.State, plan: LanePlan, data, features: Features, found: Mapping[str, np.ndarray]
+    model: Model,
+    state: loop.State,
+    plan: LanePlan,
+    data: Resident | Streamed,
+    features: Features,
+    found: Mapping[str, np.ndarray],
 ) -> dict[str, object]:
     """What `metrics.json` is to say of a run beside its scores: `query`, where pictures were asked with their label."""
     if not (model.module.told and model.module.prompt and "video" in model.streams):

@@ -62,7 +62,7 @@ class Cache:
     beta: float
     origin: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settle = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         keys = {name: _frozen(rows, np.float32) for name, rows in self.keys.items()}
         settle("text", _frozen(self.text, np.float32))

@@ -58,7 +58,7 @@ def measure(
     heads = [k.removeprefix("logits_") for k in rows if k.startswith("logits_")]
     scoring = tasks.SCORINGS[features.task]
 
-    def table(head: str, chosen) -> np.ndarray:
+    def table(head: str, chosen: np.ndarray) -> np.ndarray:
         return scoring.count(rows["label"][chosen], rows[f"logits_{head}"][chosen])
 
     folds = []

@@ -20,7 +20,7 @@ class Cut:
       sampling: how it wants the audio; samples: (n,) float32, what it is given of it.
     """
 
-    def __init__(self, window: Window, begin: float):
+    def __init__(self, window: Window, begin: float) -> None:
         self._window, self._begin = window, begin
         self.sampling = audio.Sampling(rate=window.sample_rate)
         self.samples = np.zeros(0, np.float32)

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -92,13 +93,13 @@ def _submit(
     from apache_beam.utils.shared import Shared
 
     class Measure(beam.DoFn):
-        def __init__(self):
+        def __init__(self) -> None:
             self._shared = Shared()
 
-        def setup(self):
+        def setup(self) -> None:
             self._held = self._shared.acquire(lambda: _Held(*made_alike))
 
-        def process(self, piece):
+        def process(self, piece: Any) -> Iterator[Any]:
             _measure(piece, self._held.extractor, options)
             yield len(piece)
 
@@ -116,7 +117,7 @@ class _Held:
       AvjaxError: it would make other features than `made_by` says, such as in another precision on another device.
     """
 
-    def __init__(self, root: str, settings: Preset, made_by: Mapping[str, str]):
+    def __init__(self, root: str, settings: Preset, made_by: Mapping[str, str]) -> None:
         self.extractor = Extractor(settings, Store(storage.place(root)), Stopwatch())
         if other := sorted(f for f in made_by if self.extractor.made_by[f] != made_by[f]):
             raise AvjaxError(

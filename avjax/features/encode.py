@@ -7,6 +7,7 @@ long clip memory holds a block of pictures at a time. Where the preset is raw, t
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -22,6 +23,9 @@ from avjax.features.store import Store
 from avjax.media import flow
 from avjax.media.audio import SAMPLE_RATE
 from avjax.utils.progress import Stopwatch
+
+if TYPE_CHECKING:
+    from avjax.encoders import Encoder
 
 # Clips in a batch, for each accelerator, where clips have few frames.
 CLIPS = 16
@@ -83,7 +87,7 @@ class Stage:
       key: of the provenance record of what it stages.
     """
 
-    def __init__(self, feature: str, context: Context, rows: int, **weights: str):
+    def __init__(self, feature: str, context: Context, rows: int, **weights: str) -> None:
         self._context, self._feature = context, feature
         self._clock, self._encoding = context.clock, encodings(context.settings)[feature]
         self._encoder = context.load(self._encoding)
@@ -187,7 +191,7 @@ class Flows(Pictures):
       mover: computes flows of pairs, None where they come computed.
     """
 
-    def __init__(self, context: Context, mover: encoders.Encoder | None, **weights: str):
+    def __init__(self, context: Context, mover: encoders.Encoder | None, **weights: str) -> None:
         super().__init__("flow", context, 0, **weights)
         self._mover = mover
         self._still: np.ndarray | None = None
@@ -234,7 +238,7 @@ class FlowGrid:
       key: as of a `Stage`.
     """
 
-    def __init__(self, context: Context, **weights: str):
+    def __init__(self, context: Context, **weights: str) -> None:
         self.key = context.record("flow", weights)
         self._context, self._settings = context, context.settings
 
@@ -264,7 +268,7 @@ class Inputs:
       key: as of a `Stage`.
     """
 
-    def __init__(self, feature: str, context: Context, **weights: str):
+    def __init__(self, feature: str, context: Context, **weights: str) -> None:
         encoding = encodings(context.settings)[feature]
         self._encoder, self._side = context.load(encoding, precision(context.settings)), encoding.side
         self.key = context.record(feature, self._encoder.provenance | weights)
@@ -301,7 +305,7 @@ class Inputs:
 class Loader:
     """Loads the encoders of a preset, each once. `random`: see `encoders.load`."""
 
-    def __init__(self, random: bool):
+    def __init__(self, random: bool) -> None:
         self._random = random
         self._loaded: dict[tuple[Encoding, str | None], encoders.Encoder] = {}
 
@@ -406,7 +410,7 @@ def of_sound(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np
     return {"steps": steps.astype(ENCODED)}
 
 
-def encode_texts(encoder, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
+def encode_texts(encoder: "Encoder", texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
     """Token features of each text, (l, d) float32, or (1, d) of an encoder that pools; (0, d) for an empty one.
 
     Equal texts are encoded once.
@@ -421,7 +425,7 @@ def encode_texts(encoder, texts: Sequence[str], max_tokens: int) -> list[np.ndar
     return [known[t] for t in texts]
 
 
-def tokenize_texts(encoder, texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
+def tokenize_texts(encoder: "Encoder", texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
     """Token ids of each text, (l, 1) int32; (0, 1) for an empty one."""
     rows = zip(texts, *encoder.tokenize(texts, max_tokens), strict=True)
     return [ids[mask & bool(text), None] for text, ids, mask in rows]

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -33,6 +34,9 @@ from avjax.utils import media_files, progress, worker_pool
 from avjax.utils.progress import Stopwatch
 from avjax.utils.storage import sha256, write_text
 
+if TYPE_CHECKING:
+    from avjax.encoders import Encoder
+
 CLIP_SECONDS = 120.0
 _PART = 256  # clips in a file of the packed view
 # A clip, and the keys under which its features are staged: feature → key.
@@ -52,7 +56,7 @@ class Extractor:
       AvjaxError: a package or weights are missing.
     """
 
-    def __init__(self, settings: Preset, store: stores.Store, clock: Stopwatch):
+    def __init__(self, settings: Preset, store: stores.Store, clock: Stopwatch) -> None:
         need_media()
         from avjax.features import encode  # here: it brings JAX, which the workers do not need
 
@@ -216,7 +220,10 @@ def _planned(clips: Iterable[Clip], made_by: Mapping[str, str]) -> tuple[list[Me
     return planned, reasons
 
 
-def _set_up(root: Path, settings, model: Path) -> None:
+_SHARED: tuple[stores.Store, Preset, FaceTracker]  # of a worker process
+
+
+def _set_up(root: Path, settings: Preset, model: Path) -> None:
     """In a worker: what all its clips share."""
     # What native libraries say of every start and every odd file would drown the progress; faults come back as reasons.
     with open(os.devnull, "w") as nowhere:
@@ -325,7 +332,7 @@ def encode_all(
     return [(clip, known | {"text": keys[clip.id]}) for clip, known in measured]
 
 
-def _exact(load, texts: Sequence[str], settings: Preset) -> np.ndarray:
+def _exact(load: Callable[..., "Encoder"], texts: Sequence[str], settings: Preset) -> np.ndarray:
     """The token features of texts in float32 all the way, (n, d)."""
     from avjax.features import encode
 

@@ -59,7 +59,7 @@ class FaceVideo:
         instruments: Instruments,
         staged: Mapping[str, np.ndarray] | None,
         wanted: Container[str],
-    ):
+    ) -> None:
         self._begin, self._staged = clip.start or 0.0, staged
         self._instruments, self._wanted = instruments, wanted
         self._show = _Show(instruments, wanted)
@@ -98,7 +98,7 @@ class FaceVideo:
 class _Show:
     """Collects, block by block, what the encoders of picture and flow are to see of a clip's frames."""
 
-    def __init__(self, instruments: Instruments, wanted: Container[str]):
+    def __init__(self, instruments: Instruments, wanted: Container[str]) -> None:
         self._settings, self._clock, self._scratch = instruments.settings, instruments.clock, instruments.scratch
         self._image = self._settings.image if "image" in wanted else None
         self._flow = self._settings.flow if "flow" in wanted else None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Packed:
       AvjaxError: the view has no such text.
     """
 
-    def __init__(self, root: Path, dataset: str, preset: str, clips: Sequence[Clip], text_source: str):
+    def __init__(self, root: Path, dataset: str, preset: str, clips: Sequence[Clip], text_source: str) -> None:
         import tensorflow_datasets
 
         folder = tfds.readable(root, dataset, preset)
@@ -67,7 +68,7 @@ def shapes(features: store.Features) -> dict[str, tuple[list[int], str]]:
     return {name: ([longest[name], *shape], dtype) for name, (shape, dtype) in steps.items()} | held
 
 
-def _scanned(folder: Path, source) -> dict[str, dict[str, int]]:
+def _scanned(folder: Path, source: Any) -> dict[str, dict[str, int]]:
     """Where each clip is among the records, and the most steps of each stream and text."""
     path = folder / _SCANNED
     if not path.is_file():

@@ -83,7 +83,7 @@ class Features:
 class Store:
     """A feature store at `root`, for writing data set `dataset` (its target says which index it has)."""
 
-    def __init__(self, root: Path, dataset: str = ""):
+    def __init__(self, root: Path, dataset: str = "") -> None:
         self.root = root
         self.dataset = dataset
         # For what is measured and not yet encoded: it is mapped into memory, and so on this machine.
@@ -318,7 +318,7 @@ def load(root: Path, preset: str, dataset: str = "", *, on_disk: bool = False) -
 
 
 def _clips(index: Mapping) -> list[Clip]:
-    def label(given):
+    def label(given: str | Sequence[float]) -> str | tuple[float, ...]:
         return given if isinstance(given, str) else tuple(given)
 
     return [Clip(path=Path(), **clip | {"label": label(clip["label"])}) for clip in index["clips"]]

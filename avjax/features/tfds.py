@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -130,7 +131,9 @@ def pack(
     return digest, {stream: sum(s.masked[stream] for s in shards) for stream in shards[0].masked}
 
 
-def _written(place: Path, dataset: str, parts: Sequence[Part], classes, processes: int, shown) -> list[_Shard]:
+def _written(
+    place: Path, dataset: str, parts: Sequence[Part], classes: Sequence[str], processes: int, shown: Callable[..., Any]
+) -> list[_Shard]:
     template = _template(place, dataset)
     paths = [str(template.sharded_filepath(shard_index=i, num_shards=len(parts))) for i in range(len(parts))]
     jobs = list(zip(paths, parts, itertools.repeat(tuple(classes)), strict=False))
@@ -177,7 +180,7 @@ def _digest_of(example: Mapping[str, object]) -> bytes:
     return digest.digest()
 
 
-def _digest(digest, value) -> None:
+def _digest(digest: Any, value: Any) -> None:
     if isinstance(value, Mapping):
         for key in sorted(value):
             digest.update(key.encode())
@@ -187,7 +190,7 @@ def _digest(digest, value) -> None:
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
 
 
-def _template(place: Path, dataset: str):
+def _template(place: Path, dataset: str) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.core.ShardedFileTemplate(
@@ -199,7 +202,9 @@ def _template(place: Path, dataset: str):
     )
 
 
-def _describe(place: Path, dataset: str, preset: str, task: Task, parts: Sequence[Part], shards) -> None:
+def _describe(
+    place: Path, dataset: str, preset: str, task: Task, parts: Sequence[Part], shards: Sequence[_Shard]
+) -> None:
     """Writes what TFDS reads a view by."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import dataset_info
@@ -240,10 +245,10 @@ def _described(dataset: str, task: Task, count: int) -> dict[str, str]:
     }
 
 
-def _feature_spec(tfds, example: Mapping[str, object], classes: Sequence[str]):
+def _feature_spec(tfds: Any, example: Mapping[str, object], classes: Sequence[str]) -> Any:
     """The TFDS description of an example: arrays have one free axis, the first."""
 
-    def spec(name: str, value):
+    def spec(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: spec(k, v) for k, v in value.items()}
         if name == "label" and isinstance(value, str):

@@ -6,7 +6,7 @@ seen.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +159,14 @@ def curve(workdir: Path, run: Run, shots: Sequence[int], draws: int, seed: int =
     return _points(scores)
 
 
-def _drawn(cache: Cache, found, kept, own: np.ndarray, shots: Sequence[int], rng):
+def _drawn(
+    cache: Cache,
+    found: Mapping[str, np.ndarray],
+    kept: Mapping[str, np.ndarray],
+    own: np.ndarray,
+    shots: Sequence[int],
+    rng: np.random.Generator,
+) -> Iterator[tuple[int, float]]:
     """(shots, UAR of the clips that are not set aside) of one draw among a person's clips `own`."""
     label, ids = kept["label"], kept["clip_id"]
     order = rng.permutation(own)

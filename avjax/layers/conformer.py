@@ -3,6 +3,8 @@
 Shapes: b clip, n step, d width, h head, r offset between two steps.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,7 @@ class StepNorm(nn.BatchNorm):
         return super().__call__(x, use_running_average=not moves, mask=counted[..., None])
 
 
-def interleaved_sinusoids(positions: np.ndarray | jax.Array, width: int, xp=np) -> np.ndarray | jax.Array:
+def interleaved_sinusoids(positions: np.ndarray | jax.Array, width: int, xp: Any = np) -> np.ndarray | jax.Array:
     """Sine and cosine in turn of each position (Vaswani et al. 2017, section 3.5): (r,) → (r, width) float32."""
     angle = positions[:, None] * (1e4 ** (-(np.arange(width) // 2 * 2) / width))[None]
     return xp.where((np.arange(width) % 2 == 0)[None], xp.sin(angle), xp.cos(angle)).astype(np.float32)

@@ -51,7 +51,14 @@ class CrossmodalEncoder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, mask, source=None, source_mask=None, train: bool = False) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        source: jax.Array | None = None,
+        source_mask: jax.Array | None = None,
+        train: bool = False,
+    ) -> jax.Array:
         """Maps x (b, q, d), asking source (b, k, d) or else itself, under their masks, to (b, q, d)."""
         mask_of_keys = mask if source is None else source_mask
         admitted = no_future(mask, mask_of_keys) if self.causal else mask_of_keys

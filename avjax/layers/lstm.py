@@ -5,6 +5,7 @@ Shapes: n step, b clip, d width. The gates stand side by side: input, forget, ca
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,7 +35,7 @@ def _forward(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: boo
     """The states, and the gates (n, b, 4 d) float32 past their sigmoids and tanh."""
     kernel = kernel.astype(inputs.dtype)
 
-    def step(state, now):
+    def step(state: Any, now: Any) -> tuple[Any, Any]:
         (hidden, cell), (given, real) = state, now
         gates = (given + hidden.astype(given.dtype) @ kernel).astype(jnp.float32)
         admit, keep, candidate, emit = jnp.split(gates, 4, -1)
@@ -48,17 +49,17 @@ def _forward(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: boo
     return jax.lax.scan(step, (zeros, zeros), (inputs, real), reverse=reverse)[1]
 
 
-def _kept(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: bool):
+def _kept(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: bool) -> tuple[States, Any]:
     states, gates = _forward(inputs, real, kernel, reverse)
     # Of the inputs the dtype alone is needed.
     return states, (inputs[:0], real, kernel, gates, *states)
 
 
-def _backward(reverse: bool, kept, grads: States) -> tuple[jax.Array, None, jax.Array]:
+def _backward(reverse: bool, kept: Any, grads: States) -> tuple[jax.Array, None, jax.Array]:
     inputs, real, kernel, gates, hidden, cell = kept
     turned = kernel.T.astype(inputs.dtype)
 
-    def step(behind, now):
+    def step(behind: Any, now: Any) -> tuple[Any, Any]:
         own, real, *states = now
         of_hidden, of_cell = (x + y for x, y in zip(behind, own, strict=True))
         of_gates, through = _through_gates(of_hidden, of_cell, *states)
@@ -73,7 +74,9 @@ def _backward(reverse: bool, kept, grads: States) -> tuple[jax.Array, None, jax.
     return of_gates, None, jnp.einsum("nbd,nbg->dg", known, of_gates, preferred_element_type=jnp.float32)
 
 
-def _through_gates(of_hidden, of_cell, gates, cell, before) -> tuple[jax.Array, jax.Array]:
+def _through_gates(
+    of_hidden: jax.Array, of_cell: jax.Array, gates: jax.Array, cell: jax.Array, before: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Gradients by the gates, ahead of their sigmoids and tanh, (b, 4 d), and by the cell state before (b, d)."""
     admit, keep, candidate, emit = jnp.split(gates, 4, -1)
     squashed = jnp.tanh(cell)

@@ -5,10 +5,11 @@ analysis = analyse(samples)      # the costly part, once
 acoustic(analysis), prosody(analysis)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,12 +136,12 @@ def read_sounds(
 class _Resampled:
     """Collects the frames that begin before `end` as mono samples, `rate` a second."""
 
-    def __init__(self, rate: int, end: float):
+    def __init__(self, rate: int, end: float) -> None:
         self._rate, self._end = rate, end
         self._begin, self._resampler = None, None
         self._parts = [np.zeros(0, np.float32)]
 
-    def add(self, time: float, frame) -> None:
+    def add(self, time: float, frame: Any) -> None:
         """Takes the next frame, which begins at `time`."""
         import av
 
@@ -167,7 +168,7 @@ class _Resampled:
         # Lossy codecs overshoot full scale.
         return np.clip(np.nan_to_num(samples, posinf=1.0, neginf=-1.0), -1.0, 1.0)
 
-    def _collect(self, frames) -> None:
+    def _collect(self, frames: Iterable[Any]) -> None:
         # The resampler's own way to mono makes equal channels 3 dB louder, past full scale: the mean is taken instead.
         self._parts += [frame.to_ndarray().mean(0) for frame in frames]
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class FaceTracker:
       AvjaxError: there is no such file.
     """
 
-    def __init__(self, model_path: str | Path):
+    def __init__(self, model_path: str | Path) -> None:
         from mediapipe.tasks.python import BaseOptions, vision
 
         if not Path(model_path).is_file():
@@ -114,7 +115,7 @@ class FaceTracker:
     def __enter__(self) -> "FaceTracker":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._landmarker.close()
 
     def track(self, frames: Frames, before: Faces | None = None) -> Faces:
@@ -139,7 +140,7 @@ class FaceTracker:
                 faces.pose[t] = _pose(results[t].facial_transformation_matrixes[k])
         return faces
 
-    def _detect(self, image: np.ndarray):
+    def _detect(self, image: np.ndarray) -> Any:
         import mediapipe
 
         return self._landmarker.detect(mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=image))
@@ -249,7 +250,7 @@ def _empty(steps: int, several: int) -> Faces:
     return Faces(np.zeros(steps, bool), *zeros, several)
 
 
-def _boxes(result) -> np.ndarray:
+def _boxes(result: Any) -> np.ndarray:
     """(K, 4) boxes around the landmarks of K faces, in shares of the picture's width and height."""
     points = [np.array([(p.x, p.y) for p in face], np.float32) for face in result.face_landmarks]
     return np.array([(*p.min(0), *p.max(0)) for p in points], np.float32).reshape(-1, 4)

@@ -8,10 +8,11 @@ The clock of a clip starts at 0 where its container starts, and is shared by its
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ Choice = Callable[[np.ndarray, float], np.ndarray]
 
 
 @contextmanager
-def opened(path: str | Path):
+def opened(path: str | Path) -> Iterator[Any]:
     """Opens a media file as a PyAV container.
 
     Raises:
@@ -63,7 +64,9 @@ def opened(path: str | Path):
         raise UnusableMedia(reason or f"cannot be read as a media file ({error.strerror or error})") from error
 
 
-def decoded(container, stream, start: float = 0.0, end: float | None = None) -> Iterator[tuple[float, object]]:
+def decoded(
+    container: Any, stream: Any, start: float = 0.0, end: float | None = None
+) -> Iterator[tuple[float, object]]:
     """Yields (seconds on the clip's clock, frame) of a stream, from a point at or before `start` up to before `end`.
 
     Packets that do not decode are skipped; a container that breaks off ends the stream there.
@@ -71,7 +74,9 @@ def decoded(container, stream, start: float = 0.0, end: float | None = None) -> 
     return _timed(container, stream, _frames, start, end)
 
 
-def _timed(container, stream, units: Callable, start: float, end: float | None) -> Iterator[tuple[float, object]]:
+def _timed(
+    container: Any, stream: Any, units: Callable, start: float, end: float | None
+) -> Iterator[tuple[float, object]]:
     """Yields (seconds on the clip's clock, unit); `units`, of (container, stream), are its frames or its packets."""
     origin = (container.start_time or 0) / 1e6
     # A bare elementary stream has no timestamps: its frames follow each other at the stated rate.
@@ -85,7 +90,7 @@ def _timed(container, stream, units: Callable, start: float, end: float | None) 
         yield time, unit
 
 
-def _seconds(unit) -> float | None:
+def _seconds(unit: Any) -> float | None:
     """When a frame or packet is shown, on the container's clock."""
     if hasattr(unit, "time"):
         return unit.time
@@ -213,7 +218,7 @@ def _over(times: np.ndarray, end: float | None) -> float:
     return over if end is None else min(over, end)
 
 
-def _around(path, units: Callable, start: float, end: float | None) -> Iterator[tuple[float, object]]:
+def _around(path: str | Path, units: Callable, start: float, end: float | None) -> Iterator[tuple[float, object]]:
     """The (time, frame or packet) pairs of a file's video from before `start` to some time after `end`."""
     with opened(path) as container:
         stream = picture(container)
@@ -222,7 +227,9 @@ def _around(path, units: Callable, start: float, end: float | None) -> Iterator[
         yield from _timed(container, stream, units, start, None if end is None else end + _MARGIN)
 
 
-def _images(frames, first: int, chosen: Mapping[str, Counter], times: list[float]) -> Iterator[tuple[int, np.ndarray]]:
+def _images(
+    frames: Iterable[tuple[float, Any]], first: int, chosen: Mapping[str, Counter], times: list[float]
+) -> Iterator[tuple[int, np.ndarray]]:
     """Converts the chosen frames, numbered from `first` on, to (H, W, 3) RGB, and notes the times of all in `times`."""
     wanted, size = set().union(*chosen.values()), None
     for index, (time, frame) in enumerate(frames, -first):
@@ -239,7 +246,9 @@ def _images(frames, first: int, chosen: Mapping[str, Counter], times: list[float
             yield index, np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", **size), turns))
 
 
-def _blocks(images, times: np.ndarray, chosen: Mapping[str, Counter]) -> Iterator[tuple[str, Frames]]:
+def _blocks(
+    images: Iterable[tuple[int, np.ndarray]], times: np.ndarray, chosen: Mapping[str, Counter]
+) -> Iterator[tuple[str, Frames]]:
     """The images of each choice in blocks."""
     waiting = {name: [] for name in chosen}
     for index, image in images:
@@ -257,7 +266,7 @@ def _stacked(images: Sequence[tuple[int, np.ndarray]], times: np.ndarray) -> Fra
     return Frames(np.stack([image for _, image in images]), times[[index for index, _ in images]])
 
 
-def decodable(streams) -> list:
+def decodable(streams: Iterable[Any]) -> list:
     """Those of a container's streams whose codec is known, set to decode in one thread.
 
     Clips are decoded in parallel, one worker each; one thread also decodes damaged data the same way every time.
@@ -268,7 +277,7 @@ def decodable(streams) -> list:
     return known
 
 
-def picture(container):
+def picture(container: Any) -> Any:
     """The first video stream that moves (a cover picture is none), or None."""
     import av
 
@@ -276,7 +285,7 @@ def picture(container):
     return next(moving, None)
 
 
-def _from(container, stream, units: Callable, start: float) -> Iterator:
+def _from(container: Any, stream: Any, units: Callable, start: float) -> Iterator:
     """Frames or packets of a stream from the last point before `start` that the container can seek to."""
     found = units(container, stream)
     if start > _MARGIN:
@@ -290,7 +299,7 @@ def _from(container, stream, units: Callable, start: float) -> Iterator:
     yield from found
 
 
-def _frames(container, stream) -> Iterator:
+def _frames(container: Any, stream: Any) -> Iterator:
     """Every frame that decodes: the one place where audio and video are decoded."""
     import av
 
@@ -302,12 +311,12 @@ def _frames(container, stream) -> Iterator:
         yield from frames
 
 
-def _shown_packets(container, stream) -> Iterator:
+def _shown_packets(container: Any, stream: Any) -> Iterator:
     """Every packet that promises a frame."""
     return (p for p in _packets(container, stream) if p is not None and p.size and not p.is_discard)
 
 
-def _packets(container, stream) -> Iterator:
+def _packets(container: Any, stream: Any) -> Iterator:
     """Packets up to where the container breaks off; then None, for the frames that the decoder still holds."""
     import av
 

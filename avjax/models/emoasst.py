@@ -11,7 +11,7 @@ label is read. The paper trains both branches separately: they share no paramete
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -148,7 +148,7 @@ class EmoAsst(nn.Module):
         adapter = AuditoryAdapter(self.heads, self.inner, self.dropout, self.dtype, name="aa")
         return self._of(batch, "audio", lambda x, mask: adapter(x, mask, train))
 
-    def _of(self, batch: Mapping[str, jax.Array], stream: str, branch) -> jax.Array:
+    def _of(self, batch: Mapping[str, jax.Array], stream: str, branch: Callable[..., jax.Array]) -> jax.Array:
         """The feature of a modality, (b, e) of length 1; zeros where a clip lacks it."""
         mask = batch[f"{stream}_mask"]
         x = jnp.where(mask[..., None], batch[stream], 0).astype(self.dtype)

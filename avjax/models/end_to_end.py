@@ -57,7 +57,9 @@ class EndToEnd(nn.Module):
         return lora.merged(self.tuning, pretrained, trained)
 
 
-def _few_at_once(encode: Encode, params: Mapping[str, Any], raw: jax.Array, mask: jax.Array):
+def _few_at_once(
+    encode: Encode, params: Mapping[str, Any], raw: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     def one(clip: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         features, real = encode(params, clip[0][None], clip[1][None])
         return features[0], real[0]

@@ -140,7 +140,7 @@ class Linear(nn.Module):
     width: int
     dtype: jnp.dtype
 
-    def setup(self):
+    def setup(self) -> None:
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.inputs, self.width))
         self.bias = self.param("bias", nn.initializers.zeros, (self.width,))
 
@@ -204,7 +204,9 @@ class TextQuery(nn.Module):
         there = jnp.any(valid, -1) & jnp.any(text_mask, -1)
         return jnp.where(there[:, None], answer, 0), weights
 
-    def _dot(self, query: Linear, text, project: Linear | None, kept, key) -> jax.Array:
+    def _dot(
+        self, query: Linear, text: jax.Array, project: Linear | None, kept: jax.Array, key: jax.Array
+    ) -> jax.Array:
         rows, offset = query.behind(key / jnp.sqrt(self.width).astype(key.dtype))
         rows = rows * kept
         if project:
@@ -212,7 +214,7 @@ class TextQuery(nn.Module):
             offset = offset + more
         return jnp.einsum("blw,bgw->blg", text.astype(rows.dtype), rows) + offset[:, None]
 
-    def _additive(self, query, key) -> jax.Array:
+    def _additive(self, query: Linear, key: jax.Array) -> jax.Array:
         vector = self.param("score", nn.initializers.lecun_normal(), (self.width, 1))[:, 0]
         hidden = jnp.tanh(query[:, :, None, :] + key[:, None, :, :])  # (b, l, g, d)
         return jnp.einsum("blgd,d->blg", hidden, vector.astype(hidden.dtype))

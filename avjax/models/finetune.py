@@ -38,7 +38,7 @@ class Pretrained(Mapping):
       encodings: stream → encoder; random: as for `encoders.load`.
     """
 
-    def __init__(self, encodings: Mapping[str, Encoding], random: bool):
+    def __init__(self, encodings: Mapping[str, Encoding], random: bool) -> None:
         self._encodings, self._random = encodings, random
 
     def __getitem__(self, key: str) -> dict[str, Any]:
@@ -106,13 +106,13 @@ def _encode(encoding: Encoding, dtype: str, remat: bool) -> Encode:
             features = jax.nn.standardize(wide, variance=jnp.var(wide, -1, keepdims=True), epsilon=_EPS)
         return (features[:, None], real[:, None]) if encoding.pool else (features, real)
 
-    def of_pictures(params, raw, mask):
+    def of_pictures(params: Mapping[str, Any], raw: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         b = raw.shape[0]
         pictures = images.normalised(raw.reshape(-1, *raw.shape[2:]), settings)
         features, real = run(params, pictures, mask.reshape(-1))
         return features.reshape(b, -1, features.shape[-1]), real.reshape(b, -1)
 
-    def of_sequences(params, raw, mask):
+    def of_sequences(params: Mapping[str, Any], raw: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         return run(params, raw.swapaxes(1, 2) if family.INPUTS.rank == 3 else raw[..., 0], mask)
 
     return of_pictures if family.INPUTS.length_axis is None else of_sequences

@@ -1,6 +1,7 @@
 """Settings of models: of ETG-AVER each by name, of fusions and EmoAsst checked against the defaults of the model."""
 
 import dataclasses
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -150,7 +151,7 @@ def _check_like(key: str, value: Any, default: Any) -> None:
         if len(value) < len(default):
             raise AvjaxError(f"{key} has {', '.join(value)}; expected {', '.join(default)}")
     elif isinstance(default, tuple):
-        for item in typed(key, value, tuple[type(default[0]), ...]):
+        for item in typed(key, value, types.GenericAlias(tuple, (type(default[0]), ...))):
             _check_like(key, item, default[0])
         if not value or ("dropout" in key and len(value) != len(default)):  # widths make as many layers
             raise AvjaxError(f"{key} is {value!r}; expected {len(default)} values, such as {default}")

@@ -5,6 +5,7 @@ backward pass, so that memory grows with the batch and not with its square.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,15 +112,15 @@ def _log_sum_exp(query: jax.Array, key: jax.Array, valid: jax.Array, others: boo
     return _whole(jax.lax.map(one, blocks), len(query))
 
 
-def _forward(query, key, valid, others, block):
+def _forward(query: jax.Array, key: jax.Array, valid: jax.Array, others: bool, block: int) -> tuple[jax.Array, Any]:
     found = _log_sum_exp(query, key, valid, others, block)
     return found, (query, key, valid, found)
 
 
-def _backward(others, block, kept, slope):
+def _backward(others: bool, block: int, kept: Any, slope: jax.Array) -> tuple[Any, ...]:
     query, key, valid, found = kept
 
-    def one(key_slope, blocked):
+    def one(key_slope: jax.Array, blocked: Any) -> tuple[jax.Array, jax.Array]:
         q, index, top, g = blocked
         share = jnp.exp(_similarities(q, index, key, valid, others) - top[:, None]) * g[:, None]
         return key_slope + _product(share.T, q), _product(share, key)
@@ -132,7 +133,7 @@ def _backward(others, block, kept, slope):
 _log_sum_exp.defvjp(_forward, _backward)
 
 
-def _similarities(query, index, key, valid, others) -> jax.Array:
+def _similarities(query: jax.Array, index: jax.Array, key: jax.Array, valid: jax.Array, others: bool) -> jax.Array:
     """Those of a block of queries (q, d) to all keys, (q, m); −inf to the keys that are not in a query's set."""
     among = valid[None]
     if others:

@@ -34,7 +34,7 @@ class Checkpoints:
     that the last is damaged. Saving happens in the background; `close` waits for it. A context manager.
     """
 
-    def __init__(self, folder: Path, warn: Callable[[str], None] = lambda line: None):
+    def __init__(self, folder: Path, warn: Callable[[str], None] = lambda line: None) -> None:
         # Orbax fails later, in a thread, on a relative path.
         self._folder, self._warn = folder.absolute() if is_local(folder) else folder, warn
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True, cleanup_tmp_directories=True)
@@ -44,7 +44,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._manager.close()
         if exc_info[0] is None:
             self._checked()
@@ -135,7 +135,7 @@ def kept_if_refused(folder: Path, epoch: int, state: Any) -> Iterator[None]:
 class _ReadBack:
     """Reads a checkpoint back, in a thread, when it has been written."""
 
-    def __init__(self, manager: ocp.CheckpointManager, path: Path, known: Mapping[str, int]):
+    def __init__(self, manager: ocp.CheckpointManager, path: Path, known: Mapping[str, int]) -> None:
         self.path, self._known, self._wrong = path, known, ""
         self._thread = threading.Thread(target=self._run, args=(manager,), daemon=True)
         self._thread.start()

@@ -128,7 +128,12 @@ def conversations(features: Features) -> np.ndarray:
 
 
 def _stack(
-    features: Features, parts, seeds: Sequence[int], standardise: str, enrolled: set[str], talks: np.ndarray | None
+    features: Features,
+    parts: Sequence[Sequence[np.ndarray]],
+    seeds: Sequence[int],
+    standardise: str,
+    enrolled: set[str],
+    talks: np.ndarray | None,
 ) -> Lane:
     fields: dict[str, np.ndarray] = {"seed": np.array(seeds, np.uint32)}
     fill = [_rows(p[0], talks)[0][0] for p in parts]

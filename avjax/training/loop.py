@@ -104,7 +104,7 @@ def make(model: Model, settings: Settings, place: Placement = ALONE) -> Trainer:
     epochs = over(functools.partial(_epochs, recipe), (0, 0, None, None), settings.train.batch_size)
     predict = over(functools.partial(_predict_test, recipe), (0, 0, None))
 
-    def placed_epochs(*arguments):
+    def placed_epochs(*arguments: Any) -> tuple[State, dict[str, jax.Array]]:
         state, sums = epochs(*arguments)
         return place.state(state), place.whole(sums)
 
@@ -154,14 +154,14 @@ def over_lanes(
       model: whose answers the function needs; None for none. batch: clips of a batch that it takes of resident data.
     """
 
-    def over(*arguments):
+    def over(*arguments: Any) -> Any:
         large = model and (model.pictures or _batches_bytes(arguments, axes, batch) > _CACHE)
         if large and not place.mesh and jax.default_backend() == "cpu":
             return one_by_one(*arguments)
         return jax.vmap(function, axes, spmd_axis_name=place.axis)(*arguments)
 
-    def one_by_one(*arguments):
-        def one(lane):
+    def one_by_one(*arguments: Any) -> Any:
+        def one(lane: Any) -> Any:
             rest = iter(lane)
             return function(*(a if axis is None else next(rest) for a, axis in zip(arguments, axes, strict=True)))
 
@@ -206,7 +206,7 @@ def init_state(recipe: Recipe, lane: Lane, stats: Statistics, batch: Batch) -> S
 
 
 def _epochs(recipe: Recipe, state: State, lane: Lane, data: Resident, first: jax.Array) -> tuple[State, dict]:
-    def one(state, epoch):
+    def one(state: Any, epoch: Any) -> Any:
         live = ~state.stopped
         state, train = _train_epoch(recipe, state, lane, data, epoch)
         val = _evaluate(recipe, state, lane, data)
@@ -215,14 +215,16 @@ def _epochs(recipe: Recipe, state: State, lane: Lane, data: Resident, first: jax
     return jax.lax.scan(one, state, first + jnp.arange(recipe.settings.train.epochs_per_call))
 
 
-def _batch(place: Placement, data: Resident, stats: Statistics, index, weight) -> dict[str, jax.Array]:
+def _batch(
+    place: Placement, data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array
+) -> dict[str, jax.Array]:
     return place.batch(gather(data, stats, index, weight), data.constants)
 
 
 def _train_epoch(recipe: Recipe, state: State, lane: Lane, data: Resident, epoch: jax.Array) -> tuple[State, dict]:
     order = epoch_order(lane, epoch, recipe.settings.train.batch_size)
 
-    def one(state, item):
+    def one(state: Any, item: Any) -> Any:
         index, weight, step_key = item
         return train_step(recipe, state, lane, _batch(recipe.place, data, state.stats, index, weight), step_key)
 
@@ -260,17 +262,17 @@ def train_step(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.
     return _where(due & finite, moved, kept), (sums, norm)
 
 
-def _keys(lane: Lane, epoch) -> jax.Array:
+def _keys(lane: Lane, epoch: Any) -> jax.Array:
     """The two keys of an epoch: for its order, and for its steps."""
     return jax.random.split(jax.random.fold_in(jax.random.key(lane.seed), epoch))
 
 
-def step_key(lane: Lane, epoch, step) -> jax.Array:
+def step_key(lane: Lane, epoch: Any, step: Any) -> jax.Array:
     """From which all draws of a step come."""
     return jax.random.fold_in(_keys(lane, epoch)[1], step)
 
 
-def epoch_order(lane: Lane, epoch, batch_size: int) -> tuple[jax.Array, jax.Array]:
+def epoch_order(lane: Lane, epoch: Any, batch_size: int) -> tuple[jax.Array, jax.Array]:
     """The indices and weights (steps, batch) of an epoch of a lane."""
     return shuffled(_keys(lane, epoch)[0], lane.train, lane.train_weight, batch_size)
 
@@ -287,10 +289,12 @@ def _gradients(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.
     return grads, sums, running
 
 
-def _gradient(recipe: Recipe, state: State, prior, size, batch: Batch, key: jax.Array) -> tuple[dict, tuple]:
+def _gradient(
+    recipe: Recipe, state: State, prior: jax.Array, size: jax.Array, batch: Batch, key: jax.Array
+) -> tuple[dict, tuple]:
     """Of the loss summed over a batch and divided by `size`; and (summed loss by term, what the model keeps)."""
 
-    def mean_loss(params):
+    def mean_loss(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
         variables, mutable = {"params": params, **state.running}, list(state.running)
         apply = functools.partial(recipe.model.module.apply, train=True, rngs={"dropout": key}, mutable=mutable)
         output, running = apply(variables, batch)
@@ -304,7 +308,7 @@ def _gradient(recipe: Recipe, state: State, prior, size, batch: Batch, key: jax.
 def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) -> tuple[dict, dict]:
     """The sums of the gradients, and of the losses by term, of the pieces (`optim.cut`) that a batch was cut into."""
 
-    def one(total, item):
+    def one(total: Any, item: Any) -> Any:
         number, piece = item
         grads, (sums, _) = gradient(whole | piece, jax.random.fold_in(key, number))
         return jax.tree.map(jnp.add, total, (grads, sums)), None
@@ -328,7 +332,7 @@ def _variables(state: State) -> dict:
     return {"params": state.params, **state.running}
 
 
-def _where(condition: jax.Array, new, old):
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
@@ -341,7 +345,7 @@ def _evaluate(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[
     """Validation sums of one lane: the table of each head (`tasks.Scoring`), summed loss, number of clips."""
     model = recipe.model
 
-    def one(sums, item):
+    def one(sums: Any, item: Any) -> Any:
         batch = _batch(recipe.place, data, state.stats, *item)
         return jax.tree.map(jnp.add, sums, validation(model, state, batch, lane.prior)), None
 
@@ -358,7 +362,7 @@ def whole(model: Model, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return sums | {"val_loss": sums["val_size"] * jnp.sum(set_loss(sums["val_tables"]))}
 
 
-def validation(model: Model, state: State, batch, prior) -> dict[str, jax.Array]:
+def validation(model: Model, state: State, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
     """The validation sums of a batch."""
     output = model.module.apply(_variables(state), batch, train=False)
     loss = sum(model.loss(output, batch, prior).values())
@@ -376,7 +380,7 @@ def candidates(model: Model) -> list[int]:
     return [model.heads.index(head) for head in model.candidates or model.heads[:1]]
 
 
-def select(recipe: Recipe, state: State, val: dict[str, jax.Array], epoch) -> State:
+def select(recipe: Recipe, state: State, val: dict[str, jax.Array], epoch: Any) -> State:
     """Keeps the best epoch and head on validation, or the last one, and decides whether to stop; test plays no part."""
     model, settings = recipe.model, recipe.settings
     among, scoring = jnp.array(candidates(model)), tasks.SCORINGS[model.task]
@@ -417,14 +421,14 @@ def with_chosen(model: Model, logits: dict[str, jax.Array], head: jax.Array) -> 
 def _read_batches(read: Callable, gathered: Callable, index: jax.Array, weight: jax.Array) -> Any:
     """Reads `index (n, …)` batch by batch: the tree that `read` makes of a `gathered` batch, each leaf (n, …)."""
 
-    def one(_, rows):
+    def one(_: None, rows: Any) -> Any:
         return None, read(gathered(*rows))
 
     found = jax.lax.scan(one, None, parts(index, weight))[1]
     return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[: index.shape[0]], found)
 
 
-def read_clips(model: Model, read: Callable[[Output, jax.Array], Any], **how) -> Callable:
+def read_clips(model: Model, read: Callable[[Output, jax.Array], Any], **how: Any) -> Callable:
     """Compiles (best, best_head, stats, data) → `read(output, best_head)` of all resident clips by each lane's best.
 
     To a model of conversations each clip is one of its own.
@@ -435,7 +439,7 @@ def read_clips(model: Model, read: Callable[[Output, jax.Array], Any], **how) ->
       a function that gives the tree with leaves (lanes, clips, …).
     """
 
-    def every(best, head, stats, data):
+    def every(best: Any, head: jax.Array, stats: Statistics, data: Resident) -> Any:
         index = jnp.arange(data.group.shape[0])
         rows = index[:, None] if model.turns else index
         by_head = lambda batch: read(model.module.apply(best, batch, train=False, **how), head)  # noqa: E731
@@ -445,7 +449,7 @@ def read_clips(model: Model, read: Callable[[Output, jax.Array], Any], **how) ->
     return jax.jit(over_lanes(model, ALONE, every, (0, 0, 0, None)))
 
 
-def attention(model: Model, state: State, plan: LanePlan, data, count: int = 3) -> list[tuple[int, dict]]:
+def attention(model: Model, state: State, plan: LanePlan, data: Resident, count: int = 3) -> list[tuple[int, dict]]:
     """Attention in the first `count` test clips of the first lane: (clip, {name: weights (q, k) of the real steps}).
 
     Args:
@@ -455,7 +459,7 @@ def attention(model: Model, state: State, plan: LanePlan, data, count: int = 3) 
     index = lane.test[: min(count, int(jnp.sum(lane.test_weight)))]
     few = data.resident(index)
 
-    def one(places):
+    def one(places: Any) -> Any:
         batch = gather(few, state.stats, places, jnp.ones(places.shape))
         return model.module.apply(state.best, batch, train=False).attention, batch
 

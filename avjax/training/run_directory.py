@@ -162,7 +162,7 @@ class Log:
       writes: whether this process writes the files.
     """
 
-    def __init__(self, workdir: Path, done: int, writes: bool):
+    def __init__(self, workdir: Path, done: int, writes: bool) -> None:
         self.rows = read_history(workdir, done)
         self._workdir, self._writes = workdir, writes
         # On cloud storage there are no event files: an object there cannot be added to.

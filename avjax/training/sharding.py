@@ -90,7 +90,7 @@ class Placement:
     def of_state(self, tree: Any) -> Any:
         """The shardings of arrays, or of their shapes, that have the lanes in front."""
 
-        def one(path, leaf):
+        def one(path: Sequence[Any], leaf: Any) -> Any:
             spec = spec_of(self.rules, joined(path), len(leaf.shape) - 1)
             return self._fitting(P("lane", *spec), leaf.shape)
 
@@ -125,11 +125,11 @@ class Placement:
             return jax.device_put(part)
         lanes, clips = self.part(shape)
 
-        def one(array):
+        def one(array: jax.Array) -> Any:
             whole = (*shape, *array.shape[2:])
             sharding = self._fitting(P("lane", _BATCH), whole)
 
-            def local(index):
+            def local(index: Any) -> Any:
                 own = index[0].indices(shape[0]), index[1].indices(shape[1])
                 rows = [slice(a - p.start, b - p.start) for (a, b, _), p in zip(own, (lanes, clips), strict=True)]
                 return array[(*rows, *index[2:])]

@@ -89,7 +89,7 @@ class _Beside:
 class _Batches:
     """A random-access source of batches: the clips `index[k] (…)` and `index[k]` itself, for Grain."""
 
-    def __init__(self, data: Streamed, index: np.ndarray):
+    def __init__(self, data: Streamed, index: np.ndarray) -> None:
         self._data, self._index = data, index
 
     def __len__(self) -> int:
@@ -197,7 +197,9 @@ def statistics(data: Streamed, counted: np.ndarray) -> feature_statistics.Statis
     return {s: feature_statistics.mean_and_std(total, means[s], squares) for s, (total, squares) in spreads.items()}
 
 
-def _summed(data: Streamed, counted: np.ndarray, means) -> dict[str, tuple[jax.Array, jax.Array]]:
+def _summed(
+    data: Streamed, counted: np.ndarray, means: Mapping[str, jax.Array] | None
+) -> dict[str, tuple[jax.Array, jax.Array]]:
     """By stream, steps counted (lanes, groups, 1) and the sums of values, or of squares about `means`."""
     found: dict[str, tuple[jax.Array, jax.Array]] = {}
     for index, block in data.blocks(jax.process_index(), jax.process_count()):
@@ -210,10 +212,10 @@ def _summed(data: Streamed, counted: np.ndarray, means) -> dict[str, tuple[jax.A
 
 
 @jax.jit
-def _block_sums(block: batching.Resident, counted: jax.Array, means):
+def _block_sums(block: batching.Resident, counted: jax.Array, means: Mapping[str, jax.Array] | None) -> dict[str, Any]:
     streams = batching.standardised(block)
 
-    def one(counted, means):
+    def one(counted: jax.Array, means: Mapping[str, jax.Array] | None) -> dict[str, Any]:
         return {
             s: feature_statistics.sums(
                 block.streams[s],

@@ -5,7 +5,7 @@ A run can be cut anywhere: beside the checkpoints of whole epochs, one within an
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ def make(
 class _Run:
     """The compiled functions of a run over lanes, and what goes on between them."""
 
-    def __init__(self, recipe: loop.Recipe, folder: Path | None, say, stop_requested):
+    def __init__(
+        self, recipe: loop.Recipe, folder: Path | None, say: Callable[[str], None], stop_requested: Callable[[], bool]
+    ) -> None:
         model, settings, place = recipe.model, recipe.settings, recipe.place
         self._say, self._place, self._stop_requested = say, place, stop_requested
         self._settings, self._folder = settings, folder
@@ -74,7 +76,9 @@ class _Run:
         first = self._batch(data, known.train[:, :1], known.train_weight[:, :1])
         return self._start(lanes, stats, first, data.constants)
 
-    def epochs(self, state: loop.State, lanes: Lane, data: Streamed, first: jax.Array):
+    def epochs(
+        self, state: loop.State, lanes: Lane, data: Streamed, first: jax.Array
+    ) -> tuple[loop.State, dict[str, np.ndarray]]:
         """One epoch; see `loop.Trainer`."""
         epoch, live = int(first), ~self._place.read(state.stopped)
         order = index, weight = self._place.read(self._order(lanes, first))
@@ -130,12 +134,12 @@ class _Run:
         parts = [self._score(state, lanes, batch, data.constants) for batch in held]
         return jax.tree.map(lambda *sums: sum(sums), *parts)
 
-    def _parts(self, data: Streamed, index: jax.Array, weight: jax.Array):
+    def _parts(self, data: Streamed, index: jax.Array, weight: jax.Array) -> Iterator[Any]:
         """The batches that `loop` evaluates in."""
         known = self._place.read((index, weight))
         return self._batches(data, *jax.device_get(jax.vmap(loop.parts)(*known)), 0)
 
-    def _batches(self, data: Streamed, index: np.ndarray, weight: np.ndarray, first: int):
+    def _batches(self, data: Streamed, index: np.ndarray, weight: np.ndarray, first: int) -> Iterator[Any]:
         """The batches of all lanes, step by step: index, weight (lanes, steps, …)."""
         shape = index.shape[0], index.shape[2]
         lanes, clips = self._place.part(shape)
@@ -177,7 +181,9 @@ def _start(recipe: loop.Recipe, lane: Lane, stats: standardise.Statistics, batch
     return loop.init_state(recipe, lane, stats, _prepared(recipe.place, stats, batch, constants))
 
 
-def _step(recipe: loop.Recipe, state: loop.State, lane: Lane, batch: dict, constants: dict, at: tuple):
+def _step(
+    recipe: loop.Recipe, state: loop.State, lane: Lane, batch: dict, constants: dict, at: tuple
+) -> tuple[loop.State, dict[str, jax.Array]]:
     prepared = _prepared(recipe.place, state.stats, batch, constants)
     state, (terms, gradient) = loop.train_step(recipe, state, lane, prepared, loop.step_key(lane, *at))
     return state, {"train_terms": terms, "train_gradient": gradient}
@@ -203,13 +209,13 @@ def _predict(recipe: loop.Recipe, state: loop.State, batch: dict, constants: dic
 class _Kept:
     """The checkpoints within epochs of a run, numbered by steps since its beginning; none without a folder."""
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None) -> None:
         self._manager = Checkpoints(folder) if folder else None
 
     def __enter__(self) -> "_Kept":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         if self._manager:
             self._manager.__exit__(*exc_info)
 

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from avjax.errors import AvjaxError
@@ -28,7 +28,7 @@ _LATE = (
 _watch: "Watch | None" = None
 
 
-def wanted(environment=os.environ) -> bool:
+def wanted(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether the environment speaks of several processes.
 
     Raises:
@@ -165,7 +165,7 @@ def _barrier(name: str) -> None:
     _client().wait_at_barrier(f"avjax/{name}", _LONG * 1000)
 
 
-def _client():
+def _client() -> Any:
     # There is no public way to these; Orbax goes the same.
     from jax._src import distributed
 
@@ -175,7 +175,7 @@ def _client():
 class Watch:
     """Notices which process is lost: each gives signs of life, and says how far it has come."""
 
-    def __init__(self, patience: float):
+    def __init__(self, patience: float) -> None:
         import jax
 
         self._patience = patience

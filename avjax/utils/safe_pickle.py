@@ -110,7 +110,7 @@ def _inspect(file: BinaryIO, size: int, admitted: Admitted, opcodes: Collection[
 class _Stack:
     """How deep the tuples on the stack are nested: to hash a deep one as a key would overflow the machine's stack."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._depths: list[int] = []
         self._marks: list[int] = []
         self._memo: dict[object, int] = {}
@@ -190,7 +190,7 @@ def _admitted(admitted: Admitted, module: str, name: str) -> object:
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, admitted: Admitted, refer: Callable[[object], object] | None):
+    def __init__(self, file: BinaryIO, admitted: Admitted, refer: Callable[[object], object] | None) -> None:
         super().__init__(file, encoding="latin1")
         self._names, self._refer = admitted, refer
 
@@ -206,7 +206,7 @@ class Call:
 
     __slots__ = ("function",)
 
-    def __init__(self, function: object):
+    def __init__(self, function: object) -> None:
         self.function = function
 
     def __call__(self, *arguments: object) -> object:
@@ -221,7 +221,7 @@ class _Dtype:
 
     __slots__ = ("name", "order")
 
-    def __init__(self, name: object, align: object = False, copy: object = True):
+    def __init__(self, name: object, align: object = False, copy: object = True) -> None:
         name = name.decode("latin1") if isinstance(name, bytes) else name
         if not isinstance(name, str) or not _DTYPE.fullmatch(name):
             raise Refused(f"an array of dtype {name!r}")
@@ -242,7 +242,7 @@ class _Array:
 
     __slots__ = ("state",)
 
-    def __init__(self, *unused: object):
+    def __init__(self, *unused: object) -> None:
         self.state = None
 
     def __setstate__(self, state: tuple) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from typing import Any
 
 from avjax.errors import AvjaxError, UnusableMedia
 
@@ -75,7 +76,7 @@ def each(
             pool.stop()
 
 
-def _answer(future, seconds: float) -> object:
+def _answer(future: Any, seconds: float) -> object:
     from pebble import ProcessExpired
 
     try:
@@ -94,6 +95,9 @@ def _answer(future, seconds: float) -> object:
         return Failure(f"{type(error).__name__}: {error}")
 
 
+_unready = ""  # why a worker process cannot work
+
+
 def _begin(parent: int, setup: Callable, arguments: Sequence) -> None:
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     global _unready
@@ -105,7 +109,7 @@ def _begin(parent: int, setup: Callable, arguments: Sequence) -> None:
         _unready = f"a worker process cannot start: {type(error).__name__}: {error}"
 
 
-def _call(function: Callable, item) -> object:
+def _call(function: Callable, item: object) -> object:
     if _unready:
         raise AvjaxError(_unready)
     return function(item)

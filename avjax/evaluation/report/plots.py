@@ -250,6 +250,8 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], 
 
 
 def _draw_lines(axes: Axes, history: Sequence[Mapping[str, Any]], lines: list[tuple[str, str, str, float]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     drawn = 0
     for key, label, colour, scale in lines:
         epochs, values = _series(history, key)
@@ -260,7 +262,7 @@ def _draw_lines(axes: Axes, history: Sequence[Mapping[str, Any]], lines: list[tu
     if drawn > 1:
         axes.legend(frameon=False)
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 def _read_h5(path: Path) -> dict[str, object]:
     import h5py
 
-    def plain(group) -> dict[str, object]:
+    def plain(group: Any) -> dict[str, object]:
         return {name: plain(item) if isinstance(item, h5py.Group) else item[()] for name, item in group.items()}
 
     try:

@@ -7,12 +7,14 @@ The released system knows of no masks: see `avjax.layers.crossmodal`, whose `fai
 the last real step of a clip predicts. A missing modality is an all-False mask: its own vector is zero.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from avjax.layers import CrossmodalEncoder, Project, enter, last_step
-from avjax.models.base import Batch, Fusion, Output, head_loss, stream_heads
+from avjax.models.base import Batch, Fusion, Output, Streams, head_loss, stream_heads
 from avjax.models.fusions.base import FusionModule
 from avjax.models.fusions.mult import Residual
 
@@ -66,7 +68,7 @@ class AuxFormer(FusionModule):
             return x
         return Project((self.width,), dtype=self.dtype, bias=False, name=f"project_{stream}")(x)
 
-    def _asked(self, stream: str, other: str, steps, masks, train: bool) -> jax.Array:
+    def _asked(self, stream: str, other: str, steps: Streams, masks: Streams, train: bool) -> jax.Array:
         cross = self._encoder(f"{stream}_with_{other}", attention_dropout=0.0)
         x = cross(steps[stream], masks[stream], steps[other], masks[other], train)
         own = self._encoder(f"{stream}_memory", placed=False, mixed=True)
@@ -78,7 +80,7 @@ class AuxFormer(FusionModule):
             x = encoder(x, mask, train=train)
         return last_step(x, mask)
 
-    def _encoder(self, name: str, **more) -> CrossmodalEncoder:
+    def _encoder(self, name: str, **more: Any) -> CrossmodalEncoder:
         settings = {"dropout": self.dropout, "attention_dropout": self.attention_dropout} | more
         return CrossmodalEncoder(
             self.layers, self.heads, self.causal, embedding_dropout=self.embedding_dropout,

@@ -3,8 +3,10 @@
 The code builds on that of MMER: shapes, missing streams and padding are as in `avjax.models.fusions.mmer`.
 """
 
+import jax
+
 from avjax.layers import SelfAttention
-from avjax.models.base import Fusion
+from avjax.models.base import Fusion, Stream
 from avjax.models.fusions.mmer import MmerIt
 
 
@@ -18,7 +20,7 @@ class AvtCaReleased(MmerIt):
     heads: int = 8
     softhard: bool = False
 
-    def behind(self, first, second):
+    def behind(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
         attention = SelfAttention(self.heads, self.dtype, name="final")
         return (attention(*first), first[1]), (attention(*second), second[1]), {}
 

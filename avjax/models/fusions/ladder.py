@@ -7,12 +7,14 @@ A missing stream is an all-False mask: it enters the fused answer as zeros, and 
 biases answer.
 """
 
+from collections.abc import Callable, Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from avjax.layers import masked_mean
-from avjax.models.base import Batch, Fusion, Output, head_loss
+from avjax.models.base import Batch, Fusion, Output, Streams, head_loss
 from avjax.models.fusions.base import FusionModule, has_stream
 
 
@@ -68,7 +70,9 @@ class Ladder(FusionModule):
     def _corrupt(self, x: jax.Array) -> jax.Array:
         return x + self.noise * jax.random.normal(self.make_rng("dropout"), x.shape, x.dtype)
 
-    def _errors(self, stream: str, clean, noisy, tops, present) -> jax.Array:
+    def _errors(
+        self, stream: str, clean: Sequence[jax.Array], noisy: Sequence[jax.Array], tops: Streams, present: Streams
+    ) -> jax.Array:
         """(b, layers), from the top down; zeros for clips that lack the stream or every other one."""
         others = [s for s in self.streams if s != stream]
         has = jnp.stack([present[s] for s in others], -1)
@@ -88,7 +92,7 @@ def _standard(x: jax.Array) -> jax.Array:
     return nn.standardize(x, epsilon=1e-5)
 
 
-def _climb(layers: list[nn.Dense], bottom: jax.Array, corrupt) -> list[jax.Array]:
+def _climb(layers: list[nn.Dense], bottom: jax.Array, corrupt: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
     """The layers of one stream from its input up, each normalised, then corrupted, float32."""
     found = [corrupt(_standard(bottom))]
     for dense in layers:

@@ -10,6 +10,7 @@ mask. The memory never hears of it, and what would rebuild it costs nothing. Wit
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,7 +26,7 @@ REBUILT: Mapping[str, float] = {"text": 1.0, "audio": 0.01, "video": 0.5}
 PRIOR = 1.0
 
 
-def _sizes(**sizes):
+def _sizes(**sizes: int) -> Any:
     return dataclasses.field(default_factory=lambda: sizes)
 
 

@@ -12,7 +12,8 @@ leave the memory as it is.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
 from avjax.layers import Dropout, Project, Recurrence, align, enter
-from avjax.models.base import Batch, Fusion, Output
+from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 
 
@@ -47,7 +48,9 @@ class MemoryGate(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, attended: jax.Array, memory_width: int, train: bool = False):
+    def __call__(
+        self, attended: jax.Array, memory_width: int, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, Callable[..., jax.Array]]:
         """attended (b, n, d) → two arrays (b, n, hidden) and a gate: (a step of each, memory (b, m)) → (b, m)."""
         inputs = Project((self.hidden,), dtype=self.dtype, name="input")(attended)
         keep = Dropout(self.dropout, train)(jnp.ones_like(inputs))
@@ -114,7 +117,7 @@ class Mfn(FusionModule):
     def _perceptron(self, name: str, index: int, width: int) -> Perceptron:
         return Perceptron(getattr(self, name), width, self.dropouts[index], self.dtype, name=name)
 
-    def _clocked(self, steps, masks):
+    def _clocked(self, steps: Streams, masks: Streams) -> tuple[Streams, Streams]:
         """The streams on one clock."""
         if self.faithful:
             lengths = {s: x.shape[1] for s, x in steps.items()}
@@ -135,7 +138,7 @@ class Mfn(FusionModule):
             attended, self.memory, train
         )
 
-        def step(memory, now):
+        def step(memory: jax.Array, now: Any) -> tuple[jax.Array, None]:
             known, learnt, proposal, real = now
             new = retain(*known, memory) * memory + update(*learnt, memory) * proposal
             return jnp.where(real[:, None], new, memory), None

@@ -187,7 +187,7 @@ class MmerIa(TwoStages):
     The released module also has values and an output map that nothing reads; they are left out.
     """
 
-    def between(self, first, second):
+    def between(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
         (a, a_mask), (v, v_mask) = first, second
         gate = lambda name: CrossGate(self.heads, self.dtype, name=name)  # noqa: E731
         v_gate, a_weights = gate("first_asks")(a, a_mask, v, v_mask)
@@ -200,7 +200,7 @@ class MmerIa(TwoStages):
 class MmerIt(TwoStages):
     """Intermediate transformer: what each stream gets by asking the other is added to it (section III-B)."""
 
-    def between(self, first, second):
+    def between(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
         a, v, weights = _meet(self, first, second)
         return (
             (first[0] + _where_any(second[1], a, 0), first[1]),
@@ -212,7 +212,7 @@ class MmerIt(TwoStages):
 class MmerLt(TwoStages):
     """Late transformer: what each stream gets by asking the other takes its place (section III-A)."""
 
-    def behind(self, first, second):
+    def behind(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
         a, v, weights = _meet(self, first, second)
         return (_where_any(second[1], a, first[0]), first[1]), (_where_any(first[1], v, second[0]), second[1]), weights
 

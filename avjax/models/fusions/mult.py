@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.layers import CrossmodalEncoder, Dropout, Project, enter, last_step
-from avjax.models.base import Batch, Fusion, Output
+from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 
 
@@ -69,7 +69,7 @@ class MulT(FusionModule):
         fused = Residual(joint.shape[-1:], self.out_dropout, self.dtype, name="fuse")(joint, train)
         return self.predict(fused, {"joint": joint})
 
-    def _vector(self, stream: str, steps, masks, train: bool) -> jax.Array:
+    def _vector(self, stream: str, steps: Streams, masks: Streams, train: bool) -> jax.Array:
         """The last step of a stream that has asked all others: (b, (streams - 1)·d)."""
         answers = []
         for other in self.streams:
