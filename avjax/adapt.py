@@ -1,19 +1,19 @@
-"""Teaches the cache of a finished EmoAsst run new people, and shows what that brings.
+"""Adds corrected clips to the cache of an EmoAsst run, and measures how much that helps.
 
 python -m avjax.adapt --workdir W --labels corrections.csv --cache C
 
-enters the clips of a table `file,label[,id]` into the cache file C, which is made out of the run where it is not there;
-`python -m avjax.predict --workdir W --cache C` answers by it from then on. Nothing is trained. A clip that is in the
-cache already takes its new label. Rows that cannot be used get a line on standard error; the others are entered.
+Adds the clips of a table `file,label[,id]` to the cache file C, which is created from the run if it does not exist.
+`python -m avjax.predict --workdir W --cache C` then predicts with it. Nothing is trained. A clip that is already in the
+cache gets its new label. Rows that cannot be used are reported on standard error; the others are added.
 
 python -m avjax.adapt --workdir W --cache C [--remove ID,ID] [--fit]
 
-lists what is in C, without some entries where asked, with alpha and beta chosen anew where asked.
+Lists the entries of C; --remove deletes some of them, --fit chooses alpha and beta again.
 
 python -m avjax.adapt --workdir W --curve 1,2,4
 
-measures what so many labelled clips per class of a person bring, for people whom the run's lanes have not seen, and
-writes W/adaptation.json and W/adaptation.png.
+Measures the gain from that many labelled clips per class, for people whom the run has not seen. Writes
+W/adaptation.json and W/adaptation.png.
 """
 
 import json
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of avjax.train.", required=True)
 CACHE = flags.DEFINE_string("cache", None, "The cache file.")
-LABELS = flags.DEFINE_string("labels", None, "A table file,label[,id] of clips to enter.")
+LABELS = flags.DEFINE_string("labels", None, "A table file,label[,id] of clips to add.")
 REMOVE = flags.DEFINE_list("remove", [], "Ids of entries to take out.")
 FIT = flags.DEFINE_bool("fit", False, "Choose alpha and beta anew, leaving out one entry after the other.")
 CURVE = flags.DEFINE_list("curve", [], "Numbers of labelled clips per class, such as 1,2,4.")
@@ -67,7 +67,7 @@ def _edit(workdir: Path, run: "Run", path: Path) -> None:
     if LABELS.value:
         clips, rejected = adaptation.corrections(Path(LABELS.value), run)
         progress = Console(stderr=True, soft_wrap=True, markup=False)
-        cache, unusable = adaptation.enter(cache, run, clips, progress, clip_seconds=CLIP_SECONDS.value)
+        cache, unusable = adaptation.add_clips(cache, run, clips, progress, clip_seconds=CLIP_SECONDS.value)
         rejected += unusable
     cache = caches.remove(cache, REMOVE.value) if REMOVE.value else cache
     cache = caches.fit(cache) if FIT.value else cache
@@ -94,7 +94,7 @@ def _curve(workdir: Path, run: "Run") -> None:
     about = {"dataset": run.dataset, "protocol": run.protocol, "draws": DRAWS.value}
     rows = [{"shots": p.shots, "mean": p.mean, "std": p.spread, "better": p.better, "uar": p.uar} for p in points]
     write_text(workdir / "adaptation.json", json.dumps(about | {"points": rows}, indent=1))
-    plots.adaptation_picture(rows, run.name, workdir / "adaptation.png", note=f"{run.dataset} · {run.protocol}")
+    plots.adaptation_figure(rows, run.name, workdir / "adaptation.png", note=f"{run.dataset} · {run.protocol}")
     Console(markup=False).print(prediction_tables.curve_table(points, run, DRAWS.value))
     print(f"written to {workdir}: adaptation.json, adaptation.png")
 

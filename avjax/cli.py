@@ -56,7 +56,10 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
         print(f"error: {error}", file=sys.stderr)
         _leave(str(error), 2)
     except Stopped as where:
-        print(f"told to stop; the state after {where} is kept, and the same command goes on from here", file=sys.stderr)
+        print(
+            f"stopped on request; the state after {where} is saved, and the same command continues from it",
+            file=sys.stderr,
+        )
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

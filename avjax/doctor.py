@@ -1,21 +1,21 @@
-"""Says what is wrong with this machine or with data, before weeks are lost on it.
+"""Checks this machine, or a data set, and reports what is wrong and how to fix it.
 
 python -m avjax.doctor [--json]
 
-Packages and their versions, devices, disk, codecs, pretrained weights, places. Downloads nothing.
+Checks packages and their versions, devices, disk, codecs, pretrained weights and folders. Downloads nothing.
 
 python -m avjax.doctor data --config configs/etg_folder.py --config.data.root=R [--out DIR] [--workers N] [--no_faces]
     [--lists DIR] [--json]
 
-Opens every clip of a data set and checks its folds and labels, by the protocol of the configuration; --lists: public
-lists of its folds to compare with. Writes audit.html and audit.json into DIR, by default audits/<data set>. Stopped and
-started again it goes on; clips that have not changed are not opened again.
+Opens every clip of a data set and checks its folds and labels under the protocol of the configuration; --lists compares
+them with public lists of folds. Writes audit.html and audit.json into DIR, by default audits/<data set>. Run again, it
+continues where it stopped; clips that have not changed are not opened again.
 
 python -m avjax.doctor lists DIR [--json]
 
-Checks public lists of folds alone, without any clip.
+Checks public lists of folds, without any clip.
 
-Exit status: 1 where something needed is broken or a finding is invalid, 2 for a mistake in the call, else 0.
+Exit status: 1 if something needed is broken or a finding is invalid, 2 for a wrong call, else 0.
 """
 
 import json

@@ -1,18 +1,18 @@
-"""Lays runs side by side.
+"""Compares runs.
 
 python -m avjax.evaluate W1 W2 ... [--markdown]
 
-Finished runs: WAR, UAR, differences fold by fold to the first run, and the references of that run.
+Compares finished runs: WAR, UAR, differences to the first run fold by fold, and the baselines of that run.
 
 python -m avjax.evaluate W1 W2 ... --heads
 
-The pooled scores of all heads of each run, weighted F1 among them: of EmoAsst the rows of its Tables 2 to 5.
+Shows the pooled scores of all heads of each run, weighted F1 among them: for EmoAsst the rows of its Tables 2 to 5.
 
 python -m avjax.evaluate compare --config configs/ravdess_features.py:av [--rows concat,lmf,mult] [--runs W]
 
-Trains each of `--rows`, variants of the configuration (default: every fusion that can read its streams), under the same
-protocol into W/<row>, and shows all with bootstrap intervals over speakers and a paired test against the first row. Run
-again it goes on where it stopped; a row that cannot be trained is named with its reason and the others go on.
+Trains each of `--rows`, variants of the configuration (default: every fusion that can read its streams), under one
+protocol into W/<row>, and compares all with the first row: bootstrap intervals over speakers and a paired test. Run
+again, it continues where it stopped. A row that cannot be trained is reported with its reason; the others continue.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ from avjax.settings import Settings
 CONFIG = configs.define_flag()
 MARKDOWN = flags.DEFINE_bool("markdown", False, "Print Markdown instead of a terminal table.")
 HEADS = flags.DEFINE_bool("heads", False, "Show every head of every run, over all folds and seeds.")
-ROWS = flags.DEFINE_list("rows", None, "Variants to compare, the first is compared with; default every fusion.")
+ROWS = flags.DEFINE_list("rows", None, "Variants to compare with the first of them; default: every fusion.")
 RUNS = flags.DEFINE_string("runs", None, "Folder of the compared runs; default runs/compare-<config>-<variants>.")
 
 

@@ -1,9 +1,9 @@
-"""Writes a bundle of a finished run: all that answering takes, in one folder that can be passed on.
+"""Writes a bundle of a finished run: one folder with everything that prediction needs, ready to be shared.
 
 python -m avjax.export --workdir W --out B [--fold F] [--seed S]
 
-B has the answer as a portable program that JAX runs without avjax, its weights twice (safetensors, Orbax), labels,
-provenance, a model card and sums of all files. `python -m avjax.predict --workdir B clip.mp4` answers as W does;
+B has the prediction as a portable program that JAX runs without avjax, the weights twice (safetensors, Orbax), labels,
+provenance, a model card and checksums of all files. `python -m avjax.predict --workdir B clip.mp4` predicts as W does;
 in Python: `avjax.load("B").predict(["clip.mp4"])`.
 """
 
@@ -12,9 +12,9 @@ from absl import flags
 from avjax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of avjax.train.", required=True)
-OUT = flags.DEFINE_string("out", None, "The folder of the bundle, which must not be there yet.", required=True)
-FOLD = flags.DEFINE_string("fold", None, "The lanes of this fold alone.")
-SEED = flags.DEFINE_integer("seed", None, "The lanes of this seed alone.")
+OUT = flags.DEFINE_string("out", None, "The folder of the bundle; it must not exist yet.", required=True)
+FOLD = flags.DEFINE_string("fold", None, "Only the lanes of this fold.")
+SEED = flags.DEFINE_integer("seed", None, "Only the lanes of this seed.")
 
 
 def main(_: list[str]) -> None:
@@ -29,7 +29,7 @@ def main(_: list[str]) -> None:
     print(f"{out}: {says['run']}, {len(says['lanes'])} of {says['lanes_of_run']} lanes, {size / 1e6:.1f} MB")
     for name, stream in says["inputs"].items():
         print(f"  {name} ({', '.join(map(str, stream['shape']))}) {stream['dtype']}")
-    print(f"read {out}/model_card.md before you pass it on")
+    print(f"read {out}/model_card.md before you share it")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Turns a data set into features and sentences, once; resumable by clip.
+"""Extracts features and sentences from a data set, once; resumable by clip.
 
 python -m avjax.extract --config configs/extract_folder.py --config.data.root=R --out F
 
-Stopped and started again it goes on, whoever does it (--runner). A file that cannot be used goes to F/quarantine.csv
-with a reason and never stops the run. Sentences are in F/sentences.csv: edit them, then run with --only text.
+Stopped and started again, it continues, with any --runner. A file that cannot be used is listed in F/quarantine.csv
+with the reason and never stops the run. Sentences are in F/sentences.csv: edit them, then run with --only text.
 """
 
 import shlex
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 CONFIG = configs.require_flag()
 OUT = flags.DEFINE_string("out", None, "Feature store; default $AVJAX_CACHE/features/<dataset>.")
-ONLY = flags.DEFINE_enum("only", None, ["text"], "Only encode the sentences of F/sentences.csv again; opens no media.")
+ONLY = flags.DEFINE_enum("only", None, ["text"], "Encode the sentences of F/sentences.csv again; opens no media.")
 RUNNER = flags.DEFINE_string(
     "runner",
     "local",
-    "Who does it: local (worker processes), or a Beam runner, such as DirectRunner, DataflowRunner, FlinkRunner or "
+    "What does the work: local (worker processes) or a Beam runner: DirectRunner, DataflowRunner, FlinkRunner or "
     "SparkRunner; the same features. The store must be where all machines reach it: --out=gs://bucket/F.",
 )
 RUNNER_OPTIONS = flags.DEFINE_string("runner_options", "", 'Options of the Beam runner: "--project=P --region=R …".')

@@ -1,9 +1,9 @@
-"""Says which emotion a finished run, or a bundle of one, sees in new clips.
+"""Predicts the emotion in new clips, with a finished run or a bundle.
 
 python -m avjax.predict --workdir W clip.mp4 [more clips or folders] [--json]
 
-Measured and answered as in extraction and training, by the mean of all lanes; with --cache by a cache that
-avjax.adapt has taught. Files that cannot be used get a line on standard error; the others go on.
+Measures each clip as extraction does and predicts with the mean of all lanes; with --cache, by a cache that
+avjax.adapt has filled. Files that cannot be used are reported on standard error; the others continue.
 """
 
 import sys
@@ -13,12 +13,12 @@ from absl import flags
 
 from avjax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A finished run of avjax.train, or a bundle of one.", required=True)
-FOLD = flags.DEFINE_string("fold", None, "Answer by the lanes of this fold alone.")
-SEED = flags.DEFINE_integer("seed", None, "Answer by the lanes of this seed alone.")
+WORKDIR = flags.DEFINE_string("workdir", None, "A finished run of avjax.train, or a bundle.", required=True)
+FOLD = flags.DEFINE_string("fold", None, "Predict with the lanes of this fold only.")
+SEED = flags.DEFINE_integer("seed", None, "Predict with the lanes of this seed only.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object on standard output, and nothing else there.")
-CACHE = flags.DEFINE_string("cache", None, "Answer by this cache, which avjax.adapt has filled.")
-CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds within which a clip must be measured.", 0.001)
+CACHE = flags.DEFINE_string("cache", None, "Predict with this cache, which avjax.adapt filled.")
+CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds that measuring one clip may take.", 0.001)
 
 
 def main(argv: list[str]) -> None:

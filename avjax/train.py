@@ -1,8 +1,8 @@
 """Trains a protocol: all folds and seeds in one compiled program, and reports.
 
-python -m avjax.train --config configs/etg_folder.py --config.data.features=F --workdir W
+python -m avjax.train --config configs/etg_folder.py --config.data.root=R --workdir W
 
-The same command on the same --workdir goes on where it was cut off; on a finished one it does nothing.
+The same command on the same --workdir continues where it stopped; on a finished run it does nothing.
 """
 
 import functools
@@ -23,7 +23,9 @@ CONFIG = configs.require_flag()
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory, on cloud storage too (gs://); default runs/<config>-<variants>."
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Show parameters, their places, memory and FLOPs; train nothing.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Show parameters, their device placement, memory and FLOPs; train nothing."
+)
 
 
 def main(_: list[str]) -> None:
@@ -77,7 +79,7 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
         features = data.obtain(settings, console)
     counts, dataset = features.counts, registry.title(features.dataset)
     say(f"{settings.name} {settings.variants or 'full'} on {dataset}: {counts['used']} clips, {len(features.classes)} "
-        f"classes; {counts['quarantined']} quarantined, without sound {counts['masked_audio']}, "
+        f"classes; {counts['quarantined']} quarantined, without audio {counts['masked_audio']}, "
         f"without face {counts['masked_video']}")  # fmt: skip
 
     # ---- Protocol and model ---------------------------------------------------------------------------------------
@@ -151,14 +153,14 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
         # ---- Test and report --------------------------------------------------------------------------------------
         logits = jax.device_get(trainer.predict(state, lanes, clips))
         cli.heed_interrupts()
-        state, clips = place.read(state), streamed_batches.here(clips)
+        state, clips = place.read(state), streamed_batches.on_one_device(clips)
         if multihost.is_writer():
             trained = finish_run.Trained(settings, model, features, plan, clips, state, logits, log.rows, protocol_text)
             epath.Path(workdir / streamed_loop.FOLDER).rmtree(missing_ok=True)
             with storage.filled(workdir, last="report.html") as folder:
                 console.print(*finish_run.write(folder, trained))
         multihost.end()
-        say(f"written to {workdir}: report.html, metrics.json, predictions.npz, checkpoints/ and pictures")
+        say(f"written to {workdir}: report.html, metrics.json, predictions.npz, checkpoints/ and figures")
         return workdir
 
 

@@ -1,9 +1,9 @@
-"""AVT-CA on any folder of clips with a `labels.csv`, from raw face pictures of 112 x 112 and MFCC.
+"""AVT-CA on any folder of clips with a `labels.csv`, from raw face images of 112 x 112 and MFCC.
 
 Command:   python -m avjax.train --config configs/avtca_folder.py --config.data.root=R --config.data.features=F
 Data:      yours. With speakers: leave one speaker out (groups of speakers when there are many); else stratified folds.
 Result:    docs/results.md, on 96 real clips.
-Variants:  as in `configs/avtca_ravdess.py`; avtca: pictures of 224 x 224; paper: the paper's optimizer.
+Variants:  as in `configs/avtca_ravdess.py`; avtca: images of 224 x 224; paper: the paper's optimizer.
 """
 
 from ml_collections import ConfigDict

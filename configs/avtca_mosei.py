@@ -1,11 +1,11 @@
-"""AVT-CA on CMU-MOSEI: six emotions, yes or no to each, the official parts.
+"""AVT-CA on CMU-MOSEI: six emotions, multi-label, the official parts.
 
 Command:   python -m avjax.train --config configs/avtca_mosei.py --config.data.root=R --config.data.features=F
 Data:      CMU-MOSEI, cut into utterances. R is a folder with a labels.csv: file, split (train, val, test), start, end
            where a film is not cut, is:happy, is:sad, is:anger, is:fear, is:disgust, is:surprise (1 where the emotion
            is above 0). Not shipped.
 Paper:     accuracy 95.84, F1 94.13 (Table III), over one class of six per utterance, and of validation.
-Here:      not measured: the data set was not at hand. Another task than the paper's: the corpus marks several emotions
+Measured:  no; the data set was not available. Another task than the paper's: the corpus marks several emotions
            in one utterance. Selected and reported by weighted accuracy and F1, means over the six.
 Variants:  as in `configs/avtca_ravdess.py`.
 """

@@ -1,15 +1,15 @@
-"""AVT-CA on RAVDESS, eight emotions, from raw face pictures and MFCC, five folds of disjoint actors.
+"""AVT-CA on RAVDESS, eight emotions, from raw face images and MFCC, five folds of disjoint actors.
 
 Command:   python -m avjax.train --config configs/avtca_ravdess.py --config.data.root=RAVDESS
-Data:      RAVDESS as it was downloaded (Actor_01/*.mp4; CC BY-NC-SA 4.0): the 1,440 clips of speech with picture and
-           sound. 15 pictures of 224 x 224 and 156 steps of 10 MFCC from 3.6 s in the middle. Not shipped.
+Data:      RAVDESS as it was downloaded (Actor_01/*.mp4; CC BY-NC-SA 4.0): the 1,440 clips of speech with video and
+           audio. 15 images of 224 x 224 and 156 steps of 10 MFCC from 3.6 s in the middle. Not shipped.
 Paper:     accuracy 96.11, F1 93.78: of a validation fifth, with no test set, all 7,360 files counted (Table I). An
            independent rerun of the released code on held-out actors got 66.7 to 71.25.
-Here:      not measured: the films were not at hand. On 96 real clips: docs/results.md.
+Measured:  no; the videos were not available. On 96 real clips: docs/results.md.
 Variants:  Table V: it1, it4 (self-attention alone, 1 or 4 heads), ct1, ct4 (cross-attention alone), full; softhard (the
            modality dropout of MMER); repo: the released model with its optimizer; avtca_faulty: the released
            preprocessing with its faults (`avjax.features.presets.Window`), a word of the extraction too; avtca_112:
-           smaller pictures, so too; protocols as in `configs/etg_mafw.py`.
+           smaller images, also there; protocols as in `configs/etg_mafw.py`.
 """
 
 from ml_collections import ConfigDict

@@ -4,12 +4,12 @@ Command:   python -m avjax.train --config configs/deiii_crema_d.py --config.data
 Data:      CREMA-D as it was downloaded (VideoFlash/*.flv, AudioWAV/*.wav; ODbL): 7,442 clips of 91 actors, of which
            five are left out. The folds are blocks of actors, 1001 to 1018 and so on, as in HiCMAE's lists. Not shipped.
 Paper:     F1 macro 79.5, micro 83.7 (Table 1; five folds, training, validation and test with disjoint actors).
-Here:      not measured: the films were not at hand. On 96 real clips: docs/results.md.
+Measured:  no; the videos were not available. On 96 real clips: docs/results.md.
            Batch 32 and the convolution's kernel are not stated in the paper. A validation fifth of the training actors
            picks epoch and head.
 Variants:  crowd: what most of the crowd saw, 5,820 clips in the five partitions of VAVL, whose lists are to be beside
            the films (`avjax.datasets.crema_d.crowd`); they overlap, so each is reported by itself. soft: the same with
-           the shares of votes as labels.
+           soft labels from the votes.
            The rows of Tables 2 and 3 (`avjax.models.de_iii.VARIANTS`; `ife_video` is the row called full there, with
            that head by name); of Table 4, as words of the extraction too: w3s1, w5s1, w7s1, w3s3, w5s5, w7s7 (window
            and stride of the flow), flow_dinov2; `small` sizes for a few hundred clips; protocols as in

@@ -5,7 +5,7 @@ Data:      MSP-IMPROV as it was downloaded (session1/S01A/P/MSP-IMPROV-….avi, 
            clips of 12 actors. Ratings of 1 to 5 become 0 to 1, arousal turned round, since it is stored flipped. Not
            shipped.
 Paper:     CCC V 89.3, A 88.7, D 85.8 (Table 1).
-Here:      not measured: the data set was not at hand. A planted relation is recovered:
+Measured:  no; the data set was not available. A planted relation is recovered:
 tests/commands/test_regression.py. Variants:  sessions: the six sessions, each with its pair of actors left out in turn;
 others as in
            `configs/deiii_crema_d.py`.

@@ -1,10 +1,10 @@
 """DE-III on RAVDESS, eight emotions, five folds of disjoint actors.
 
 Command:   python -m avjax.train --config configs/deiii_ravdess.py --config.data.root=RAVDESS
-Data:      RAVDESS as it was downloaded (Actor_01/*.mp4; CC BY-NC-SA 4.0): the 1,440 clips of speech with picture and
-           sound. The paper's 2,880 count copies without sound beside them. Not shipped.
+Data:      RAVDESS as it was downloaded (Actor_01/*.mp4; CC BY-NC-SA 4.0): the 1,440 clips of speech with video and
+           audio. The paper's 2,880 count copies without audio beside them. Not shipped.
 Paper:     accuracy 82.7 (Table 1).
-Here:      not measured: the films were not at hand. DE-III's fusion on features that were: docs/comparison.md.
+Measured:  no; the videos were not available. DE-III's fusion on features that were: docs/comparison.md.
 Variants:  as in `configs/deiii_crema_d.py`.
 """
 

@@ -2,15 +2,15 @@
 
 Command:   python -m avjax.train --config configs/emoasst_meld.py --config.data.root=MELD
 Data:      MELD (Poria et al. 2019; GPL-3.0, clips of the series): 9,989 / 1,109 / 2,610 utterances. Not shipped.
-Paper:     accuracy / weighted F1. Linear probe on pictures (Table 2) 49.36 / 36.31, + prompt 50.37 / 37.13; few-shot
-           classifier on pictures (Table 3) 50.83 / 38.28, + prompt 52.04 / 41.18; on sound (Table 4) 51.72 / 39.08,
+Paper:     accuracy / weighted F1. Linear probe on video (Table 2) 49.36 / 36.31, + prompt 50.37 / 37.13; few-shot
+           classifier on video (Table 3) 50.83 / 38.28, + prompt 52.04 / 41.18; on audio (Table 4) 51.72 / 39.08,
            + prompt 52.66 / 41.50; on both (Table 5) 49.57 / 41.88, + prompt 51.86 / 42.34.
-Here:      not measured: the data set was not at hand. A run's table of heads has all rows of the tables: `video_probe`,
+Measured:  no; the data set was not available. A run's table of heads has all rows of the tables: `video_probe`,
            `video_cache` or `video_tuned`, `audio_…`, `both_…`; `:utterance` trains the rows without "+ prompt".
-Variants:  utterance: text of the clip in the place of prompts; untold: prompts in the contrast alone and not in the
-           query, which has no label to copy then (told: in both, the paper's way); visual_supcon: SupCon for the
-           pictures too; video, audio: one modality; tuned, zero: which classifier answers (default cache); best_epoch:
-           the epoch by validation; protocols and presets as in `configs/etg_mafw.py`.
+Variants:  utterance: text of the clip instead of prompts; label_free_query: prompts in the contrast alone and not in
+           the query, which has no label to copy then (label_in_query: in both, the paper's way); visual_supcon: SupCon
+           for the video too; video, audio: one modality; tuned, zero: which classifier predicts (default cache);
+           best_epoch: the epoch by validation; protocols and presets as in `configs/etg_mafw.py`.
 """
 
 from ml_collections import ConfigDict
@@ -31,14 +31,14 @@ TABLE = (
         "small": {"model.settings.width": 128, "model.settings.heads": 4, "model.settings.inner": 256},
         # The rows without "+ prompt" of Tables 2 to 5.
         "utterance": {"model.settings.prompt": False},
-        # Whether the query of the pictures is the prompt, too, which names the label, in training: the paper's way.
-        "told": {"model.settings.told": True},
-        "untold": {"model.settings.told": False},
+        # Whether the query of the video is the prompt, too, which names the label, in training: the paper's way.
+        "label_in_query": {"model.settings.label_in_query": True},
+        "label_free_query": {"model.settings.label_in_query": False},
         "visual_supcon": {"model.settings.visual_loss": "supcon"},
         "video": {"model.streams": ("text", "video"), "train.rates": ()},
         "audio": {"model.streams": ("text", "audio")},
     }
-    | {reader: {"model.settings.reader": reader} for reader in emoasst.ANSWERING if reader != "cache"}
+    | {reader: {"model.settings.reader": reader} for reader in emoasst.PREDICTING if reader != "cache"}
 )
 
 

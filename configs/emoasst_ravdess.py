@@ -2,10 +2,10 @@
 
 Command:   python -m avjax.train --config configs/emoasst_ravdess.py --config.data.root=R
            python -m avjax.adapt --workdir runs/emoasst_ravdess --curve 1,2,4
-Data:      as in `configs/ravdess_features.py`; each clip is one step of picture and one of sound, so that the branches
+Data:      as in `configs/ravdess_features.py`; each clip is one step of video and one of audio, so that the branches
            have nothing to attend to in time. What is said is one of two sentences, whatever the emotion.
 Paper:     none.
-Here:      docs/adapt.md.
+Measured:  docs/adapt.md.
 Variants:  as in `configs/emoasst_meld.py` but for its presets.
 """
 

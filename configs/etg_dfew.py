@@ -3,7 +3,7 @@
 Command:   python -m avjax.train --config configs/etg_dfew.py --config.data.root=DFEW
            What is not extracted yet is extracted first.
 Data:      DFEW (signed agreement): Clip/original/*.mp4, EmoLabel_DataSplit/; 11,697 single-label clips. Not shipped.
-Here:      not measured: the data set was not at hand. The settings are those of MAFW; nothing was chosen on DFEW.
+Measured:  no; the data set was not available. The settings are those of MAFW; nothing was chosen on DFEW.
 Variants:  as in `configs/etg_mafw.py`.
 """
 

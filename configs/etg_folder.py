@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from avjax.config import module, with_variants
 
 MAFW = module("configs/etg_mafw.py")
-# Of few clips a core that begins from nothing learns nothing at the encoders' rates: here it keeps its own.
+# Of few clips a core that begins from nothing learns nothing at the encoders' rates: so it keeps its own.
 _TUNED = {"train.epochs": 5, "model.dropout": 0.0}
 TABLE = MAFW.TABLE | {
     "finetune": MAFW.TABLE["finetune"] | _TUNED | {"train.rates": (("^core/", 100.0),)},

@@ -2,16 +2,16 @@
 
 Command:   python -m avjax.train --config configs/etg_mafw.py [--config.data.root=MAFW]
            What is not extracted yet is extracted first. Without MAFW (no root, nothing at `$AVJAX_DATA/mafw`) the demo
-           corpus stands in, synthetic and of the same layout, and every figure says so.
+           corpus stands in, synthetic and of the same layout, and every figure is marked with it.
 Data:      MAFW (signed agreement); 9,172 single-label clips, 8,996 of compound emotions. Not shipped.
 Paper:     WAR 60.78, UAR 44.27 (mean of five folds; end-to-end fine-tuned encoders, 1e-5, batch 4, seed 42).
-Here:      frozen encoders; not measured: the data set was not at hand. Demo corpus: docs/quickstart.md.
+Measured:  frozen encoders; not measured, as the data set was not available. Demo corpus: docs/quickstart.md.
            Learning rate 1e-3 and batch 8: frozen encoders leave little to train, and so the demo corpus is learned in
            25 epochs (1e-4 or batch 32 leaves it half learned). Nothing was chosen on MAFW.
 Variants:  the rows of Tables III–VI and Figure 3 (`avjax.models.etg_aver.VARIANTS`), the protocols and the presets
            below (the words of the extraction: `configs/extract_mafw.py`);
            several are joined by commas: `configs/etg_mafw.py:no_hlo,speaker_norm`.
-           finetune: the paper's training, encoders and all, from pictures, waveforms and tokens; wants an accelerator.
+           finetune: the paper's training, encoders and all, from images, waveforms and tokens; wants an accelerator.
            lora: the same with low-rank changes of the encoders' attention, which the run writes out merged.
            With the encoders that can be had without the hub: `finetune,open_raw`, `lora,open_raw`.
            compound: the 43 compound emotions.

@@ -4,7 +4,7 @@ Command:   python -m avjax.extract --config configs/extract_mafw.py --config.dat
 Data:      MAFW as it was downloaded: data/clips/*.mp4 and Train & Test Set/single/no_caption/set_{1..5}/.
 Variants:  lite (default): blendshapes, action units and head pose; log-mel, MFCC, pitch, energy; MiniLM tokens.
            open: Whisper-base, ViT-S/14 beside the face measurements, MiniLM: encoders that can be had without the hub.
-           open_raw: what those encoders read, for training that moves them, too: 8 face pictures, log-mel spectra of
+           open_raw: what those encoders read, for training that moves them, too: 8 face images, log-mel spectra of
            the first 10 s, token ids. etg_raw: the same for those of etg, with waveforms.
            From the hub or `$AVJAX_WEIGHTS`, what the papers used:
            etg: data2vec-audio, ViT-B/16, DistilBERT (ETG-AVER).
@@ -12,7 +12,7 @@ Variants:  lite (default): blendshapes, action units and head pose; log-mel, MFC
            flow (DE-III): Perceiver IO's (`flow_perceiver`), which wants an accelerator; `flow_dis`: OpenCV's DIS.
            deiii_lite, deiii_open: DE-III's streams without the hub: the measurements of `lite` in every frame, or the
            encoders of `open` ten times a second, with DIS flow.
-           avtca: 15 face pictures of 224 x 224 and 10 MFCC from 3.6 s in the middle (AVT-CA); avtca_112: of 112 x 112;
+           avtca: 15 face images of 224 x 224 and 10 MFCC from 3.6 s in the middle (AVT-CA); avtca_112: of 112 x 112;
            avtca_faulty: with the faults of the released preprocessing (`avjax.features.presets.Window`).
            emoasst: CLIP ViT-B/32 on 24 whole frames and on texts, wav2vec 2.0 base of SEGUE up to layer 9 (EmoAsst).
 """

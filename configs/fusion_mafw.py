@@ -2,9 +2,9 @@
 
 Command:   python -m avjax.train --config configs/fusion_mafw.py:mult [--config.data.root=MAFW]
            python -m avjax.evaluate compare --config configs/fusion_mafw.py --rows concat,mult,misa
-           Without MAFW the demo corpus stands in, as in `configs/etg_mafw.py`, and every figure says so.
+           Without MAFW the demo corpus stands in, as in `configs/etg_mafw.py`, and every figure is marked with it.
 Data:      as in `configs/etg_mafw.py`.
-Result:    not measured: the data set was not at hand. Fusions on data that were: docs/comparison.md.
+Result:    not measured: the data set was not available. Fusions on data that were available: docs/comparison.md.
 Variants:  a fusion by its name (`avjax.models.fusions.registry.FUSIONS`), with its settings under `model.settings`, and
 its
            losses and modality dropout as its paper has them; the optimizer is this file's for all of them, and the

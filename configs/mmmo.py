@@ -3,12 +3,12 @@
 Command:   python -m avjax.train --config configs/mmmo.py:av --config.data.root=R
 Data:      R/mmmo: COVAREP (74) and FACET (36) at 20 steps, one for each word; 220, 40 and 80 videos (Zadeh et al., AAAI
            2018; MIT). Words of the training part are not to be had, so there is no text. Not shipped.
-           A step of zeros alone is none. Of the sound's 6 % they stand before the first and after the last word, and
-           the words' own vectors are zeros there, too: padding. The picture has them there and, at another 12 %, in
+           A step of zeros alone is none. Of the audio's 6 % they stand before the first and after the last word, and
+           the words' own vectors are zeros there, too: padding. The video has them there and, at another 12 %, in
            between, where no face was found.
            Speakers are not named and each has one video, so there is no standardisation by speaker.
 Published: Memory Fusion Network, with words: .738 (accuracy; liked = 3.5 and more of 5).
-Here:      yardstick, a conventional model on sound and picture: .7625. The logistic regression that each run prints is
+Measured:  yardstick, a conventional model on audio and video: .7625. The logistic regression that each run prints is
            too weakly regularised for 220 clips: .6375. Fusions: .64 to .754, mfn_small .654 (docs/comparison.md). 80
            test clips: one is .0125.
 Variants:  audio, video, av: which streams enter; fusions by name and all_clips: as in
@@ -24,11 +24,11 @@ FUSION = module("configs/fusion_mafw.py")
 
 TABLES = {
     "files": {
-        "sound": {"path": "mmmo/audio_{split}.h5", "padding": "zeros"},
-        "picture": {"path": "mmmo/video_{split}.h5", "padding": "zeros"},
+        "audio": {"path": "mmmo/audio_{split}.h5", "padding": "zeros"},
+        "video": {"path": "mmmo/video_{split}.h5", "padding": "zeros"},
         "rating": {"path": "mmmo/y_{split}.h5"},
     },
-    "streams": {"audio": ("sound:d1",), "video": ("picture:d1",)},
+    "streams": {"audio": ("audio:d1",), "video": ("video:d1",)},
     "facts": {"label": {"of": "rating:d1", "at_least": 3.5, "names": (("0", "negative"), ("1", "positive"))}},
     "splits": (("train", "train"), ("valid", "val"), ("test", "test")),
 }

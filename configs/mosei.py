@@ -1,18 +1,18 @@
 """CMU-MOSEI, sentiment from −3 to 3, on the features that MMSA publishes; the official three parts.
 
 Command:   python -m avjax.train --config configs/mosei.py --config.data.root=R
-Data:      R/aligned_50.pkl (unaligned: R/unaligned_50.pkl) of MMSA (Mao et al. 2022): text BERT 768, sound COVAREP 74,
-           picture Facet 35 numbers at up to 50 steps (unaligned: 500 of sound and picture); 16,326, 1,871 and 4,659
+Data:      R/aligned_50.pkl (unaligned: R/unaligned_50.pkl) of MMSA (Mao et al. 2022): text BERT 768, audio COVAREP 74,
+           video Facet 35 numbers at up to 50 steps (unaligned: 500 of audio and video); 16,326, 1,871 and 4,659
            utterances. Not shipped. Pickles are read by `avjax.utils.safe_pickle`: nothing in them runs.
            emotions: R has the files of the CMU Multimodal SDK that `avjax/features/tables/mosei.py` names: text GloVe
-           300, sound COVAREP 74, picture Facet 35 (or OpenFace 713) numbers, and its cmu_mosei_std_folds.py.
+           300, audio COVAREP 74, video Facet 35 (or OpenFace 713) numbers, and its cmu_mosei_std_folds.py.
            A step of zeros alone is none; what is no finite number (COVAREP has −inf) is 0. A dialogue is a video. Its
            speaker is not named, so there is no standardisation by speaker.
 Published: MMSA's table, nine models on these files: accuracy of two .740 to .819 with 0, .786 to .849 without; of seven
            .505 to .544; mean absolute error .593 to .535; correlation .689 to .759 (EF-LSTM to Self-MM).
-Here:      not measured: the data set was not at hand. metrics.json has all of these under `sentiment`; runs are chosen
+Measured:  no; the data set was not available. metrics.json has all of these under `sentiment`; runs are chosen
            and compared by CCC. Of emotions: weighted accuracy and F1, for each and their means.
-Variants:  unaligned; emotions: six questions of yes or no (above 0), data set `mosei`; audio, video, text, av, tav:
+Variants:  unaligned; emotions: six emotions, multi-label (above 0), data set `mosei`; audio, video, text, av, tav:
            which streams enter; fusions by name and all_clips: as in `configs/fusion_mafw.py`.
 """
 

@@ -5,7 +5,7 @@ Data:      R/ravdess_luna5cv (Luna-Jiménez et al. 2022: mean OpenFace action un
            R/ravdess_au_mfcc (112 acoustic statistics; action units of a second OpenFace run). 1,440 clips, 24 actors.
            RAVDESS is CC BY-NC-SA 4.0 (Livingstone & Russo 2018). Not shipped.
 Published: the folds' authors: action units 62.13, both 86.70 (wav2vec 2.0 fine-tuned), mean fold accuracy.
-Here:      yardsticks, the best of conventional models on both streams: .714, with speaker_norm .850; both_aus .759,
+Measured:  yardsticks, the best of conventional models on both streams: .714, with speaker_norm .850; both_aus .759,
            .887. The logistic regression that each run prints, nothing searched: .679, .822; .732, .865. Three seeds
            together, concat: .728, .847; .760, .887, give or take .03 (docs/comparison.md has every fusion).
 Variants:  audio, video, av: which streams enter; both_aus: the second run's action units stand beside the first's;
@@ -66,7 +66,7 @@ def base() -> ConfigDict:
     config = FUSION.base()
     config.name, config.dataset, config.preset = "ravdess_features", "ravdess_features", "tables"
     config.tables = ConfigDict(TABLES)
-    # The sentence of these clips says nothing: the same two are spoken with every emotion.
+    # The sentence of these clips carries no label: the same two are spoken with every emotion.
     config.model.update(streams=("audio", "video"), text_source="")
     config.train.update(epochs=30, batch_size=32)
     return config

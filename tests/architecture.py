@@ -139,7 +139,8 @@ def _top(path: pathlib.Path) -> Iterator[ast.AST]:
     while todo:
         node = todo.pop()
         yield node
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not (for_types or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
             todo += ast.iter_child_nodes(node)
 
 

@@ -11,7 +11,7 @@ RATE = 16000
 
 
 def write_mp4(path: pathlib.Path, *, seconds=1.0, picture=True, hz=220.0, fps=10) -> pathlib.Path:
-    """Writes `seconds` of a moving pattern (if `picture`) with a sine of `hz` (silence at 0, no sound at None)."""
+    """Writes `seconds` of a moving pattern (if `picture`) with a sine of `hz` (silence at 0, no audio at None)."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)

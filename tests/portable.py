@@ -26,7 +26,7 @@ NAMES = tuple(f"class{c}" for c in range(CLASSES))
 
 
 def features(clips: int, seed: int = 0, more: int = 0) -> Features:
-    """Clips of many lengths up to those of WIDTHS and `more` steps of padding, with NaN in it; clip 0 has no sound."""
+    """Clips of many lengths up to those of WIDTHS and `more` steps of padding, with NaN in it; clip 0 has no audio."""
     rng, arrays, masks = np.random.default_rng(seed), {}, {}
     for stream, (most, width) in WIDTHS.items():
         name = "text_both" if stream == "text" else stream

@@ -18,7 +18,7 @@ from avjax.training import lanes as lane_plans
 from avjax.training import loop, streamed_batches
 from tests import synthetic
 
-SMALL = {"told": True, "width": 8, "heads": 2, "inner": 8, "shots": 2, "tune_steps": 5}
+SMALL = {"label_in_query": True, "width": 8, "heads": 2, "inner": 8, "shots": 2, "tune_steps": 5}
 
 
 def make(**more) -> Features:

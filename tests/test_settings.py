@@ -198,8 +198,7 @@ COMMAND_LINE = [
 ]
 
 
-@pytest.mark.budget(10)
-def test_nothing_is_read_or_claimed_and_the_corrected_command_runs(features, tmp_path, monkeypatch, capsys):
+def test_nothing_is_read_or_claimed(features, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "W"
     base = ("--config=configs/fusion_folder.py:concat", f"--config.data.features={features}", f"--workdir={workdir}")
     monkeypatch.setattr("avjax.training.data.obtain", lambda *_: pytest.fail("data were read"))
@@ -209,14 +208,14 @@ def test_nothing_is_read_or_claimed_and_the_corrected_command_runs(features, tmp
         assert said.startswith("error: "), change
         assert said.count("\n") == 1, change
         assert not workdir.exists(), change
-    monkeypatch.undo()
-    small = (
-        "train.epochs=1",
-        "train.epochs_per_call=1",
-        "model.settings.width=8",
-        "protocol.fold_count=2",
-        "train.seeds=1,",
-    )
+
+
+@pytest.mark.thorough
+def test_the_corrected_command_runs_in_the_same_directory(features, tmp_path, monkeypatch):
+    workdir = tmp_path / "W"
+    base = ("--config=configs/fusion_folder.py:concat", f"--config.data.features={features}", f"--workdir={workdir}")
+    assert run(monkeypatch, *base, "--config.train.optimizer=lion") == 2
+    small = ("train.epochs=1", "train.epochs_per_call=1", "model.settings.width=8", "train.seeds=1,")
     assert run(monkeypatch, *base, *(f"--config.{change}" for change in small)) in (0, None)
     assert (workdir / "report.html").is_file()
 

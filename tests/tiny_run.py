@@ -12,7 +12,7 @@ CLASSES = ("deep", "high", "middle")
 
 
 def make(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
-    """(data, store, run directory) of 2 folds × 2 seeds on 9 clips, one without sound, one without picture."""
+    """(data, store, run directory) of 2 folds × 2 seeds on 9 clips, one without audio, one without picture."""
     with once.folder(tmp_path_factory, "tiny_run") as root:
         if not run_directory.is_finished(root / "W"):
             _write_data(root / "R")

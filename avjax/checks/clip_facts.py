@@ -282,7 +282,7 @@ def _sound(clip: Clip) -> dict[str, object]:
             rate = frame.rate
         stated = _stated(clip, container, streams[0])
     if not count:
-        raise UnusableMedia(f"no sound can be decoded{video.within(clip.start or 0.0, clip.end)}")
+        raise UnusableMedia(f"no audio can be decoded{video.within(clip.start or 0.0, clip.end)}")
     share = {"peak": round(peak, 6), "full": full / count, "speaks": speaks, "rate": rate}
     return share | {"sound": (begin, over), "sound_stated": stated}
 

@@ -73,13 +73,13 @@ def _unusable(facts: Facts) -> list[tuple[str, str, str]]:
 
 def _of_picture(facts: Facts, dataset: str) -> Iterator[tuple[str, str, str]]:
     if facts.no_picture:
-        yield "loss", "no picture", facts.no_picture
+        yield "loss", "no video", facts.no_picture
         return
     begin, end = facts.picture
     if facts.black >= end - begin:
         yield "loss", "black", "black from the first frame to the last"
     elif facts.black and facts.speaks is not None and facts.speaks < begin + facts.black:
-        yield "note", "black lead-in", f"black for {facts.black:.2f} s; sound from {facts.speaks:.2f} s on"
+        yield "note", "black lead-in", f"black for {facts.black:.2f} s; audio from {facts.speaks:.2f} s on"
     if facts.face is False:
         yield "loss", "no face", f"no face in any of {min(FACE_FRAMES, facts.frames)} evenly spaced frames"
     if facts.fps is not None and not _FPS[0] <= facts.fps <= _FPS[1]:
@@ -90,7 +90,7 @@ def _of_picture(facts: Facts, dataset: str) -> Iterator[tuple[str, str, str]]:
 
 def _of_sound(facts: Facts) -> Iterator[tuple[str, str, str]]:
     if facts.no_sound:
-        yield "loss", "no sound", facts.no_sound
+        yield "loss", "no audio", facts.no_sound
         return
     if facts.peak < SILENT:
         yield "loss", "silent", "below -60 dB of full scale throughout" if facts.peak else "digital silence throughout"
@@ -113,7 +113,7 @@ def _of_times(facts: Facts, apart: bool) -> Iterator[tuple[str, str, str]]:
     elif facts.frames and facts.frames < _DECODED * facts.stated_frames:
         yield "loss", "damaged", f"{facts.frames} of its {facts.stated_frames} frames decode"
     if len(there) == 2 and abs(lengths[0] - lengths[1]) > _APART:
-        yield "note", "lengths", f"{lengths[0]:.2f} s of picture, {lengths[1]:.2f} s of sound"
+        yield "note", "lengths", f"{lengths[0]:.2f} s of video, {lengths[1]:.2f} s of audio"
     if max(lengths) < _SHORT_SECONDS:
         yield "note", "short", f"{max(lengths):.2f} s"
 

@@ -58,7 +58,7 @@ class Clip:
     def trouble(self) -> str:
         """Says why a file of the clip cannot be read; "" where all can. Whoever names clips asks, once."""
         reason = media_files.trouble(self.audio) if self.audio else ""
-        return media_files.trouble(self.path) or (reason and f"its sound file: {reason}")
+        return media_files.trouble(self.path) or (reason and f"its audio file: {reason}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -168,7 +168,7 @@ def _partitions(root: Path) -> tuple[dict[str, tuple[Shares, str]], dict[str, di
         parts[name] = {clip: _part(path, row) for clip, row in rows.items()}
         for clip in sorted(shares["1"].keys() | shares[name].keys()):
             if shares["1"].get(clip) != shares[name].get(clip):
-                raise AvjaxError(f"{path}: {clip} is not as in partition 1; expected one kind of shares in all five")
+                raise AvjaxError(f"{path}: {clip} is not as in partition 1; expected one kind of votes in all five")
     return shares["1"], parts
 
 

@@ -32,7 +32,7 @@ def index(root: Path) -> Corpus:
     """
     films, splits = root / _FILMS, root / "EmoLabel_DataSplit"
     if not films.is_dir() and any(root.glob("Clip/clip_224x224*")):
-        raise AvjaxError(f"{root}: has frames alone (Clip/clip_224x224…); the films of {_FILMS} are needed, with sound")
+        raise AvjaxError(f"{root}: has frames alone (Clip/clip_224x224…); the films of {_FILMS} are needed, with audio")
     paths = {
         (str(fold), part): _list(splits / f"{part}(single-labeled)", part, fold)
         for fold in range(1, metadata("dfew").folds + 1)

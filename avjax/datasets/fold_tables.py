@@ -54,7 +54,7 @@ def read(place: Path, paths: Mapping[Part, Path], rows: Callable[[Path], Iterabl
         parts[key] = []
         for where, name, label in rows(path):
             if labels.setdefault(name, label) != label:
-                raise AvjaxError(f"{where}: {name} is {label!r}, but another list says {labels[name]!r}")
+                raise AvjaxError(f"{where}: {name} is {label!r}, but another list has {labels[name]!r}")
             parts[key].append(name)
     _check_folds(place, parts)
     return Lists(place, parts, labels)

@@ -145,7 +145,7 @@ def _clip(
     if reason := _trouble(root, clip.path, anywhere):
         return clip, reason
     if audio and (reason := _trouble(root, audio, anywhere)):
-        return clip, f"its sound file: {reason}"
+        return clip, f"its audio file: {reason}"
     return clip, ""
 
 

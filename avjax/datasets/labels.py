@@ -30,6 +30,6 @@ def numbers(task: str, told: Mapping[str, str]) -> tuple[tuple[float, ...], str]
         return (), f"{said}; expected 1 or 0"
     if task == "soft":
         if min(found) < 0 or not sum(found):
-            return (), f"{said}; expected shares or votes, one above 0 and none below"
+            return (), f"{said}; expected proportions or votes, one above 0 and none below"
         found = tuple(share / sum(found) for share in found)
     return found, ""

@@ -86,7 +86,7 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _clip(path: Path, row: Sequence[str]) -> tuple[str, str]:
-    """(clip, label) of a line; HiCMAE's pictures of OpenFace lie in a folder that adds _aligned to the name."""
+    """(clip, label) of a line; HiCMAE's frames of OpenFace lie in a folder that adds _aligned to the name."""
     if len(row) not in (2, 3) or not all(row):
         raise AvjaxError(f"{path}: the line {' '.join(row)!r}; expected a clip and its label")
     return PurePosixPath(row[0].strip()).stem.removesuffix("_aligned"), row[-1].strip()

@@ -72,7 +72,7 @@ class Files:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class OfPictures:
+class OfImages:
     """What configurations of encoders of pictures share: no axis is padded, so that there is no longest input."""
 
     longest = None

@@ -36,7 +36,7 @@ class _TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig(_TowerConfig, base.OfPictures):
+class VisionConfig(_TowerConfig, base.OfImages):
     """Architecture of a tower of pictures, which are squares; pictures and patches in pixels."""
 
     picture: int
@@ -51,7 +51,7 @@ class VisionConfig(_TowerConfig, base.OfPictures):
         """
         read = _read(config, {"picture": "image_size", "patch": "patch_size"})
         if config.get("num_channels", 3) != 3:
-            raise AvjaxError(f"num_channels is {config['num_channels']} in config.json, expected 3: pictures are RGB")
+            raise AvjaxError(f"num_channels is {config['num_channels']} in config.json, expected 3: images are RGB")
         sides = read["picture"], read["patch"]
         if not all(isinstance(side, int) for side in sides) or sides[0] % sides[1]:
             raise AvjaxError(
@@ -194,7 +194,7 @@ class Vision(nn.Module):
         c = self.config
         if pictures.shape[1:] != (c.picture, c.picture, 3):
             expected = f"{c.picture} x {c.picture} and 3 channels"
-            raise AvjaxError(f"pictures {pictures.shape[1:]}: expected {expected}; `prepare` resizes")
+            raise AvjaxError(f"images {pictures.shape[1:]}: expected {expected}; `prepare` resizes")
         x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="pre_norm")(self._embed(pictures, mask))
         mask = jnp.broadcast_to(mask[:, None], x.shape[:2])
         for block in _blocks(self):
@@ -343,7 +343,7 @@ class Family:
 
 
 def prepare(raw: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """RGB pictures as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
+    """RGB frames as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
     pictures = images.prepare(raw, settings, "CLIPImageProcessor")
     return pictures, np.ones(len(pictures), bool)
 
@@ -361,7 +361,7 @@ VISION = Family(
     Vision,
     VisionConfig,
     _picture,
-    Inputs("pictures (batch, height, width, 3)", rank=4, length_axis=None),
+    Inputs("images (batch, height, width, 3)", rank=4, length_axis=None),
     re.compile(
         r"^(text_model|text_projection|visual_projection|post_layernorm|classifier)\.|^logit_scale$"
         r"|^embeddings\.position_ids$"

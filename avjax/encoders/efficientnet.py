@@ -25,7 +25,7 @@ from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
 from avjax.layers import Project
 
-INPUTS = Inputs("pictures (batch, height, width, 3)", rank=4, length_axis=None)
+INPUTS = Inputs("images (batch, height, width, 3)", rank=4, length_axis=None)
 
 # What stands around a picture: TensorFlow's rule for whatever size, or pixels (before, after) of rows and of columns.
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
@@ -55,7 +55,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class EfficientNetConfig(base.OfPictures):
+class EfficientNetConfig(base.OfImages):
     """Architecture of a checkpoint; widths in numbers of units, pictures in pixels."""
 
     picture: tuple[int, int]  # height and width that it was trained with; others are computed as well
@@ -132,7 +132,7 @@ _DEFAULTS = {
 def _check(config: Mapping[str, Any]) -> None:
     base.activation(config["hidden_act"])
     for key, expected, fits in (
-        ("num_channels", "3: pictures are RGB", config["num_channels"] == 3),
+        ("num_channels", "3: images are RGB", config["num_channels"] == 3),
         ("padding", "'same', or none", config["padding"] in ("same", "literal")),
         ("hidden_dim", f"the top's {_scaled(1280, config)}", config["hidden_dim"] == _scaled(1280, config)),
         ("strides", "1 or 2 for each stage", set(config["strides"]) <= {1, 2}),
@@ -213,7 +213,7 @@ class EfficientNet(nn.Module):
         c = self.config
         grid = c.grid(*pictures.shape[1:3])
         if 0 in grid or pictures.shape[3] != 3:
-            raise AvjaxError(f"pictures {pictures.shape[1:]}: expected (height, width, 3) of some dozens of pixels")
+            raise AvjaxError(f"images {pictures.shape[1:]}: expected (height, width, 3) of some dozens of pixels")
         activation = base.activation(c.activation)
         x = jnp.where(mask[:, None, None, None], pictures, 0).astype(self.dtype)
         x = activation(nn.Conv(c.stem, (3, 3), (2, 2), c.stem_padding, dtype=self.dtype, name="stem")(x))
@@ -404,6 +404,6 @@ def _folded(params: Mapping[str, Any], eps: float) -> dict[str, Any]:
 
 
 def prepare(raw: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """RGB pictures as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
+    """RGB frames as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
     pictures = images.prepare(raw, settings, "EfficientNetImageProcessor")
     return pictures, np.ones(len(pictures), bool)

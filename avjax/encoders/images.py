@@ -67,7 +67,7 @@ def prepare(
     Returns:
       (n, height, width, 3) float32.
     Raises:
-      AvjaxError: pictures of another kind, none, or of different sizes in the end; or settings that are not computed.
+      AvjaxError: frames of another kind, none, or of different sizes in the end; or settings that are not computed.
     """
     return _scaled(framed(images, settings, processor), _filled(settings, processor))
 
@@ -81,7 +81,7 @@ def framed(
         _check(image)
     pixels = [_framed(image, settings) for image in images]
     if len(sizes := {p.shape for p in pixels}) != 1:
-        raise AvjaxError(f"{len(pixels)} pictures, after resizing of sizes {sorted(sizes)}: expected one size for all")
+        raise AvjaxError(f"{len(pixels)} images, after resizing of sizes {sorted(sizes)}: expected one size for all")
     return np.stack(pixels)
 
 
@@ -107,7 +107,7 @@ def _filled(settings: Mapping[str, Any], processor: str) -> dict[str, Any]:
     if kind not in DEFAULTS:
         raise AvjaxError(f"image processor {named!r} is not known; known are {', '.join(DEFAULTS)}")
     if settings.get("do_pad"):
-        raise AvjaxError("preprocessor_config.json asks for do_pad, which is not computed; pictures are cropped only")
+        raise AvjaxError("preprocessor_config.json asks for do_pad, which is not computed; images are cropped only")
     filled = DEFAULTS[kind] | dict(settings)
     absent = [key for step, keys in _NEEDED.items() if filled[step] for key in keys if filled.get(key) is None]
     if absent:
@@ -118,7 +118,7 @@ def _filled(settings: Mapping[str, Any], processor: str) -> dict[str, Any]:
 def _check(image: np.ndarray) -> None:
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
         raise AvjaxError(
-            f"a picture {image.shape} {image.dtype}: expected RGB (height, width, 3) uint8; repeat the channel of a "
+            f"an image {image.shape} {image.dtype}: expected RGB (height, width, 3) uint8; repeat the channel of a "
             "grey picture three times, drop the fourth channel of one with transparency"
         )
 

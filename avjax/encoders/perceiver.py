@@ -22,7 +22,7 @@ from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
 from avjax.layers import PreNormBlock, Project
 
-INPUTS = Inputs("pairs of pictures (batch, 2, height, width, 3)", rank=5, length_axis=None)
+INPUTS = Inputs("pairs of images (batch, 2, height, width, 3)", rank=5, length_axis=None)
 # Pixels whose scores are computed at a time, all pairs together: at most 67 MB of them for 2,048 latents.
 _PIXELS = 8192
 _EPS = 1e-5  # of layer normalisation: the original leaves PyTorch's default, whatever config.json says
@@ -35,7 +35,7 @@ _OVERLAP = 20  # pixels that neighbouring tiles share at least, as in DeepMind's
 
 
 @dataclasses.dataclass(frozen=True)
-class PerceiverConfig(base.OfPictures):
+class PerceiverConfig(base.OfImages):
     """Architecture of a checkpoint; widths in numbers of units, the picture's height and width in pixels."""
 
     picture: tuple[int, int]  # the trained size; pairs have no other
@@ -405,7 +405,7 @@ def _torch_name(path: str) -> str:
 
 
 def prepare(raw: np.ndarray, settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of RGB pictures of the trained size, uint8 (n, 2, h, w, 3) → the same in [-1, 1], float32, and mask (n,).
+    """Pairs of RGB frames of the trained size, uint8 (n, 2, h, w, 3) → the same in [-1, 1], float32, and mask (n,).
 
     As in DeepMind's notebook; `settings` do not count, for the image processor in the checkpoint's folder is that of
     other Perceivers.
@@ -415,7 +415,7 @@ def prepare(raw: np.ndarray, settings: Mapping[str, Any]) -> tuple[np.ndarray, n
     """
     raw = np.asarray(raw)
     if raw.ndim != 5 or raw.shape[1] != 2 or raw.shape[-1] != 3 or raw.dtype != np.uint8:
-        raise AvjaxError(f"pairs {raw.shape} {raw.dtype}: expected RGB pictures (pairs, 2, height, width, 3) uint8")
+        raise AvjaxError(f"pairs {raw.shape} {raw.dtype}: expected RGB images (pairs, 2, height, width, 3) uint8")
     levels = (np.arange(256) / 255 * 2 - 1).astype(np.float32)
     return levels[raw], np.ones(len(raw), bool)
 

@@ -4,7 +4,7 @@
 known by its sha256.
 
 `files`: null is a file that is not pinned (`UNPINNED`). `written`: the contents of the hub's JSON files where the
-source does not bring them, or for weights drawn at random. HSEmotion's B2 was trained on pictures of 260x260; DE-III
+source does not bring them, or for weights drawn at random. HSEmotion's B2 was trained on frames of 260x260; DE-III
 gives it 224x224 (its section "Implementation Details"), and so does its preprocessor_config.json there.
 """
 

@@ -79,7 +79,7 @@ class Hub:
             # The hub's cache keeps a large file under its sha256, a small one under git's shorter sum.
             stated = Path(found).resolve().name
             if len(stated) == 64 and (got := sha256(Path(found))) != stated:
-                raise Unavailable(f"{name} has sha256 {got}, and the hub says {stated}")
+                raise Unavailable(f"{name} has sha256 {got}, and the hub states {stated}")
             shutil.copyfile(found, folder / name)
 
     def _unreachable(self, name: str) -> Exception | None:

@@ -1,6 +1,6 @@
 """Vision transformers: ViT (Dosovitskiy et al. 2021) and DINOv2 (Oquab et al. 2024): picture → a vector per patch.
 
-The class token comes first. DINOv2 adds layer scale, and its positions are interpolated for pictures of other sizes
+The class token comes first. DINOv2 adds layer scale, and its positions are interpolated for frames of other sizes
 than it was trained on.
 """
 
@@ -20,11 +20,11 @@ from avjax.encoders.base import Inputs
 from avjax.errors import AvjaxError
 from avjax.layers import PreNormBlock, Project
 
-INPUTS = Inputs("pictures (batch, height, width, 3)", rank=4, length_axis=None)
+INPUTS = Inputs("images (batch, height, width, 3)", rank=4, length_axis=None)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(base.OfPictures):
+class ViTConfig(base.OfImages):
     """Architecture of a checkpoint; widths in numbers of units, pictures and patches in pixels."""
 
     model_type: str  # "vit" or "dinov2"
@@ -90,7 +90,7 @@ def _check(config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     if config.get("use_swiglu_ffn") or config.get("num_register_tokens"):
         raise AvjaxError("DINOv2 with a SwiGLU feed-forward layer or register tokens is not computed; see config.json")
     if config.get("num_channels", 3) != 3:
-        raise AvjaxError(f"num_channels is {config['num_channels']} in config.json, expected 3: pictures are RGB")
+        raise AvjaxError(f"num_channels is {config['num_channels']} in config.json, expected 3: images are RGB")
     picture, patch = fields["picture"], fields["patch"]
     if picture[0] % patch[0] or picture[1] % patch[1]:
         raise AvjaxError(f"image_size {picture} in config.json: expected multiples of patch_size {patch}")
@@ -148,14 +148,14 @@ class ViT(nn.Module):
 
 
 def _grid(config: ViTConfig, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of patches of pictures of `shape` (height, width, 3)."""
+    """Rows and columns of patches of frames of `shape` (height, width, 3)."""
     (height, width), (tall, wide) = config.picture, config.patch
     if config.model_type == "dinov2":
         fits, expected = not (shape[0] % tall or shape[1] % wide), f"sides that are multiples of {tall}"
     else:
         fits, expected = shape[:2] == config.picture, f"{height} x {width}"
     if not fits or shape[2] != 3 or 0 in shape:
-        raise AvjaxError(f"pictures {shape}: expected {expected} and 3 channels; `prepare` resizes")
+        raise AvjaxError(f"images {shape}: expected {expected} and 3 channels; `prepare` resizes")
     return shape[0] // tall, shape[1] // wide
 
 
@@ -240,6 +240,6 @@ def convert(tensors: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, A
 
 
 def prepare(raw: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """RGB pictures as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
+    """RGB frames as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
     pictures = images.prepare(raw, settings)
     return pictures, np.ones(len(pictures), bool)

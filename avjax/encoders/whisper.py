@@ -193,7 +193,7 @@ def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.
 def _log_mel(waveform: np.ndarray, bins: int) -> np.ndarray:
     """The log-mel spectrum (bins, samples // 160) of a waveform (samples,)."""
     if waveform.ndim != 1:
-        raise AvjaxError(f"a waveform has shape {waveform.shape}, expected mono sound (samples,) at 16 kHz")
+        raise AvjaxError(f"a waveform has shape {waveform.shape}, expected mono audio (samples,) at 16 kHz")
     if not waveform.size:
         return np.zeros((bins, 0))
     filled = np.pad(waveform.astype(np.float32), (0, max(0, _FFT - waveform.size)))

@@ -81,15 +81,17 @@ def origin(found: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()[:16]
 
 
-def represent(model: Model, state: loop.State, data: Resident | Streamed, told: bool = False) -> dict[str, np.ndarray]:
+def represent(
+    model: Model, state: loop.State, data: Resident | Streamed, with_label: bool = False
+) -> dict[str, np.ndarray]:
     """The features of all clips by each lane's best parameters: modality → (lanes, clips, d).
 
     Args:
-      data: resident or streamed clips; told: ask the picture with a prompt that names the label, see `EmoAsst`.
+      data: resident or streamed clips; with_label: query the video with a prompt that names the label, see `EmoAsst`.
     """
 
     read = lambda output, _: {m: output.features[m] for m in modalities(tuple(output.features))}  # noqa: E731
-    run = loop.read_clips(model, read, told=told)
+    run = loop.read_clips(model, read, with_label=with_label)
     blocks = [jax.device_get(run(state.best, state.best_head, state.stats, block)) for _, block in data.blocks()]
     return {m: np.concatenate([block[m] for block in blocks], 1) for m in blocks[0]}
 
@@ -240,10 +242,10 @@ def remarks(
     found: Mapping[str, np.ndarray],
 ) -> dict[str, object]:
     """What `metrics.json` is to say of a run beside its scores: `query`, where pictures were asked with their label."""
-    if not (model.module.told and model.module.prompt and "video" in model.streams):
+    if not (model.module.label_in_query and model.module.prompt and "video" in model.streams):
         return {}
-    told = represent(model, state, data, told=True)
-    return {"query": query_mismatch(plan, features, told["video"], found["video"])}
+    labelled = represent(model, state, data, with_label=True)
+    return {"query": query_mismatch(plan, features, labelled["video"], found["video"])}
 
 
 def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
@@ -257,18 +259,20 @@ def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
     return f"head: {settings['shots']}-shot cache{tuned}, alpha and beta {how}"
 
 
-def query_mismatch(plan: LanePlan, features: Features, told: np.ndarray, not_told: np.ndarray) -> dict[str, float]:
-    """UAR of the zero-shot classifier of pictures on training clips, the query told their label and not.
+def query_mismatch(
+    plan: LanePlan, features: Features, with_label: np.ndarray, without_label: np.ndarray
+) -> dict[str, float]:
+    """Computes the UAR of zero-shot video on training clips, with their label in the query and without.
 
-    The query is told in training and never after it, so the first number is what training saw, and the difference is
-    what it learned to copy. Means over lanes.
+    The query has the label in training and never after it, so the first number is what training saw, and the
+    difference is what it learned to copy. Means over lanes.
 
     Args:
-      told, not_told: (lanes, clips, d), features of pictures by either query.
+      with_label, without_label: (lanes, clips, d), features of video by either query.
     """
     lanes = jax.device_get(plan.lanes)
     scores = {}
-    for name, found in (("told", told), ("not_told", not_told)):
+    for name, found in (("with_label", with_label), ("without_label", without_label)):
         text = np.asarray(features.constants["classes"])
         lane_scores = []
         for i in range(len(plan.names)):

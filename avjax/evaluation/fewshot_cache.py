@@ -398,7 +398,7 @@ def save(cache: Cache, path: Path) -> None:
         with replacing(path, "wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
-        raise AvjaxError(f"{path}: cannot be written ({error.strerror}); give another place") from error
+        raise AvjaxError(f"{path}: cannot be written ({error.strerror}); give another file") from error
 
 
 # Name → kind of dtype and number of axes.

@@ -30,7 +30,7 @@ class Trained:
     """A run that has been trained, on one process alone.
 
     Attributes:
-      clips, state: as this process alone has them (`streamed_batches.here`, `Placement.read`).
+      clips, state: as this process alone has them (`streamed_batches.on_one_device`, `Placement.read`).
       logits: as `loop.Trainer.predict` gives them; rows: of `metrics.jsonl`.
       protocol_text: how the protocol is called.
     """
@@ -60,7 +60,9 @@ def write(workdir: Path, run: Trained) -> list[RenderableType]:
         fewshot.write(workdir, outputs, found, features, plan)
         logits, about = logits | outputs.logits, about | outputs.about
         remarks = fewshot.remarks(model, run.state, plan, run.clips, features, found)
-    ordered = {head: logits[head] for head in model.answers}  # jit sorts names; the predicting head stays first
+    ordered = {
+        head: logits[head] for head in model.prediction_heads
+    }  # jit sorts names; the predicting head stays first
     predictions = results.predictions(features, plan, ordered)
     if len(model.candidates) > 1:
         about["head"] = [model.heads[i] for i in run.state.best_head.tolist()]
@@ -78,8 +80,8 @@ def write(workdir: Path, run: Trained) -> list[RenderableType]:
 
 def _draw(workdir: Path, run: Trained, metrics: Mapping, predictions: Mapping, title: str) -> None:
     note = f"{registry.title(run.features.dataset)} · {run.protocol_text}"
-    plots.answers_picture(metrics, predictions, title, workdir)
-    if run.model.pictured and (seen := loop.attention(run.model, run.state, run.plan, run.clips)):
+    plots.predictions_figure(metrics, predictions, title, workdir)
+    if run.model.attention_maps and (seen := loop.attention(run.model, run.state, run.plan, run.clips)):
         maps = results.attention(run.features, seen)
-        plots.attention_picture(maps, run.model.pictured, title, workdir / "attention.png", note=note)
-    plots.curves_picture(run_directory.mean_over_lanes(run.rows), workdir / "curves.png", note=note)
+        plots.attention_figure(maps, run.model.attention_maps, title, workdir / "attention.png", note=note)
+    plots.curves_figure(run_directory.mean_over_lanes(run.rows), workdir / "curves.png", note=note)

@@ -16,7 +16,7 @@ from avjax.evaluation import fewshot
 from avjax.evaluation import fewshot_cache as caching
 from avjax.evaluation.fewshot_cache import Array, Cache
 from avjax.models.base import Model, Output
-from avjax.models.emoasst import ANSWERING, TEMPERATURE, zero_shot_scores
+from avjax.models.emoasst import PREDICTING, TEMPERATURE, zero_shot_scores
 from avjax.training import loop
 from avjax.training.lanes import LanePlan
 
@@ -59,7 +59,7 @@ class Heads:
 
     def read(self, output: Output, head: jax.Array) -> jax.Array:
         """Takes the logits (b, …, c) of the predicting head."""
-        return loop.with_chosen(self.model, output.logits, head)[self.model.answers[0]]
+        return loop.with_chosen(self.model, output.logits, head)[self.model.prediction_heads[0]]
 
     def predict(self, read: Array, weights: Mapping[str, Array]) -> Array:
         """Gives the mean over lanes of logits (lanes, b, c) as probabilities or values."""
@@ -154,7 +154,7 @@ class Caches:
 
 
 # By the kind of a model's first reader ("both_cache": a cache); "" where its heads predict.
-PREDICTORS: Mapping[str, type[Heads | Caches]] = {"": Heads, **dict.fromkeys(ANSWERING, Caches)}
+PREDICTORS: Mapping[str, type[Heads | Caches]] = {"": Heads, **dict.fromkeys(PREDICTING, Caches)}
 
 
 def _kind(model: Model) -> type[Heads | Caches]:

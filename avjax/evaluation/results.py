@@ -31,7 +31,7 @@ def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndar
     broken = ~np.all([np.isfinite(v[real]).all(-1) for v in logits.values()], 0)
     if broken.any():
         clips = ", ".join(sorted({features.ids[i] for i in index[broken]}))
-        raise AvjaxError(f"the answers to {clips} are not finite numbers; look at these clips' features")
+        raise AvjaxError(f"the predictions for {clips} are not finite numbers; look at these clips' features")
     return {
         "clip_id": np.array(features.ids)[index],
         "speaker": np.array(features.speakers, np.str_)[index],
@@ -135,7 +135,7 @@ def _plain(label: np.ndarray, task: str) -> np.ndarray:
 
 
 def attention(features: Features, found: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> list[dict[str, object]]:
-    """What `loop.attention` gives, with clip and label under `name`, for `plots.attention_picture`."""
+    """What `loop.attention` gives, with clip and label under `name`, for `plots.attention_figure`."""
     return [{"name": f"{features.ids[i]} ({features.clips[i].label})"} | dict(maps) for i, maps in found]
 
 

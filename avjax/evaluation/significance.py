@@ -89,13 +89,13 @@ def evidence(ours: Units, first: Units | None) -> Evidence:
     runs within units (all of them where they are fewer) whose difference is at least as large.
 
     Raises:
-      AvjaxError: the runs answered for other clips.
+      AvjaxError: the runs predicted other clips.
     """
     interval = _interval(ours.right, ours.count)
     if first is None:
         return Evidence(interval)
     if ours.names != first.names or not np.array_equal(ours.count, first.count):
-        raise AvjaxError(f"the runs answered for other {ours.kind}s; compare runs of one data set and protocol")
+        raise AvjaxError(f"the runs predicted other {ours.kind}s; compare runs of one data set and protocol")
     from scipy.stats import permutation_test
 
     gained = ours.right - first.right

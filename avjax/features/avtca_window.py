@@ -87,7 +87,7 @@ def _first(window: Window, seconds: float) -> float:
 
 
 def _cut(frames: video.Frames, track: faces.Faces, window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures of the face, and in which frames there is one."""
+    """The images of the face, and in which frames there is one."""
     if not window.released:
         return faces.boxed(frames, track.found, track.boxes, window.side), track.found
     # Where no face is found, the place of the last one is cut out.

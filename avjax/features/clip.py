@@ -166,7 +166,7 @@ def _listen(
     if not samplings:
         return None
     with clock("decoding"):
-        heard = audio.read_sounds(clip.audio or clip.path, samplings, start=start, end=clip.end)
+        heard = audio.read_audio_parts(clip.audio or clip.path, samplings, start=start, end=clip.end)
     if cut:
         cut.samples = heard[-1]
     if sampling and not heard[0].size:

@@ -215,7 +215,7 @@ class Flows(Pictures):
 
     def _moved(self, pairs: Spool) -> Spool:
         batch = 1 if jax.default_backend() == "cpu" else PAIRS * jax.local_device_count()
-        flows = Spool.begun(self._context.store.scratch, (*pairs.shape[1:3], 2), np.dtype(ENCODED).name)
+        flows = Spool.create(self._context.store.scratch, (*pairs.shape[1:3], 2), np.dtype(ENCODED).name)
         for block in pairs.blocks(BLOCK):
             with self._clock("flow"):
                 flows.add(perceiver.optical_flow(self._mover, block[:, 0], block[:, 1], batch=batch))

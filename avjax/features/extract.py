@@ -58,7 +58,7 @@ class Extractor:
 
     def __init__(self, settings: Preset, store: stores.Store, clock: Stopwatch) -> None:
         need_media()
-        from avjax.features import encode  # here: it brings JAX, which the workers do not need
+        from avjax.features import encode  # imported late: it brings JAX, which the workers do not need
 
         self.settings, self.store, self.clock = settings, store, clock
         self.landmarker = clip_features.landmarker()
@@ -123,7 +123,7 @@ def local_runner(
     jobs: Sequence[Job], extractor: Extractor, options: Options, console: Console
 ) -> Iterator[tuple[str, str]]:
     """The `Runner` of one machine, under a progress bar."""
-    return progress.bar(measured(jobs, extractor, options), len(jobs), "picture and sound", console)
+    return progress.bar(measured(jobs, extractor, options), len(jobs), "video and audio", console)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ def extract(
     counts = index["counts"]
     console.print(
         f"{place}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "
-        f"{counts['masked_audio']} without sound, {counts['masked_video']} without a face; "
+        f"{counts['masked_audio']} without audio, {counts['masked_video']} without a face; "
         f"sentences in sentences.csv; content {index['content'][:12]}"
         + ("; RANDOM WEIGHTS in the encoders: to be tried, not to be believed" if random else "")
     )
@@ -388,6 +388,6 @@ def _report(
     write_text(store.root / "timings.json", json.dumps(about | {"spent": dict(clock)}, indent=1))
     split = ", ".join(f"{what} {seconds:.1f}" for what, seconds in clock.most_common())
     console.print(
-        f"{wall:.1f} s for {played:.0f} s of sound: {played / wall:.1f} x real time. Seconds spent, "
+        f"{wall:.1f} s for {played:.0f} s of audio: {played / wall:.1f} x real time. Seconds spent, "
         f"worker processes added up: {split}"
     )

@@ -147,7 +147,7 @@ class _Show:
 
     def _piled(self, pile: Spool | None, arrays: np.ndarray) -> Spool | None:
         if pile is None and len(arrays):
-            pile = Spool.begun(self._scratch, arrays.shape[1:], arrays.dtype.name)
+            pile = Spool.create(self._scratch, arrays.shape[1:], arrays.dtype.name)
         if pile is not None:
             pile.add(arrays)
         return pile

@@ -49,7 +49,7 @@ class Flow:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Raw pictures of the face and MFCC of one span in the middle of a clip: the streams `video` and `audio`.
+    """Raw frames of the face and MFCC of one span in the middle of a clip: the streams `video` and `audio`.
 
     Attributes:
       seconds: of the span; a shorter clip has all of it, and the steps beyond its end are masked.

@@ -27,7 +27,7 @@ class Spool:
     count: int = 0
 
     @classmethod
-    def begun(cls, folder: Path, shape: tuple[int, ...], dtype: str) -> "Spool":
+    def create(cls, folder: Path, shape: tuple[int, ...], dtype: str) -> "Spool":
         """An empty one, in a file of its own in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".pile-", suffix=".part", dir=folder)
@@ -45,7 +45,7 @@ class Spool:
                 file.write(np.ascontiguousarray(arrays, self.dtype).tobytes())
         except OSError as error:
             folder = self.path.parent
-            raise AvjaxError(f"{folder}: cannot be written ({error.strerror}); mend that and start again") from error
+            raise AvjaxError(f"{folder}: cannot be written ({error.strerror}); fix that and start again") from error
         self.count += len(arrays)
 
     def blocks(self, most: int) -> Iterator[np.ndarray]:

@@ -127,7 +127,7 @@ class Store:
             with replacing(self._staged(clip_id, feature, key), "wb") as file:
                 np.savez(file, **arrays)
         except OSError as error:
-            raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); mend that and start again") from error
+            raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); fix that and start again") from error
 
     def drop(self, clip_id: str, feature: str, key: Key) -> None:
         """Removes a staged feature, if there is one."""

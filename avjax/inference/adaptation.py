@@ -112,7 +112,7 @@ def corrections(table: Path, run: Run) -> tuple[list[Clip], list[tuple[str, str]
     return clips, rejected
 
 
-def enter(
+def add_clips(
     cache: Cache, run: Run, clips: Sequence[Clip], console: Console, *, clip_seconds: float
 ) -> tuple[Cache, list[tuple[str, str]]]:
     """The cache with clips entered by their labels, measured as in extraction; and (id, reason) of unusable ones.

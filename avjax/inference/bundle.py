@@ -96,9 +96,7 @@ def _whole(out: Path) -> Iterator[Path]:
             folder.rename(out)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise AvjaxError(
-                f"{out}: cannot be written ({error.strerror or error}); mend that and try again"
-            ) from error
+            raise AvjaxError(f"{out}: cannot be written ({error.strerror or error}); fix that and try again") from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

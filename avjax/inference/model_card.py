@@ -13,11 +13,11 @@ from avjax.tasks import ONE_CLASS
 _STEPS = 16  # of the made-up clips in the card, where there is a choice
 
 
-def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known: Any | None, params: Any) -> str:
+def markdown(name: str, provenance: Mapping[str, Any], metrics: tables.Metrics, known: Any | None, params: Any) -> str:
     """The card as Markdown.
 
     Args:
-      name: of the bundle's folder; says: content of `provenance.json`; metrics: of the run's `metrics.json`.
+      name: of the bundle's folder; provenance: content of `provenance.json`; metrics: of the run's `metrics.json`.
       known: what is known of a public data set (`datasets.metadata.Metadata`), else None.
       params: of one of the networks.
     """
@@ -39,7 +39,7 @@ def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known:
         name=name,
         folder=Markup(repr(name)),
         folder_in_shell=Markup(shlex.quote(name)),
-        says=says,
+        provenance=provenance,
         metrics=metrics,
         known=known,
         kind={"regression": "a value for each of", "multilabel": "the probability of each of"}.get(
@@ -51,10 +51,10 @@ def markdown(name: str, says: Mapping[str, Any], metrics: tables.Metrics, known:
         notes=tables.run_notes(metrics),
         parameters=parameter_overview.count_parameters(params),
         overview=Markup(parameter_overview.get_parameter_overview(params, include_stats=False)),
-        measured=bool(says["pretrained"]),
-        folds=len({lane["fold"] for lane in says["lanes"]}),
-        lengths=_lengths([about["shape"][1] for about in says["inputs"].values()]),
-        arrays=[Markup(_made_up(key, about)) for key, about in says["inputs"].items()],
+        measured=bool(provenance["pretrained"]),
+        folds=len({lane["fold"] for lane in provenance["lanes"]}),
+        lengths=_lengths([about["shape"][1] for about in provenance["inputs"].values()]),
+        arrays=[Markup(_made_up(key, about)) for key, about in provenance["inputs"].items()],
     )
 
 

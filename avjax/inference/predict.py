@@ -22,9 +22,9 @@ from avjax.utils.media_files import shown
 from avjax.utils.progress import Stopwatch
 
 # What is taken from a folder; a file that is named itself is tried whatever its name.
-_PICTURE = "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
-_SOUND = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
-SUFFIXES = tuple(f".{name}" for name in f"{_PICTURE} {_SOUND}".split())
+_VIDEO = "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
+_AUDIO = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
+SUFFIXES = tuple(f".{name}" for name in f"{_VIDEO} {_AUDIO}".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +33,21 @@ class Prediction:
 
     Attributes:
       file: as given; bytes of its name that are not UTF-8 are shown as `\\xe9`.
-      answers: class → probability, in the order of the run's classes, adding up to 1; label → probability of yes; or
+      scores: class → probability, in the order of the run's classes, adding up to 1; label → probability of yes; or
         name → value, by the run's task.
       sentence: what the model read, "" for none.
       missing: "picture", "sound" or "sentence" → why the model had to do without.
     """
 
     file: str
-    answers: dict[str, float]
+    scores: dict[str, float]
     sentence: str
     missing: dict[str, str]
 
     @property
     def ranked(self) -> list[tuple[str, float]]:
         """The answers, the largest first."""
-        return sorted(self.answers.items(), key=lambda item: -item[1])
+        return sorted(self.scores.items(), key=lambda item: -item[1])
 
 
 def find_clips(arguments: Iterable[str]) -> list[Clip]:
@@ -171,13 +171,13 @@ def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> s
 
 def _missing(clip: Clip, run: Run, sentences: Mapping[str, str], facts: clip_features.Facts) -> dict[str, str]:
     if run.text_source == prompts.UTTERANCE:
-        unsaid = "" if clip.transcript else "nobody has told what is said"
+        unsaid = "" if clip.transcript else "no transcript is given"
     else:
         silent = run.text_source and not sentences[run.text_source]
         unsaid = "nothing to say: no face and no voice was measured" if silent else ""
     why = {
-        "picture": facts.why["video"],
-        "sound": facts.why["audio"],
+        "video": facts.why["video"],
+        "audio": facts.why["audio"],
         "sentence": unsaid,
     }
     return {what: reason for what, reason in why.items() if reason}

@@ -74,7 +74,7 @@ def described(settings: Preset, text_source: str) -> dict[str, str]:
     told = {"text": f"token ids for {text}" if settings.raw else f"tokens by {text}"}
     if settings.window:
         w = settings.window
-        video = f"{w.count} pictures of the face, {w.side} x {w.side}, evenly from the middle {w.seconds:g} s"
+        video = f"{w.count} images of the face, {w.side} x {w.side}, evenly from the middle {w.seconds:g} s"
         return told | {"video": video, "audio": f"{w.mfccs} MFCC of the same seconds at {w.sample_rate} Hz"}
     return told | {"video": _of_picture(settings), "audio": _of_sound(settings), "flow": _of_flow(settings)}
 
@@ -90,7 +90,7 @@ def _of_picture(settings: Preset) -> str:
         return f"{measured} in {frames}"
     seen = f"{_called(settings.image)} on the {settings.image.sees} in {frames}"
     if settings.raw:
-        return f"pictures for {seen}"
+        return f"images for {seen}"
     return f"{seen}, beside {measured}" if settings.face else seen
 
 
@@ -106,7 +106,7 @@ def _of_flow(settings: Preset) -> str:
     if not settings.flow:
         return ""
     shown = f" seen by {_called(settings.flow.image)}" if settings.flow.image else ", means over a grid"
-    return f"optical flow of the face ({settings.flow.source}){shown}, a step for each of the picture's"
+    return f"optical flow of the face ({settings.flow.source}){shown}, a step for each of the video's"
 
 
 def _called(encoding: Encoding) -> str:

@@ -55,7 +55,7 @@ def answer(run: Run) -> Program:
     is one of its own.
     """
     # What pictures and encoders take grows with lanes and clips: these go one by one.
-    over = jax.lax.map if run.model.pictures or isinstance(run.model.module, EndToEnd) else _together
+    over = jax.lax.map if run.model.frame_stream or isinstance(run.model.module, EndToEnd) else _together
 
     def program(weights: Mapping[str, jax.Array], streams: Mapping[str, jax.Array]) -> jax.Array:
         lanes = unflatten_dict(dict(weights), sep="/")

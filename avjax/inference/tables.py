@@ -46,11 +46,11 @@ def as_json(
 
 def _answer(run: Run, answer: Prediction) -> dict[str, object]:
     if run.task == "regression":
-        return {"values": answer.answers}
-    likely = [name for name, p in answer.answers.items() if p > 0.5]
+        return {"values": answer.scores}
+    likely = [name for name, p in answer.scores.items() if p > 0.5]
     return {
         "predicted": likely if run.task == "multilabel" else answer.ranked[0][0],
-        "probabilities": answer.answers,
+        "probabilities": answer.scores,
     }
 
 
@@ -119,7 +119,7 @@ def _numbers(run: Run, answers: Sequence[Prediction]) -> Table:
     for column in ("file", *run.classes, "without"):
         table.add_column(column, justify="right" if column in run.classes else "left", overflow="fold")
     for answer in answers:
-        table.add_row(*map(Text, (answer.file, *map(shown, answer.answers.values()), ", ".join(answer.missing))))
+        table.add_row(*map(Text, (answer.file, *map(shown, answer.scores.values()), ", ".join(answer.missing))))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from avjax.layers.attention import SelfAttention, attend
 from avjax.layers.conformer import ConformerBlock, StepNorm, interleaved_sinusoids, pack, unpack
-from avjax.layers.conv2d import PictureConvolution, halved
+from avjax.layers.conv2d import FrameConvolution, halved
 from avjax.layers.crossmodal import CrossmodalEncoder
 from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project, TimeConvolution
@@ -10,12 +10,12 @@ from avjax.layers.lstm import LstmEncoder, Recurrence
 from avjax.layers.masking import (
     align,
     causal,
-    enter,
     last_step,
     masked_max,
     masked_mean,
     masked_softmax,
     positions,
+    stream_inputs,
     turns,
     zero_masked,
 )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from avjax.layers import cpu
 
 
-class PictureConvolution(nn.Module):
+class FrameConvolution(nn.Module):
     """2-d convolution, zeros around the picture, the same on all sides; parameters as those of Flax's `Conv`.
 
     On a CPU it is a sum of products (`cpu.convolve2d`), elsewhere XLA's convolution.

@@ -47,7 +47,7 @@ def depthwise_kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def convolve2d(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, channelwise: bool) -> jax.Array:
-    """Convolves as `conv2d.PictureConvolution` by a sum of products, one for each place of the window.
+    """Convolves as `conv2d.FrameConvolution` by a sum of products, one for each place of the window.
 
     XLA's own gradients of convolutions are many times slower, within loops and under `vmap` most of all.
 

@@ -4,7 +4,7 @@ Shapes: b clip, n step of a stream (q one that asks, k one that answers), d widt
 
 Released systems know of no masks: they attend to padding, count as padding the steps whose first projected channel is
 zero, and predict from the last step of the batch, padded or not. Here the masks are true ones and positions count from
-the first real step; `faithful` gives the released positions back, padding read as zeros. On full masks both are the
+the first real step; `as_released` gives the released positions back, padding read as zeros. On full masks both are the
 same. A stream that is missing, an all-False mask, adds nothing but biases where others ask it.
 """
 
@@ -36,7 +36,7 @@ def no_future(queries: jax.Array, keys: jax.Array) -> jax.Array:
 class CrossmodalEncoder(nn.Module):
     """A stack of `CrossBlock`s on scaled and, if `placed`, position-embedded streams, with a last norm.
 
-    `causal` hides the future (`no_future`); `mixed` as in `CrossBlock`; `faithful` as in this file's description.
+    `causal` hides the future (`no_future`); `mixed` as in `CrossBlock`; `as_released` as in this file's description.
     """
 
     layers: int
@@ -47,7 +47,7 @@ class CrossmodalEncoder(nn.Module):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     embedding_dropout: float = 0.0
-    faithful: bool = False
+    as_released: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -78,6 +78,6 @@ class CrossmodalEncoder(nn.Module):
         if not self.placed:
             return scaled
         place = positions(mask)
-        if self.faithful:
+        if self.as_released:
             place = jnp.where(x[..., 0] != 0, place, 0)
         return scaled + sinusoids(place, x.shape[-1]).astype(x.dtype)

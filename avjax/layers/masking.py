@@ -53,7 +53,7 @@ def causal(mask: jax.Array) -> jax.Array:
     return mask[:, None] & jnp.tri(mask.shape[1], dtype=bool)[None]
 
 
-def enter(
+def stream_inputs(
     batch: Mapping[str, jax.Array], streams: Sequence[str], dtype: jnp.dtype, padded: bool = False
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The streams of a batch, zeros where nothing is real, and their masks: stream → (b, n, d) and (b, n).
@@ -115,6 +115,6 @@ def turns(
     Returns:
       stream → the means (b, u, w) of each turn's real steps, and which turns have the stream (b, u).
     """
-    steps, masks = enter(batch, streams, dtype)
+    steps, masks = stream_inputs(batch, streams, dtype)
     present = {s: jnp.any(masks[s], -1) & batch["turn_mask"] for s in streams}
     return {s: masked_mean(steps[s], masks[s]) for s in streams}, present

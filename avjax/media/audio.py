@@ -1,6 +1,6 @@
 """Audio out of any container, its acoustic features on one time grid, and the prosody that becomes words.
 
-samples = read_sound(path)
+samples = read_audio(path)
 analysis = analyse(samples)      # the costly part, once
 acoustic(analysis), prosody(analysis)
 """
@@ -85,7 +85,7 @@ class Sampling:
     max_seconds: float | None = None
 
 
-def read_sound(
+def read_audio(
     path: str | Path, sampling: Sampling = Sampling(), *, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
     """Decodes the audio of a file, or of its part [`start`, `end`) in seconds on the clip's clock (see `video.py`).
@@ -97,7 +97,7 @@ def read_sound(
     Raises:
       UnusableMedia: no file, no audio stream, or no sample (in the part).
     """
-    (samples,) = read_sounds(path, [sampling], start=start, end=end)
+    (samples,) = read_audio_parts(path, [sampling], start=start, end=end)
     if not samples.size:
         raise UnusableMedia(nothing_decoded(start, end))
     return samples
@@ -105,13 +105,13 @@ def read_sound(
 
 def nothing_decoded(start: float, end: float | None) -> str:
     """The reason why a part without any sample is of no use."""
-    return f"no sound can be decoded{within(start, end)}"
+    return f"no audio can be decoded{within(start, end)}"
 
 
-def read_sounds(
+def read_audio_parts(
     path: str | Path, samplings: Sequence[Sampling], *, start: float = 0.0, end: float | None = None
 ) -> list[np.ndarray]:
-    """Decodes the audio of a file once, for each of `samplings` as `read_sound` does; (0,) where there is no sample.
+    """Decodes the audio of a file once, for each of `samplings` as `read_audio` does; (0,) where there is no sample.
 
     Raises:
       UnusableMedia: no file, or no audio stream.

@@ -176,7 +176,7 @@ def follow(boxes: Sequence[np.ndarray], last: np.ndarray | None = None) -> list[
 
 
 def crops(frames: Frames, found: np.ndarray, boxes: np.ndarray, size: int = 224, margin: float = 0.25) -> np.ndarray:
-    """Square pictures of the followed face.
+    """Square frames of the followed face.
 
     The square is centred on the face's box, its side the box's longer one plus `margin` of that at either end. Where it
     reaches past the picture, the picture's edge is repeated. A frame without a face gives zeros.

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from avjax.errors import AvjaxError
 from avjax.layers import (
     Dropout,
-    PictureConvolution,
+    FrameConvolution,
     Project,
     StepNorm,
     TimeConvolution,
@@ -93,7 +93,7 @@ class Refinement(nn.Module):
     def _places(self, x: jax.Array) -> jax.Array:
         """The weight of each place, 1 on average: (n, h, w, 1)."""
         # Without a bias, which a softmax would not see.
-        scores = PictureConvolution(1, bias=False, dtype=self.dtype, name="place")(x)
+        scores = FrameConvolution(1, bias=False, dtype=self.dtype, name="place")(x)
         return nn.softmax(scores.astype(jnp.float32), (1, 2)) * (x.shape[1] * x.shape[2])
 
     def _local(self, x: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ class Refinement(nn.Module):
         x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
         half = (x.shape[1] // 2, x.shape[2] // 2)
         quarters = x.reshape(n, 2, half[0], 2, half[1], d).swapaxes(2, 3).reshape(4 * n, *half, d)
-        quarters = PictureConvolution(d, dtype=self.dtype, name="local")(quarters)
+        quarters = FrameConvolution(d, dtype=self.dtype, name="local")(quarters)
         return quarters.reshape(n, 2, 2, *half, d).swapaxes(2, 3).reshape(x.shape)[:, :h, :w]
 
 
@@ -119,7 +119,7 @@ class InvertedResidual(nn.Module):
         inner = _EXPANSION * x.shape[-1]
         project = functools.partial(Project, bias=False, dtype=self.dtype)
         x = nn.relu6(self._norm("expand_norm", project((inner,), name="expand")(x), mask))
-        x = PictureConvolution(inner, stride=2, channelwise=True, bias=False, dtype=self.dtype, name="depthwise")(x)
+        x = FrameConvolution(inner, stride=2, channelwise=True, bias=False, dtype=self.dtype, name="depthwise")(x)
         x = nn.relu6(self._norm("depthwise_norm", x, mask))
         return self._norm("norm", project((self.width,), name="project")(x), mask)
 
@@ -144,11 +144,11 @@ class FrameBranch(nn.Module):
         """
         if pictures.shape[1] % 2 or pictures.shape[2] % 2:
             raise AvjaxError(
-                f"pictures of {pictures.shape[1]} x {pictures.shape[2]} pixels cannot be halved by AVT-CA: "
+                f"frames of {pictures.shape[1]} x {pictures.shape[2]} pixels cannot be halved by AVT-CA: "
                 "resize them to even sides, such as 112 x 112"
             )
         x = (jnp.where(mask[:, None, None, None], pictures, 0) / 255).astype(self.dtype)
-        x = nn.relu(PictureConvolution(self.width // 2, stride=2, dtype=self.dtype, name="stem")(x))
+        x = nn.relu(FrameConvolution(self.width // 2, stride=2, dtype=self.dtype, name="stem")(x))
         x = halved(x)
         x = Refinement(self.dtype, name="refinement")(x)
         for i in range(2):
@@ -251,7 +251,7 @@ class AvtCa(FusionModule):
     def _video(self, batch: Batch) -> Stream:
         x, mask = batch["video"], batch["video_mask"]
         if x.ndim != (5 if self.frames else 3):
-            wanted = "pictures (clip, frame, row, column, 3)" if self.frames else "features (clip, step, width)"
+            wanted = "frames (clip, frame, row, column, 3)" if self.frames else "features (clip, step, width)"
             raise AvjaxError(
                 f"the video stream has shape {x.shape}; AVT-CA with frames={self.frames} reads {wanted}: "
                 f"give them, or set frames to {not self.frames}"
@@ -298,7 +298,7 @@ FUSIONS: dict[str, Fusion] = {
         least=2,
         most=2,
         choices={"blocks": _BLOCKS},
-        pictured=(("audio", "audio", "video"), ("video", "video", "audio")),
+        attention_maps=(("audio", "audio", "video"), ("video", "video", "audio")),
         recipe={"optimizer": "adam", "learning_rate": 0.01, "weight_decay": 1e-3, "batch_size": 8, "epochs": 128},
         paper="Venkatraman et al. 2024, Audio-Video Transformer Fusion with Cross Attention",
     ),

@@ -20,7 +20,7 @@ CHOSEN = "chosen"  # stands for the head that validation chose
 
 @flax.struct.dataclass
 class Output:
-    """A model's answer for a batch; what is not used costs nothing under jit.
+    """The output of a model for a batch; what is not used costs nothing under jit.
 
     Attributes:
       logits: head name → (b, c). The first head is the one that predicts.
@@ -42,14 +42,15 @@ class Model:
       loss: (output, batch, class_prior (c,)) → {term: (b,)}, unreduced and already weighted; their sum is minimised.
       heads: head names, the predicting one first.
       task: the kind of task (`avjax.tasks.SCORINGS`).
-      pictures: the stream that is raw pictures, uint8 (b, t, h, w, 3), "" for none.
+      frame_stream: the stream that is raw frames, uint8 (b, t, h, w, 3), "" for none.
       candidates: the heads among which validation chooses, fold by fold, the one that predicts; one alone has nothing
         to choose.
-      pictured: (name in `Output.attention`, stream that asks, stream that answers) of weights (b, q, k) worth seeing.
+      attention_maps: (name in `Output.attention`, stream of the queries, stream of the keys) of weights (b, q, k) that
+        are drawn.
       streams: the batch streams that the model reads, such as `("text", "audio", "video")`.
       readers: names of the classifiers that read the features after training, the predicting one first; they then stand
         in the place of the heads. `avjax.evaluation.predictor` says what they are.
-      whole: whether a clip's loss depends on the others of its batch, so that no batch may be cut into pieces.
+      whole_batch: whether a clip's loss depends on the others of its batch, so that no batch may be cut into pieces.
       constants: batch key → what every batch is to have whole, all lanes sharing it: pretrained weights.
       turns: whether a row of its batch is a conversation: streams (b, u, n, d) with masks (b, u, n), `turn_mask`
         (b, u), and logits (b, u, c), losses (b, u).
@@ -63,17 +64,17 @@ class Model:
     streams: tuple[str, ...] = flax.struct.field(pytree_node=False)
     task: str = flax.struct.field(pytree_node=False, default="single")
     turns: bool = flax.struct.field(pytree_node=False, default=False)
-    pictures: str = flax.struct.field(pytree_node=False, default="")
+    frame_stream: str = flax.struct.field(pytree_node=False, default="")
     candidates: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
-    pictured: tuple[tuple[str, str, str], ...] = flax.struct.field(pytree_node=False, default=())
+    attention_maps: tuple[tuple[str, str, str], ...] = flax.struct.field(pytree_node=False, default=())
     readers: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
-    whole: bool = flax.struct.field(pytree_node=False, default=False)
+    whole_batch: bool = flax.struct.field(pytree_node=False, default=False)
     # Arrays have no hash, and jit asks for one of what a function is bound to.
     constants: Mapping[str, Any] = flax.struct.field(pytree_node=False, default_factory=dict, hash=False, compare=False)
 
     @property
-    def answers(self) -> tuple[str, ...]:
-        """The heads whose answers are kept; first the predicting one, "chosen" where validation chooses it."""
+    def prediction_heads(self) -> tuple[str, ...]:
+        """The heads whose predictions are kept; first the predicting one, "chosen" where validation chooses it."""
         return self.readers or ((CHOSEN, *self.heads) if len(self.candidates) > 1 else self.heads)
 
 
@@ -116,7 +117,7 @@ class Fusion:
       paper: authors, year, venue.
       loss: as `Model.loss`, with the kind of task in the place of the class prior.
       heads: of a module, the heads it has, the predicting one first; candidates: as `Model.candidates`.
-      pictured: as `Model.pictured`.
+      attention_maps: as `Model.attention_maps`.
       needs: streams that must be among those it reads; reads: all that it can read, () for any.
       least, most: how many streams it can read.
       turns: whether it reads whole conversations, see `Model.turns`.
@@ -130,7 +131,7 @@ class Fusion:
     loss: TaskLoss = fusion_loss
     heads: Callable[[nn.Module], tuple[str, ...]] = lambda module: ("fusion",)
     candidates: Callable[[nn.Module], tuple[str, ...]] = lambda module: ()
-    pictured: tuple[tuple[str, str, str], ...] = ()
+    attention_maps: tuple[tuple[str, str, str], ...] = ()
     needs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     least: int = 1

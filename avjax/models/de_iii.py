@@ -29,12 +29,12 @@ from avjax.layers import (
     Dropout,
     PostNormBlock,
     Project,
-    enter,
     interleaved_sinusoids,
     masked_max,
     masked_mean,
     masked_softmax,
     pack,
+    stream_inputs,
     unpack,
 )
 from avjax.models.base import Batch, Fusion, Output, Stream, heads_loss
@@ -182,7 +182,7 @@ class DeIII(FusionModule):
           AvjaxError: video and flow have different numbers of steps.
         """
         self._check(batch)
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         streams = {s: (x, masks[s]) for s, x in steps.items()}
         sequences = {"video": self._visual(streams, train), "audio": self._alone("audio", streams, train)}
         attention = {}
@@ -289,7 +289,7 @@ FUSIONS: dict[str, Fusion] = {
         loss=heads_loss,
         heads=heads,
         candidates=lambda module: HEADS if module.head == "validation" else (),
-        pictured=(("video", "video", "audio"), ("audio", "audio", "video")),
+        attention_maps=(("video", "video", "audio"), ("audio", "audio", "video")),
         needs=("audio",),
         reads=("audio", "video", "flow"),
         least=2,

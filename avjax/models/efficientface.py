@@ -5,7 +5,7 @@ features of the four quarters of the picture. Shapes: n picture, h row, w column
 
 Batch norms are those of inference: running statistics are state (collection "batch_stats"), which comes with
 pretrained weights and never moves, in training neither; without pretrained weights they are 0 and 1, and the
-initialisation of the convolutions keeps the scale. So no picture's vector depends on other pictures.
+initialisation of the convolutions keeps the scale. So no video's vector depends on other pictures.
 """
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers import PictureConvolution
+from avjax.layers import FrameConvolution
 
 _KEEPS_SCALE = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
@@ -33,7 +33,7 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x (n, h, w, d) to (n, h / stride, w / stride, width)."""
-        x = PictureConvolution(
+        x = FrameConvolution(
             self.width,
             self.kernel,
             self.stride,
@@ -90,11 +90,11 @@ class Modulator(nn.Module):
         narrow = width // self.reduction
         pooled = jnp.mean(x, (1, 2), keepdims=True)
         channel = ConvNorm(narrow, bias=True, dtype=self.dtype, name="channel")(pooled)
-        channel = PictureConvolution(width, 1, dtype=self.dtype, name="channel_out")(channel)  # n 1 1 d
+        channel = FrameConvolution(width, 1, dtype=self.dtype, name="channel_out")(channel)  # n 1 1 d
         place = ConvNorm(narrow, bias=True, dtype=self.dtype, name="place")(x)
         for i in range(2):
             place = ConvNorm(narrow, 3, dilation=4, bias=True, dtype=self.dtype, name=f"place_{i}")(place)
-        place = PictureConvolution(1, 1, dtype=self.dtype, name="place_out")(place)  # n h w 1
+        place = FrameConvolution(1, 1, dtype=self.dtype, name="place_out")(place)  # n h w 1
         return nn.sigmoid(channel * place) * x
 
 
@@ -141,7 +141,7 @@ class EfficientFace(nn.Module):
         """
         if pictures.shape[1] % 16 or pictures.shape[2] % 16:
             raise AvjaxError(
-                f"pictures of {pictures.shape[1]} x {pictures.shape[2]} pixels do not fit EfficientFace: "
+                f"frames of {pictures.shape[1]} x {pictures.shape[2]} pixels do not fit EfficientFace: "
                 "resize them to multiples of 16, such as the paper's 224 x 224"
             )
         x = ConvNorm(self.stem, 3, 2, dtype=self.dtype, name="stem")(pictures)

@@ -27,10 +27,10 @@ from avjax.tasks import contrastive
 
 TEMPERATURE = 0.07  # τ of the losses, and at which cosines become probabilities
 READERS = ("cache", "tuned", "zero", "probe")
-ANSWERING = READERS[:3]  # the linear probe measures features (Table 2)
-CHOICES = {"visual_loss": ("clip", "supcon"), "reader": ANSWERING}
+PREDICTING = READERS[:3]  # the linear probe measures features (Table 2)
+CHOICES = {"visual_loss": ("clip", "supcon"), "reader": PREDICTING}
 BOTH = "both"
-_OF_MODULE = ("width", "heads", "inner", "queries", "dropout", "prompt", "told")
+_OF_MODULE = ("width", "heads", "inner", "queries", "dropout", "prompt", "label_in_query")
 _EPS = 1e-5
 
 
@@ -85,7 +85,8 @@ class EmoAsst(nn.Module):
       heads, inner: of all transformer layers; queries: m of the visual fusion module; dropout: as PyTorch's layers have
         it.
       prompt: contrast with prompts in training; False = with the text of the clip, as rows without "+ prompt" do.
-      told: whether the query of the picture is the drawn prompt too, as in the paper; False = always the clip's text.
+      label_in_query: whether the query of the video is the drawn prompt too, with the label, as in the paper; False =
+        always the text of the clip.
     """
 
     streams: tuple[str, ...] = ("text", "audio", "video")
@@ -95,21 +96,21 @@ class EmoAsst(nn.Module):
     queries: int = 1
     dropout: float = 0.1
     prompt: bool = True
-    told: bool = True
+    label_in_query: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False, told: bool = False) -> Output:
+    def __call__(self, batch: Mapping[str, jax.Array], train: bool = False, with_label: bool = False) -> Output:
         """Reads `<stream> (b, n, w)`, `<stream>_mask (b, n)`, `classes (c, e)`, and in training `prompts (b, p, e)`.
 
         Args:
-          told: outside of training, ask the picture with the first prompt, which names the label: to measure how much
-            is lost without it.
+          with_label: outside of training, query the video with the first prompt, which names the label: to measure how
+            much is lost without it.
         """
         said = self._said(batch)
         drawn = self._drawn(batch) if train and self.prompt else said
-        query = drawn if self.told else said
-        if told:
+        query = drawn if self.label_in_query else said
+        if with_label:
             query = contrastive.unit(batch["prompts"][:, 0])
         branches = {"video": functools.partial(self._seen, query), "audio": self._heard}
         features = {m: branches[m](batch, train) for m in modalities(self.streams)}
@@ -243,5 +244,5 @@ def build(given: FusionSettings, classes: int, task: str) -> Model:
         streams=given.streams,
         task=task,
         readers=(primary, *others),
-        whole=True,
+        whole_batch=True,
     )

@@ -53,7 +53,7 @@ class EndToEnd(nn.Module):
     def _params(self, stream: str, pretrained: Mapping[str, Any]) -> Mapping[str, Any]:
         if not self.tuning.chosen(stream, flatten_dict(pretrained, sep="/")):
             return pretrained
-        trained = self.param(stream, lora.begun, self.tuning, stream, pretrained)
+        trained = self.param(stream, lora.init_params, self.tuning, stream, pretrained)
         return lora.merged(self.tuning, pretrained, trained)
 
 

@@ -77,7 +77,7 @@ def build(settings: EtgAverSettings, classes: int, task: str) -> Model:
     tuned = tuning.Tuning(own.frozen, own.lora if own.tune == "lora" else None)
     return model.replace(
         module=EndToEnd(model.module, encoded, tuned),
-        pictures="video" if "video" in encodings else "",
+        frame_stream="video" if "video" in encodings else "",
         constants=Pretrained(encodings, own.random),
     )
 

@@ -51,7 +51,7 @@ def _found(patterns: Iterable[str], path: str) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 
 
-def begun(key: jax.Array, tuning: Tuning, stream: str, params: Mapping[str, Any]) -> dict[str, Any]:
+def init_params(key: jax.Array, tuning: Tuning, stream: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """What is trained of a stream's encoder with the pretrained `params`, as it begins: the encoder is not changed yet.
 
     Raises:

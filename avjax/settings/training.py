@@ -36,7 +36,9 @@ class WeightSettings(Part):
     """Which weights encoders get."""
 
     prefix = "weights."
-    random: bool = setting(False, "draw the weights of encoders at random; every figure of such a run says so")
+    random: bool = setting(
+        False, "draw the weights of encoders at random; every figure of such a run is marked with it"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,8 @@ class ProtocolSettings(Part):
     fold_count: int = setting(5, "number of folds of stratified, and of speaker where there are more speakers", least=2)
     only: str = setting("", "name of the one fold to run; empty: all")
     allow_speaker_overlap: bool = setting(
-        False, "allow folds that avjax makes to have a speaker in training and in test; every result then says so"
+        False,
+        "allow folds that avjax makes to have a speaker in training and in test; every result is then marked with it",
     )
     standardise: str = setting(
         "train",

@@ -63,7 +63,7 @@ def focal(
       AvjaxError: the labels are shares: there is no one true class.
     """
     if _is_soft(logits, label):
-        raise AvjaxError(f"focal loss got shares {label.shape}; give it a true class, {label.shape[:-1]}")
+        raise AvjaxError(f"focal loss got soft labels {label.shape}; give it a true class, {label.shape[:-1]}")
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     true = jax.nn.one_hot(label, logits.shape[-1], dtype=bool)
     # log(1 − p) out of the other classes: neither it nor its slope is lost or infinite where p comes near 1.

@@ -28,7 +28,7 @@ def augment(frames: jax.Array, key: jax.Array, *, degrees: float = 10.0, flip: f
     if frames.ndim != 5 or frames.dtype != jnp.uint8:
         raise AvjaxError(
             f"frames to augment are {frames.dtype} of shape {frames.shape}; "
-            "give uint8 pictures (clip, frame, row, column, 3), as they are before a model scales them"
+            "give uint8 frames (clip, frame, row, column, 3), as they are before a model scales them"
         )
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(frames.shape[0]))
     angles, flips = jax.vmap(lambda one: _draw(one, degrees, flip))(keys)

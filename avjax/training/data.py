@@ -35,7 +35,9 @@ def obtain(settings: Settings, console: Console) -> Features:
     found = join.obtain(settings) if settings.tables is not None else _stored(settings, console)
     if settings.prompts is None:
         return found
-    from avjax.features import prompts  # here: it brings the encoders, which training on features does not need
+    from avjax.features import (
+        prompts,  # imported late: it brings the encoders, which training on features does not need
+    )
 
     return prompts.attach(found, settings, console)
 
@@ -65,13 +67,13 @@ def store_of(settings: Settings, dataset: str) -> Path:
     """Finds the feature store of `dataset`: that of the settings, or the demo corpus's own where it stands in."""
     if dataset not in STAND_INS.values():
         return store.place(settings.dataset, settings.data.features)
-    from avjax.demo import corpus  # here: finished runs and bundles are read without it
+    from avjax.demo import corpus  # imported late: finished runs and bundles are read without it
 
     return corpus.place() / "features"
 
 
 def _stored(settings: Settings, console: Console) -> Features:
-    from avjax.demo import corpus  # here: as in `store_of`
+    from avjax.demo import corpus  # imported late: as in `store_of`
 
     dataset, root, place = settings.dataset, settings.data.root, store_of(settings, settings.dataset)
     if _stand_in(settings, place):
@@ -95,7 +97,7 @@ def _stand_in(settings: Settings, place: Path) -> bool:
         return False
     given = os.environ.get("AVJAX_DATA")
     if given and not Path(given).expanduser().is_dir():
-        raise AvjaxError(f"AVJAX_DATA is {given}, and no such folder exists; mend it, or unset it for the demo corpus")
+        raise AvjaxError(f"AVJAX_DATA is {given}, and no such folder exists; fix it, or unset it for the demo corpus")
     return not paths.data_root(settings.dataset).exists() and not place.exists()
 
 

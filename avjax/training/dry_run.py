@@ -14,7 +14,7 @@ from avjax.training import loop, sharding, streamed_loop
 from avjax.training.batches import Resident
 from avjax.training.lanes import LanePlan
 from avjax.training.sharding import Placement
-from avjax.training.streamed_batches import Streamed, here
+from avjax.training.streamed_batches import Streamed, on_one_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def compile_step(
     model: Model, settings: Settings, place: Placement, plan: LanePlan, clips: Resident | Streamed
 ) -> Step:
     """Compiles a training step from shapes alone; nothing is computed."""
-    few = here(clips).resident(np.arange(1))
+    few = on_one_device(clips).resident(np.arange(1))
     lanes, shapes = _shapes(plan.lanes), _shapes(few)
     count, size = len(plan.names), settings.train.batch_size
     one = lanes.replace(counted=jax.ShapeDtypeStruct((count, 1), np.float32))

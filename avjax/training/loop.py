@@ -133,9 +133,9 @@ def check_streams(model: Model, few: Resident, preset: str) -> None:
             "extract with a preset that makes it, or set model.streams"
         )
     pictures = {s for s in model.streams if few.streams[s].ndim > 3}
-    if pictures != set(filter(None, [model.pictures])):
-        wants = f"pictures as {model.pictures}" if model.pictures else "feature sequences"
-        has = f"pictures as {', '.join(pictures)}" if pictures else "feature sequences"
+    if pictures != set(filter(None, [model.frame_stream])):
+        wants = f"frames as {model.frame_stream}" if model.frame_stream else "feature sequences"
+        has = f"frames as {', '.join(pictures)}" if pictures else "feature sequences"
         raise AvjaxError(
             f"the model reads {wants}, the features of preset {preset!r} are {has}: set model.settings.frames, or take "
             "another preset"
@@ -155,7 +155,7 @@ def over_lanes(
     """
 
     def over(*arguments: Any) -> Any:
-        large = model and (model.pictures or _batches_bytes(arguments, axes, batch) > _CACHE)
+        large = model and (model.frame_stream or _batches_bytes(arguments, axes, batch) > _CACHE)
         if large and not place.mesh and jax.default_backend() == "cpu":
             return one_by_one(*arguments)
         return jax.vmap(function, axes, spmd_axis_name=place.axis)(*arguments)
@@ -245,7 +245,7 @@ def train_step(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.
     Raises:
       AvjaxError: gradients are to be accumulated, but the loss or what the model keeps is of a whole batch.
     """
-    train, pictures = recipe.settings.train, recipe.model.pictures
+    train, pictures = recipe.settings.train, recipe.model.frame_stream
     if pictures and train.augment:
         how, draw = train.augment, jax.random.fold_in(key, 0)
         batch = batch | {pictures: augment(batch[pictures], draw, degrees=how.degrees, flip=how.flip)}
@@ -320,7 +320,7 @@ def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) ->
 
 
 def _check_divisible(model: Model, state: State, pieces: int) -> None:
-    if model.whole or state.running or tasks.SCORINGS[model.task].set_loss:
+    if model.whole_batch or state.running or tasks.SCORINGS[model.task].set_loss:
         what = "the statistics of its norms" if state.running else "its loss"
         raise AvjaxError(
             f"train.accumulate is {pieces}, but the model learns by whole batches ({what}): set it to 1, and "
@@ -351,10 +351,10 @@ def _evaluate(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[
 
     table = jnp.zeros((len(model.heads), *tasks.SCORINGS[model.task].shape(lane.prior.shape[0])))
     zero = {"val_tables": table, "val_loss": jnp.float32(0), "val_size": jnp.float32(0)}
-    return whole(model, jax.lax.scan(one, zero, parts(lane.val, lane.val_weight))[0])
+    return merged_sums(model, jax.lax.scan(one, zero, parts(lane.val, lane.val_weight))[0])
 
 
-def whole(model: Model, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def merged_sums(model: Model, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Puts the loss of the whole set into validation sums, of tasks where it is no mean over batches."""
     set_loss = tasks.SCORINGS[model.task].set_loss
     if not set_loss:
@@ -467,7 +467,7 @@ def attention(model: Model, state: State, plan: LanePlan, data: Resident, count:
     found = []
     for row, clip in enumerate(index.tolist()):
         maps = {}
-        for name, *both in model.pictured:
+        for name, *both in model.attention_maps:
             if name in weights:
                 maps[name] = _of_real_steps(weights[name][row], [batch[f"{s}_mask"][row] for s in both])
         found.append((clip, maps))

@@ -1,6 +1,6 @@
 """Where arrays live: a mesh of devices, a table of rules by the paths of parameters, and the check that both are kept.
 
-The mesh has four axes. `lane` shares out the lanes of a protocol, `data` the clips of a batch; `fsdp` shares out clips
+The mesh has four axes. `lane` splits the lanes of a protocol, `data` the clips of a batch; `fsdp` splits clips
 and, between steps, parameters with their optimizer state; `tensor` the heads and hidden units of a layer. Every array
 of a run's state has the lanes in front, so its place is that axis and then what the rule of its path says. XLA's
 partitioner makes the communication: no model knows of the mesh.
@@ -213,7 +213,7 @@ def mesh_sizes(settings: MeshSettings, devices: int, processes: int, lanes: int,
     for what, length, axes in (("lanes", lanes, ("lane",)), ("train.batch_size", batch, _BATCH)):
         share = math.prod(sizes[a] for a in axes)
         if length % share:
-            raise AvjaxError(f"mesh: {said} shares out {what}, {length}, over {share} devices; these must divide it")
+            raise AvjaxError(f"mesh: {said} splits {what}, {length}, over {share} devices; these must divide it")
     return sizes
 
 

@@ -103,7 +103,7 @@ def batches(data: Streamed, index: np.ndarray, first: int = 0) -> Iterator[tuple
     """The clips of each step of `index (steps, …)`, from step `first` on, read ahead by several threads."""
     if first >= len(index):
         return iter(())
-    import grain  # here: what stays on the device does not wait for it
+    import grain  # imported late: what stays on the device does not wait for it
 
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
     return iter(grain.MapDataset.source(_Batches(data, index[first:])).to_iter_dataset(options))
@@ -147,7 +147,7 @@ def _read_together(data: Streamed, place: Placement) -> batching.Resident:
     return batching.Resident(rows, group, data.groups, dict(data.constants), data.task)
 
 
-def here(data: batching.Resident | Streamed) -> batching.Resident | Streamed:
+def on_one_device(data: batching.Resident | Streamed) -> batching.Resident | Streamed:
     """The same clips as one device of this process has them, for work that no other process takes part in."""
     first = lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree)  # noqa: E731
     if isinstance(data, Streamed):

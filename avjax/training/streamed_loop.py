@@ -196,7 +196,7 @@ def _score(recipe: loop.Recipe, state: loop.State, lane: Lane, batch: dict, cons
 
 def _end(recipe: loop.Recipe, state: loop.State, val: dict, epoch: jax.Array) -> tuple[loop.State, dict]:
     """The state after an epoch, and its validation sums."""
-    val = loop.whole(recipe.model, val)
+    val = loop.merged_sums(recipe.model, val)
     return loop.select(recipe, state, val, epoch), val
 
 

@@ -67,12 +67,12 @@ DEFECTS = {
     "absent": {"missing"},
     "garbage": {"broken"},
     "cut": {"truncated"},
-    "mute": {"no sound"},
+    "mute": {"no audio"},
     "digital": {"silent"},
     "faint": {"silent"},
     "overdriven": {"clipped"},
     "loud": set(),
-    "heard": {"no picture"},
+    "heard": {"no video"},
     "brief": {"short"},
     "slow": {"frame rate"},
     "ten": set(),
@@ -140,7 +140,7 @@ def test_each_defect_is_named(result, clip):
 
 def test_what_is_found_says_how_bad_it_is(result):
     severities = {f["kind"]: f["severity"] for f in result[0]["findings"]}
-    lost = {"missing", "broken", "truncated", "no sound", "silent", "no picture", "black"}
+    lost = {"missing", "broken", "truncated", "no audio", "silent", "no video", "black"}
     noted = {"clipped", "short", "frame rate", "sample rate", "lengths", "black lead-in"}
     assert {kind for kind, severity in severities.items() if severity == "loss"} == lost
     assert noted <= {kind for kind, severity in severities.items() if severity == "note"}
@@ -148,10 +148,10 @@ def test_what_is_found_says_how_bad_it_is(result):
 
 def test_reasons_give_the_figures(result):
     reasons = {f["clip"]: f["reason"] for f in result[0]["findings"] if f["clip"] != "good"}
-    assert reasons["dark"] == "black for 0.20 s; sound from 0.00 s on"
+    assert reasons["dark"] == "black for 0.20 s; audio from 0.00 s on"
     assert reasons["digital"] == reasons["quiet_dark"] == "digital silence throughout"
     assert reasons["faint"] == "below -60 dB of full scale throughout"
-    assert reasons["apart"] == "1.00 s of picture, 2.00 s of sound"
+    assert reasons["apart"] == "1.00 s of video, 2.00 s of audio"
     assert reasons["slow"] == "5 frames a second; expected 10 to 120"
     assert "of the 4.0" in reasons["cut"]
 
@@ -464,13 +464,13 @@ def test_what_lists_lack_and_what_is_wrong_with_them():
 
 
 def test_counts_against_the_published_ones_and_clips_known_as_broken():
-    known = Metadata("A", {"x": 2, "y": 5, "z": None}, clips=9, broken={"1": "no sound in the original"})
+    known = Metadata("A", {"x": 2, "y": 5, "z": None}, clips=9, broken={"1": "no audio in the original"})
     data = corpus(rejected=(("7", "no such file"), ("8", "label is 'q'")))
     assert [f.reason for f in findings.of_counts(data, known)] == [
         "y: 2 clips; published are 5",
         "4 clips; published are 9",
     ]
-    assert [(f.clip, f.reason) for f in findings.of_known(data.clips, known)] == [("1", "no sound in the original")]
+    assert [(f.clip, f.reason) for f in findings.of_known(data.clips, known)] == [("1", "no audio in the original")]
     rejected = findings.of_rejected([*data.rejected, ("1", known.broken["1"])], known)
     assert [f.kind for f in rejected] == ["missing", "rejected", "known broken"]
     assert not [*findings.of_counts(data, None), *findings.of_known(data.clips, None)]

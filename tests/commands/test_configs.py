@@ -23,8 +23,8 @@ ETG = ["full", "no_hlo", "concat_text", "concat", "no_etg", "no_tmfef", "fusion_
        "weights_equal", "weights_fusion", "text_audio", "text_video", "audio_only", "video_only", "text_only",
        "ratio_weights", "summary_query", "speaker_norm", "enrol", "all_clips", "finetune", "lora",
        *PRESETS]  # fmt: skip
-EMOASST = ["speaker_norm", "enrol", "all_clips", "best_epoch", "emoasst", "lite", "open", "small", "utterance", "told",
-           "untold", "visual_supcon", "video", "audio", "zero", "tuned"]  # fmt: skip
+EMOASST = ["speaker_norm", "enrol", "all_clips", "best_epoch", "emoasst", "lite", "open", "small", "utterance",
+           "label_in_query", "label_free_query", "visual_supcon", "video", "audio", "zero", "tuned"]  # fmt: skip
 FUSIONS = [*fusions.variants()]
 WITHOUT_TEXT = [name for name in FUSIONS if name not in ("mag", "mag_recipe")]
 STREAMS = ["audio", "video", "text", "ta", "tv", "av", "tav"]

@@ -36,7 +36,7 @@ RATES = {"mono": 16000, "stereo": 48000}
 
 
 def write(path, images, *, times=None, rotation=0, hz=220.0, layout="mono", quick_start=False, fps=10):  # noqa: PLR0913 - a file has as many properties
-    """Writes pictures, shown at `times` in seconds, with a sine of `hz` as long as they are (None: no sound)."""
+    """Writes pictures, shown at `times` in seconds, with a sine of `hz` as long as they are (None: no audio)."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ FILES = [
         hz=None,
     ),
     Case("header_cut.mp4", lambda p: damaged(p, lambda d: d[40:]),
-         "not one frame can be decoded; no sound can be decoded"),
+         "not one frame can be decoded; no audio can be decoded"),
     Case("random.mp4", lambda p: p.write_bytes(np.random.default_rng(0).bytes(50_000)), NO_MEDIA),
     Case("flipped.mp4", lambda p: damaged(p, zero_middle_of_media), frames=range(8, 17), seconds=2.0),
     Case("empty.mp4", lambda p: p.touch(), "an empty file"),
@@ -299,7 +299,7 @@ def test_prediction_takes_and_refuses_the_same_files(data, tmp_path_factory):
     }
     lacking = {c["file"]: c["missing"] for c in said["clips"]}
     for case in USED:
-        expected = {"picture": case.picture, "sound": case.sound}
+        expected = {"video": case.picture, "audio": case.sound}
         found = lacking[shown(data / case.name)]
         assert {k: v for k, v in found.items() if k != "sentence"} == {k: v for k, v in expected.items() if v}
     for rejected in said["rejected"]:

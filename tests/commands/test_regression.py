@@ -62,7 +62,7 @@ TWO = Model(
     heads=("video", "audio"),
     streams=("video", "audio"),
     candidates=("video", "audio"),
-    pictured=(("video", "video", "audio"),),
+    attention_maps=(("video", "video", "audio"),),
 )
 
 
@@ -273,6 +273,6 @@ def test_from_media_to_answers(task, tmp_path):
     run = runs.read_run(workdir)
     answers, rejected = prediction.predict(run, prediction.find_clips([str(root / "5.mp4")]), Console(quiet=True))
     assert rejected == []
-    assert list(answers[0].answers) == ["high", "late"]
+    assert list(answers[0].scores) == ["high", "late"]
     said = json.loads(prediction_tables.as_json(run, answers, rejected))["clips"][0]
     assert ("values" in said) == (task == "regression")

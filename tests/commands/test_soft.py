@@ -83,7 +83,7 @@ def test_predictions_are_shares(run, measured):
     one = prediction.Prediction("a.mp4", dict(zip(NAMES, answers[0].tolist(), strict=True)), "", {})
     said = json.loads(prediction_tables.as_json(read, [one], []))["clips"][0]
     assert said["predicted"] == one.ranked[0][0]
-    assert said["probabilities"] == one.answers
+    assert said["probabilities"] == one.scores
 
 
 def test_a_store_keeps_shares(tmp_path):
@@ -129,8 +129,8 @@ def test_votes_of_a_folder_become_shares(tmp_path):
     assert (corpus.task.kind, corpus.task.classes) == ("soft", ("a", "b"))
     assert [c.label for c in corpus.clips] == [(0.75, 0.25), (0.5, 0.5)]
     assert dict(corpus.rejected) == {
-        "2": "share:a, share:b: 0, 0; expected shares or votes, one above 0 and none below",
-        "3": "share:a, share:b: -1, 2; expected shares or votes, one above 0 and none below",
+        "2": "share:a, share:b: 0, 0; expected proportions or votes, one above 0 and none below",
+        "3": "share:a, share:b: -1, 2; expected proportions or votes, one above 0 and none below",
     }
 
 

@@ -94,7 +94,7 @@ def test_films_that_are_no_clips(crema_d, name):
     [
         ("VideoFlash/1001_DFA_ANG_XX.flv", b"", "an empty file"),
         ("VideoFlash/1001_DFA_ANG_XX.flv", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not"),
-        ("AudioWAV/1001_DFA_ANG_XX.wav", b"version https://git-lfs.github.com/spec/v1\n", "its sound file: a Git LFS"),
+        ("AudioWAV/1001_DFA_ANG_XX.wav", b"version https://git-lfs.github.com/spec/v1\n", "its audio file: a Git LFS"),
     ],
 )
 def test_files_that_cannot_be_read(crema_d, file, content, reason):
@@ -166,8 +166,8 @@ def test_shares_of_the_votes(crowd):
         ("1001_DFA_ANG_XX", "0.4,a,0.2,0,0,0", ["expected numbers"] * 2),
         ("1001_DFA_ANG_XX", "0.4,nan,0.2,0,0,0", ["expected numbers"] * 2),
         ("1001_DFA_ANG_XX", "inf,0,0,0,0,0", ["expected numbers"] * 2),
-        ("1001_DFA_ANG_XX", "1,-1,0,0,0,1", ["expected shares or votes, one above 0 and none below"] * 2),
-        ("1001_DFA_ANG_XX", "0,0,0,0,0,0", ["expected shares or votes, one above 0 and none below"] * 2),
+        ("1001_DFA_ANG_XX", "1,-1,0,0,0,1", ["expected proportions or votes, one above 0 and none below"] * 2),
+        ("1001_DFA_ANG_XX", "0,0,0,0,0,0", ["expected proportions or votes, one above 0 and none below"] * 2),
         ("1002_DFA_ANG_XX", "1,0,0,0,0,0", ["no such file"] * 2),
         ("../1001_DFA_ANG_XX", "1,0,0,0,0,0", ["no name of a clip of CREMA-D"] * 2),
     ],

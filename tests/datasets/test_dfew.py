@@ -90,7 +90,7 @@ def test_clips_that_are_not_there_are_stated_and_leave_their_folds(tmp_path):
         ("٣,1", "expected a number"),
         (",1", "expected a number"),
         ("9" * 20 + ",1", "expected a number"),
-        ("3,2", "00003 is '2', but another list says '3'"),
+        ("3,2", "00003 is '2', but another list has '3'"),
         ("3,3", "fold 1: in train and test of one fold, or listed twice: 00003"),
     ],
 )

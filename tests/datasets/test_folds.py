@@ -79,7 +79,7 @@ def test_folder_reads_tables_as_people_write_them(folder, table):
         (f"{'long' * 100},sad", "no such file: the name is too long"),
         ("nul\0.mp4,sad", "no such file: the name has a null byte"),
         ("b.mp4,sad,,,,,,../outside.mp4", "file lies outside the data folder"),
-        ("b.mp4,sad,,,,,,gone.wav", "its sound file: no such file"),
+        ("b.mp4,sad,,,,,,gone.wav", "its audio file: no such file"),
         ("a.mp4,sad", "duplicate clip id"),
         ("b.mp4,sad,first", "duplicate clip id"),
         ("b.mp4,sad,,,testing", "split is 'testing'; expected train, val or test"),

@@ -24,7 +24,7 @@ def write(path, content=b"x"):
 
 @pytest.fixture
 def ravdess(tmp_path):
-    """All emotions of two actors, and what lies beside them: songs, films without sound, sound alone, macOS's files."""
+    """All emotions of two actors, and what lies beside them: songs, films without audio, sound alone, macOS's files."""
     for actor in (1, 12):
         folder = tmp_path / f"Actor_{actor:02d}"
         for emotion in range(1, 9):
@@ -90,7 +90,7 @@ def test_picture_and_sound_in_two_files_are_one_clip(ravdess):
     assert len(corpus.clips) == 15, "a picture without sound is no clip"
     pair.audio.write_bytes(POINTER)
     ((name, reason),) = registry.index("ravdess", str(ravdess)).rejected
-    assert (name, reason[:36]) == (pair.id, "its sound file: a Git LFS pointer, n")
+    assert (name, reason[:36]) == (pair.id, "its audio file: a Git LFS pointer, n")
 
 
 def test_real_list_of_ravdess(tmp_path):

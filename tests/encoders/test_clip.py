@@ -264,7 +264,7 @@ def test_what_a_tower_cannot_answer_is_refused():
         outline(seen.clone(projected=True), pictures(1), np.ones(1, bool))
     with pytest.raises(AvjaxError, match=r"layer is 0, but embeddings"):
         outline(told.clone(projected=True, layer=0), IDS, MASK)
-    with pytest.raises(AvjaxError, match=r"pictures \(16, 16, 3\): expected 12 x 12 and 3 channels"):
+    with pytest.raises(AvjaxError, match=r"images \(16, 16, 3\): expected 12 x 12 and 3 channels"):
         outline(seen, *wide)
     with pytest.raises(AvjaxError, match=r"10 word pieces, but this encoder has 9 positions"):
         outline(told, *long)

@@ -456,7 +456,7 @@ def test_incomplete_configs_and_layers_are_refused():
 @pytest.mark.parametrize(("hub", "size"), [(SMALL, (1, 40, 3)), (SAME, (40, 0, 3)), (SMALL, (40, 40, 4))])
 def test_pictures_without_a_single_place_or_of_other_channels_are_refused(hub, size):
     config, params = random_params(hub)
-    with pytest.raises(AvjaxError, match=re.escape(f"pictures {size}: expected (height, width, 3)")):
+    with pytest.raises(AvjaxError, match=re.escape(f"images {size}: expected (height, width, 3)")):
         run(config, params, np.zeros((1, *size), np.float32))
 
 

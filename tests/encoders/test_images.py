@@ -99,11 +99,11 @@ def test_nothing_is_done_that_is_not_asked_for():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (np.zeros((2, 8, 9), np.uint8), r"a picture \(8, 9\) uint8: expected RGB .*grey"),
-        ([np.zeros((8, 9, 4), np.uint8)], r"a picture \(8, 9, 4\) uint8: expected RGB .*fourth channel"),
-        (np.zeros((1, 8, 9, 3), np.float32), r"a picture \(8, 9, 3\) float32: expected RGB .*uint8"),
-        (np.zeros((1, 0, 9, 3), np.uint8), r"a picture \(0, 9, 3\)"),
-        ([], "0 pictures"),
+        (np.zeros((2, 8, 9), np.uint8), r"an image \(8, 9\) uint8: expected RGB .*grey"),
+        ([np.zeros((8, 9, 4), np.uint8)], r"an image \(8, 9, 4\) uint8: expected RGB .*fourth channel"),
+        (np.zeros((1, 8, 9, 3), np.float32), r"an image \(8, 9, 3\) float32: expected RGB .*uint8"),
+        (np.zeros((1, 0, 9, 3), np.uint8), r"an image \(0, 9, 3\)"),
+        ([], "0 images"),
     ],
 )
 def test_other_pictures_are_refused(raw, message):
@@ -112,7 +112,7 @@ def test_other_pictures_are_refused(raw, message):
 
 
 def test_pictures_that_remain_of_different_sizes_are_refused():
-    with pytest.raises(AvjaxError, match=r"2 pictures.*\(5, 6, 3\), \(7, 8, 3\).* one size"):
+    with pytest.raises(AvjaxError, match=r"2 images.*\(5, 6, 3\), \(7, 8, 3\).* one size"):
         images.prepare(pictures([(7, 8), (5, 6)]), OFF)
 
 

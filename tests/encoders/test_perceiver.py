@@ -192,7 +192,7 @@ def test_prepare_brings_pictures_to_minus_one_to_one():
 
 @pytest.mark.parametrize("raw", [np.zeros((1, 2, 4, 4, 3)), np.zeros((2, 4, 4, 3), np.uint8), frames_of(1, (3, 4, 4))])
 def test_prepare_refuses_what_is_no_pair(raw):
-    with pytest.raises(AvjaxError, match=r"pairs \(.*expected RGB pictures \(pairs, 2, height, width, 3\) uint8"):
+    with pytest.raises(AvjaxError, match=r"pairs \(.*expected RGB images \(pairs, 2, height, width, 3\) uint8"):
         perceiver.prepare(raw, {})
 
 

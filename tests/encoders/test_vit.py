@@ -96,10 +96,10 @@ def test_a_constant_position_stays_constant_at_any_size():
 @pytest.mark.parametrize(
     ("hub", "shape", "message"),
     [
-        (VIT, (12, 16, 3), r"pictures \(12, 16, 3\): expected 12 x 12 and 3 channels"),
-        (DINO, (12, 18, 3), r"pictures \(12, 18, 3\): expected sides that are multiples of 4"),
-        (DINO, (0, 12, 3), r"pictures \(0, 12, 3\): expected sides"),
-        (DINO, (12, 12, 4), r"pictures \(12, 12, 4\): .* 3 channels"),
+        (VIT, (12, 16, 3), r"images \(12, 16, 3\): expected 12 x 12 and 3 channels"),
+        (DINO, (12, 18, 3), r"images \(12, 18, 3\): expected sides that are multiples of 4"),
+        (DINO, (0, 12, 3), r"images \(0, 12, 3\): expected sides"),
+        (DINO, (12, 12, 4), r"images \(12, 12, 4\): .* 3 channels"),
     ],
 )
 def test_pictures_of_a_wrong_size_are_refused(hub, shape, message):

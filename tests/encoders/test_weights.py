@@ -329,7 +329,7 @@ def test_what_is_not_as_the_hub_states_is_not_taken(register, hub, monkeypatch):
         weights.REGISTRY["toy"], files=dict.fromkeys(CONTENT, sources.UNPINNED)
     )
     hub.etag = "0" * 64
-    with pytest.raises(AvjaxError, match=r"hub toys/bear: config\.json has sha256 .*, and the hub says 0{64}"):
+    with pytest.raises(AvjaxError, match=r"hub toys/bear: config\.json has sha256 .*, and the hub states 0{64}"):
         weights.fetch("toy")
     assert not contents(cache)
 

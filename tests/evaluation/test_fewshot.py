@@ -35,7 +35,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def made(seed: int = 0, signal: float = 0.8) -> dict[str, np.ndarray]:
-    """Features (lanes, clips, d) of length 1 with a planted class; clip 3 has no sound, clip 5 no picture."""
+    """Features (lanes, clips, d) of length 1 with a planted class; clip 3 has no audio, clip 5 no video."""
     rng, out = np.random.default_rng(seed), {}
     for m, lacking in (("video", 5), ("audio", 3)):
         x = rng.normal(size=(2, 48, 6))
@@ -383,12 +383,12 @@ def test_the_mismatch_of_queries_is_measured_on_training_clips():
     given = (run.model, run.state, run.plan, run.data, run.features, run.represented())
     found = fewshot.remarks(*given)["query"]
     lanes = jax.device_get(run.plan.lanes)
-    for name, told in (("told", True), ("not_told", False)):
-        x, scores = run.represented(told=told)["video"], []
+    for name, told in (("with_label", True), ("without_label", False)):
+        x, scores = run.represented(with_label=told)["video"], []
         for lane in range(2):
             train = lanes.train[lane][lanes.train_weight[lane] > 0]
             answers = x[lane, train] @ run.features.constants["classes"].T
             scores.append(uar(answers, run.features.label[train]))
         assert found[name] == pytest.approx(np.mean(scores))
-    silent = run.model.replace(module=run.model.module.clone(told=False))
+    silent = run.model.replace(module=run.model.module.clone(label_in_query=False))
     assert fewshot.remarks(silent, *given[1:]) == {}

@@ -22,7 +22,7 @@ def units(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def lacking(rng: np.random.Generator, count: int, width: int = 6) -> dict[str, np.ndarray]:
-    """Features of clips of which the second has no picture, the third no sound, and the fourth neither."""
+    """Features of clips of which the second has no video, the third no audio, and the fourth neither."""
     out = {name: units(rng, count, width) for name in MODALITIES}
     out["video"][1:4:2] = 0
     out["audio"][2:4] = 0

@@ -43,7 +43,7 @@ fsspec.register_implementation("gs", Cloud, clobber=True)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Films with and without sound, a sound, and a file that is neither."""
+    """Films with and without audio, a sound, and a file that is neither."""
     root = tmp_path_factory.mktemp("data") / "R"
     rows = [(f"c{i}.mp4", ("sad", "angry")[i % 2]) for i in range(5)]
     for i, (name, _) in enumerate(rows):

@@ -189,7 +189,7 @@ def test_what_a_grid_stages_is_of_the_whole_clip_whatever_its_blocks(tmp_path, f
     def staged(name, flows, found=found):
         pile = None
         if flows is not None:
-            pile = Spool.begun(tmp_path / "room", flows.shape[1:], "float16")
+            pile = Spool.create(tmp_path / "room", flows.shape[1:], "float16")
             pile.add(flows)
         stage.add(encode.Unencoded(name, stage.key, Raw(flows=pile), found))
         assert not pile or not pile.path.exists()
@@ -267,4 +267,4 @@ def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so
     assert not rejected
     assert "RANDOM WEIGHTS" in prediction_tables.as_json(run, [answer], [])
     want = prediction.probabilities(run, stores.load(out, name))[stores.load(out, name).ids.index("faceless")]
-    np.testing.assert_allclose(list(answer.answers.values()), want, atol=1e-5)
+    np.testing.assert_allclose(list(answer.scores.values()), want, atol=1e-5)

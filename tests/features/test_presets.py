@@ -253,7 +253,7 @@ def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, pres
     ids = stores.load(out, "tiny").ids
     for clip_id, answer in zip(("voice", "faceless"), answers, strict=True):
         want = stored[ids.index(clip_id)]
-        np.testing.assert_allclose(list(answer.answers.values()), want, atol=1e-6)
+        np.testing.assert_allclose(list(answer.scores.values()), want, atol=1e-6)
 
 
 KILLED = """

@@ -104,7 +104,7 @@ def test_streams_are_what_the_encoders_read(packed):
 
 
 def test_sound_is_prepared(packed, raw, spectral, data):  # noqa: F811
-    samples = clip_features.audio.read_sound(data / "voice.wav", clip_features.audio.Sampling(max_seconds=0.7))
+    samples = clip_features.audio.read_audio(data / "voice.wav", clip_features.audio.Sampling(max_seconds=0.7))
     waves, mask = encoder(raw.sound).prepare([samples])
     np.testing.assert_array_equal(packed[1]["raw"]["voice"]["audio"], waves[0][:, None])
     spectra, _ = encoder(spectral.sound).prepare([samples])
@@ -263,7 +263,7 @@ def resident(packed, preset, standardise="none"):
 
 
 def test_a_model_of_pictures_can_read_them(packed):
-    model = dataclasses.replace(SMALL, streams=("text", "audio", "video"), pictures="video")
+    model = dataclasses.replace(SMALL, streams=("text", "audio", "video"), frame_stream="video")
     loop.check_streams(model, resident(packed, "raw"), "raw")
 
 

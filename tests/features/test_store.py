@@ -286,7 +286,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(AvjaxError, match=r"cannot be written \(No space left on device\); mend that"):
+    with pytest.raises(AvjaxError, match=r"cannot be written \(No space left on device\); fix that"):
         stores.Store(tmp_path).put("a", "video", "k", {})
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

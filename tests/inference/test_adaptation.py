@@ -210,7 +210,7 @@ def test_a_corrected_clip_counts_at_once(whole, measured):
     place = next(i for i, name in enumerate(measured.ids) if name not in cache.ids and measured.label[i] == 0)
     name = measured.ids[place]
     before = prediction.probabilities(adaptation.with_cache(run, cache), dataclasses.replace(measured, ids=[name]))[0]
-    grown, rejected = adaptation.enter(
+    grown, rejected = adaptation.add_clips(
         cache, run, [*named(measured, name, label="fear"), Clip("noise", None, "joy")], QUIET, clip_seconds=9.0
     )
     assert rejected == [("noise", "not a media file")]
@@ -220,14 +220,14 @@ def test_a_corrected_clip_counts_at_once(whole, measured):
     after = prediction.probabilities(adaptation.with_cache(run, grown), dataclasses.replace(measured, ids=[name]))[0]
     assert after[1] > before[1]
     assert after.argmax() == 1
-    again, _ = adaptation.enter(grown, run, named(measured, name, label="joy"), QUIET, clip_seconds=9.0)
+    again, _ = adaptation.add_clips(grown, run, named(measured, name, label="joy"), QUIET, clip_seconds=9.0)
     assert (len(again.ids), again.label[again.ids.index(name)]) == (len(grown.ids), 2)
 
 
 def test_without_a_usable_clip_the_cache_stays(whole, measured):
     workdir, run = whole
     cache = adaptation.new_cache(workdir, run)
-    same, rejected = adaptation.enter(cache, run, [Clip("noise", None, "joy")], QUIET, clip_seconds=9.0)
+    same, rejected = adaptation.add_clips(cache, run, [Clip("noise", None, "joy")], QUIET, clip_seconds=9.0)
     assert same is cache
     assert len(rejected) == 1
 

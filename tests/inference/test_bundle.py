@@ -356,7 +356,7 @@ def test_features_of_tables_are_exported_and_clips_refused(workdir, tmp_path):
     assert says["preprocessing"]["streams"]["video"]["what"] == "of tables: face:AU01..AU45"
     assert says["pretrained"] == {}
     text = (tmp_path / "B" / "model_card.md").read_text()
-    assert "this bundle answers for\nfeatures alone" in text
+    assert "this bundle predicts from\nfeatures only" in text
     assert "avjax.predict" not in text
     assert len(exported.code(tmp_path / "B")) == 2
     with pytest.raises(AvjaxError, match="B: trained on features from tables, which avjax cannot measure in a clip"):

@@ -21,7 +21,7 @@ def checked(run: runs.Run, clips, config, folder) -> runs.Run:
     bundle.write(workdir, folder / "B")
     back = bundle.read(folder / "B")
     np.testing.assert_array_equal(prediction.probabilities(back, clips), prediction.probabilities(run, clips))
-    assert back.model.answers == run.model.answers
+    assert back.model.prediction_heads == run.model.prediction_heads
     return back
 
 

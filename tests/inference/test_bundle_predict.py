@@ -116,7 +116,7 @@ def test_a_card_has_protocol_figures_and_classes(place, told):
     for at, name in enumerate(metrics["classes"]):
         tested = sum(metrics["confusion"][at])
         assert f"| {name} | {tested} | {100 * metrics['confusion'][at][at] / tested:.1f} |" in text
-    assert "The networks of this bundle are of 3 folds" in text
+    assert "The networks of this bundle come from 3 folds" in text
     assert "minilm`: MiniLM-L6 English sentence encoder" in text
     assert "RANDOM WEIGHTS" not in text
     assert "{" not in "".join(text.split("```")[::2])
@@ -203,7 +203,7 @@ def test_a_clip_gets_the_answer_of_the_run(tmp_path_factory, tmp_path):
     assert rejected == [(str(tmp_path / "gone.mp4"), "no such file")]
     assert [a.file for a in answers] == [clip["file"] for clip in said]
     for answer, clip in zip(answers, said, strict=True):
-        np.testing.assert_allclose([*answer.answers.values()], [*clip["probabilities"].values()], rtol=0, atol=1e-6)
+        np.testing.assert_allclose([*answer.scores.values()], [*clip["probabilities"].values()], rtol=0, atol=1e-6)
 
 
 @pytest.mark.thorough

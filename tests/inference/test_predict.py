@@ -73,7 +73,7 @@ def stored(workdir, fold, seed) -> dict[str, np.ndarray]:
 
 
 def shares(answer: prediction.Prediction) -> np.ndarray:
-    return np.array(list(answer.answers.values()))
+    return np.array(list(answer.scores.values()))
 
 
 @pytest.mark.budget(40)
@@ -172,16 +172,16 @@ def test_sentences_and_what_is_missing(trained, answered):
     assert {i: a.sentence for i, a in answered.items()} == dict(
         zip(features.ids, features.sentences["both"], strict=True)
     )
-    assert answered["take0/0"].missing == {"picture": "no face in any frame"}
-    assert answered["take0/4"].missing == {"picture": "no video stream"}
+    assert answered["take0/0"].missing == {"video": "no face in any frame"}
+    assert answered["take0/4"].missing == {"video": "no video stream"}
     nothing = answered["take1/2"]
     assert nothing.sentence == ""
     assert nothing.missing == {
-        "picture": "no face in any frame",
-        "sound": "no audio stream",
+        "video": "no face in any frame",
+        "audio": "no audio stream",
         "sentence": "nothing to say: no face and no voice was measured",
     }
-    assert all(sum(a.answers.values()) == pytest.approx(1) for a in answered.values())
+    assert all(sum(a.scores.values()) == pytest.approx(1) for a in answered.values())
 
 
 @pytest.mark.thorough
@@ -245,7 +245,7 @@ def made_up(count: int) -> tuple[runs.Run, list[prediction.Prediction]]:
     about = ("W", "demo, not MAFW", "5 folds", names, "lite", "both")
     run = runs.Run(*about, model, {}, np.zeros(2), {}, lanes, {}, predictor=Heads(model))
     chances = dict(zip(names, (0.1, 0.7, 0.2, 0.0), strict=True))
-    missing = {"sound": "no audio stream"}
+    missing = {"audio": "no audio stream"}
     return run, [prediction.Prediction(f"/far/away/{i}.mp4", chances, "They smile.", missing) for i in range(count)]
 
 
@@ -262,7 +262,7 @@ def test_few_clips_are_told_in_full():
     assert max(map(len, lines)) <= 80
     assert lines[0] == "/far/away/0.mp4: happiness 70.0 %"
     assert "“They smile.”" in text
-    assert "without sound: no audio stream" in text
+    assert "without audio: no audio stream" in text
     assert [line.split()[0] for line in lines[3:7]] == ["happiness", "helplessness", "disappointment", "contempt"]
     bars = [line.count("━") for line in lines[3:7]]
     assert bars[0] == 28
@@ -276,7 +276,7 @@ def test_many_clips_are_a_row_each():
     assert "They smile" not in text
     rows = [line.strip("│ ").split("│") for line in text.splitlines() if ".mp4" in line]
     assert [[c.strip() for c in row] for row in rows] == [
-        [f"{i}.mp4", "happiness", "70.0", "helplessness", "20.0", "sound"] for i in range(9)
+        [f"{i}.mp4", "happiness", "70.0", "helplessness", "20.0", "audio"] for i in range(9)
     ]
     assert "demo, not MAFW · 5 folds" in text
 
@@ -286,7 +286,7 @@ def numbered(task: str) -> tuple[runs.Run, list[prediction.Prediction]]:
     run, answers = made_up(2)
     numbers = {"regression": (0.25, -1.5), "multilabel": (0.9, 0.501)}[task]
     names = ("valence", "arousal")
-    said = [dataclasses.replace(a, answers=dict(zip(names, numbers, strict=True))) for a in answers]
+    said = [dataclasses.replace(a, scores=dict(zip(names, numbers, strict=True))) for a in answers]
     return dataclasses.replace(run, model=run.model.replace(task=task), classes=names), said
 
 
@@ -305,16 +305,16 @@ def test_values_and_labels_are_a_row_each(task, shown, as_json):
     run, answers = numbered(task)
     text = printed(run, answers)
     rows = [[c.strip() for c in line.strip("│ ").split("│")] for line in text.splitlines() if ".mp4" in line]
-    assert rows == [[f"/far/away/{i}.mp4", *shown, "sound"] for i in range(2)]
+    assert rows == [[f"/far/away/{i}.mp4", *shown, "audio"] for i in range(2)]
     assert "valence" in text
     about = json.loads(prediction_tables.as_json(run, answers, []))["clips"][0]
-    rest = {"file": "/far/away/0.mp4", "sentence": "They smile.", "missing": {"sound": "no audio stream"}}
+    rest = {"file": "/far/away/0.mp4", "sentence": "They smile.", "missing": {"audio": "no audio stream"}}
     assert about == rest | as_json
 
 
 def test_no_label_may_be_likely():
     run, answers = numbered("multilabel")
-    unlikely = [dataclasses.replace(a, answers=dict.fromkeys(run.classes, 0.4)) for a in answers]
+    unlikely = [dataclasses.replace(a, scores=dict.fromkeys(run.classes, 0.4)) for a in answers]
     assert json.loads(prediction_tables.as_json(run, unlikely, []))["clips"][0]["predicted"] == []
 
 

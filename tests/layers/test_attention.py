@@ -139,10 +139,10 @@ def test_the_last_step_is_the_last_real_one():
 def test_streams_enter_without_what_is_masked():
     x = np.where(STEPS[..., None], np.ones((3, 5, 2), np.float32), np.nan)
     batch = {"audio": x, "audio_mask": STEPS}
-    steps, masks = layers.enter(batch, ("audio",), jnp.float32)
+    steps, masks = layers.stream_inputs(batch, ("audio",), jnp.float32)
     np.testing.assert_array_equal(steps["audio"][..., 0], STEPS)
     np.testing.assert_array_equal(masks["audio"], STEPS)
-    steps, masks = layers.enter(batch, ("audio",), jnp.float32, padded=True)
+    steps, masks = layers.stream_inputs(batch, ("audio",), jnp.float32, padded=True)
     np.testing.assert_array_equal(steps["audio"][..., 1], STEPS)
     assert masks["audio"].all()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax.layers import PictureConvolution, conv2d, cpu, halved
+from avjax.layers import FrameConvolution, conv2d, cpu, halved
 
 jitted = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 WAYS = (cpu.convolve2d, conv2d.convolve)
@@ -63,7 +63,7 @@ def answer_and_gradients(apply, params, x):
 )
 def test_convolution_is_that_of_flax_both_ways(name):
     sides, channels, width, settings = LAYERS[name]
-    layer = PictureConvolution(width, **settings)
+    layer = FrameConvolution(width, **settings)
     peer = flax_convolution(layer, channels)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, *sides, channels)).astype(np.float32)
@@ -86,7 +86,7 @@ def test_convolution_is_that_of_flax_both_ways(name):
 
 
 def test_cpus_multiply_and_all_else_convolves():
-    layer = PictureConvolution(2)
+    layer = FrameConvolution(2)
     x = jnp.ones((1, 4, 4, 3))
     params = layer.init(jax.random.key(0), x)
 
@@ -100,7 +100,7 @@ def test_cpus_multiply_and_all_else_convolves():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_precision_is_that_asked_for_and_parameters_stay_in_float32(way):
-    layer = PictureConvolution(2, dtype=jnp.bfloat16)
+    layer = FrameConvolution(2, dtype=jnp.bfloat16)
     x = jnp.ones((1, 4, 4, 3))
     params = layer.init(jax.random.key(0), x)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}

@@ -32,7 +32,7 @@ TINY = {
 # The rows whose heads alone differ are one network.
 ROWS = [name for name in VARIANTS if name not in ("ife_video", "ife_audio", "ife_fusion")]
 # Gradients take longest to compile.
-LIGHT = [pytest.param(row, marks=pytest.mark.budget(12) if row == "transformer" else pytest.mark.slow) for row in ROWS]
+LIGHT = [pytest.param(r, marks=pytest.mark.thorough if r == "transformer" else pytest.mark.slow) for r in ROWS]
 # One row for each way that a program can differ from that of the others.
 _FEW = ("full", "time_concat", "transformer")
 FEW = [row if row in _FEW else pytest.param(row, marks=pytest.mark.thorough) for row in ROWS]

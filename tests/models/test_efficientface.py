@@ -74,5 +74,5 @@ def test_pictures_do_not_know_of_each_other_and_statistics_stay():
 
 @pytest.mark.parametrize("size", [(30, 32), (32, 40)])
 def test_sizes_that_do_not_fit_are_named(size):
-    with pytest.raises(AvjaxError, match=rf"pictures of {size[0]} x {size[1]} pixels.*multiples of 16"):
+    with pytest.raises(AvjaxError, match=rf"frames of {size[0]} x {size[1]} pixels.*multiples of 16"):
         small().init(jax.random.key(0), jnp.zeros((1, *size, 3)))

@@ -46,7 +46,7 @@ def variables(**changes):
 def compiled(train: bool = False, leaked: bool = False, **changes):
     """(params, batch, seed) → output; `leaked`: asked with the label after training."""
     module = EmoAsst(**TINY | changes)
-    return jit(lambda v, b, s: module.apply(v, b, train=train, told=leaked, rngs={"dropout": jax.random.key(s)}))
+    return jit(lambda v, b, s: module.apply(v, b, train=train, with_label=leaked, rngs={"dropout": jax.random.key(s)}))
 
 
 def answered(one, seed: int = 0, train: bool = False, leaked: bool = False, **changes):
@@ -146,7 +146,7 @@ def test_features_and_zero_shot_answers_are_those_of_the_equations():
 @pytest.mark.parametrize("told", [True, False])
 def test_in_training_the_drawn_prompt_is_contrasted_and_asks(told):
     one = batch()
-    output, prompts = answered(one, train=True, told=told), unit(np.float64(one["prompts"]))
+    output, prompts = answered(one, train=True, label_in_query=told), unit(np.float64(one["prompts"]))
     apart = np.abs(output.features["text"][:, None] - prompts).max(-1)
     assert (apart.min(1) < 1e-6).all()
     drawn = np.take_along_axis(prompts, apart.argmin(1)[:, None, None], 1)[:, 0]
@@ -438,6 +438,7 @@ def test_gradients_are_finite_where_modalities_are_missing(clips):
     assert ("aa" in moved) == (clips[1] in (BLIND, WHOLE))
 
 
+@pytest.mark.thorough
 def test_a_gradient_is_the_slope():
     """Of two losses that are a small step apart, for each kind of parameter."""
     one, params = batch(), variables(queries=1)["params"]

@@ -78,9 +78,9 @@ def test_it_learns_and_is_not_traced_again():
     last = jax.tree.map(lambda v: v[:, -1].sum(-1), run.sums["train_terms"])
     assert all((last[m] < 0.8 * first[m]).all() for m in ("video", "audio"))
     assert run.trainer.epochs._cache_size() == 1
-    told, not_told = (run.represented(told=told)["video"] for told in (True, False))
+    told, not_told = (run.represented(with_label=told)["video"] for told in (True, False))
     scores = fewshot.query_mismatch(run.plan, FEATURES, told, not_told)
-    assert scores["told"] > 0.8 > scores["not_told"] + 0.1 > 0.4
+    assert scores["with_label"] > 0.8 > scores["without_label"] + 0.1 > 0.4
 
 
 # ---- Labels --------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_features_are_made_without_prompts_and_labels(whole):
     equal(whole.represented(data), whole.represented())
     del data.streams["prompts"], data.streams["prompts_mask"], data.streams["label"]
     equal(whole.represented(data), whole.represented())
-    told, plain = whole.represented(told=True), whole.represented()
+    told, plain = whole.represented(with_label=True), whole.represented()
     assert np.abs(told["video"] - plain["video"]).max() > 1e-3
     equal(told["audio"], plain["audio"])
 
@@ -170,8 +170,8 @@ def built(variants: str = "", **changes):
 def test_a_model_names_its_heads_and_readers(variant, heads, first):
     model = built(variant)
     assert model.heads == tuple(f"{m}_zero" for m in heads)
-    assert model.answers[0] == first
-    assert sorted(model.answers) == sorted(f"{m}_{r}" for m in heads for r in emoasst.READERS)
+    assert model.prediction_heads[0] == first
+    assert sorted(model.prediction_heads) == sorted(f"{m}_{r}" for m in heads for r in emoasst.READERS)
     assert model.module.prompt == (variant != "utterance")
     assert model.streams == {"video": ("text", "video"), "audio": ("text", "audio")}.get(
         variant, ("text", "audio", "video")
@@ -179,7 +179,7 @@ def test_a_model_names_its_heads_and_readers(variant, heads, first):
 
 
 def test_rows_of_the_tables_differ_where_they_say():
-    assert built("untold").module == built().module.clone(told=False)
+    assert built("label_free_query").module == built().module.clone(label_in_query=False)
     assert built("utterance").module == built().module.clone(prompt=False)
     assert built("small").module == built().module.clone(width=128, heads=4, inner=256)
     paper = built().module

@@ -345,7 +345,7 @@ def test_lora_trains_less_than_two_percent(preset):
     for stream, e in (("video", chosen.image), ("audio", chosen.sound), ("text", chosen.text)):
         family, module, _ = encoders.architecture(e.source, layer=e.layer, dtype="float32")
         shapes = family.shapes(module.config)
-        begun = jax.eval_shape(lambda key, stream=stream, shapes=shapes: lora.begun(key, how, stream, shapes),
+        begun = jax.eval_shape(lambda key, stream=stream, shapes=shapes: lora.init_params(key, how, stream, shapes),
                                jax.random.key(0))  # fmt: skip
         trained += sum(leaf.size for leaf in jax.tree.leaves(begun))
         total += sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -357,7 +357,7 @@ def test_a_model_is_described_without_weights(monkeypatch):
     model = models.build(tiny_raw.settings("lora", "etg_raw", weights__random=False).model, 3)
     assert list(model.constants) == [PRETRAINED]
     assert len(model.constants) == 1
-    assert (model.pictures, model.heads) == ("video", ("fusion", "text", "audio", "video"))
+    assert (model.frame_stream, model.heads) == ("video", ("fusion", "text", "audio", "video"))
     with pytest.raises(KeyError):
         model.constants["other"]
 

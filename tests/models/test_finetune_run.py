@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(clips, feature store, run directory) of two folds: six clips with a face, one without sound, one without."""
+    """(clips, feature store, run directory) of two folds: six clips with a face, one without audio, one without."""
     root = tmp_path_factory.mktemp("raw")
     data, kept = root / "R", root / "F"
     plans = corpus.plans()[:6]
@@ -89,7 +89,7 @@ def test_new_clips_are_measured_and_answered(run):
     found = prediction.find_clips([str(data / "mute.mp4"), str(data / "faceless.mp4")])
     predictions, rejected = prediction.predict(runs.read_run(workdir), found, Console(quiet=True))
     assert not rejected
-    assert [sorted(p.answers) for p in predictions] == [["angry", "happy"]] * 2
-    assert all(sum(p.answers.values()) == pytest.approx(1) for p in predictions)
+    assert [sorted(p.scores) for p in predictions] == [["angry", "happy"]] * 2
+    assert all(sum(p.scores.values()) == pytest.approx(1) for p in predictions)
     assert "sound" in predictions[0].missing
     assert "picture" in predictions[1].missing

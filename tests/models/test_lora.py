@@ -56,7 +56,7 @@ def test_leaves_are_chosen_by_their_paths(how, expected):
 
 def test_trained_leaves_begin_as_pretrained_and_take_their_places():
     how, pretrained = Tuning(frozen=("/bias$", "conv")), params()
-    trained = lora.begun(jax.random.key(0), how, "text", pretrained)
+    trained = lora.init_params(jax.random.key(0), how, "text", pretrained)
     assert flat(trained).keys() == {p for p in SHAPES if "bias" not in p and "conv" not in p}
     jax.tree.map(np.testing.assert_array_equal, lora.merged(how, pretrained, trained), pretrained)
     moved = jax.tree.map(lambda leaf: leaf + 1, trained)
@@ -66,7 +66,7 @@ def test_trained_leaves_begin_as_pretrained_and_take_their_places():
 
 def test_lora_changes_nothing_at_first_and_then_adds_the_product_of_its_factors():
     how, pretrained = Tuning(lora=LoraSettings(rank=2, alpha=6.0, targets=("kernel$",))), params()
-    trained = lora.begun(jax.random.key(3), how, "text", pretrained)
+    trained = lora.init_params(jax.random.key(3), how, "text", pretrained)
     jax.tree.map(np.testing.assert_array_equal, lora.merged(how, pretrained, trained), pretrained)
     rng = np.random.default_rng(1)
     moved = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), trained)
@@ -85,7 +85,7 @@ def test_lora_changes_nothing_at_first_and_then_adds_the_product_of_its_factors(
 def test_factors_differ_between_kernels_and_are_of_the_size_of_a_projection():
     wide = {"attention": {"query": {"kernel": np.zeros((400, 4, 100))}, "key": {"kernel": np.zeros((400, 4, 100))}}}
     how = Tuning(lora=LoraSettings(rank=50, targets=("kernel$",)))
-    trained = flat(lora.begun(jax.random.key(0), how, "text", wide))
+    trained = flat(lora.init_params(jax.random.key(0), how, "text", wide))
     query, key = (np.asarray(trained[f"attention/{name}/kernel/down"]) for name in ("query", "key"))
     assert query.std() == pytest.approx(400**-0.5, rel=0.02)
     assert abs(np.corrcoef(query.reshape(-1), key.reshape(-1))[0, 1]) < 0.03
@@ -95,7 +95,7 @@ def test_factors_differ_between_kernels_and_are_of_the_size_of_a_projection():
 def test_what_is_no_kernel_has_no_factors():
     how = Tuning(lora=LoraSettings(targets=("conv_0|norm",)))
     with pytest.raises(AvjaxError, match=r"targets names text/norm/scale of shape \(5,\), which is no kernel"):
-        lora.begun(jax.random.key(0), how, "text", {"norm": {"scale": np.ones(5)}})
+        lora.init_params(jax.random.key(0), how, "text", {"norm": {"scale": np.ones(5)}})
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,11 @@ def convert(state: layouts.State, hyper: Mapping) -> dict:
 
 def module(hyper: Mapping) -> AuxFormer:
     return AuxFormer(
-        hyper["output_dim"], heads=hyper["num_heads"], layers=hyper["layers"], causal=hyper["attn_mask"], faithful=True
+        hyper["output_dim"],
+        heads=hyper["num_heads"],
+        layers=hyper["layers"],
+        causal=hyper["attn_mask"],
+        as_released=True,
     )
 
 

@@ -36,7 +36,9 @@ def convert(state: layouts.State, hyper: Mapping) -> dict:
 
 def module(hyper: Mapping) -> Lmf:
     widths = dict(zip(("text", "audio", "video"), hyper["hidden_dims"], strict=True))
-    return Lmf(hyper["num_classes"], widths=widths, text_width=widths["text"] // 2, rank=hyper["rank"], faithful=True)
+    return Lmf(
+        hyper["num_classes"], widths=widths, text_width=widths["text"] // 2, rank=hyper["rank"], as_released=True
+    )
 
 
 def batch(inputs: Mapping[str, np.ndarray], hyper: Mapping) -> dict[str, np.ndarray]:

@@ -44,7 +44,7 @@ def module(hyper: Mapping) -> Mfn:
         hyper["num_classes"],
         widths=dict(zip(("text", "audio", "video"), hyper["hidden_dims"], strict=True)),
         memory=hyper["memsize"],
-        faithful=True,
+        as_released=True,
         **dict(zip(names, hidden, strict=True)),
     )
 

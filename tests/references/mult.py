@@ -54,7 +54,7 @@ def module(hyper: Mapping) -> MulT:
         heads=hyper["num_heads"],
         layers=hyper["layers"],
         causal=hyper["attn_mask"],
-        faithful=True,
+        as_released=True,
     )
 
 

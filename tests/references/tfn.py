@@ -26,7 +26,7 @@ def module(hyper: Mapping) -> Tfn:
         widths=dict(zip(("text", "audio", "video"), hyper["hidden_dims"], strict=True)),
         text_width=hyper["text_out"],
         hidden=hyper["post_fusion_dim"],
-        faithful=True,
+        as_released=True,
     )
 
 

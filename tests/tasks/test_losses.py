@@ -180,7 +180,7 @@ def test_focal_is_finite_where_a_clip_is_sure(gamma, far):
 
 
 def test_focal_needs_a_true_class():
-    with pytest.raises(AvjaxError, match=r"focal loss got shares \(3, 2\); give it a true class, \(3,\)"):
+    with pytest.raises(AvjaxError, match=r"focal loss got soft labels \(3, 2\); give it a true class, \(3,\)"):
         losses.focal(jnp.float32(LOGITS), jnp.ones((3, 2)) / 2)
 
 

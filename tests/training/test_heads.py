@@ -39,7 +39,7 @@ HEADS = Model(
     heads=("audio", "video"),
     streams=("audio", "video"),
     candidates=("audio", "video"),
-    pictured=(("video", "video", "audio"),),
+    attention_maps=(("video", "video", "audio"),),
 )
 PARTS = {"train": slice(0, 36), "deaf": slice(36, 48), "blind": slice(48, 60), "test": slice(60, 72)}
 
@@ -68,9 +68,9 @@ def headed() -> Run:
 def test_validation_chooses_the_head_of_each_lane(headed):
     assert headed.plan.names == [("deaf", 1), ("deaf", 2), ("blind", 1), ("blind", 2)]
     assert [HEADS.heads[i] for i in headed.state.best_head.tolist()] == ["video", "video", "audio", "audio"]
-    assert HEADS.answers == ("chosen", "audio", "video")
+    assert HEADS.prediction_heads == ("chosen", "audio", "video")
     logits = jax.device_get(headed.trainer.predict(headed.state, headed.plan.lanes, headed.data))
-    assert set(logits) == set(HEADS.answers)
+    assert set(logits) == set(HEADS.prediction_heads)
     for lane, head in enumerate(["video", "video", "audio", "audio"]):
         np.testing.assert_array_equal(logits["chosen"][lane], logits[head][lane])
     state, read = headed.state, loop.read_clips(HEADS, predictor.Heads(HEADS).read)
@@ -142,7 +142,7 @@ def test_without_a_choice_the_first_head_predicts():
     ):
         assert (int(made.best_epoch), int(made.best_head)) == (2, 0)
     assert loop.with_chosen(SMALL, {"fusion": 0}, 0) == {"fusion": 0}
-    assert SMALL.answers == ("fusion",)
+    assert SMALL.prediction_heads == ("fusion",)
 
 
 def test_attention_is_shown_of_real_steps_alone():

@@ -129,7 +129,7 @@ def test_a_run_of_two_processes_goes_on_as_one(features, tmp_path):
     wait_for(both, workdir, "epoch 2/")
     both[1].send_signal(signal.SIGTERM)
     assert [p.wait(120) for p in both] == [143, 143], said(workdir, 0) + said(workdir, 1)
-    assert "told to stop; the state after epoch" in said(workdir, 0)
+    assert "stopped on request; the state after epoch" in said(workdir, 0)
     process = start(features, workdir, 0, 1, port, **{"train.epochs": 200, "mesh.preset": "single"})
     assert wait_for([process], workdir, "going on after epoch")
     process.kill()

@@ -183,7 +183,7 @@ def test_pieces_draw_different_dropout():
     [
         ({"features": synthetic.values(48), "model": VALUES}, r"train\.accumulate is 2, but .* \(its loss\)"),
         ({"model": dataclasses.replace(PLAIN, module=Plain(keeps=True))}, r"\(the statistics of its norms\)"),
-        ({"model": dataclasses.replace(PLAIN, whole=True)}, r"learns by whole batches \(its loss\)"),
+        ({"model": dataclasses.replace(PLAIN, whole_batch=True)}, r"learns by whole batches \(its loss\)"),
     ],
 )
 def test_what_is_of_a_whole_batch_is_not_cut(more, message):

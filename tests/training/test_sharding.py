@@ -100,7 +100,7 @@ def test_sizes_of_meshes(preset, given, devices, processes, lanes, batch, expect
         ("ddp", {}, 8, 1, "mesh.preset is 'ddp'; choose one of auto, single, dp"),
         ("dp", {"data": 16}, 8, 1, "data 16 takes 16 devices, and at most 8 are to be used"),
         ("single", {}, 8, 2, "one device takes 1 devices, and all 8 are to be used"),
-        ("auto", {"lane": 4}, 8, 1, "shares out lanes, 5, over 4 devices; these must divide it"),
+        ("auto", {"lane": 4}, 8, 1, "splits lanes, 5, over 4 devices; these must divide it"),
         (
             "auto",
             {"data": 2, "fsdp": 2, "tensor": 2},
@@ -108,7 +108,7 @@ def test_sizes_of_meshes(preset, given, devices, processes, lanes, batch, expect
             1,
             "XLA's partitioner errs where all of data, fsdp and tensor",
         ),
-        ("dp", {}, 5, 1, "shares out train.batch_size, 8, over 5 devices"),
+        ("dp", {}, 5, 1, "splits train.batch_size, 8, over 5 devices"),
     ],
 )
 def test_meshes_that_do_not_fit(preset, given, devices, processes, says):

@@ -191,10 +191,8 @@ def test_features_that_a_model_cannot_read_are_named():
         AvjaxError, match=r"model\.streams has flow; the features of preset 'lite' have audio, text, video"
     ):
         loop.check_streams(flow, data, "lite")
-    seeing = dataclasses.replace(SMALL, streams=("audio", "video"), pictures="video")
-    with pytest.raises(
-        AvjaxError, match="the model reads pictures as video, the features of preset 'lite' are feature"
-    ):
+    seeing = dataclasses.replace(SMALL, streams=("audio", "video"), frame_stream="video")
+    with pytest.raises(AvjaxError, match="the model reads frames as video, the features of preset 'lite' are feature"):
         loop.check_streams(seeing, data, "lite")
     loop.check_streams(SMALL, data, "lite")
 
@@ -238,13 +236,13 @@ def test_killed_within_an_epoch_a_command_ends_as_if_undisturbed(root, tmp_path)
     assert json.loads((tmp_path / "whole/metrics.json").read_text())["task"] == "single"
 
 
-def pictured(features, mode: str, **augment: float) -> Run:
+def attention_maps(features, mode: str, **augment: float) -> Run:
     """AVT-CA on raw pictures, after an epoch."""
     changes = {f"train__augment__{key}": value for key, value in augment.items()} | {"model__settings__width": 16}
     changes |= {"data__mode": mode, "train__epochs": 1, "train__batch_size": 8}
     made = config.settings("configs/avtca_folder.py", **changes)
     model = models.build(made.model, 3)
-    assert model.pictures == "video"
+    assert model.frame_stream == "video"
     return Run(features, made, model=model).train(last=1)
 
 
@@ -254,9 +252,9 @@ def test_raw_pictures_stream_with_the_same_augmentation():
     arrays = {"video": pictures, "audio": FEATURES.arrays["audio"]}
     masks = {"video": np.ones((48, 3), bool), "audio": FEATURES.masks["audio"]}
     features = dataclasses.replace(FEATURES, arrays=arrays, masks=masks)
-    streamed, resident = (pictured(features, mode) for mode in ("streamed", "resident"))
+    streamed, resident = (attention_maps(features, mode) for mode in ("streamed", "resident"))
     assert streamed.data.rows(np.arange(2))["video"].dtype == np.uint8
     near(streamed.state.params, resident.state.params)
-    still = pictured(features, "resident", degrees=0.0, flip=0.0)
+    still = attention_maps(features, "resident", degrees=0.0, flip=0.0)
     apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), resident.state.params, still.state.params)
     assert max(jax.tree.leaves(apart)) > 1e-4, "pictures are turned and mirrored"

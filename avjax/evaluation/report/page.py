@@ -15,16 +15,21 @@ from avjax.utils.storage import read_json, write_text
 MOST_SENTENCES = 12
 _FILES = ("metrics.json", "config.json", "environment.json", "curves.png")
 # The picture of the answers, by kind of task.
-ANSWERS = {"single": "confusion.png", "soft": "confusion.png", "regression": "scatter.png", "multilabel": "labels.png"}
+PREDICTIONS = {
+    "single": "confusion.png",
+    "soft": "confusion.png",
+    "regression": "scatter.png",
+    "multilabel": "labels.png",
+}
 
 
 def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) -> Path:
-    """Writes `workdir/report.html` from the run's numbers and pictures.
+    """Writes `workdir/report.html` from the run's numbers and figures.
 
     Args:
       workdir: a run directory with metrics.json, config.json and environment.json, and of
       `avjax.evaluation.report.plots` the
-        pictures curves.png, that of the answers (`ANSWERS`) and, if there is one, attention.png.
+        figures curves.png, that of the predictions (`PREDICTIONS`) and, if there is one, attention.png.
       sentences: examples to show, dicts with `clip_id`, `label`, `predicted` and `sentence`; the first dozen is shown.
     Returns:
       The path of the page. The same inputs give the same bytes.
@@ -33,9 +38,9 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
     """
     _check_there(workdir, _FILES)
     metrics = read_json(workdir / "metrics.json")
-    answers = ANSWERS[metrics["task"]]
-    _check_there(workdir, (answers,))
-    files = {"answers": answers, "curves": "curves.png", "attention": "attention.png"}
+    predictions = PREDICTIONS[metrics["task"]]
+    _check_there(workdir, (predictions,))
+    files = {"predictions": predictions, "curves": "curves.png", "attention": "attention.png"}
     page = template("page.html.j2").render(
         name=workdir.resolve().name,
         metrics=metrics,
@@ -46,7 +51,7 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
         shared_speakers=any(fold["speaker_overlap"] != 0 for fold in metrics["folds"]),
         references=tables.reference_rows(metrics),
         fold_count=len({fold["fold"] for fold in metrics["folds"]}),
-        pictures={n: _embedded(workdir / f) if (workdir / f).is_file() else "" for n, f in files.items()},
+        figures={n: _embedded(workdir / f) if (workdir / f).is_file() else "" for n, f in files.items()},
         sentences=sentences[:MOST_SENTENCES],
         more_sentences=len(sentences) > MOST_SENTENCES,
         config=list(_flat(read_json(workdir / "config.json"))),
@@ -59,7 +64,7 @@ def write_report(workdir: Path, *, sentences: Sequence[Mapping[str, str]] = ()) 
 
 def _check_there(workdir: Path, names: Sequence[str]) -> None:
     if missing := [name for name in names if not (workdir / name).is_file()]:
-        raise AvjaxError(f"{workdir}: no {', '.join(missing)}; a report needs a finished run with its pictures drawn")
+        raise AvjaxError(f"{workdir}: no {', '.join(missing)}; a report needs a finished run with its figures drawn")
 
 
 def _flat(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:

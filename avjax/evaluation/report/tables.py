@@ -27,7 +27,7 @@ EVIDENCE_NOTE = (
     "95 %: bootstrap over speakers (clips where speakers are unknown); p: paired permutation test over the same, not "
     "corrected for the number of rows. A clip counts by the share of seeds that are right."
 )
-TOGETHER_NOTE = "Seeds together: {} of the mean of their answers (of classes, of their probabilities)."
+TOGETHER_NOTE = "Seeds together: {} of the mean of their predictions (of classes, of their probabilities)."
 # Below so many folds an interval of the mean is wider than any difference worth reporting.
 ENOUGH_FOLDS = 6
 _MARK = "†"
@@ -116,10 +116,10 @@ def query_notes(metrics: Metrics) -> list[str]:
     """What became of features in training that were asked for with their label, where there are such."""
     if "query" not in metrics:
         return []
-    told, not_told = (percent(metrics["query"][key]) for key in ("told", "not_told"))
+    labelled, plain = (percent(metrics["query"][key]) for key in ("with_label", "without_label"))
     return [
-        "In training the query names the label, and nowhere else: zero-shot UAR of pictures on training clips is "
-        f"{told} with it and {not_told} without."
+        "In training the query names the label, and nowhere else: zero-shot UAR of video on training clips is "
+        f"{labelled} with it and {plain} without."
     ]
 
 
@@ -225,7 +225,7 @@ def run_notes(metrics: Metrics) -> list[str]:
     counts = metrics["counts"]
     return [
         f"{counts['used']} clips used, {counts['quarantined']} quarantined; "
-        f"sound masked in {counts['masked_audio']}, picture masked in {counts['masked_video']}.",
+        f"audio masked in {counts['masked_audio']}, video masked in {counts['masked_video']}.",
         _speakers(metrics["folds"]),
         *_sentiment(metrics.get("sentiment")),
     ]

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import Dropout, LstmEncoder, Project, enter, masked_softmax
+from avjax.layers import Dropout, LstmEncoder, Project, masked_softmax, stream_inputs
 from avjax.models.base import Batch, Fusion, Output
 from avjax.models.fusions.base import FusionModule
 
@@ -49,7 +49,7 @@ class Amh(FusionModule):
 
         Features hold each stream's last vector by its name; attention "hop_<i>_<stream>" (b, n), i from 1.
         """
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         states, vectors, attention = {}, {}, {}
         for s in self.streams:
             dropped = Dropout(self.dropouts[s], train)(steps[s])

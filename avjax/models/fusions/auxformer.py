@@ -3,7 +3,7 @@
 Goncalves and Busso, "AuxFormer: Robust Approach to Audiovisual Emotion Recognition", ICASSP 2022.
 Shapes: b clip, n step of a stream, d width, c class.
 
-The released system knows of no masks: see `avjax.layers.crossmodal`, whose `faithful` gives its behaviour back. Here
+The released system knows of no masks: see `avjax.layers.crossmodal`, whose `as_released` gives its behaviour back. Here
 the last real step of a clip predicts. A missing modality is an all-False mask: its own vector is zero.
 """
 
@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import CrossmodalEncoder, Project, enter, last_step
+from avjax.layers import CrossmodalEncoder, Project, last_step, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, Streams, head_loss, stream_heads
 from avjax.models.fusions.base import FusionModule
 from avjax.models.fusions.mult import Residual
@@ -32,7 +32,7 @@ class AuxFormer(FusionModule):
       layers: blocks of every transformer.
       hidden: widths of the auxiliary perceptron.
       repeats: how often an auxiliary transformer is applied.
-      causal, faithful: as in `MulT`; the dropouts likewise.
+      causal, as_released: as in `MulT`; the dropouts likewise.
     """
 
     streams: tuple[str, ...] = ("audio", "video")
@@ -46,12 +46,12 @@ class AuxFormer(FusionModule):
     attention_dropout: float = 0.1
     embedding_dropout: float = 0.25
     out_dropout: float = 0.2
-    faithful: bool = False
+    as_released: bool = False
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; heads "fusion" and the streams."""
-        steps, masks = enter(batch, self.streams, self.dtype, self.faithful)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype, self.as_released)
         steps = {s: self._project(s, steps[s]) for s in self.streams}
         pairs = zip(self.streams, self.streams[::-1], strict=True)
         joint = jnp.concatenate([self._asked(s, other, steps, masks, train) for s, other in pairs], -1)
@@ -84,7 +84,7 @@ class AuxFormer(FusionModule):
         settings = {"dropout": self.dropout, "attention_dropout": self.attention_dropout} | more
         return CrossmodalEncoder(
             self.layers, self.heads, self.causal, embedding_dropout=self.embedding_dropout,
-            faithful=self.faithful, dtype=self.dtype, name=name, **settings,
+            as_released=self.as_released, dtype=self.dtype, name=name, **settings,
         )  # fmt: skip
 
 

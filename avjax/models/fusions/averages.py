@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import Dropout, Project, enter, masked_mean, masked_softmax
+from avjax.layers import Dropout, Project, masked_mean, masked_softmax, stream_inputs
 from avjax.models.base import Batch, Fusion, Output
 from avjax.models.fusions.base import FusionModule
 
@@ -41,7 +41,7 @@ class Averages(FusionModule):
 
         Features hold the combined vector as "joint", beside what the head reads.
         """
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         present = jnp.stack([jnp.any(masks[s], -1) for s in self.streams], -1)
         means = {s: masked_mean(steps[s], masks[s]) for s in self.streams}
         vectors = [Project((self.width,), dtype=self.dtype, name=f"project_{s}")(x) for s, x in means.items()]

@@ -79,7 +79,7 @@ class C3dLstm(FusionModule):
         x = batch["video"].astype(self.dtype)
         if x.ndim not in (3, 5):
             raise AvjaxError(
-                f"the video stream has shape {x.shape}; C3D and LSTM read pictures (clip, frame, row, column, 3) or "
+                f"the video stream has shape {x.shape}; C3D and LSTM read frames (clip, frame, row, column, 3) or "
                 "feature sequences (clip, frame, width): give one of them"
             )
         if x.ndim == 5:

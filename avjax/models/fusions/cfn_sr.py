@@ -19,10 +19,10 @@ from avjax.layers import (
     Dropout,
     Project,
     TimeConvolution,
-    enter,
     last_step,
     masked_mean,
     masked_softmax,
+    stream_inputs,
     zero_masked,
 )
 from avjax.models.base import Batch, Fusion, Output
@@ -109,7 +109,7 @@ class CfnSr(FusionModule):
 
         Features hold each stream's vector; attention the weights (b, n) of all streams but the first.
         """
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         steps = {s: self._convolve(s, x, masks[s]) for s, x in steps.items()}
         first, *others = self.streams
         said = self._said(steps[first], masks[first], train) if others else None

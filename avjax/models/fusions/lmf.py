@@ -26,20 +26,20 @@ class Lmf(FusionModule):
       widths, text_width: of the streams' vectors, see `Unimodal`.
       rank: r.
       dropout: rate on the averaged streams and on the text's last state.
-      faithful: padding read as zeros, see the description of this file.
+      as_released: padding read as zeros, see the description of this file.
     """
 
     widths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"text": 128, "audio": 16, "video": 128})
     text_width: int = 64
     rank: int = 4
     dropout: float = 0.2
-    faithful: bool = False
+    as_released: bool = False
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Features: the products (b, r·c) that the head weighs, and the vector of each stream."""
         vectors = Unimodal(
-            self.streams, self.widths, self.text_width, self.dropout, self.faithful, self.dtype, name="unimodal"
+            self.streams, self.widths, self.text_width, self.dropout, self.as_released, self.dtype, name="unimodal"
         )(batch, train)
         fused = 1.0
         for stream, vector in vectors.items():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from avjax.layers import Dropout, Project, align, enter, masked_mean
+from avjax.layers import Dropout, Project, align, masked_mean, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 
@@ -60,7 +60,7 @@ class Mag(FusionModule):
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams."""
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         aligned = {s: align(steps[s], masks[s], masks["text"]) for s in self.streams if s != "text"}
         others = {s: x for s, (x, _) in aligned.items()}
         seen = {s: mask for s, (_, mask) in aligned.items()}

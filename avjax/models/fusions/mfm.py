@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import Project, Recurrence, enter, masked_mean
+from avjax.layers import Project, Recurrence, masked_mean, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, head_loss
 from avjax.models.fusions.base import FusionModule, counted, for_clips, named, of_kind
 from avjax.models.fusions.mfn import Mfn, Perceptron
@@ -64,7 +64,7 @@ class Mfm(FusionModule):
 
         Features hold "latent_label" and "latent_<stream>", and "rebuilt_<stream>" (b, w), the means.
         """
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         latents = {"label": self._memory()(batch, train).logits["fusion"]}
         latents |= {s: self._latent(s, steps[s], masks[s]) for s in self.streams}
         factors = {name: self._factor(name, x, train) for name, x in latents.items()}

@@ -4,7 +4,7 @@ Zadeh et al., "Memory Fusion Network for Multi-view Sequential Learning", AAAI 2
 Shapes: b clip, n step, d width, m memory width, c class.
 
 The paper's streams are aligned word by word. Here every stream is averaged onto a common clock of `segment_count` equal
-spans of its clip; a stream that has as many steps enters as it is. `faithful` takes the streams as they stand, which
+spans of its clip; a stream that has as many steps enters as it is. `as_released` takes the streams as they stand, which
 must then have the same number of steps, and reads padding as steps of zeros, as the released code does.
 
 A missing modality is an all-False mask: its LSTM never leaves the state zero. Spans in which no stream has a real step
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from avjax.errors import AvjaxError
-from avjax.layers import Dropout, Project, Recurrence, align, enter
+from avjax.layers import Dropout, Project, Recurrence, align, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 
@@ -77,7 +77,7 @@ class Mfn(FusionModule):
       attention, proposal, retain, update: hidden widths of D_a, of D_u, of γ1 and of γ2; output: of the last layers.
       dropouts: rates in those five, in that order.
       segment_count: n of the common clock.
-      faithful: the streams as they stand, see the description of this file.
+      as_released: the streams as they stand, see the description of this file.
     """
 
     widths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"text": 128, "audio": 32, "video": 128})
@@ -89,16 +89,16 @@ class Mfn(FusionModule):
     output: int = 128
     dropouts: tuple[float, ...] = (0.2, 0.5, 0.7, 0.0, 0.5)
     segment_count: int = 20
-    faithful: bool = False
+    as_released: bool = False
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)`; features hold the last states as "states".
 
         Raises:
-          AvjaxError: faithful, and streams of different lengths.
+          AvjaxError: as_released, and streams of different lengths.
         """
-        steps, masks = self._clocked(*enter(batch, self.streams, self.dtype, self.faithful))
+        steps, masks = self._clocked(*stream_inputs(batch, self.streams, self.dtype, self.as_released))
         states = [
             Recurrence(self.widths[s], dtype=self.dtype, name=f"{s}_states")(steps[s], masks[s]) for s in self.streams
         ]
@@ -119,10 +119,12 @@ class Mfn(FusionModule):
 
     def _clocked(self, steps: Streams, masks: Streams) -> tuple[Streams, Streams]:
         """The streams on one clock."""
-        if self.faithful:
+        if self.as_released:
             lengths = {s: x.shape[1] for s, x in steps.items()}
             if len(set(lengths.values())) > 1:
-                raise AvjaxError(f"the streams have {lengths} steps; model.faithful=True needs equal numbers")
+                raise AvjaxError(
+                    f"the streams have {lengths} steps; model.settings.as_released=True needs equal numbers"
+                )
             return steps, masks
         clock = jnp.ones((len(steps[self.streams[0]]), self.segment_count), bool)
         aligned = {s: align(steps[s], masks[s], clock) for s in self.streams}

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from avjax.layers import Dropout, LstmEncoder, PostNormBlock, Project, enter, masked_mean
+from avjax.layers import Dropout, LstmEncoder, PostNormBlock, Project, masked_mean, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, head_loss
 from avjax.models.fusions.base import FusionModule, counted, for_clips, named, of_kind
 
@@ -54,7 +54,7 @@ class Misa(FusionModule):
 
         Features hold "utterance_<stream>", "private_<stream>", "shared_<stream>" and "rebuilt_<stream>", (b, d) each.
         """
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         utterance = {s: self._utterance(s, steps[s], masks[s]) for s in self.streams}
         private = {s: jax.nn.sigmoid(self._dense(f"private_{s}")(x)) for s, x in utterance.items()}
         share = self._dense("shared")

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import CrossBlock, PreNormBlock, Project, enter, masked_mean, positions, sinusoids
+from avjax.layers import CrossBlock, PreNormBlock, Project, masked_mean, positions, sinusoids, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 
@@ -75,7 +75,7 @@ class MmaDfer(FusionModule):
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; features hold each one's vector too."""
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         steps = {s: self._embed(s, x, masks[s]) for s, x in steps.items()}
         gelu = functools.partial(nn.gelu, approximate=False)
         for i in range(self.layers):

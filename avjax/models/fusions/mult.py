@@ -3,7 +3,7 @@
 Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences", ACL 2019.
 Shapes: b clip, n step of a stream, d width, c class.
 
-The released system knows of no masks: see `avjax.layers.crossmodal`, whose `faithful` gives its behaviour back. Here
+The released system knows of no masks: see `avjax.layers.crossmodal`, whose `as_released` gives its behaviour back. Here
 the last real step of a clip predicts. A missing modality is an all-False mask: its own vector is zero.
 """
 
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import CrossmodalEncoder, Dropout, Project, enter, last_step
+from avjax.layers import CrossmodalEncoder, Dropout, Project, last_step, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 
@@ -44,7 +44,7 @@ class MulT(FusionModule):
       causal: hide the future, as the released code does.
       dropout: rate in the residual branches; attention_dropout: on the weights; embedding_dropout: on the embedded
         streams; out_dropout: in the last perceptron.
-      faithful: the released code's way with padding, see the description of this file.
+      as_released: the released code's way with padding, see the description of this file.
     """
 
     width: int = 40
@@ -55,7 +55,7 @@ class MulT(FusionModule):
     attention_dropout: float = 0.25
     embedding_dropout: float = 0.3
     out_dropout: float = 0.1
-    faithful: bool = False
+    as_released: bool = False
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
@@ -63,7 +63,7 @@ class MulT(FusionModule):
 
         Features hold the joined vectors as "joint", beside what the head reads.
         """
-        steps, masks = enter(batch, self.streams, self.dtype, self.faithful)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype, self.as_released)
         steps = {s: Project((self.width,), dtype=self.dtype, bias=False, name=f"project_{s}")(steps[s]) for s in steps}
         joint = jnp.concatenate([self._vector(s, steps, masks, train) for s in self.streams], -1)
         fused = Residual(joint.shape[-1:], self.out_dropout, self.dtype, name="fuse")(joint, train)
@@ -82,7 +82,7 @@ class MulT(FusionModule):
     def _encoder(self, layers: int, name: str) -> CrossmodalEncoder:
         return CrossmodalEncoder(
             layers, self.heads, self.causal, dropout=self.dropout, attention_dropout=self.attention_dropout,
-            embedding_dropout=self.embedding_dropout, faithful=self.faithful, dtype=self.dtype, name=name,
+            embedding_dropout=self.embedding_dropout, as_released=self.as_released, dtype=self.dtype, name=name,
         )  # fmt: skip
 
 

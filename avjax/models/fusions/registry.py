@@ -137,7 +137,7 @@ def build(given: FusionSettings, classes: int, task: str) -> Model:
         task=task,
         turns=fusion.turns,
         # Those that read pictures say so in a setting, and read them in their second stream.
-        pictures=streams[1] if getattr(module, "frames", False) else "",
+        frame_stream=streams[1] if getattr(module, "frames", False) else "",
         candidates=fusion.candidates(module),
-        pictured=fusion.pictured,
+        attention_maps=fusion.attention_maps,
     )

@@ -6,7 +6,7 @@ Shapes: b clip, n step of a stream, d width, c class.
 The released system normalises the averaged audio and video by a batch norm, which makes clips of a batch depend on each
 other. Features come standardised by the training clips here, and the rest of such a norm is the affine map that follows
 it anyway: a trained batch norm folds into the first dense layer exactly. The last state of the text is that of its last
-real step; `faithful` reads padding as steps of zeros instead, in text and averages, as the released code does.
+real step; `as_released` reads padding as steps of zeros instead, in text and averages, as the released code does.
 
 A missing modality is an all-False mask. Its vector is zero, so that only the products without it remain.
 """
@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import Dropout, Project, Recurrence, enter, masked_mean
+from avjax.layers import Dropout, Project, Recurrence, masked_mean, stream_inputs
 from avjax.models.base import Batch, Fusion, Output
 from avjax.models.fusions.base import FusionModule
 
@@ -34,14 +34,14 @@ class Unimodal(nn.Module):
     widths: Mapping[str, int]
     text_width: int
     dropout: float = 0.0
-    faithful: bool = False
+    as_released: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> dict[str, jax.Array]:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)`; stream → (b, d)."""
         drop = Dropout(self.dropout, train)
-        steps, masks = enter(batch, self.streams, self.dtype, self.faithful)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype, self.as_released)
         vectors = {}
         for stream in self.streams:
             width = self.widths[stream]
@@ -69,7 +69,7 @@ class Tfn(FusionModule):
       widths, text_width: of the streams' vectors, see `Unimodal`.
       hidden: width of the two layers before the head.
       dropout: rate on the averaged streams and on the text's last state; product_dropout: on the product.
-      faithful: padding read as zeros, see the description of this file.
+      as_released: padding read as zeros, see the description of this file.
     """
 
     streams: tuple[str, ...] = ("audio", "video", "text")
@@ -78,13 +78,13 @@ class Tfn(FusionModule):
     hidden: int = 64
     dropout: float = 0.3
     product_dropout: float = 0.5
-    faithful: bool = False
+    as_released: bool = False
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Features: what the head reads, the flat "product" (b, ∏ (1 + d)), and the vector of each stream."""
         vectors = Unimodal(
-            self.streams, self.widths, self.text_width, self.dropout, self.faithful, self.dtype, name="unimodal"
+            self.streams, self.widths, self.text_width, self.dropout, self.as_released, self.dtype, name="unimodal"
         )(batch, train)
         product = jnp.ones((1, 1), self.dtype)
         for vector in vectors.values():

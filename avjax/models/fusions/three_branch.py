@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import CrossmodalEncoder, Dropout, Project, enter, masked_mean
+from avjax.layers import CrossmodalEncoder, Dropout, Project, masked_mean, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 
@@ -46,7 +46,7 @@ class ThreeBranch(FusionModule):
 
         Features hold the branches beside what the head reads: each stream's (b, d), and "cross" (b, 2d).
         """
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         steps = {s: Project((self.width,), dtype=self.dtype, name=f"project_{s}")(x) for s, x in steps.items()}
         asking = zip(self.streams, self.streams[::-1], strict=True)
         branches = {s: self._alone(s, steps[s], masks[s], train) for s in self.streams}

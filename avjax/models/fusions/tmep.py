@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import CrossBlock, CrossmodalEncoder, Project, enter, masked_mean
+from avjax.layers import CrossBlock, CrossmodalEncoder, Project, masked_mean, stream_inputs
 from avjax.models.base import Batch, Fusion, Output, Streams
 from avjax.models.fusions.base import FusionModule
 
@@ -71,7 +71,7 @@ class Tmep(FusionModule):
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; features hold each one's vector too."""
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         steps = {s: Project((self.width,), dtype=self.dtype, name=f"project_{s}")(x) for s, x in steps.items()}
         own = functools.partial(
             CrossmodalEncoder, self.layers, self.heads, causal=False, dropout=self.dropout, dtype=self.dtype

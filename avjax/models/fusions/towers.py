@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from avjax.layers import Dropout, PreNormBlock, Project, enter, masked_mean
+from avjax.layers import Dropout, PreNormBlock, Project, masked_mean, stream_inputs
 from avjax.models.base import Batch, Output
 from avjax.models.fusions.base import FusionModule
 
@@ -37,7 +37,7 @@ class Towers(FusionModule):
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams."""
         drop = Dropout(self.dropout, train)
-        steps, masks = enter(batch, self.streams, self.dtype)
+        steps, masks = stream_inputs(batch, self.streams, self.dtype)
         steps = {s: drop(Project((self.width,), dtype=self.dtype, name=f"project_{s}")(steps[s])) for s in steps}
         for i in range(self.layers):
             if i:

@@ -23,7 +23,7 @@ def test_run_table_shows_every_lane_and_the_scores_without_a_model():
     assert lines_with(text, "chance", "33.3")
     assert lines_with(text, "majority class", "50.0", "33.3")
     assert "demo · leave one speaker out" in text
-    assert "40 clips used, 2 quarantined; sound masked in 1, picture masked in 3." in text
+    assert "40 clips used, 2 quarantined; audio masked in 1, video masked in 3." in text
     assert "No speaker is in both training and test." in text
 
 
@@ -236,17 +236,17 @@ def test_page_tells_the_whole_run(tmp_path):
 def test_page_of_another_task_shows_its_answers_and_each_value(tmp_path, task, said):
     metrics = values_run(task)
     workdir(tmp_path, metrics)
-    (tmp_path / page.ANSWERS[task]).write_bytes(b"\x89PNG answers")
+    (tmp_path / page.PREDICTIONS[task]).write_bytes(b"\x89PNG answers")
     text = page.write_report(tmp_path).read_text()
-    for words in (*said, "valence, arousal", "7 (video)", "<h2>Answers</h2>", "0.661", "0.772"):
+    for words in (*said, "valence, arousal", "7 (video)", "<h2>Predictions</h2>", "0.661", "0.772"):
         assert words in text
     assert "data:image/png;base64,iVBORyBhbn" in text  # "\x89PNG an"
     assert "majority" not in text
     assert "Attention" not in text
     (tmp_path / "attention.png").write_bytes(b"\x89PNG maps")
     assert "<h2>Attention between the modalities</h2>" in page.write_report(tmp_path).read_text()
-    (tmp_path / page.ANSWERS[task]).unlink()
-    with pytest.raises(AvjaxError, match=f"no {page.ANSWERS[task]}"):
+    (tmp_path / page.PREDICTIONS[task]).unlink()
+    with pytest.raises(AvjaxError, match=f"no {page.PREDICTIONS[task]}"):
         page.write_report(tmp_path)
 
 

@@ -222,8 +222,8 @@ def test_values_may_be_pairs(root):
         ("regression", "b,y,,2,3", "joy, grief: nothing, 2; expected numbers"),
         ("regression", "b,y,nan,2,3", "joy, grief: nan, 2; expected numbers"),
         ("multilabel", "b,y,1,2,3", "joy, grief: 1, 2; expected 1 or 0"),
-        ("soft", "b,y,0,0,3", "joy, grief: 0, 0; expected shares or votes, one above 0 and none below"),
-        ("soft", "b,y,2,-1,3", "joy, grief: 2, -1; expected shares or votes, one above 0 and none below"),
+        ("soft", "b,y,0,0,3", "joy, grief: 0, 0; expected proportions or votes, one above 0 and none below"),
+        ("soft", "b,y,2,-1,3", "joy, grief: 2, -1; expected proportions or votes, one above 0 and none below"),
     ],
 )
 def test_numbers_that_are_no_label_reject_the_row(root, task, row, reason):

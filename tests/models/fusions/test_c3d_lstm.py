@@ -18,7 +18,7 @@ PICTURES = RNG.integers(0, 256, (2, 3, 12, 10, 3)).astype(np.uint8)
 
 
 def test_a_stage_on_pictures_by_hand():
-    """A kernel of ones over pictures of ones, 3 x 3 pixels, two frames: a pixel counts what is around it."""
+    """A kernel of ones over frames of ones, 3 x 3 pixels, two frames: a pixel counts what is around it."""
     stages, ones = Stages((1,)), np.ones((1, 2, 3, 3, 1), np.float32)
     both, first = np.array([[True, True]]), np.array([[True, False]])
     variables = jax.eval_shape(stages.init, jax.random.key(0), ones, both)
@@ -78,7 +78,7 @@ def test_c3d_convolves_feature_sequences_over_time_alone():
 
 
 def test_c3d_refuses_what_is_neither_pictures_nor_features():
-    with pytest.raises(AvjaxError, match=r"\(2, 3, 12, 10\).*pictures \(clip, frame, row, column, 3\)"):
+    with pytest.raises(AvjaxError, match=r"\(2, 3, 12, 10\).*frames \(clip, frame, row, column, 3\)"):
         c3d()[0].init(jax.random.key(0), c3d_batch(PICTURES[..., 0]))
 
 

@@ -37,7 +37,7 @@ def weights(module: Mfn, one: dict[str, np.ndarray]):
 @pytest.mark.slow
 def test_a_clock_of_as_many_spans_changes_nothing():
     one = batch(text=5, audio=5, video=5)
-    clocked, released = Mfn(3, segment_count=5, **SMALL), Mfn(3, faithful=True, **SMALL)
+    clocked, released = Mfn(3, segment_count=5, **SMALL), Mfn(3, as_released=True, **SMALL)
     variables = weights(clocked, one)
     want = jax.jit(released.apply)(variables, one)
     np.testing.assert_allclose(
@@ -48,7 +48,7 @@ def test_a_clock_of_as_many_spans_changes_nothing():
 
 
 def test_the_released_form_goes_on_through_padding():
-    module = Mfn(3, faithful=True, **SMALL)
+    module = Mfn(3, as_released=True, **SMALL)
     one = batch(text=5, audio=5, video=5)
     longer = {k: np.pad(v, ((0, 0), (0, 2)) + ((0, 0),) * (v.ndim - 2)) for k, v in one.items()}
     variables = weights(module, one)
@@ -72,7 +72,7 @@ def test_memory_is_kept_where_no_stream_is_real():
 
 def test_streams_off_the_clock_are_named():
     with pytest.raises(AvjaxError, match="needs equal numbers"):
-        Mfn(3, faithful=True, **SMALL).init(jax.random.key(0), batch(text=5, audio=4, video=5))
+        Mfn(3, as_released=True, **SMALL).init(jax.random.key(0), batch(text=5, audio=4, video=5))
 
 
 def test_answers_and_gradients_are_those_of_the_released_system():

@@ -32,7 +32,7 @@ ALL = np.ones(4, bool)
 
 @functools.cache
 def batch() -> dict[str, np.ndarray]:
-    """Six clips: whole ones, one without sound, and padding of the batch."""
+    """Six clips: whole ones, one without audio, and padding of the batch."""
     rng = np.random.default_rng(0)
     out = {"label": np.array([0, 1, 2, 0, 1, 2]), "weight": np.float32([1, 1, 1, 1, 0, 0])}
     for s in STREAMS:

@@ -34,7 +34,7 @@ MODULES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_only_the_released_form_answers_otherwise_on_padding(name):
-    true, released = MODULES[name], MODULES[name].clone(faithful=True)
+    true, released = MODULES[name], MODULES[name].clone(as_released=True)
     shapes = jax.eval_shape(true.init, jax.random.key(0), batch(4))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda v: np.float32(rng.normal(size=v.shape)), shapes)

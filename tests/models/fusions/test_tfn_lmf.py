@@ -71,7 +71,7 @@ def test_a_missing_stream_is_a_zero_vector(name):
 def test_only_the_released_form_answers_otherwise_on_padding(name):
     module, variables, apply = started(name)
     want = apply(variables, batch()).logits["fusion"]
-    released = jax.jit(module.clone(faithful=True).apply)
+    released = jax.jit(module.clone(as_released=True).apply)
     np.testing.assert_allclose(released(variables, batch()).logits["fusion"], want, atol=1e-6)
     np.testing.assert_allclose(apply(variables, batch(3)).logits["fusion"], want, atol=1e-6)
     assert np.abs(released(variables, batch(3)).logits["fusion"] - want).max() > 1e-4
