@@ -199,7 +199,7 @@ def _check_spelling(args: list[str]) -> None:
     """
     names = [arg.partition("=")[0].lstrip("-") for arg in args]
     files = [arg for arg, name in zip(args, names, strict=True) if name.partition(":")[0].endswith(".py")]
-    if "config" not in names and files and not files[0].startswith("-"):
+    if "config" in flags.FLAGS and "config" not in names and files and not files[0].startswith("-"):
         raise AvjaxError(f"{files[0]}: a configuration is given with --config {files[0]}")
     known = {key for part in (Settings(), ExtractSettings()) for key, _, _ in part.rows()}
     for arg, name in zip(args, names, strict=True):

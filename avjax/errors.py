@@ -26,7 +26,8 @@ def choose(what: str, got: object, choices: Iterable[object]) -> None:
     """
     choices = list(choices)
     if got not in choices:
-        raise AvjaxError(f"{what} is {got!r}; choose one of {', '.join(map(str, choices))}{nearest(got, choices)}")
+        named = ", ".join(str(choice) or "'' (none)" for choice in choices)
+        raise AvjaxError(f"{what} is {got!r}; choose one of {named}{nearest(got, choices)}")
 
 
 def nearest(got: object, choices: Iterable[object]) -> str:

@@ -81,7 +81,7 @@ class Part:
 
 
 def _meaning(metadata: Mapping[str, Any]) -> str:
-    choices = ", ".join(map(str, metadata["choices"]))
+    choices = ", ".join(str(choice) or "''" for choice in metadata["choices"])
     return f"{metadata['meaning']} ({choices})" if choices else metadata["meaning"]
 
 
