@@ -6,8 +6,8 @@ Data:      MSP-IMPROV as it was downloaded (session1/S01A/P/MSP-IMPROV-….avi, 
            shipped.
 Paper:     CCC V 89.3, A 88.7, D 85.8 (Table 1).
 Measured:  no; the data set was not available. A planted relation is recovered:
-tests/commands/test_regression.py. Variants:  sessions: the six sessions, each with its pair of actors left out in turn;
-others as in
+           tests/commands/test_regression.py.
+Variants:  sessions: the six sessions, each with its pair of actors left out in turn; others as in
            `configs/deiii_crema_d.py`.
 """
 

@@ -86,7 +86,10 @@ def _answer(future: Any, seconds: float) -> object:
     except ProcessExpired as error:
         return Failure(f"its decoder crashed (exit status {error.exitcode})")
     except BrokenProcessPool as error:
-        raise AvjaxError(f"the worker processes end by themselves ({error}); is memory short? try fewer") from error
+        raise AvjaxError(
+            f"the worker processes end by themselves ({error}); if memory is short, use fewer of them; a script that "
+            'starts them needs the line: if __name__ == "__main__":'
+        ) from error
     except UnusableMedia as error:
         return Failure(str(error))
     except AvjaxError:
