@@ -34,8 +34,10 @@ def check(settings: EtgAverSettings | FusionSettings) -> None:
     fits = isinstance(settings, EtgAverSettings) == settings.name.startswith("etg_aver")
     if not fits:
         raise AvjaxError(f"model.name is {settings.name!r}, which has other settings; choose it by a variant")
-    if isinstance(settings, FusionSettings):
-        (emoasst if settings.name == "emoasst" else fusions).check(settings)
+    if settings.name == "emoasst":
+        emoasst.check(settings)
+    elif settings.name in fusions.FUSIONS:
+        fusions.check(settings)
 
 
 def meanings(name: str) -> dict[str, str]:
