@@ -85,7 +85,7 @@ def built(name: str, dtype: str = "float32", classes: int = CLASSES, small: bool
     chosen.dtype = dtype
     if small:
         chosen.settings.update(SMALL.get(name, {}))
-    return models.build(chosen, classes)
+    return models.build(FusionSettings.of(chosen.to_dict()), classes)
 
 
 def batch_of(name: str, clips: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
