@@ -94,7 +94,7 @@ def _curve(workdir: Path, run: "Run") -> None:
     about = {"dataset": run.dataset, "protocol": run.protocol, "draws": DRAWS.value}
     rows = [{"shots": p.shots, "mean": p.mean, "std": p.spread, "better": p.better, "uar": p.uar} for p in points]
     write_text(workdir / "adaptation.json", json.dumps(about | {"points": rows}, indent=1))
-    plots.adaptation_picture(rows, run.name, workdir / "adaptation.png", note=f"{run.dataset} · {run.protocol}")
+    plots.adaptation_figure(rows, run.name, workdir / "adaptation.png", note=f"{run.dataset} · {run.protocol}")
     Console(markup=False).print(prediction_tables.curve_table(points, run, DRAWS.value))
     print(f"written to {workdir}: adaptation.json, adaptation.png")
 

@@ -30,7 +30,7 @@ class Trained:
     """A run that has been trained, on one process alone.
 
     Attributes:
-      clips, state: as this process alone has them (`streamed_batches.here`, `Placement.read`).
+      clips, state: as this process alone has them (`streamed_batches.on_one_device`, `Placement.read`).
       logits: as `loop.Trainer.predict` gives them; rows: of `metrics.jsonl`.
       protocol_text: how the protocol is called.
     """
@@ -78,8 +78,8 @@ def write(workdir: Path, run: Trained) -> list[RenderableType]:
 
 def _draw(workdir: Path, run: Trained, metrics: Mapping, predictions: Mapping, title: str) -> None:
     note = f"{registry.title(run.features.dataset)} · {run.protocol_text}"
-    plots.answers_picture(metrics, predictions, title, workdir)
+    plots.predictions_figure(metrics, predictions, title, workdir)
     if run.model.pictured and (seen := loop.attention(run.model, run.state, run.plan, run.clips)):
         maps = results.attention(run.features, seen)
-        plots.attention_picture(maps, run.model.pictured, title, workdir / "attention.png", note=note)
-    plots.curves_picture(run_directory.mean_over_lanes(run.rows), workdir / "curves.png", note=note)
+        plots.attention_figure(maps, run.model.pictured, title, workdir / "attention.png", note=note)
+    plots.curves_figure(run_directory.mean_over_lanes(run.rows), workdir / "curves.png", note=note)

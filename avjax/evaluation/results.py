@@ -135,7 +135,7 @@ def _plain(label: np.ndarray, task: str) -> np.ndarray:
 
 
 def attention(features: Features, found: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> list[dict[str, object]]:
-    """What `loop.attention` gives, with clip and label under `name`, for `plots.attention_picture`."""
+    """What `loop.attention` gives, with clip and label under `name`, for `plots.attention_figure`."""
     return [{"name": f"{features.ids[i]} ({features.clips[i].label})"} | dict(maps) for i, maps in found]
 
 

@@ -14,7 +14,7 @@ from avjax.training import loop, sharding, streamed_loop
 from avjax.training.batches import Resident
 from avjax.training.lanes import LanePlan
 from avjax.training.sharding import Placement
-from avjax.training.streamed_batches import Streamed, here
+from avjax.training.streamed_batches import Streamed, on_one_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Step:
 
 
 def compile_step(
-    model: Model, settings: Settings, place: Placement, plan: LanePlan, clips: Resident | Streamed
+    model: Model, settings: Settings, placement: Placement, plan: LanePlan, clips: Resident | Streamed
 ) -> Step:
     """Compiles a training step from shapes alone; nothing is computed."""
-    few = here(clips).resident(np.arange(1))
+    few = on_one_device(clips).resident(np.arange(1))
     lanes, shapes = _shapes(plan.lanes), _shapes(few)
     count, size = len(plan.names), settings.train.batch_size
     one = lanes.replace(counted=jax.ShapeDtypeStruct((count, 1), np.float32))
     state = jax.eval_shape(loop.make(model, settings).init, one, shapes)
-    if place.mesh:
-        state = _placed(state, place.of_state(state))
+    if placement.mesh:
+        state = _placed(state, placement.of_state(state))
     turns = plan.lanes.train.shape[2:]
     row = lambda dtype, *more: jax.ShapeDtypeStruct((count, size, *turns, *more), dtype)  # noqa: E731
     batch = {
@@ -63,7 +63,7 @@ def compile_step(
         "there": row(bool),
         "weight": row(np.float32),
     }
-    step = streamed_loop.step(loop.recipe_of(model, settings, place))
+    step = streamed_loop.step(loop.recipe_of(model, settings, placement))
     lowered = step.lower(state, lanes, batch, _shapes(few.constants), (np.int32(1), np.int32(0)))
     return Step(state, lowered.compile())
 
@@ -77,11 +77,11 @@ def _placed(shapes: Any, places: Any) -> Any:
 
 
 def show(
-    model: Model, settings: Settings, place: Placement, plan: LanePlan, clips: Resident | Streamed, console: Console
+    model: Model, settings: Settings, placement: Placement, plan: LanePlan, clips: Resident | Streamed, console: Console
 ) -> Mapping[str, Any]:
     """Prints the parameter table, devices, memory and FLOPs; gives the figures."""
-    step = compile_step(model, settings, place, plan, clips)
-    lanes, devices = len(plan.names), place.mesh.size if place.mesh else 1
+    step = compile_step(model, settings, placement, plan, clips)
+    lanes, devices = len(plan.names), placement.mesh.size if placement.mesh else 1
     size = sum(v.size for v in jax.tree.leaves(step.state.params)) // lanes
     resident = 0 if isinstance(clips, Streamed) else sum(v.nbytes for v in jax.tree.leaves(clips))
     figures = {
@@ -95,8 +95,8 @@ def show(
         "flops": step.flops,
     }
     say = lambda text: console.print(text, soft_wrap=True, markup=False)  # noqa: E731
-    say(parameters(step.state.params, place))
-    say(f"{lanes} lanes of {size:,} parameters on {sharding.described(place)}")
+    say(parameters(step.state.params, placement))
+    say(f"{lanes} lanes of {size:,} parameters on {sharding.described(placement)}")
     say(f"on each device: state {_mib(figures['state_bytes'])}, resident clips {_mib(resident)}")
     memory = ", ".join(f"{name} {_mib(value)}" for name, value in step.memory.items())
     work = f"{figures['flops'] / 1e9:.3g} GFLOP"
@@ -105,11 +105,11 @@ def show(
     return figures
 
 
-def parameters(params: Any, place: Placement) -> str:
+def parameters(params: Any, placement: Placement) -> str:
     """Lists name, shape, dtype and size of each parameter, and its sharding on a mesh; the lanes are the first axis."""
     from clu import parameter_overview
 
-    return parameter_overview.get_parameter_overview(params, include_stats="sharding" if place.mesh else False)
+    return parameter_overview.get_parameter_overview(params, include_stats="sharding" if placement.mesh else False)
 
 
 def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:

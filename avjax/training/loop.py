@@ -67,13 +67,13 @@ class Recipe:
 
     Attributes:
       model: what is trained; tx: its optimizer, whose directions are not yet scaled by the learning rate.
-      settings: of the whole experiment; place: where arrays live.
+      settings: of the whole experiment; placement: where arrays live.
     """
 
     model: Model
     tx: optax.GradientTransformation
     settings: Settings
-    place: Placement = ALONE
+    placement: Placement = ALONE
 
 
 @flax.struct.dataclass
@@ -93,31 +93,31 @@ class Trainer:
     predict: Callable = flax.struct.field(pytree_node=False)
 
 
-def make(model: Model, settings: Settings, place: Placement = ALONE) -> Trainer:
+def make(model: Model, settings: Settings, placement: Placement = ALONE) -> Trainer:
     """Makes the functions of a run; compiles nothing yet.
 
     Args:
-      place: where arrays live; lanes and data that the functions are given have been put there.
+      placement: where arrays live; lanes and data that the functions are given have been put there.
     """
-    recipe, over = recipe_of(model, settings, place), functools.partial(over_lanes, model, place)
-    init = over_lanes(None, place, functools.partial(_init, recipe), (0, None))
+    recipe, over = recipe_of(model, settings, placement), functools.partial(over_lanes, model, placement)
+    init = over_lanes(None, placement, functools.partial(_init, recipe), (0, None))
     epochs = over(functools.partial(_epochs, recipe), (0, 0, None, None), settings.train.batch_size)
     predict = over(functools.partial(_predict_test, recipe), (0, 0, None))
 
     def placed_epochs(*arguments: Any) -> tuple[State, dict[str, jax.Array]]:
         state, sums = epochs(*arguments)
-        return place.state(state), place.whole(sums)
+        return placement.state(state), placement.replicate(sums)
 
     return Trainer(
-        init=jax.jit(lambda *arguments: place.state(init(*arguments))),
+        init=jax.jit(lambda *arguments: placement.state(init(*arguments))),
         epochs=jax.jit(placed_epochs, donate_argnums=0),
-        predict=jax.jit(lambda *arguments: place.whole(predict(*arguments))),
+        predict=jax.jit(lambda *arguments: placement.replicate(predict(*arguments))),
     )
 
 
-def recipe_of(model: Model, settings: Settings, place: Placement = ALONE) -> Recipe:
+def recipe_of(model: Model, settings: Settings, placement: Placement = ALONE) -> Recipe:
     """Makes the recipe of an experiment."""
-    return Recipe(model, optim.transform(settings.train), settings, place)
+    return Recipe(model, optim.transform(settings.train), settings, placement)
 
 
 def check_streams(model: Model, few: Resident, preset: str) -> None:
@@ -143,7 +143,7 @@ def check_streams(model: Model, few: Resident, preset: str) -> None:
 
 
 def over_lanes(
-    model: Model | None, place: Placement, function: Callable, axes: tuple[int | None, ...], batch: int = 0
+    model: Model | None, placement: Placement, function: Callable, axes: tuple[int | None, ...], batch: int = 0
 ) -> Callable:
     """`function` over the lanes of those arguments whose axis is 0: together, as `vmap` does.
 
@@ -156,9 +156,9 @@ def over_lanes(
 
     def over(*arguments: Any) -> Any:
         large = model and (model.pictures or _batches_bytes(arguments, axes, batch) > _CACHE)
-        if large and not place.mesh and jax.default_backend() == "cpu":
+        if large and not placement.mesh and jax.default_backend() == "cpu":
             return one_by_one(*arguments)
-        return jax.vmap(function, axes, spmd_axis_name=place.axis)(*arguments)
+        return jax.vmap(function, axes, spmd_axis_name=placement.axis)(*arguments)
 
     def one_by_one(*arguments: Any) -> Any:
         def one(lane: Any) -> Any:
@@ -216,9 +216,9 @@ def _epochs(recipe: Recipe, state: State, lane: Lane, data: Resident, first: jax
 
 
 def _batch(
-    place: Placement, data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array
+    placement: Placement, data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array
 ) -> dict[str, jax.Array]:
-    return place.batch(gather(data, stats, index, weight), data.constants)
+    return placement.batch(gather(data, stats, index, weight), data.constants)
 
 
 def _train_epoch(recipe: Recipe, state: State, lane: Lane, data: Resident, epoch: jax.Array) -> tuple[State, dict]:
@@ -226,7 +226,7 @@ def _train_epoch(recipe: Recipe, state: State, lane: Lane, data: Resident, epoch
 
     def one(state: Any, item: Any) -> Any:
         index, weight, step_key = item
-        return train_step(recipe, state, lane, _batch(recipe.place, data, state.stats, index, weight), step_key)
+        return train_step(recipe, state, lane, _batch(recipe.placement, data, state.stats, index, weight), step_key)
 
     # Keys are derived one by one: step 3 draws the same whether a lane is padded to 5 steps or to 7.
     keys = jax.vmap(functools.partial(step_key, lane, epoch))(jnp.arange(order[0].shape[0]))
@@ -346,15 +346,15 @@ def _evaluate(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[
     model = recipe.model
 
     def one(sums: Any, item: Any) -> Any:
-        batch = _batch(recipe.place, data, state.stats, *item)
+        batch = _batch(recipe.placement, data, state.stats, *item)
         return jax.tree.map(jnp.add, sums, validation(model, state, batch, lane.prior)), None
 
     table = jnp.zeros((len(model.heads), *tasks.SCORINGS[model.task].shape(lane.prior.shape[0])))
     zero = {"val_tables": table, "val_loss": jnp.float32(0), "val_size": jnp.float32(0)}
-    return whole(model, jax.lax.scan(one, zero, parts(lane.val, lane.val_weight))[0])
+    return merged_sums(model, jax.lax.scan(one, zero, parts(lane.val, lane.val_weight))[0])
 
 
-def whole(model: Model, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def merged_sums(model: Model, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Puts the loss of the whole set into validation sums, of tasks where it is no mean over batches."""
     set_loss = tasks.SCORINGS[model.task].set_loss
     if not set_loss:
@@ -407,7 +407,7 @@ def select(recipe: Recipe, state: State, val: dict[str, jax.Array], epoch: Any) 
 
 def _predict_test(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
     read = lambda batch: recipe.model.module.apply(state.best, batch, train=False).logits  # noqa: E731
-    gathered = functools.partial(_batch, recipe.place, data, state.stats)
+    gathered = functools.partial(_batch, recipe.placement, data, state.stats)
     return with_chosen(recipe.model, _read_batches(read, gathered, lane.test, lane.test_weight), state.best_head)
 
 

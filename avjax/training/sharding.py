@@ -76,7 +76,7 @@ class Placement:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.of_state(tree))
 
-    def whole(self, tree: Any) -> Any:
+    def replicate(self, tree: Any) -> Any:
         """What is to be the same on every device."""
         return tree if self.mesh is None else jax.lax.with_sharding_constraint(tree, self._sharding(P()))
 
@@ -84,8 +84,8 @@ class Placement:
         """A lane's batch, clips in front, within `vmap` over lanes; the `constants` in it are left as they are."""
         if self.mesh is None:
             return dict(batch)
-        place = lambda v: jax.lax.with_sharding_constraint(v, self._fitting(P(_BATCH), v.shape))  # noqa: E731
-        return {key: value if key in constants else place(value) for key, value in batch.items()}
+        constrained = lambda v: jax.lax.with_sharding_constraint(v, self._fitting(P(_BATCH), v.shape))  # noqa: E731
+        return {key: value if key in constants else constrained(value) for key, value in batch.items()}
 
     def of_state(self, tree: Any) -> Any:
         """The shardings of arrays, or of their shapes, that have the lanes in front."""
@@ -115,8 +115,8 @@ class Placement:
         if self.mesh is None or jax.process_count() == 1:
             return slice(0, shape[0]), slice(0, shape[1])
         sharding = self._fitting(P("lane", _BATCH), shape)
-        places = sharding.addressable_devices_indices_map(tuple(shape)).values()
-        spans = ([place[i].indices(size) for place in places] for i, size in enumerate(shape))
+        indices = sharding.addressable_devices_indices_map(tuple(shape)).values()
+        spans = ([index[i].indices(size) for index in indices] for i, size in enumerate(shape))
         return tuple(slice(min(s[0] for s in span), max(s[1] for s in span)) for span in map(list, spans))
 
     def put_batch(self, part: Any, shape: Sequence[int]) -> Any:
@@ -175,7 +175,7 @@ class Placement:
 ALONE = Placement()
 
 
-def place(settings: Settings, lanes: int) -> Placement:
+def placement(settings: Settings, lanes: int) -> Placement:
     """Where a run with so many lanes puts its arrays.
 
     Raises:
@@ -197,7 +197,7 @@ def mesh_sizes(settings: MeshSettings, devices: int, processes: int, lanes: int,
       settings: sizes in them that are not 0 stand in the place of the preset's.
       lanes: of the run; batch: clips of a training batch.
     Raises:
-      AvjaxError: as `place`.
+      AvjaxError: as `placement`.
     """
     given = {axis: size for axis in AXES if (size := getattr(settings, axis))}
     sizes = dict.fromkeys(AXES, 1) | (given or _preset(settings.preset, devices, processes, lanes, batch))
@@ -258,14 +258,14 @@ def check(tree: Any, asked: Any) -> None:
             raise AvjaxError(f"{joined(path)} {leaf.shape} is placed by {leaf.sharding}, not by {sharding} as asked")
 
 
-def described(place: Placement) -> str:
+def described(placement: Placement) -> str:
     """One line about the devices of a run."""
-    if place.mesh is None:
+    if placement.mesh is None:
         return f"1 {jax.devices()[0].platform} device"
-    axes = " × ".join(f"{axis} {size}" for axis, size in place.mesh.shape.items() if size > 1) or "no axis"
-    of = f" of {jax.device_count()}" if place.mesh.size < jax.device_count() else ""
+    axes = " × ".join(f"{axis} {size}" for axis, size in placement.mesh.shape.items() if size > 1) or "no axis"
+    of = f" of {jax.device_count()}" if placement.mesh.size < jax.device_count() else ""
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{place.mesh.size}{of} {jax.devices()[0].platform} devices{processes} ({axes})"
+    return f"{placement.mesh.size}{of} {jax.devices()[0].platform} devices{processes} ({axes})"
 
 
 def _names(axes: Any) -> tuple[str, ...]:

@@ -113,13 +113,13 @@ def choose(
     features: Features,
     settings: Settings,
     constants: Mapping[str, Any] = MappingProxyType({}),
-    place: Placement = ALONE,
+    placement: Placement = ALONE,
 ) -> batching.Resident | Streamed:
     """The data of a run: on the device, or streamed where `data.mode` says so or there is too much of them.
 
     Args:
       constants: as for `batching.resident`.
-      place: where arrays live. Resident clips are whole on every device; of those that were left on disk each process
+      placement: where arrays live. Resident clips are replicated on every device; of those left on disk each process
         reads its part.
     Raises:
       AvjaxError: as `batching.resident`.
@@ -127,27 +127,27 @@ def choose(
     mode, source, standardise = settings.data.mode, settings.model.text_source, settings.protocol.standardise
     size = sum(v.nbytes for v in features.arrays.values())
     if features.packed is None and (mode == "resident" or (mode == "auto" and size <= room())):
-        return batching.resident(features, source, standardise, constants, place.put)
+        return batching.resident(features, source, standardise, constants, placement.put)
     group, groups = batching.groups(features, standardise)
-    shared = place.put({**features.constants, **constants})
+    shared = placement.put({**features.constants, **constants})
     streamed = Streamed(_clips(features, source), features.label, group, groups, shared, features.task)
     root_dataset_preset = features.packed
     if root_dataset_preset and not too_large(*root_dataset_preset, mode):
-        return _read_together(streamed, place)
+        return _read_together(streamed, placement)
     return streamed
 
 
-def _read_together(data: Streamed, place: Placement) -> batching.Resident:
+def _read_together(data: Streamed, placement: Placement) -> batching.Resident:
     """Resident clips, of which each process reads an equal part from disk."""
     count, processes = len(data.label), jax.process_count()
     each = -(-count // (processes * jax.local_device_count())) * jax.local_device_count()
     mine = np.minimum(np.arange(each) + each * jax.process_index(), count - 1)
-    rows = place.shared_out(data.rows(mine), count)
+    rows = placement.shared_out(data.rows(mine), count)
     group = rows.pop("group")
     return batching.Resident(rows, group, data.groups, dict(data.constants), data.task)
 
 
-def here(data: batching.Resident | Streamed) -> batching.Resident | Streamed:
+def on_one_device(data: batching.Resident | Streamed) -> batching.Resident | Streamed:
     """The same clips as one device of this process has them, for work that no other process takes part in."""
     first = lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree)  # noqa: E731
     if isinstance(data, Streamed):

@@ -32,7 +32,7 @@ def make(
     settings: Settings,
     workdir: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
-    place: Placement = ALONE,
+    placement: Placement = ALONE,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> loop.Trainer:
     """As `loop.make`, for data that are `Streamed`; an epoch is a call, whatever `train.epochs_per_call` says.
@@ -40,10 +40,10 @@ def make(
     Args:
       workdir: where checkpoints within epochs go; None for none.
       say: is told of each such checkpoint, as a sign of progress.
-      place: where arrays live; each process reads what its devices need of a batch.
+      placement: where arrays live; each process reads what its devices need of a batch.
       stop_requested: whether the run is to stop; it then writes a checkpoint after the step and raises `Stopped`.
     """
-    run = _Run(loop.recipe_of(model, settings, place), workdir / FOLDER if workdir else None, say, stop_requested)
+    run = _Run(loop.recipe_of(model, settings, placement), workdir / FOLDER if workdir else None, say, stop_requested)
     return loop.Trainer(init=run.init, epochs=run.epochs, predict=run.predict)
 
 
@@ -53,26 +53,26 @@ class _Run:
     def __init__(
         self, recipe: loop.Recipe, folder: Path | None, say: Callable[[str], None], stop_requested: Callable[[], bool]
     ) -> None:
-        model, settings, place = recipe.model, recipe.settings, recipe.place
-        self._say, self._place, self._stop_requested = say, place, stop_requested
+        model, settings, placement = recipe.model, recipe.settings, recipe.placement
+        self._say, self._placement, self._stop_requested = say, placement, stop_requested
         self._settings, self._folder = settings, folder
-        over = functools.partial(loop.over_lanes, model, place)
-        start = loop.over_lanes(None, place, functools.partial(_start, recipe), (0, 0, 0, None))
-        self._start = jax.jit(lambda *arguments: place.state(start(*arguments)))
+        over = functools.partial(loop.over_lanes, model, placement)
+        start = loop.over_lanes(None, placement, functools.partial(_start, recipe), (0, 0, 0, None))
+        self._start = jax.jit(lambda *arguments: placement.state(start(*arguments)))
         self._order = jax.jit(
             jax.vmap(functools.partial(loop.epoch_order, batch_size=settings.train.batch_size), (0, None))
         )
         self._step = step(recipe)
         score = over(functools.partial(_score, recipe), (0, 0, 0, None))
-        self._score = jax.jit(lambda *arguments: place.whole(score(*arguments)))
+        self._score = jax.jit(lambda *arguments: placement.replicate(score(*arguments)))
         end = jax.vmap(functools.partial(_end, recipe), (0, 0, None))
-        self._end = jax.jit(lambda *arguments: _placed(place, end(*arguments)))
+        self._end = jax.jit(lambda *arguments: _placed(placement, end(*arguments)))
         predict = over(functools.partial(_predict, recipe), (0, 0, None))
-        self._predict = jax.jit(lambda *arguments: place.whole(predict(*arguments)))
+        self._predict = jax.jit(lambda *arguments: placement.replicate(predict(*arguments)))
 
     def init(self, lanes: Lane, data: Streamed) -> loop.State:
-        known = self._place.read(lanes)
-        stats = self._place.put_lanes(jax.device_get(streamed_batches.statistics(data, known.counted)))
+        known = self._placement.read(lanes)
+        stats = self._placement.put_lanes(jax.device_get(streamed_batches.statistics(data, known.counted)))
         first = self._batch(data, known.train[:, :1], known.train_weight[:, :1])
         return self._start(lanes, stats, first, data.constants)
 
@@ -80,8 +80,8 @@ class _Run:
         self, state: loop.State, lanes: Lane, data: Streamed, first: jax.Array
     ) -> tuple[loop.State, dict[str, np.ndarray]]:
         """One epoch; see `loop.Trainer`."""
-        epoch, live = int(first), ~self._place.read(state.stopped)
-        order = index, weight = self._place.read(self._order(lanes, first))
+        epoch, live = int(first), ~self._placement.read(state.stopped)
+        order = index, weight = self._placement.read(self._order(lanes, first))
         found: list[dict] = []
         with _Kept(self._folder) as kept:
             if count := kept.count(epoch, index.shape[1]):
@@ -100,7 +100,7 @@ class _Run:
         val = self._validated(state, lanes, data)
         state, val = self._end(state, val, first)
         train = jax.tree.map(lambda *steps: np.stack(steps, -1), *jax.device_get(found))
-        size = self._place.read(lanes.train_weight).reshape(len(live), -1).sum(-1)
+        size = self._placement.read(lanes.train_weight).reshape(len(live), -1).sum(-1)
         sums = train | {"train_size": size} | jax.device_get(val) | {"live": live}
         return state, jax.tree.map(lambda v: v[:, None], sums)  # an axis of epochs
 
@@ -119,15 +119,15 @@ class _Run:
         """Reads the state after `count` steps of an epoch, and the sums of these; `order`: of its clips."""
         batch = self._batch(data, *(v[:, 0] for v in order))
         shape = jax.eval_shape(self._step, state, lanes, batch, data.constants, (np.int32(0), np.int32(0)))[1]
-        one = self._place.put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shape))
+        one = self._placement.put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shape))
         held = kept.restore({"state": state, "found": [one] * count})
         return held["state"], list(held["found"])
 
     def predict(self, state: loop.State, lanes: Lane, data: Streamed) -> dict[str, jax.Array]:
         tested = self._parts(data, lanes.test, lanes.test_weight)
         parts = [self._predict(state, batch, data.constants) for batch in tested]
-        whole = jax.tree.map(lambda *rows: jnp.concatenate(rows, 1), *parts)
-        return {head: logits[:, : lanes.test.shape[1]] for head, logits in whole.items()}
+        rows = jax.tree.map(lambda *rows: jnp.concatenate(rows, 1), *parts)
+        return {head: logits[:, : lanes.test.shape[1]] for head, logits in rows.items()}
 
     def _validated(self, state: loop.State, lanes: Lane, data: Streamed) -> dict[str, jax.Array]:
         held = self._parts(data, lanes.val, lanes.val_weight)
@@ -136,33 +136,33 @@ class _Run:
 
     def _parts(self, data: Streamed, index: jax.Array, weight: jax.Array) -> Iterator[Any]:
         """The batches that `loop` evaluates in."""
-        known = self._place.read((index, weight))
+        known = self._placement.read((index, weight))
         return self._batches(data, *jax.device_get(jax.vmap(loop.parts)(*known)), 0)
 
     def _batches(self, data: Streamed, index: np.ndarray, weight: np.ndarray, first: int) -> Iterator[Any]:
         """The batches of all lanes, step by step: index, weight (lanes, steps, …)."""
         shape = index.shape[0], index.shape[2]
-        lanes, clips = self._place.part(shape)
+        lanes, clips = self._placement.part(shape)
         by_step = np.moveaxis(index[lanes, :, clips], 1, 0)
         for at, (numbers, rows) in enumerate(streamed_batches.batches(data, by_step, first), first):
             part = _joined(numbers, rows, weight[lanes, at, clips], len(data.label))
-            yield self._place.put_batch(part, shape)
+            yield self._placement.put_batch(part, shape)
 
     def _batch(self, data: Streamed, index: np.ndarray, weight: np.ndarray) -> dict:
         shape = index.shape[:2]
-        own = self._place.part(shape)
+        own = self._placement.part(shape)
         part = _joined(index[own], data.rows(index[own]), weight[own], len(data.label))
-        return self._place.put_batch(part, shape)
+        return self._placement.put_batch(part, shape)
 
 
 def step(recipe: loop.Recipe) -> Callable:
     """Compiles one training step: (state, lanes, batch, constants, (epoch, step)) → (state, sums)."""
-    over = loop.over_lanes(recipe.model, recipe.place, functools.partial(_step, recipe), (0, 0, 0, None, None))
-    return jax.jit(lambda *arguments: _placed(recipe.place, over(*arguments)), donate_argnums=0)
+    over = loop.over_lanes(recipe.model, recipe.placement, functools.partial(_step, recipe), (0, 0, 0, None, None))
+    return jax.jit(lambda *arguments: _placed(recipe.placement, over(*arguments)), donate_argnums=0)
 
 
-def _placed(place: Placement, pair: tuple[loop.State, dict]) -> tuple[loop.State, dict]:
-    return place.state(pair[0]), place.whole(pair[1])
+def _placed(placement: Placement, pair: tuple[loop.State, dict]) -> tuple[loop.State, dict]:
+    return placement.state(pair[0]), placement.replicate(pair[1])
 
 
 def _joined(index: np.ndarray, rows: dict[str, np.ndarray], weight: np.ndarray, count: int) -> dict:
@@ -173,35 +173,35 @@ def _joined(index: np.ndarray, rows: dict[str, np.ndarray], weight: np.ndarray, 
     return {"rows": rows, "group": group, "there": there, "weight": weight}
 
 
-def _prepared(place: Placement, stats: standardise.Statistics, batch: dict, constants: dict) -> dict[str, Any]:
-    return place.batch(batches.prepared(stats=stats, **batch)) | constants
+def _prepared(placement: Placement, stats: standardise.Statistics, batch: dict, constants: dict) -> dict[str, Any]:
+    return placement.batch(batches.prepared(stats=stats, **batch)) | constants
 
 
 def _start(recipe: loop.Recipe, lane: Lane, stats: standardise.Statistics, batch: dict, constants: dict) -> loop.State:
-    return loop.init_state(recipe, lane, stats, _prepared(recipe.place, stats, batch, constants))
+    return loop.init_state(recipe, lane, stats, _prepared(recipe.placement, stats, batch, constants))
 
 
 def _step(
     recipe: loop.Recipe, state: loop.State, lane: Lane, batch: dict, constants: dict, at: tuple
 ) -> tuple[loop.State, dict[str, jax.Array]]:
-    prepared = _prepared(recipe.place, state.stats, batch, constants)
+    prepared = _prepared(recipe.placement, state.stats, batch, constants)
     state, (terms, gradient) = loop.train_step(recipe, state, lane, prepared, loop.step_key(lane, *at))
     return state, {"train_terms": terms, "train_gradient": gradient}
 
 
 def _score(recipe: loop.Recipe, state: loop.State, lane: Lane, batch: dict, constants: dict) -> dict[str, jax.Array]:
-    prepared = _prepared(recipe.place, state.stats, batch, constants)
+    prepared = _prepared(recipe.placement, state.stats, batch, constants)
     return loop.validation(recipe.model, state, prepared, lane.prior)
 
 
 def _end(recipe: loop.Recipe, state: loop.State, val: dict, epoch: jax.Array) -> tuple[loop.State, dict]:
     """The state after an epoch, and its validation sums."""
-    val = loop.whole(recipe.model, val)
+    val = loop.merged_sums(recipe.model, val)
     return loop.select(recipe, state, val, epoch), val
 
 
 def _predict(recipe: loop.Recipe, state: loop.State, batch: dict, constants: dict) -> dict[str, jax.Array]:
-    prepared = _prepared(recipe.place, state.stats, batch, constants)
+    prepared = _prepared(recipe.placement, state.stats, batch, constants)
     logits = recipe.model.module.apply(state.best, prepared, train=False).logits
     return loop.with_chosen(recipe.model, logits, state.best_head)
 

@@ -22,7 +22,7 @@ _EMPTY = "#f6f6f4"  # cells without a clip stand back
 _INK, _FAINT, _BLUE, _ORANGE = "#1f2430", "#6b7280", "#2563a8", "#c2570c"
 
 
-def confusion_picture(
+def confusion_figure(
     confusion: Sequence[Sequence[float]], classes: Sequence[str], title: str, path: Path, *, note: str = ""
 ) -> None:
     """Draws a confusion matrix as PNG: cells show the percentage of their row, and the count below it.
@@ -58,7 +58,7 @@ def confusion_picture(
     _save(figure, path)
 
 
-def curves_picture(history: Sequence[Mapping[str, Any]], path: Path, *, note: str = "") -> None:
+def curves_figure(history: Sequence[Mapping[str, Any]], path: Path, *, note: str = "") -> None:
     """Draws loss and the validation score over the epochs as PNG.
 
     Args:
@@ -84,13 +84,13 @@ def curves_picture(history: Sequence[Mapping[str, Any]], path: Path, *, note: st
     _save(figure, path)
 
 
-def scatter_picture(
+def scatter_figure(
     label: np.ndarray, answer: np.ndarray, names: Sequence[str], title: str, path: Path, *, note: str = ""
 ) -> None:
     """Draws answers over labels as PNG, one panel per value, with the line where both are equal.
 
     Args:
-      label, answer: (n, r) of the r values `names`; title, path, note: as in `confusion_picture`.
+      label, answer: (n, r) of the r values `names`; title, path, note: as in `confusion_figure`.
     """
     figure = _figure(3.4 * len(names), 3.9)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
@@ -108,12 +108,12 @@ def scatter_picture(
     _save(figure, path)
 
 
-def labels_picture(tables: np.ndarray, names: Sequence[str], title: str, path: Path, *, note: str = "") -> None:
+def labels_figure(tables: np.ndarray, names: Sequence[str], title: str, path: Path, *, note: str = "") -> None:
     """Draws the recall of yes and of no to each label as PNG.
 
     Args:
       tables: (c, 2, 2) counts of the c labels `names`, rows = truth, no first; title, path, note: as in
-        `confusion_picture`.
+        `confusion_figure`.
     """
     figure = _figure(6.4, 1.4 + 0.5 * len(names))
     axes = figure.add_subplot()
@@ -130,7 +130,7 @@ def labels_picture(tables: np.ndarray, names: Sequence[str], title: str, path: P
     _save(figure, path)
 
 
-def adaptation_picture(points: Sequence[Mapping[str, Any]], title: str, path: Path, *, note: str = "") -> None:
+def adaptation_figure(points: Sequence[Mapping[str, Any]], title: str, path: Path, *, note: str = "") -> None:
     """Draws what labelled clips of a person bring: a thin line for each person, their mean with its spread over people.
 
     Args:
@@ -154,7 +154,7 @@ def adaptation_picture(points: Sequence[Mapping[str, Any]], title: str, path: Pa
     _save(figure, path)
 
 
-def answers_picture(metrics: Mapping[str, Any], rows: Mapping[str, np.ndarray], title: str, workdir: Path) -> None:
+def predictions_figure(metrics: Mapping[str, Any], rows: Mapping[str, np.ndarray], title: str, workdir: Path) -> None:
     """Draws the answers of a run in the way of its task into `workdir`, under the name of `page.ANSWERS`.
 
     Args:
@@ -163,15 +163,15 @@ def answers_picture(metrics: Mapping[str, Any], rows: Mapping[str, np.ndarray], 
     classes, note = metrics["classes"], f"{metrics['dataset']} · {metrics['protocol']}"
     answer = next(v for k, v in rows.items() if k.startswith("logits_"))
     if metrics["task"] in ONE_CLASS:
-        confusion_picture(metrics["confusion"], classes, title, workdir / "confusion.png", note=note)
+        confusion_figure(metrics["confusion"], classes, title, workdir / "confusion.png", note=note)
     elif metrics["task"] == "regression":
-        scatter_picture(rows["label"], answer, classes, title, workdir / "scatter.png", note=note)
+        scatter_figure(rows["label"], answer, classes, title, workdir / "scatter.png", note=note)
     else:
         tables = SCORINGS["multilabel"].count(rows["label"], answer)
-        labels_picture(tables, classes, title, workdir / "labels.png", note=note)
+        labels_figure(tables, classes, title, workdir / "labels.png", note=note)
 
 
-def attention_picture(
+def attention_figure(
     clips: Sequence[Mapping[str, Any]],
     streams: Sequence[tuple[str, str, str]],
     title: str,
@@ -184,7 +184,7 @@ def attention_picture(
     Args:
       clips: each with `name` and, by the names of `streams`, weights (q, k) of its real steps.
       streams: (name, stream that asks: horizontal, stream that answers: vertical).
-      title, path, note: as in `confusion_picture`.
+      title, path, note: as in `confusion_figure`.
     """
     figure = _figure(4.2 * len(streams), 2.6 * len(clips) + 0.9)
     panels = figure.subplots(len(clips), len(streams), squeeze=False)

@@ -24,7 +24,7 @@ def texts(axes) -> list[str]:
 
 
 def test_confusion_picture_shows_shares_counts_scores_and_protocol(tmp_path, figures):
-    plots.confusion_picture(CONFUSION, CLASSES, "My run", tmp_path / "c.png", note="leave one speaker out")
+    plots.confusion_figure(CONFUSION, CLASSES, "My run", tmp_path / "c.png", note="leave one speaker out")
     (axes,) = figures[0].axes
     said = texts(axes)
     assert {"60", "80", "75", "6", "8", "15"} <= set(said)  # row percentages and counts of the diagonal
@@ -37,7 +37,7 @@ def test_confusion_picture_shows_shares_counts_scores_and_protocol(tmp_path, fig
 
 
 def test_a_class_without_clips_is_an_empty_row(tmp_path, figures):
-    plots.confusion_picture([[3, 1], [0, 0]], ["a", "b"], "t", tmp_path / "c.png")
+    plots.confusion_figure([[3, 1], [0, 0]], ["a", "b"], "t", tmp_path / "c.png")
     assert set(texts(figures[0].axes[0])[:-1]) >= {"75", "25", "3", "1"}
     assert "b (0)" in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
 
@@ -54,11 +54,11 @@ def test_labels_can_be_read_on_every_colour():
 
 
 def test_curves_show_what_was_measured(tmp_path, figures):
-    plots.curves_picture(HISTORY, tmp_path / "v.png")
-    plots.curves_picture(
+    plots.curves_figure(HISTORY, tmp_path / "v.png")
+    plots.curves_figure(
         [{"epoch": row["epoch"], "train_loss": row["train_loss"]} for row in HISTORY], tmp_path / "t.png"
     )
-    plots.curves_picture([row | {"val_loss": None, "val_uar": None} for row in HISTORY], tmp_path / "n.png")
+    plots.curves_figure([row | {"val_loss": None, "val_uar": None} for row in HISTORY], tmp_path / "n.png")
     both, *train_only = figures
     loss, uar = both.axes
     assert [line.get_label() for line in loss.lines] == ["training", "validation"]
@@ -69,14 +69,14 @@ def test_curves_show_what_was_measured(tmp_path, figures):
 
 
 def test_a_single_epoch_is_visible(tmp_path, figures):
-    plots.curves_picture(HISTORY[:1], tmp_path / "v.png")
+    plots.curves_figure(HISTORY[:1], tmp_path / "v.png")
     assert figures[0].axes[0].lines[0].get_marker() == "o"
 
 
 def test_pictures_repeat_to_the_byte(tmp_path):
     for name in ("a", "b"):
-        plots.confusion_picture(CONFUSION, CLASSES, "t", tmp_path / f"{name}.png")
-        plots.curves_picture(HISTORY, tmp_path / f"{name}2.png")
+        plots.confusion_figure(CONFUSION, CLASSES, "t", tmp_path / f"{name}.png")
+        plots.curves_figure(HISTORY, tmp_path / f"{name}2.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a2.png").read_bytes() == (tmp_path / "b2.png").read_bytes()
     assert b"tEXt" not in (tmp_path / "a.png").read_bytes()
@@ -88,7 +88,7 @@ GUESS = TRUTH + np.array([[0.1, -0.2]], np.float32)
 
 
 def test_scatter_shows_each_value_with_its_ccc(tmp_path, figures):
-    plots.scatter_picture(TRUTH, GUESS, ["valence", "arousal"], "My run", tmp_path / "s.png", note="how")
+    plots.scatter_figure(TRUTH, GUESS, ["valence", "arousal"], "My run", tmp_path / "s.png", note="how")
     valence, arousal = figures[0].axes
     x, y = TRUTH[:, 0].astype(float), GUESS[:, 0].astype(float)
     ccc = 2 * np.cov(x, y, bias=True)[0, 1] / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
@@ -102,7 +102,7 @@ def test_scatter_shows_each_value_with_its_ccc(tmp_path, figures):
 
 def test_labels_picture_shows_what_was_found_of_yes_and_of_no(tmp_path, figures):
     counts = np.array([[[6.0, 2.0], [1.0, 3.0]], [[12.0, 0.0], [0.0, 0.0]]])  # nobody has the second
-    plots.labels_picture(counts, ["happy", "sad"], "t", tmp_path / "l.png")
+    plots.labels_figure(counts, ["happy", "sad"], "t", tmp_path / "l.png")
     (axes,) = figures[0].axes
     yes, no = ([bar.get_width() for bar in bars] for bars in axes.containers)
     np.testing.assert_allclose(yes, [75, 0])
@@ -115,7 +115,7 @@ def test_attention_is_drawn_clip_by_clip_and_a_missing_stream_is_empty(tmp_path,
     clips = [{"name": "a (joy)", "video": weights, "audio": weights.T}]
     clips += [{"name": "b (anger)", "video": weights[:, :0], "audio": weights.T[:0]}]
     streams = [("video", "video", "audio"), ("audio", "audio", "video")]
-    plots.attention_picture(clips, streams, "t", tmp_path / "a.png", note="how")
+    plots.attention_figure(clips, streams, "t", tmp_path / "a.png", note="how")
     first, second, *empty = figures[0].axes
     np.testing.assert_array_equal(first.images[0].get_array(), weights.T)  # who asks runs to the right
     np.testing.assert_array_equal(second.images[0].get_array(), weights)
@@ -128,9 +128,9 @@ def test_attention_is_drawn_clip_by_clip_and_a_missing_stream_is_empty(tmp_path,
 def test_pictures_of_other_tasks_repeat_to_the_byte(tmp_path):
     maps = [{"name": "a", "video": TRUTH}]
     for name in ("a", "b"):
-        plots.scatter_picture(TRUTH, GUESS, ["v", "a"], "t", tmp_path / f"{name}1.png")
-        plots.labels_picture(np.ones((2, 2, 2)), ["x", "y"], "t", tmp_path / f"{name}2.png")
-        plots.attention_picture(maps, [("video", "video", "audio")], "t", tmp_path / f"{name}3.png")
+        plots.scatter_figure(TRUTH, GUESS, ["v", "a"], "t", tmp_path / f"{name}1.png")
+        plots.labels_figure(np.ones((2, 2, 2)), ["x", "y"], "t", tmp_path / f"{name}2.png")
+        plots.attention_figure(maps, [("video", "video", "audio")], "t", tmp_path / f"{name}3.png")
     for number in (1, 2, 3):
         assert (tmp_path / f"a{number}.png").read_bytes() == (tmp_path / f"b{number}.png").read_bytes()
         assert (tmp_path / f"a{number}.png").read_bytes().startswith(b"\x89PNG")
@@ -141,13 +141,13 @@ def test_each_task_has_its_picture_of_answers(tmp_path, task):
     answers = {"regression": TRUTH, "multilabel": TRUTH > 0.5}
     metrics = values_run(task) if task in answers else run(classes=["a", "b"])
     metrics, label = metrics | {"confusion": [[5, 5], [5, 5]]}, answers.get(task, np.array([0, 1] * 10))
-    plots.answers_picture(metrics, {"label": label, "logits_fusion": GUESS}, "t", tmp_path)
+    plots.predictions_figure(metrics, {"label": label, "logits_fusion": GUESS}, "t", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [page.ANSWERS[task]]
 
 
 def test_curves_show_the_score_that_validation_picks_by(tmp_path, figures):
     history = [{"epoch": e, "train_loss": 1 / e, "val_loss": 1 / e, "val_ccc": 0.1 * e} for e in (1, 2)]
-    plots.curves_picture(history, tmp_path / "c.png")
+    plots.curves_figure(history, tmp_path / "c.png")
     _, ccc = figures[0].axes
     assert ccc.get_title("left") == "validation CCC, %"
     np.testing.assert_allclose(ccc.lines[0].get_ydata(), [10, 20])
@@ -155,8 +155,8 @@ def test_curves_show_the_score_that_validation_picks_by(tmp_path, figures):
 
 def test_bad_pictures_are_refused(tmp_path):
     with pytest.raises(AvjaxError, match=r"shape \(3, 3\) for 2 classes"):
-        plots.confusion_picture(CONFUSION, ["a", "b"], "t", tmp_path / "c.png")
+        plots.confusion_figure(CONFUSION, ["a", "b"], "t", tmp_path / "c.png")
     with pytest.raises(AvjaxError, match="finite counts"):
-        plots.confusion_picture([[1, float("nan")], [0, 1]], ["a", "b"], "t", tmp_path / "c.png")
+        plots.confusion_figure([[1, float("nan")], [0, 1]], ["a", "b"], "t", tmp_path / "c.png")
     with pytest.raises(AvjaxError, match="no epochs"):
-        plots.curves_picture([], tmp_path / "c.png")
+        plots.curves_figure([], tmp_path / "c.png")
