@@ -99,5 +99,5 @@ def test_nothing_is_compiled_again_for_other_clips_and_keys():
 
 @pytest.mark.parametrize("frames", [NOISE[0], NOISE / np.float32(255)])
 def test_what_are_no_clips_of_bytes_is_refused(frames):
-    with pytest.raises(AvjaxError, match=r"frames to augment are .*; give uint8 pictures \(clip, frame"):
+    with pytest.raises(AvjaxError, match=r"frames to augment are .*; expected uint8 images \(clip, frame"):
         augment.augment(frames, KEY)

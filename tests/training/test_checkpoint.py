@@ -94,7 +94,7 @@ def test_what_is_written_wrong_is_noticed_when_it_is_read_back(tmp_path, monkeyp
     monkeypatch.setattr(checkpoint, "digests", lambda tree: digests(jax.tree.map(lambda v: v + v, tree)))
     checkpoints.save(1, state(1))
     monkeypatch.setattr(checkpoint, "digests", digests)
-    with pytest.raises(AvjaxError, match=r"was not written as it should be .* goes on from the checkpoint before"):
+    with pytest.raises(AvjaxError, match=r"was not written correctly .* resumes from the checkpoint before"):
         checkpoints.save(2, state(2))
 
 

@@ -48,7 +48,7 @@ def test_the_first_rate_that_is_found_counts_and_multiplies_the_decay():
 @pytest.mark.parametrize(
     ("changes", "paths", "message"),
     [
-        ({"rates": (("^vidio/", 0.1),)}, PATHS, r"train\.rates: '\^vidio/' is found in no path .* core/head_fusion"),
+        ({"rates": (("^vidio/", 0.1),)}, PATHS, r"train\.rates: '\^vidio/' matches no path .* core/head_fusion"),
         ({"layer_decay": 0.9}, PATHS[:1], r"train\.layer_decay is 0\.9, but no block of an encoder is trained"),
     ],
 )

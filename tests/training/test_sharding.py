@@ -49,7 +49,7 @@ def trained(system: str, presets: Iterable[str]) -> dict[str, dict]:
 
 
 @pytest.mark.budget(35)
-def test_lanes_and_parameters_shared_out_make_the_same_two_steps():
+def test_sharded_lanes_and_parameters_make_the_same_two_steps():
     check_steps("etg_aver", ["single", "lane × fsdp × tensor"])
 
 
@@ -98,17 +98,17 @@ def test_sizes_of_meshes(preset, given, devices, processes, lanes, batch, expect
     ("preset", "given", "devices", "processes", "says"),
     [
         ("ddp", {}, 8, 1, "mesh.preset is 'ddp'; choose one of auto, single, dp"),
-        ("dp", {"data": 16}, 8, 1, "data 16 takes 16 devices, and at most 8 are to be used"),
-        ("single", {}, 8, 2, "one device takes 1 devices, and all 8 are to be used"),
-        ("auto", {"lane": 4}, 8, 1, "shares out lanes, 5, over 4 devices; these must divide it"),
+        ("dp", {"data": 16}, 8, 1, "data 16 takes 16 devices, but at most 8 can be used"),
+        ("single", {}, 8, 2, "one device takes 1 devices, but all 8 must be used"),
+        ("auto", {"lane": 4}, 8, 1, "splits lanes = 5 over 4 devices, which must divide it"),
         (
             "auto",
             {"data": 2, "fsdp": 2, "tensor": 2},
             8,
             1,
-            "XLA's partitioner errs where all of data, fsdp and tensor",
+            "XLA's partitioner gives wrong results with all of data, fsdp and tensor",
         ),
-        ("dp", {}, 5, 1, "shares out train.batch_size, 8, over 5 devices"),
+        ("dp", {}, 5, 1, "splits train.batch_size = 8 over 5 devices"),
     ],
 )
 def test_meshes_that_do_not_fit(preset, given, devices, processes, says):
@@ -141,7 +141,7 @@ def test_an_array_in_another_place_is_named():
     tree = {"a": {"kernel": jax.device_put(np.ones(4, np.float32), here)}}
     sharding.check(tree, {"a": {"kernel": here}})
     asked = jax.sharding.NamedSharding(mesh, P("lane"), memory_kind="unpinned_host")
-    with pytest.raises(AvjaxError, match=r"/a/kernel .* is placed by .* as asked"):
+    with pytest.raises(AvjaxError, match=r"/a/kernel .* has the sharding .* as asked"):
         sharding.check(tree, {"a": {"kernel": asked}})
 
 

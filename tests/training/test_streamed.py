@@ -193,7 +193,7 @@ def test_features_that_a_model_cannot_read_are_named():
         loop.check_streams(flow, data, "lite")
     seeing = dataclasses.replace(SMALL, streams=("audio", "video"), pictures="video")
     with pytest.raises(
-        AvjaxError, match="the model reads pictures as video, the features of preset 'lite' are feature"
+        AvjaxError, match="the model reads raw frames as video, the features of preset 'lite' are feature"
     ):
         loop.check_streams(seeing, data, "lite")
     loop.check_streams(SMALL, data, "lite")
