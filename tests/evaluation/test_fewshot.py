@@ -109,9 +109,9 @@ def test_all_heads_of_all_lanes_are_answered(whole):
     assert sorted(whole.logits) == sorted(HEADS)
     assert {rows.shape for rows in whole.logits.values()} == {(2, 12, 3)}
     assert all(np.isfinite(rows).all() for rows in whole.logits.values())
-    assert whole.about["shots"] == [12, 11]
-    assert whole.about["beta"] == [cache.beta for cache in whole.caches]
-    assert whole.about["alpha"] == [dict(cache.alpha) for cache in whole.caches]
+    assert whole.record["shots"] == [12, 11]
+    assert whole.record["beta"] == [cache.beta for cache in whole.caches]
+    assert whole.record["alpha"] == [dict(cache.alpha) for cache in whole.caches]
 
 
 @pytest.mark.parametrize("lane", [0, 1])
@@ -383,7 +383,7 @@ def test_the_mismatch_of_queries_is_measured_on_training_clips():
     given = (run.model, run.state, run.plan, run.data, run.features, run.represented())
     found = fewshot.remarks(*given)["query"]
     lanes = jax.device_get(run.plan.lanes)
-    for name, told in (("told", True), ("not_told", False)):
+    for name, told in (("label_in_query", True), ("label_free_query", False)):
         x, scores = run.represented(told=told)["video"], []
         for lane in range(2):
             train = lanes.train[lane][lanes.train_weight[lane] > 0]

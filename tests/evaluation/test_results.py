@@ -92,7 +92,7 @@ def test_answers_that_are_not_finite_are_refused_with_their_clips(measured):
     logits[2, 7:] = np.nan  # padding
     results.predictions(features, plan, {"fusion": logits})
     logits[2, 1, 0] = np.inf
-    with pytest.raises(AvjaxError, match="the answers to clip024 are not finite"):
+    with pytest.raises(AvjaxError, match="the predictions for clip024 are not finite"):
         results.predictions(features, plan, {"fusion": logits})
 
 

@@ -60,7 +60,7 @@ def test_a_paired_difference_has_the_p_of_all_exchanges():
 
 
 def test_other_clips_cannot_be_compared():
-    with pytest.raises(AvjaxError, match="answered for other clips"):
+    with pytest.raises(AvjaxError, match="tested on different clips"):
         significance.evidence(significance.units(rows([True] * 4)), significance.units(rows([True] * 5)))
 
 

@@ -80,7 +80,7 @@ def test_it_learns_and_is_not_traced_again():
     assert run.trainer.epochs._cache_size() == 1
     told, not_told = (run.represented(told=told)["video"] for told in (True, False))
     scores = fewshot.query_mismatch(run.plan, FEATURES, told, not_told)
-    assert scores["told"] > 0.8 > scores["not_told"] + 0.1 > 0.4
+    assert scores["label_in_query"] > 0.8 > scores["label_free_query"] + 0.1 > 0.4
 
 
 # ---- Labels --------------------------------------------------------------------------------------------------------

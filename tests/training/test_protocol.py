@@ -45,9 +45,9 @@ def official(features, *folds):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"train": "abc", "test": "cd"}, "1 clips are in train and in test, such as c"),
-        ({"train": "ab", "val": "cd", "test": "cd"}, "2 clips are in val and in test, such as c"),
-        ({"train": "abc", "val": "c", "test": "d"}, "1 clips are in train and in val, such as c"),
+        ({"train": "abc", "test": "cd"}, "1 clips are in both train and test, such as c"),
+        ({"train": "ab", "val": "cd", "test": "cd"}, "2 clips are in both val and test, such as c"),
+        ({"train": "abc", "val": "c", "test": "d"}, "1 clips are in both train and val, such as c"),
     ],
     ids=["trained on", "chosen by", "trained and chosen"],
 )

@@ -119,7 +119,7 @@ def test_attention_is_drawn_clip_by_clip_and_a_missing_stream_is_empty(tmp_path,
     first, second, *empty = figures[0].axes
     np.testing.assert_array_equal(first.images[0].get_array(), weights.T)  # who asks runs to the right
     np.testing.assert_array_equal(second.images[0].get_array(), weights)
-    assert (first.get_xlabel(), first.get_ylabel()) == ("step of video, asking", "step of audio")
+    assert (first.get_xlabel(), first.get_ylabel()) == ("video step (query)", "audio step (key)")
     assert [len(axes.images) for axes in empty] == [0, 0]
     assert [axes.get_title() for axes in figures[0].axes] == ["a (joy)", "a (joy)", "b (anger)", "b (anger)"]
     assert figures[0].get_supxlabel().startswith("how. ")
@@ -136,13 +136,13 @@ def test_pictures_of_other_tasks_repeat_to_the_byte(tmp_path):
         assert (tmp_path / f"a{number}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("task", list(page.ANSWERS))
+@pytest.mark.parametrize("task", list(page.PREDICTIONS))
 def test_each_task_has_its_picture_of_answers(tmp_path, task):
     answers = {"regression": TRUTH, "multilabel": TRUTH > 0.5}
     metrics = values_run(task) if task in answers else run(classes=["a", "b"])
     metrics, label = metrics | {"confusion": [[5, 5], [5, 5]]}, answers.get(task, np.array([0, 1] * 10))
     plots.predictions_figure(metrics, {"label": label, "logits_fusion": GUESS}, "t", tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [page.ANSWERS[task]]
+    assert [p.name for p in tmp_path.iterdir()] == [page.PREDICTIONS[task]]
 
 
 def test_curves_show_the_score_that_validation_picks_by(tmp_path, figures):

@@ -100,7 +100,7 @@ def test_training_measures_sentiment_as_the_field_does(root, tmp_path, capsys):
     assert found["sentiment"]["mae"] == pytest.approx(np.mean(np.abs(y - x)))
     said = f"mean absolute error {found['sentiment']['mae']:.3f}"
     assert said in (workdir / "report.html").read_text()
-    assert "Sentiment, pooled: accuracy of two" in " ".join(capsys.readouterr().out.split())
+    assert "Sentiment, pooled: two-class accuracy" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- The SDK ------------------------------------------------------------------------------------------------------
