@@ -116,8 +116,8 @@ def test_a_file_that_is_not_there_or_cannot_be_written(tmp_path):
 
 
 def test_every_truncation_is_refused(tmp_path):
-    whole, path = packed(), tmp_path / "cache.npz"
-    for size in range(0, len(whole), 97):
-        path.write_bytes(whole[:size])
+    content, path = packed(), tmp_path / "cache.npz"
+    for size in range(0, len(content), 97):
+        path.write_bytes(content[:size])
         with pytest.raises(AvjaxError):
             load(path)

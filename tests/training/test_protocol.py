@@ -82,8 +82,8 @@ def test_a_random_split_of_known_speakers_must_be_asked_for_and_is_stamped(featu
         protocol.folds(features, asked(folds="stratified", fold_count=5))
     config = asked(folds="stratified", fold_count=5, allow_speaker_overlap=True)
     folds, name = protocol.folds(features, config)
-    says = text(name, lane_plans.plan(features, folds, (42,), config), config)
-    assert says.startswith(
+    described = text(name, lane_plans.plan(features, folds, (42,), config), config)
+    assert described.startswith(
         "SPEAKERS OVERLAP: up to 3 speakers of a fold are in training and in test; 5 stratified folds"
     )
 
@@ -98,8 +98,8 @@ def test_a_division_of_the_data_set_itself_is_stamped_and_not_refused(features):
     ids = features.ids
     mixed = official(features, Fold("official", tuple(ids[:20]), tuple(ids[20:])))
     folds, name = protocol.folds(mixed, asked())
-    says = text(name, lane_plans.plan(mixed, folds, (42,), asked()), asked())
-    assert says.startswith("SPEAKERS OVERLAP: up to 3 speakers")
+    described = text(name, lane_plans.plan(mixed, folds, (42,), asked()), asked())
+    assert described.startswith("SPEAKERS OVERLAP: up to 3 speakers")
 
 
 def test_disjoint_speakers_are_not_stamped(features):

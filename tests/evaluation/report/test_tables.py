@@ -1,4 +1,4 @@
-"""Reports: numbers in, honest tables, pictures and a page that stands alone out."""
+"""Reports: tables that compare only what is comparable, plots, and a self-contained page."""
 
 import copy
 import json
@@ -42,14 +42,14 @@ def test_one_lane_has_no_spread():
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "says"),
+    ("overlaps", "warning"),
     [((0, 2, 1), "NOT speaker-independent: up to 2 speakers"), ((None, None, None), "Speakers are unknown")],
 )
-def test_shared_or_unknown_speakers_are_said_aloud(overlaps, says, tmp_path):
+def test_shared_or_unknown_speakers_are_said_aloud(overlaps, warning, tmp_path):
     folds = [fold(str(i), 0, 0.5, 0.5, speaker_overlap=overlap) for i, overlap in enumerate(overlaps, 1)]
     metrics = run() | summary(folds)
-    assert says in shown(tables.run_table(metrics, "r"))
-    assert f'<p class="warning">{says}' in rendered(tmp_path, metrics)
+    assert warning in shown(tables.run_table(metrics, "r"))
+    assert f'<p class="warning">{warning}' in rendered(tmp_path, metrics)
 
 
 def test_a_class_that_never_occurs_does_not_count_for_the_majority_uar():
@@ -216,8 +216,8 @@ def rendered(root, metrics: dict, **options) -> str:
 
 def test_page_tells_the_whole_run(tmp_path):
     text = rendered(tmp_path, run())
-    for said in ("leave one speaker out", "40 clips used", "70.0", "± 8.2", "No speaker is in both", "fusion"):
-        assert said in text
+    for words in ("leave one speaker out", "40 clips used", "70.0", "± 8.2", "No speaker is in both", "fusion"):
+        assert words in text
     assert re.search(r"audio\+video</th><td>65\.0 ± 8\.2</td><td>60\.0 ± 8\.2</td><td>\+5\.0<", text)
     assert re.search(r"model\.width</th><td>768<", text)
     assert re.search(r"seeds</th><td>\[0, 1\]<", text)
@@ -227,20 +227,23 @@ def test_page_tells_the_whole_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "expected"),
     [
         ("regression", ["<dt>CCC, %</dt>", "ridge regression on pooled features", "CCC and Pearson correlation × 100"]),
-        ("multilabel", ["<dt>weighted accuracy, %</dt>", "logistic regression on pooled", "Scores are averaged over the labels."]),
+        (
+            "multilabel",
+            ["<dt>weighted accuracy, %</dt>", "logistic regression on pooled", "Scores are averaged over the labels."],
+        ),
     ],
 )
-def test_page_of_another_task_shows_its_answers_and_each_value(tmp_path, task, said):
+def test_page_of_another_task_shows_its_predictions_and_each_value(tmp_path, task, expected):
     metrics = values_run(task)
     workdir(tmp_path, metrics)
     (tmp_path / page.PREDICTIONS[task]).write_bytes(b"\x89PNG predictions")
     text = page.write_report(tmp_path).read_text()
-    for words in (*said, "valence, arousal", "7 (video)", "<h2>Predictions</h2>", "0.661", "0.772"):
+    for words in (*expected, "valence, arousal", "7 (video)", "<h2>Predictions</h2>", "0.661", "0.772"):
         assert words in text
-    assert "data:image/png;base64,iVBORyBhbn" in text  # "\x89PNG an"
+    assert "data:image/png;base64,iVBORyBwcm" in text  # "\x89PNG an"
     assert "majority" not in text
     assert "Attention" not in text
     (tmp_path / "attention.png").write_bytes(b"\x89PNG maps")
