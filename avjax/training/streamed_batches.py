@@ -73,7 +73,7 @@ class Streamed:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Beside:
+class _WithHeld:
     """Clips on disk, joined with streams of theirs that are held in memory."""
 
     disk: Packed
@@ -179,7 +179,7 @@ def _clips(features: Features, text_source: str) -> Sequence[Mapping[str, np.nda
         in_memory = f"text_{text_source}" in features.arrays
         disk = Packed(*features.packed, features.clips, "" if in_memory else text_source)
         held = batching.streams_of(features, text_source if in_memory else "")
-        return _Beside(disk, held) if held else disk
+        return _WithHeld(disk, held) if held else disk
     host = batching.streams_of(features, text_source)
     return [{key: array[i] for key, array in host.items()} for i in range(len(features.ids))]
 

@@ -243,7 +243,7 @@ def test_page_of_another_task_shows_its_predictions_and_each_value(tmp_path, tas
     text = page.write_report(tmp_path).read_text()
     for words in (*expected, "valence, arousal", "7 (video)", "<h2>Predictions</h2>", "0.661", "0.772"):
         assert words in text
-    assert "data:image/png;base64,iVBORyBwcm" in text  # "\x89PNG an"
+    assert "data:image/png;base64,iVBORyBwcm" in text  # "\x89PNG pr"
     assert "majority" not in text
     assert "Attention" not in text
     (tmp_path / "attention.png").write_bytes(b"\x89PNG maps")
