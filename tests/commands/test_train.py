@@ -182,9 +182,7 @@ def test_a_finished_run_says_so_and_changes_nothing(features, undisturbed, capsy
 
 
 def test_another_configuration_is_refused_with_the_keys_that_differ(features, undisturbed):
-    with pytest.raises(
-        AvjaxError, match=r"train\.epochs: was 12, is 13; train\.seeds: .*; choose another --workdir"
-    ):
+    with pytest.raises(AvjaxError, match=r"train\.epochs: was 12, is 13; train\.seeds: .*; choose another --workdir"):
         train.train(settings(features, train__epochs=13, train__seeds=(1,)), undisturbed)
 
 
