@@ -252,7 +252,7 @@ def _pretrained(config: Settings) -> dict[str, Any]:
     """The shapes of the encoders' weights."""
     preset = presets.preset(config.preset)
     out = {}
-    for stream, encoding in {"video": preset.image, "audio": preset.sound, "text": preset.text}.items():
+    for stream, encoding in {"video": preset.image, "audio": preset.speech, "text": preset.text}.items():
         family, module, _ = encoders.architecture(encoding.source, layer=encoding.layer, dtype="float32")
         out[stream] = jax.tree.map(lambda s: _Shape(s.shape, s.dtype), family.shapes(module.config))
     return {PRETRAINED: out}

@@ -227,7 +227,7 @@ def _tried(path: Path, named: str, picture: tuple[str, str] | None, sound: tuple
         _write(path, picture and picture[0], sound[0])
         if picture:
             video.read_frames(path, count=2)
-        audio.read_sound(path)
+        audio.read_audio(path)
     except (AvjaxError, av.FFmpegError) as error:
         return Row("codecs", named, f"cannot be decoded: {_first_line(error)}", BROKEN, mend)
     return Row("codecs", named, "decoded")

@@ -91,7 +91,7 @@ def plans() -> list[Plan]:
     return [Plan(f"{n:05d}", *every[i], fold=every[i][1] // 2 + 1) for n, i in enumerate(order, 1)]
 
 
-def place() -> Path:
+def folder() -> Path:
     """Where this version of the corpus is kept: `$AVJAX_CACHE/demo/v<version>`."""
     return paths.cache() / "demo" / f"v{VERSION}"
 

@@ -36,7 +36,7 @@ def measure(
 
     Args:
       staged: "video", "audio", "window" → what was measured before, which is not measured again.
-      wanted: "image", "flow", "sound": what is to be encoded, and so is handed out as `Raw`.
+      wanted: "image", "flow", "speech": what is to be encoded, and so is handed out as `Raw`.
     Returns:
       video: `video (t, d)`, `video_mask (t,)`, `au (t, a)`, `boxes (t, 4)` of the faces in pixels, `times (t,)` seconds
       from the clip's start; audio: `audio (s, d)`, `audio_mask (s,)`, `seconds ()`, `inside (2,)`, where sound begins
@@ -57,7 +57,7 @@ def measure(
         lacking.append(str(error))
         picture = nothing_seen(str(error))
     try:
-        sound, samples = _sound(clip, instruments, staged.get("audio"), "sound" in wanted, cut)
+        sound, samples = _sound(clip, instruments, staged.get("audio"), "speech" in wanted, cut)
     except UnusableMedia as error:
         lacking.append(str(error))
         sound, samples = _no_sound(str(error)), None
@@ -166,7 +166,7 @@ def _listen(
     if not samplings:
         return None
     with clock("decoding"):
-        heard = audio.read_sounds(clip.audio or clip.path, samplings, start=start, end=clip.end)
+        heard = audio.read_audios(clip.audio or clip.path, samplings, start=start, end=clip.end)
     if cut:
         cut.samples = heard[-1]
     if sampling and not heard[0].size:
@@ -270,7 +270,7 @@ def example(
     """The record of a clip in the packed view.
 
     Args:
-      staged: "video", "audio", "text" and, where the preset has them, "image", "flow", "sound" and "window".
+      staged: "video", "audio", "text" and, where the preset has them, "image", "flow", "speech" and "window".
     Returns:
       The streams `video`, `audio` and, where there is one, `flow` with their masks, `text` and `sentence` by source,
       and what was measured: `prosody` as in `measure`, `duration` in seconds; `surface (3,)` = duration, lead-in,
@@ -322,9 +322,9 @@ def _video_stream(staged: Mapping[str, Mapping[str, np.ndarray]], shown: slice, 
 
 def _audio_stream(staged: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """(s, d) and its mask (s,)."""
-    if "sound" not in staged:
+    if "speech" not in staged:
         return staged["audio"]["audio"], staged["audio"]["audio_mask"]
-    steps = staged["sound"]["steps"]
+    steps = staged["speech"]["steps"]
     return steps, np.ones(len(steps), bool)
 
 

@@ -81,7 +81,7 @@ class Stage:
     """One encoder of a preset, and the clips that wait for it.
 
     Args:
-      feature: "image", "flow" or "sound"; weights: further provenance.
+      feature: "image", "flow" or "speech"; weights: further provenance.
       rows: of one clip, at most; 0 = any number, and clips do not share a batch.
     Attributes:
       key: of the provenance record of what it stages.
@@ -148,7 +148,7 @@ class Stage:
         raise NotImplementedError
 
 
-class Sound(Stage):
+class Speech(Stage):
     """A stage whose raw inputs are the samples of clips."""
 
     def _raw(self, clip: Unencoded) -> Sequence[np.ndarray] | None:
@@ -156,7 +156,7 @@ class Sound(Stage):
 
     def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
         seconds = 0.0 if clip.raw.samples is None else len(clip.raw.samples) / SAMPLE_RATE
-        return of_sound(encoded[real], seconds, self._encoding.per_second)
+        return of_speech(encoded[real], seconds, self._encoding.per_second)
 
 
 class Pictures(Stage):
@@ -368,8 +368,8 @@ def stages(
             mover = load(Encoding(settings.flow.source))
             faces |= {f"flow_{what}": value for what, value in mover.provenance.items()}
         made["flow"] = Flows(context, mover, **faces)
-    if settings.sound:
-        made["sound"] = Sound("sound", context, 1)
+    if settings.speech:
+        made["speech"] = Speech("speech", context, 1)
     return made
 
 
@@ -395,7 +395,7 @@ def of_flow(encoded: np.ndarray, found: np.ndarray, ends: np.ndarray) -> dict[st
     return {"steps": np.where(found[:, None], steps, 0).astype(ENCODED)}
 
 
-def of_sound(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np.ndarray]:
+def of_speech(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np.ndarray]:
     """What is staged of encoded sound: `steps (s, d)`.
 
     Args:

@@ -148,7 +148,7 @@ def extract(
       AvjaxError: the data set is not there, weights cannot be had, or no clip can be used.
     """
     console, clock, begun = Console(soft_wrap=True, markup=False), Stopwatch(), time.perf_counter()
-    place = stores.place(dataset, out)
+    place = stores.path_of(dataset, out)
     settings = presets.preset(preset, random=random)
     with stores.Store(place, dataset).locked() as store:
         # ---- Video and audio --------------------------------------------------------------------------------------

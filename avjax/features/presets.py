@@ -81,7 +81,7 @@ class Preset:
       image: encoder of the frames, the stream `video`; None = the face measurements alone.
       face: whether face measurements (blendshapes, action units, pose) stand beside the image encoder's features.
       flow: optical flow, the stream `flow`; None = no such stream. It takes every frame.
-      sound: encoder of the sound, the stream `audio`; None = acoustic measurements.
+      speech: encoder of the audio, the stream `audio`; None = acoustic measurements.
       window: raw pictures and MFCC in the place of `video` and `audio`; None = the measurements and encoders above.
       text: encoder of the sentences; max_tokens: longer ones are cut.
       random: whether all encoders get weights drawn at random (`encoders.load`).
@@ -95,7 +95,7 @@ class Preset:
     image: Encoding | None = None
     face: bool = True
     flow: Flow | None = None
-    sound: Encoding | None = None
+    speech: Encoding | None = None
     window: Window | None = None
     text: Encoding = Encoding("minilm")
     max_tokens: int = 128
@@ -111,7 +111,7 @@ _DEIII = Preset(
     image=_B2,
     face=False,
     flow=Flow("perceiver_flow", _B2, side=368),
-    sound=Encoding("wav2vec2_large_robust"),
+    speech=Encoding("wav2vec2_large_robust"),
 )
 # Encoders that can be had without the hub. Layers chosen on held-out training speakers (docs/results.md): Whisper's
 # middle is .13 above its end; for the picture layers 9 to 12 are alike, and the tenth spares two.
@@ -121,7 +121,7 @@ _ETG = Preset(
     frames=8,
     image=Encoding("vit_b16", pool="first"),
     face=False,
-    sound=Encoding("data2vec_audio"),
+    speech=Encoding("data2vec_audio"),
     text=Encoding("distilbert"),
 )
 # Of raw sound: a training step holds what every layer of the encoder makes of it.
@@ -130,11 +130,11 @@ PRESETS = {
     # Blendshapes, action units and head pose; `audio.acoustic`; MiniLM's tokens.
     "lite": Preset(),
     # Half the frames do.
-    "open": Preset(image=dataclasses.replace(_S14, every=2), sound=_WHISPER),
+    "open": Preset(image=dataclasses.replace(_S14, every=2), speech=_WHISPER),
     # As ETG-AVER, DE-III and EmoAsst are published; `avjax.models` has the papers.
     "etg": _ETG,
     # The same encoders to be trained along with the model.
-    "open_raw": Preset(frames=8, max_seconds=_RAW_SECONDS, image=_S14, face=False, sound=_WHISPER, raw=True),
+    "open_raw": Preset(frames=8, max_seconds=_RAW_SECONDS, image=_S14, face=False, speech=_WHISPER, raw=True),
     "etg_raw": dataclasses.replace(_ETG, max_seconds=_RAW_SECONDS, raw=True),
     "deiii": _DEIII,
     # The same with the flow that a laptop can bear.
@@ -152,7 +152,7 @@ PRESETS = {
         frames=0,
         image=dataclasses.replace(_S14, every=3),
         flow=Flow("dis", _S14, window=3, stride=3),
-        sound=_WHISPER,
+        speech=_WHISPER,
     ),
     # AVT-CA's: face pictures and MFCC.
     "avtca": Preset(window=Window()),
@@ -162,7 +162,7 @@ PRESETS = {
         frames=24,
         image=Encoding("clip_vit_b32", tower="vision", pool="projected", sees="frame", side=224),
         face=False,
-        sound=Encoding("wav2vec2_segue", layer=9),
+        speech=Encoding("wav2vec2_segue", layer=9),
         text=Encoding("clip_vit_b32", tower="text", pool="projected"),
         max_tokens=77,
     ),
@@ -182,7 +182,7 @@ def preset(name: str, *, random: bool = False) -> Preset:
 def encodings(settings: Preset) -> dict[str, Encoding]:
     """The encoders of picture, flow and sound that a preset has: feature → encoder."""
     flow_image = settings.flow.image if settings.flow else None
-    three = {"image": settings.image, "flow": flow_image, "sound": settings.sound}
+    three = {"image": settings.image, "flow": flow_image, "speech": settings.speech}
     return {feature: encoding for feature, encoding in three.items() if encoding}
 
 

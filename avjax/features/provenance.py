@@ -9,9 +9,9 @@ from avjax.datasets.base import Clip
 from avjax.features.presets import Preset
 
 # Raised when a change of code changes what is measured: part of every staged file's key.
-CODE_VERSION = {"video": 2, "audio": 3, "image": 2, "flow": 1, "sound": 1, "window": 1, "text": 2}
+CODE_VERSION = {"video": 2, "audio": 3, "image": 2, "flow": 1, "speech": 1, "window": 1, "text": 2}
 # The features that are, of a preset that is `raw`, the inputs of an encoder.
-_INPUTS = ("image", "sound", "text")
+_INPUTS = ("image", "speech", "text")
 
 
 class Key(NamedTuple):
@@ -51,7 +51,7 @@ def described(feature: str, settings: Preset, **weights: str) -> dict[str, objec
         "audio": ("steps_per_second", "max_seconds"),
         "image": ("frames", "image") if settings.frames else ("frames", "max_seconds", "image"),
         "flow": ("frames", "max_seconds", "flow"),
-        "sound": ("max_seconds", "sound"),
+        "speech": ("max_seconds", "speech"),
         "window": ("window",),
         "text": ("text", "max_tokens"),
     }[feature]

@@ -229,7 +229,7 @@ class Store:
         write_text(index_path(self.root, self.dataset), json.dumps({"presets": presets, **data}, indent=1))
 
 
-def place(dataset: str, given: str = "") -> Path:
+def path_of(dataset: str, given: str = "") -> Path:
     """Where a feature store is: as given, by default `$AVJAX_CACHE/features/<corpus>`.
 
     Raises:

@@ -85,7 +85,7 @@ class Sampling:
     max_seconds: float | None = None
 
 
-def read_sound(
+def read_audio(
     path: str | Path, sampling: Sampling = Sampling(), *, start: float = 0.0, end: float | None = None
 ) -> np.ndarray:
     """Decodes the audio of a file, or of its part [`start`, `end`) in seconds on the clip's clock (see `video.py`).
@@ -97,7 +97,7 @@ def read_sound(
     Raises:
       UnusableMedia: no file, no audio stream, or no sample (in the part).
     """
-    (samples,) = read_sounds(path, [sampling], start=start, end=end)
+    (samples,) = read_audios(path, [sampling], start=start, end=end)
     if not samples.size:
         raise UnusableMedia(nothing_decoded(start, end))
     return samples
@@ -108,7 +108,7 @@ def nothing_decoded(start: float, end: float | None) -> str:
     return f"no sound can be decoded{within(start, end)}"
 
 
-def read_sounds(
+def read_audios(
     path: str | Path, samplings: Sequence[Sampling], *, start: float = 0.0, end: float | None = None
 ) -> list[np.ndarray]:
     """Decodes the audio of a file once, for each of `samplings` as `read_sound` does; (0,) where there is no sample.

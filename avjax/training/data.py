@@ -65,10 +65,10 @@ def with_store(settings: Settings, workdir: Path) -> Settings:
 def store_of(settings: Settings, dataset: str) -> Path:
     """Returns the path of the feature store of `dataset`: that of the settings, or the demo corpus's own."""
     if dataset not in STAND_INS.values():
-        return store.place(settings.dataset, settings.data.features)
+        return store.path_of(settings.dataset, settings.data.features)
     from avjax.demo import corpus  # imported late: finished runs and bundles are read without it
 
-    return corpus.place() / "features"
+    return corpus.folder() / "features"
 
 
 def _stored(settings: Settings, console: Console) -> Features:
@@ -76,9 +76,9 @@ def _stored(settings: Settings, console: Console) -> Features:
 
     dataset, root, folder = settings.dataset, settings.data.root, store_of(settings, settings.dataset)
     if _stand_in(settings, folder):
-        dataset, root, folder = STAND_INS[dataset], str(corpus.place()), store_of(settings, STAND_INS[dataset])
+        dataset, root, folder = STAND_INS[dataset], str(corpus.folder()), store_of(settings, STAND_INS[dataset])
         console.print(Panel(_banner(settings), title=registry.title(dataset), border_style="yellow"))
-        corpus.make(corpus.place(), console)
+        corpus.make(corpus.folder(), console)
     elif root:
         registry.index(dataset, root)  # checks the root even where the features exist
     if not store.is_finished(folder, settings.preset, dataset) and (root or paths.data_root(dataset).is_dir()):

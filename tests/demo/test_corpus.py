@@ -53,7 +53,7 @@ def test_a_clip_is_made_anew_to_the_byte_and_shows_a_talking_face(tmp_path):
         corpus.write_clip(path.parents[2], plan)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     frames = video.read_frames(paths[0], count=100)
-    samples = audio.read_sound(paths[0])
+    samples = audio.read_audio(paths[0])
     assert 1.5 < len(samples) / audio.SAMPLE_RATE < 2.9
     # Picture and sound end together, to a frame and to the padding of the sound's codec.
     assert abs(frames.times[-1] - len(samples) / audio.SAMPLE_RATE) < 0.25

@@ -141,7 +141,7 @@ def test_source_key_changes_with_the_file_and_the_part(tmp_path):
 
 def test_what_encoders_are_given(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
-    made, raw = measure(path, Everywhere(), wanted=("image", "sound"), settings=WITH_FACES)
+    made, raw = measure(path, Everywhere(), wanted=("image", "speech"), settings=WITH_FACES)
     found = made["video"]["video_mask"]
     assert found.sum() == LITE.frames - 1
     assert piled(raw.pictures).shape == (found.sum(), 256, 256, 3)
@@ -150,7 +150,7 @@ def test_what_encoders_are_given(tmp_path):
     assert measure(path, Everywhere(), wanted=("image",), settings=WITH_FACES)[1].samples is None
     assert measure(path, NoFace(), wanted=("image",), settings=WITH_FACES)[1].pictures is None
     silent = clips.write_mp4(tmp_path / "b.mp4", hz=0)
-    assert measure(silent, wanted=("sound",))[1].samples is None
+    assert measure(silent, wanted=("speech",))[1].samples is None
 
 
 def test_each_second_frame_is_encoded_where_the_preset_says_so(tmp_path):
@@ -214,7 +214,7 @@ def test_flow_of_a_pair_is_that_of_its_two_frames_alone(tmp_path, window, stride
 
 def test_what_is_staged_is_not_measured_again(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=4)
-    everything = ("image", "flow", "sound")
+    everything = ("image", "flow", "speech")
     made, raw = measure(path, Everywhere(), wanted=everything, settings=EVERY_FRAME)
     again, same = measure(path, "none is needed", made, everything, EVERY_FRAME)
     assert again["video"] is made["video"]
@@ -241,10 +241,10 @@ def test_encoded_frames_and_sound_as_they_are_staged():
     assert made.dtype == np.float16
     np.testing.assert_array_equal(made, [[1, 2], [0, 0], [3, 4]])
     steps = np.arange(12.0)[:, None]
-    np.testing.assert_array_equal(encode.of_sound(steps, 0.24, 0)["steps"], steps)
+    np.testing.assert_array_equal(encode.of_speech(steps, 0.24, 0)["steps"], steps)
     # 50 steps a second to 10: means of five, and of the two that are left
-    np.testing.assert_array_equal(encode.of_sound(steps, 0.24, 10)["steps"], [[2], [7], [10.5]])
-    assert encode.of_sound(np.zeros((0, 4)), 0.0, 10)["steps"].shape == (0, 4)
+    np.testing.assert_array_equal(encode.of_speech(steps, 0.24, 10)["steps"], [[2], [7], [10.5]])
+    assert encode.of_speech(np.zeros((0, 4)), 0.0, 10)["steps"].shape == (0, 4)
 
 
 def test_streams_of_a_preset_with_encoders(tmp_path):
@@ -253,7 +253,7 @@ def test_streams_of_a_preset_with_encoders(tmp_path):
     text = {s: np.zeros((1, 4), np.float16) for s in clip_features.TEXTS}
     encoded = {
         "image": {"steps": np.ones((frames, 3), np.float16)},
-        "sound": {"steps": np.ones((5, 2), np.float16)},
+        "speech": {"steps": np.ones((5, 2), np.float16)},
     }
     half = dataclasses.replace(LITE, image=presets.Encoding("any", every=2))
     some = clip_features.example(
@@ -303,15 +303,15 @@ def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
     changes = {
         "frames": (7, {"video", "image", "flow"}),
         "steps_per_second": (7, {"audio"}),
-        "max_seconds": (7, {"audio", "flow", "sound"}),
+        "max_seconds": (7, {"audio", "flow", "speech"}),
         "image": (presets.Encoding("a"), {"image"}),
         "flow": (presets.Flow("a", presets.Encoding("a")), {"flow"}),
-        "sound": (presets.Encoding("a"), {"sound"}),
+        "speech": (presets.Encoding("a"), {"speech"}),
         "window": (presets.Window(), {"window"}),
         "text": (presets.Encoding("a"), {"text"}),
         "max_tokens": (7, {"text"}),
         "face": (False, set()),
-        "raw": (True, {"image", "sound", "text"}),
+        "raw": (True, {"image", "speech", "text"}),
         "random": (True, set()),  # the weights' provenance says it
     }
     assert changes.keys() == {f.name for f in dataclasses.fields(presets.Preset)}
@@ -325,7 +325,7 @@ def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
         if provenance.described(f, EVERY_FRAME)
         != provenance.described(f, dataclasses.replace(EVERY_FRAME, max_seconds=7))
     }
-    assert changed == {"video", "audio", "image", "flow", "sound"}, "of every frame, those up to there"
+    assert changed == {"video", "audio", "image", "flow", "speech"}, "of every frame, those up to there"
     assert provenance.described("text", LITE, sha256="abc")["weights"] == {"sha256": "abc"}
     with pytest.raises(AvjaxError, match="preset is 'light'; choose one of lite, open, etg"):
         presets.preset("light")

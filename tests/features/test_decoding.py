@@ -20,7 +20,7 @@ PRESETS = ("lite", "deiii_lite", "open", "avtca_112")
 def measured(clip, preset, tracker, scratch):
     settings = presets.PRESETS[preset]
     instruments = clip_features.Instruments(settings, tracker, Stopwatch(), scratch)
-    wanted = {"image", "flow", "sound"}
+    wanted = {"image", "flow", "speech"}
     made, raw = clip_features.measure(clip, instruments, wanted=wanted)
     assert bool(raw.pictures) == bool(settings.image)
     assert bool(raw.flows) == bool(settings.flow)

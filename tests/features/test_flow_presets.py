@@ -50,7 +50,7 @@ def flowing(tiny, tmp_path_factory):  # noqa: F811
     return {
         "dis": dataclasses.replace(base, flow=presets.Flow("dis", image, side=48)),
         "moved": dataclasses.replace(base, flow=presets.Flow(str(mover), image, side=40, window=2, stride=2)),
-        "grid": dataclasses.replace(base, image=None, face=True, sound=None, flow=presets.Flow("dis", None, side=48)),
+        "grid": dataclasses.replace(base, image=None, face=True, speech=None, flow=presets.Flow("dis", None, side=48)),
     }
 
 
@@ -244,7 +244,7 @@ def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so
     extraction.extract("folder", name, root=str(data), out=str(out), random=True, options=options)
     assert stores.load(out, name).random
     encoded = [
-        r for r in map(_read, (out / "provenance").iterdir()) if r["feature"] in ("image", "flow", "sound", "text")
+        r for r in map(_read, (out / "provenance").iterdir()) if r["feature"] in ("image", "flow", "speech", "text")
     ]
     assert len(encoded) == (3 if name == "emoasst" else 4)
     assert {r["weights"]["sha256"] for r in encoded} == {"random, seed 0"}

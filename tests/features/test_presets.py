@@ -46,8 +46,8 @@ def write_encoders(root, vit, wav2vec2, bert):
     transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(root / "image")
     size = {"height": vit.image_size, "width": vit.image_size}
     (root / "image" / "preprocessor_config.json").write_text(json.dumps({"size": size}))
-    transformers.AutoModel.from_config(wav2vec2).save_pretrained(root / "sound")
-    (root / "sound" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
+    transformers.AutoModel.from_config(wav2vec2).save_pretrained(root / "speech")
+    (root / "speech" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
     transformers.AutoModel.from_config(bert).save_pretrained(root / "text")
     write_tokenizer(root / "text")
 
@@ -65,7 +65,7 @@ def tiny(tmp_path_factory):
     return presets.Preset(
         frames=6,
         image=presets.Encoding(str(root / "image"), pool="first", every=2),
-        sound=presets.Encoding(str(root / "sound"), layer=1, per_second=10),
+        speech=presets.Encoding(str(root / "speech"), layer=1, per_second=10),
         text=presets.Encoding(str(root / "text")),
         max_tokens=32,
     )
@@ -141,7 +141,7 @@ def test_time_and_precision_are_recorded(packed):
     assert all(0 < seconds < timings["seconds"] * 2 for seconds in timings["spent"].values())
     records = [json.loads(p.read_text()) for p in (out / "provenance").iterdir()]
     measured = {r["feature"]: r["measured"] for r in records if "measured" in r}
-    assert measured.keys() == {"image", "sound", "text"}
+    assert measured.keys() == {"image", "speech", "text"}
     for about in measured.values():
         assert about["stored"] == "float16"
         assert 0.99999 < about["cosine_to_float32"]["least"] <= about["cosine_to_float32"]["mean"] <= 1 + 1e-9
@@ -189,7 +189,7 @@ def test_another_encoder_is_added_without_measuring_again(packed, data, preset, 
 
 @pytest.fixture
 def window(tiny, monkeypatch):
-    preset = clip_features.dataclasses.replace(tiny, image=None, sound=None, window=presets.Window(side=16))
+    preset = clip_features.dataclasses.replace(tiny, image=None, speech=None, window=presets.Window(side=16))
     monkeypatch.setitem(presets.PRESETS, "window", preset)
 
 
@@ -290,7 +290,7 @@ def test_kill_while_encoding_loses_nothing(packed, data, preset, tmp_path):
 @pytest.mark.slow
 def test_preset_etg_at_true_size_from_a_local_folder(data, tmp_path, monkeypatch):
     """No network: the three encoders of the paper, of random weights, as a user would put them there."""
-    names = {"image": "vit_b16", "sound": "data2vec_audio", "text": "distilbert"}
+    names = {"image": "vit_b16", "speech": "data2vec_audio", "text": "distilbert"}
     bert = transformers.DistilBertConfig()
     write_encoders(tmp_path, transformers.ViTConfig(), transformers.Data2VecAudioConfig(), bert)
     for feature, name in names.items():

@@ -61,7 +61,7 @@ def spectral(raw, tmp_path_factory):
     torch.manual_seed(0)
     transformers.WhisperModel(shape).save_pretrained(root)
     (root / "preprocessor_config.json").write_text('{"feature_size": 8}')
-    return dataclasses.replace(raw, sound=presets.Encoding(str(root), per_second=10))
+    return dataclasses.replace(raw, speech=presets.Encoding(str(root), per_second=10))
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,10 @@ def test_streams_are_what_the_encoders_read(packed):
 
 
 def test_sound_is_prepared(packed, raw, spectral, data):  # noqa: F811
-    samples = clip_features.audio.read_sound(data / "voice.wav", clip_features.audio.Sampling(max_seconds=0.7))
-    waves, mask = encoder(raw.sound).prepare([samples])
+    samples = clip_features.audio.read_audio(data / "voice.wav", clip_features.audio.Sampling(max_seconds=0.7))
+    waves, mask = encoder(raw.speech).prepare([samples])
     np.testing.assert_array_equal(packed[1]["raw"]["voice"]["audio"], waves[0][:, None])
-    spectra, _ = encoder(spectral.sound).prepare([samples])
+    spectra, _ = encoder(spectral.speech).prepare([samples])
     np.testing.assert_array_equal(packed[1]["spectral"]["voice"]["audio"], spectra[0].T)
     assert mask.all()
     assert waves.std() == pytest.approx(1, abs=1e-3)
@@ -115,7 +115,7 @@ def test_sound_is_prepared(packed, raw, spectral, data):  # noqa: F811
 
 def test_encoders_make_of_stored_inputs_the_features_of_the_preset_that_encodes(packed, raw):
     _, made = packed
-    image, sound, text = (encoder(kind) for kind in (raw.image, raw.sound, raw.text))
+    image, sound, text = (encoder(kind) for kind in (raw.image, raw.speech, raw.text))
     near = {"atol": 2e-3, "rtol": 2e-3}  # features are stored in half precision
     for clip_id, clip in made["raw"].items():
         want = made["encoded"][clip_id]
@@ -124,7 +124,7 @@ def test_encoders_make_of_stored_inputs_the_features_of_the_preset_that_encodes(
             np.testing.assert_allclose(got[clip["video_mask"]], want["video"][want["video_mask"]], **near)
         if len(clip["audio"]):
             got, real = sound(clip["audio"][None, :, 0])
-            means = encode.of_sound(got[real], len(clip["audio"]) / 16000, raw.sound.per_second)["steps"]
+            means = encode.of_speech(got[real], len(clip["audio"]) / 16000, raw.speech.per_second)["steps"]
             np.testing.assert_allclose(means, want["audio"], **near)
         for source, ids in clip["text"].items():
             got = text(ids[None, :, 0])[0][0] if len(ids) else np.zeros((0, 12))
@@ -206,7 +206,7 @@ def test_provenance_tells_inputs_from_features_and_leaves_those_of_before_alone(
         before = provenance.described(feature, dataclasses.replace(raw, raw=False), **weights)
         assert "raw" not in before["settings"]
         now = provenance.described(feature, raw, **weights)
-        inputs = {"raw": True} if feature in ("image", "sound", "text") else {}
+        inputs = {"raw": True} if feature in ("image", "speech", "text") else {}
         assert now == before | {"settings": before["settings"] | inputs}
 
 
@@ -229,15 +229,15 @@ def test_weights_drawn_at_random_prepare_inputs_too(tmp_path):
     made = encode.stages(presets.preset("etg_raw", random=True), store, clock, "x")
     keys = {feature: Key(stage.key, "made-up") for feature, stage in made.items()}
     heard, nothing = Raw(samples=np.sin(np.arange(4000.0)).astype(np.float32)), np.zeros(0, bool)
-    made["sound"].add(encode.Unencoded("c", keys["sound"], heard, nothing))
+    made["speech"].add(encode.Unencoded("c", keys["speech"], heard, nothing))
     made["image"].add(encode.Unencoded("c", keys["image"], Raw(), nothing))
     for stage in made.values():
         stage.close()
-    wave = store.get("c", "sound", keys["sound"])["steps"]
+    wave = store.get("c", "speech", keys["speech"])["steps"]
     assert (wave.shape, wave.dtype) == ((4000, 1), np.float32)
     picture = store.get("c", "image", keys["image"])["steps"]
     assert (picture.shape, picture.dtype) == ((0, 224, 224, 3), np.uint8)
-    record = (tmp_path / "provenance" / f"{made['sound'].key}.json").read_text()
+    record = (tmp_path / "provenance" / f"{made['speech'].key}.json").read_text()
     assert "random, seed 0" in record
 
 
@@ -329,7 +329,7 @@ def test_real_clips_give_the_features_of_the_same_frames(java_sed, tmp_path, mon
     rows = [f"{p.name},{CLASSES[i % 2]}" for i, p in enumerate([*taken, tmp_path / "voice.wav"])]
     (tmp_path / "labels.csv").write_text("\n".join(["file,label", *rows]) + "\n")
     raw = presets.preset("open_raw")
-    sound = dataclasses.replace(raw.sound, per_second=0)
+    sound = dataclasses.replace(raw.speech, per_second=0)
     monkeypatch.setitem(presets.PRESETS, "open_encoded", dataclasses.replace(raw, sound=sound, raw=False))
     inputs, want = (extract(tmp_path, tmp_path / "F", name) for name in ("open_raw", "open_encoded"))
     image, sound, text = (encoder(kind) for kind in (raw.image, sound, raw.text))

@@ -321,14 +321,14 @@ def test_tables(tmp_path):
 
 def test_default_place(tmp_path, monkeypatch):
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path))
-    assert stores.place("mafw") == tmp_path / "features/mafw"
-    assert stores.place("mafw", "~/F").name == "F"
-    assert stores.place("mafw", "~/F").is_absolute()
+    assert stores.path_of("mafw") == tmp_path / "features/mafw"
+    assert stores.path_of("mafw", "~/F").name == "F"
+    assert stores.path_of("mafw", "~/F").is_absolute()
 
 
 def test_folders_do_not_share_a_default_place(monkeypatch):
     monkeypatch.setenv("AVJAX_CACHE", "/somewhere")
-    assert stores.place("mafw") == pathlib.Path("/somewhere/features/mafw")
-    assert stores.place("folder", "F") == pathlib.Path("F")
+    assert stores.path_of("mafw") == pathlib.Path("/somewhere/features/mafw")
+    assert stores.path_of("folder", "F") == pathlib.Path("F")
     with pytest.raises(AvjaxError, match="no feature store named"):
-        stores.place("folder")
+        stores.path_of("folder")

@@ -66,7 +66,7 @@ def loudest_hertz(samples: np.ndarray) -> float:
 )
 def test_any_sound_comes_at_16_khz_mono(tmp_path, name, rate, codec, format, channels):
     tone = np.tile(sine(440, 2.0, rate), (channels, 1))
-    samples = audio.read_sound(write(tmp_path / name, tone, rate, codec, format))
+    samples = audio.read_audio(write(tmp_path / name, tone, rate, codec, format))
     assert samples.dtype == np.float32
     assert len(samples) / RATE == pytest.approx(2.0, abs=0.06)  # lossy codecs pad to whole frames
     assert loudest_hertz(samples) == pytest.approx(440, abs=1)
@@ -78,73 +78,73 @@ def test_any_sound_comes_at_16_khz_mono(tmp_path, name, rate, codec, format, cha
 def test_not_a_sample_is_lost_at_the_end(tmp_path):
     tone = np.zeros(48000, np.float32)
     tone[-4800:] = sine(440, 0.1, 48000)
-    samples = audio.read_sound(write(tmp_path / "late.wav", tone, 48000))
+    samples = audio.read_audio(write(tmp_path / "late.wav", tone, 48000))
     assert len(samples) == RATE
     assert np.abs(samples[-100:]).max() > 0.4
 
 
 def test_stereo_is_mixed_down(tmp_path):
     tone = sine(300, 1.0)
-    opposite = audio.read_sound(write(tmp_path / "opposite.wav", np.stack([tone, -tone]), RATE))
+    opposite = audio.read_audio(write(tmp_path / "opposite.wav", np.stack([tone, -tone]), RATE))
     assert np.abs(opposite).max() < 1e-3
 
 
 def test_a_part(tmp_path):
     path = write(tmp_path / "two.wav", np.concatenate([sine(300, 5.0), sine(800, 5.0)]), RATE)
-    part = audio.read_sound(path, start=4.0, end=6.0)
-    whole = audio.read_sound(path)
+    part = audio.read_audio(path, start=4.0, end=6.0)
+    whole = audio.read_audio(path)
     np.testing.assert_allclose(part, whole[4 * RATE : 6 * RATE], atol=1e-6)
-    assert len(audio.read_sound(path, audio.Sampling(max_seconds=1.5))) == 1.5 * RATE
-    assert len(audio.read_sound(path, audio.Sampling(max_seconds=3.0), start=9.5)) == 0.5 * RATE
-    assert len(audio.read_sound(path, audio.Sampling(max_seconds=3.0), start=1.0, end=1.25)) == 0.25 * RATE
+    assert len(audio.read_audio(path, audio.Sampling(max_seconds=1.5))) == 1.5 * RATE
+    assert len(audio.read_audio(path, audio.Sampling(max_seconds=3.0), start=9.5)) == 0.5 * RATE
+    assert len(audio.read_audio(path, audio.Sampling(max_seconds=3.0), start=1.0, end=1.25)) == 0.25 * RATE
 
 
 def test_another_rate(tmp_path):
     path = write(tmp_path / "two.wav", np.concatenate([sine(300, 2.0, 44100), sine(800, 2.0, 44100)]), 44100)
-    whole = audio.read_sound(path, audio.Sampling(22050))
+    whole = audio.read_audio(path, audio.Sampling(22050))
     assert whole.dtype == np.float32
     assert len(whole) == pytest.approx(4 * 22050, abs=32)
-    part = audio.read_sound(path, audio.Sampling(22050), start=1.5, end=3.0)
+    part = audio.read_audio(path, audio.Sampling(22050), start=1.5, end=3.0)
     assert len(part) == 1.5 * 22050
     np.testing.assert_allclose(part[2000:], whole[33075 : 33075 + len(part)][2000:], atol=1e-3)
     tones = [np.abs(np.fft.rfft(half)).argmax() * 22050 / len(half) for half in (whole[:44100], whole[44100:])]
     np.testing.assert_allclose(tones, [300, 800], atol=1)
-    assert len(audio.read_sound(path, audio.Sampling(8000, 1.0))) == 8000
+    assert len(audio.read_audio(path, audio.Sampling(8000, 1.0))) == 8000
 
 
 def test_two_rates_are_of_one_pass_and_as_each_alone(tmp_path, monkeypatch):
     path = write(tmp_path / "noise.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 4 * 44100), 44100)
     samplings = [audio.Sampling(max_seconds=1.0), audio.Sampling(22050)]
-    alone = [audio.read_sound(path, sampling, start=0.5) for sampling in samplings]
+    alone = [audio.read_audio(path, sampling, start=0.5) for sampling in samplings]
     decoded = clips.count_decoding(monkeypatch)
-    both = audio.read_sounds(path, samplings, start=0.5)
+    both = audio.read_audios(path, samplings, start=0.5)
     assert decoded["audio passes"] == 1
     assert [len(samples) for samples in both] == [RATE, 3.5 * 22050]
     for one, other in zip(alone, both, strict=True):
         np.testing.assert_array_equal(one, other)
     with pytest.raises(UnusableMedia, match="no sound can be decoded between 9 s and the end"):
-        audio.read_sound(path, start=9.0)
-    assert [len(samples) for samples in audio.read_sounds(path, samplings, start=9.0)] == [0, 0]
+        audio.read_audio(path, start=9.0)
+    assert [len(samples) for samples in audio.read_audios(path, samplings, start=9.0)] == [0, 0]
 
 
 def test_sound_that_begins_late_stays_on_the_clock(tmp_path):
     path = write(tmp_path / "late.mkv", sine(440, 1.0), RATE, begin=0.7, picture=True)
-    samples = audio.read_sound(path)
+    samples = audio.read_audio(path)
     begin = np.flatnonzero(np.abs(samples) > 0.1)[0] / RATE
     assert begin == pytest.approx(0.7, abs=0.01)
-    np.testing.assert_array_equal(audio.read_sound(path, start=0.5), samples[RATE // 2 :])
+    np.testing.assert_array_equal(audio.read_audio(path, start=0.5), samples[RATE // 2 :])
 
 
 def test_overshoot_is_clipped(tmp_path):
     loud = write(tmp_path / "loud.mkv", np.sign(sine(200, 1.0)) * 1.5, RATE, "pcm_f32le", "fltp")
-    samples = audio.read_sound(loud)
+    samples = audio.read_audio(loud)
     assert np.abs(samples).max() == 1.0
 
 
 def test_not_a_number_is_silence(tmp_path):
     tone = sine(200, 1.0)
     tone[100:200] = np.nan
-    samples = audio.read_sound(write(tmp_path / "nan.mkv", tone, RATE, "pcm_f32le", "fltp"))
+    samples = audio.read_audio(write(tmp_path / "nan.mkv", tone, RATE, "pcm_f32le", "fltp"))
     assert np.all(np.isfinite(samples))
 
 
@@ -153,14 +153,14 @@ def test_damage_in_the_middle_costs_little(tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 600] = np.random.default_rng(0).bytes(600)
     path.write_bytes(data)
-    assert len(audio.read_sound(path)) / RATE > 3.5
+    assert len(audio.read_audio(path)) / RATE > 3.5
 
 
 def test_a_stream_that_changes_its_channels_is_read_on(tmp_path):
     parts = [write(tmp_path / f"{n}.mp3", np.tile(sine(440, 1.0, 44100), (n, 1)), 44100, "mp3", "fltp") for n in (1, 2)]
     path = tmp_path / "joined.mp3"
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    samples = audio.read_sound(path)
+    samples = audio.read_audio(path)
     assert len(samples) / RATE == pytest.approx(2.0, abs=0.3)
     assert np.sqrt(np.mean(samples[-RATE // 2 : -RATE // 4] ** 2)) > 0.3
 
@@ -169,9 +169,9 @@ def test_no_sound_is_unusable(tmp_path):
     for name, content in {"empty.wav": b"", "noise.mp3": np.random.default_rng(0).bytes(5000)}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnusableMedia):
-            audio.read_sound(tmp_path / name)
+            audio.read_audio(tmp_path / name)
     with pytest.raises(UnusableMedia, match="no sound can be decoded between 2 s and the end"):
-        audio.read_sound(write(tmp_path / "short.wav", sine(100, 0.5), RATE), start=2.0)
+        audio.read_audio(write(tmp_path / "short.wav", sine(100, 0.5), RATE), start=2.0)
 
 
 def test_a_silent_film_has_no_sound(tmp_path):
@@ -181,7 +181,7 @@ def test_a_silent_film_has_no_sound(tmp_path):
         container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
         container.mux(stream.encode())
     with pytest.raises(UnusableMedia, match="no audio stream"):
-        audio.read_sound(tmp_path / "film.mp4")
+        audio.read_audio(tmp_path / "film.mp4")
 
 
 def test_levels_are_those_of_full_scale():
@@ -293,7 +293,7 @@ def test_noise_has_no_pitch():
 
 def test_real_speech(java_sed):
     paths = sorted((java_sed / "mp4").glob("*.mp4"))[::12]
-    results = {p.stem: audio.prosody(audio.analyse(audio.read_sound(p))) for p in paths}
+    results = {p.stem: audio.prosody(audio.analyse(audio.read_audio(p))) for p in paths}
     women = [r.f0_median_hz for name, r in results.items() if name[:2] in ("01", "02")]
     men = [r.f0_median_hz for name, r in results.items() if name[:2] in ("06", "07")]
     assert np.median(women) > np.median(men) * 1.3

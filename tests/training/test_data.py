@@ -44,7 +44,7 @@ def obtain(**changes) -> str:
 
 def test_demo_corpus_stands_in_where_nothing_is_named_or_found(home, asked):
     output = obtain()
-    root = corpus.place()
+    root = corpus.folder()
     assert asked == ["demo", ("demo", str(root), str(root / "features"))]
     assert "demo corpus (synthetic), not MAFW" in output
     assert "--config.data.root" in output

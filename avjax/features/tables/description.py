@@ -122,17 +122,18 @@ class Description:
       files: name → `File`.
       streams: one of `STREAMS` → references that are put side by side: "file:column" or "file:first..last", columns of
         numbers, or arrays (rows, d) of one step or (rows, steps, d).
-      facts: one of `FACTS` → `Fact`; `dialogue` and `turn` come together, and `label` must be there or `values`.
+      facts: one of `FACTS` → `Fact`; `dialogue` and `turn` come together, and either `label` or `targets` is given.
       splits: pairs of the word in file names and train, val or test.
-      values: name → `Fact`, or pairs, numbers in the place of `label`; task: what they are (`avjax.tasks`),
-        "regression", "multilabel" (1 or 0) or "soft" (shares or votes).
+      targets: name → `Fact`, or pairs; numbers instead of `label`.
+      task: the task of the targets (`avjax.tasks`): "regression", "multilabel" (1 or 0) or "soft" (proportions or
+        votes).
     """
 
     files: Mapping[str, File]
     streams: Mapping[str, tuple[str, ...]]
     facts: Mapping[str, Fact]
     splits: tuple[tuple[str, str], ...] = ()
-    values: Mapping[str, Fact] = dataclasses.field(default_factory=dict)
+    targets: Mapping[str, Fact] = dataclasses.field(default_factory=dict)
     task: str = "regression"
 
     @classmethod
@@ -146,16 +147,16 @@ class Description:
             entries = dict(plain)
             files = {name: File(**entry) for name, entry in entries.pop("files").items()}
             facts = {name: Fact(**entry) for name, entry in entries.pop("facts", {}).items()}
-            values = {name: Fact(**entry) for name, entry in dict(entries.pop("values", {})).items()}
-            description = cls(files, dict(entries.pop("streams")), facts, values=values, **entries)
+            targets = {name: Fact(**entry) for name, entry in dict(entries.pop("targets", {})).items()}
+            description = cls(files, dict(entries.pop("streams")), facts, targets=targets, **entries)
         except (TypeError, KeyError) as error:
             raise AvjaxError(f"tables: {error} does not fit; see avjax.features.tables.join.Description") from error
         _known("streams", description.streams, STREAMS)
         _known("facts", facts, FACTS)
         _known("formats", filter(None, (file.format for file in files.values())), [*filter(None, FORMATS)])
         _known("task", [description.task], labels.NUMBERS)
-        if ("label" in facts) == bool(values) or not description.streams:
-            raise AvjaxError("tables: expected a stream, and the fact label or values, not both")
+        if ("label" in facts) == bool(targets) or not description.streams:
+            raise AvjaxError("tables: expected a stream, and the fact label or targets, not both")
         if ("dialogue" in facts) != ("turn" in facts):
             raise AvjaxError("tables: expected the facts dialogue and turn both or neither")
         if odd := [name for name, file in files.items() if "{key}" in file.path and file.key]:
@@ -167,7 +168,7 @@ class Description:
     def used(self) -> list[str]:
         """The files that streams and facts are read from; an entry that no reference names is not opened."""
         references = [r for each in self.streams.values() for r in each]
-        references += [fact.of for fact in (*self.facts.values(), *self.values.values()) if fact.of != "key"]
+        references += [fact.of for fact in (*self.facts.values(), *self.targets.values()) if fact.of != "key"]
         return list(dict.fromkeys(r.partition(":")[0] for r in references))
 
     def paths(self, name: str) -> dict[str, str]:

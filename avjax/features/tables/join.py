@@ -3,8 +3,8 @@ r"""Features that somebody else has measured: tables of them → a corpus and on
 A configuration describes them under `tables` (`Description`), in plain values:
 
     "tables": {
-        "files": {"face": {"path": "face.csv", "key": "name"}, "sound": {"path": "sound_{split}.npz", "key": "id"}},
-        "streams": {"video": ("face:AU01_r..AU45_c",), "audio": ("sound:mfcc",)},
+        "files": {"face": {"path": "face.csv", "key": "name"}, "voice": {"path": "voice_{split}.npz", "key": "id"}},
+        "streams": {"video": ("face:AU01_r..AU45_c",), "audio": ("voice:mfcc",)},
         "facts": {"label": {"of": "face:emotion"}, "speaker": {"of": "key", "pattern": r"(\d+)_.*"}},
         "splits": (("train", "train"), ("dev", "val"), ("test", "test"))}
 
@@ -48,7 +48,7 @@ def obtain(settings: Settings) -> stores.Features:
     Raises:
       AvjaxError: no data are there and no store either, or see `make`.
     """
-    place = stores.place(settings.dataset, settings.data.features)
+    place = stores.path_of(settings.dataset, settings.data.features)
     root = assets.data_root(settings.dataset, settings.data.root)
     if root.is_dir():
         make(settings.dataset, settings.preset, Description.of(settings.tables), root, place)
@@ -178,8 +178,8 @@ def read(name: str, description: Description, root: Path) -> tuple[Corpus, list[
 
 
 def _task(description: Description, clips: Sequence[Clip]) -> Task:
-    if description.values:
-        return Task(description.task, tuple(description.values))
+    if description.targets:
+        return Task(description.task, tuple(description.targets))
     named = tuple(dict.fromkeys(name for _, name in description.facts["label"].names))
     return Task("single", named or tuple(sorted({c.label for c in clips})))
 
@@ -194,8 +194,8 @@ def _clip(description: Description, tables: Mapping[str, _Table], key: str) -> t
     if broken := [table.broken[key] for table in tables.values() if key in table.broken]:
         return None, broken[0]
     facts, reason = _facts(description, tables, key)
-    if not reason and description.values:
-        facts["label"], reason = _values(description, tables, key)
+    if not reason and description.targets:
+        facts["label"], reason = _targets(description, tables, key)
     if reason:
         return None, reason
     split, turn = facts["split"], facts.get("turn")
@@ -209,8 +209,8 @@ def _clip(description: Description, tables: Mapping[str, _Table], key: str) -> t
     return Clip(path=Path(), **facts), ""
 
 
-def _values(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[tuple[float, ...], str]:
-    found = {name: _fact(fact, tables, key) for name, fact in description.values.items()}
+def _targets(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[tuple[float, ...], str]:
+    found = {name: _fact(fact, tables, key) for name, fact in description.targets.items()}
     if reasons := [f"{name} {reason}" for name, (_, reason) in found.items() if reason]:
         return (), reasons[0]
     return labels.numbers(description.task, {name: text for name, (text, _) in found.items()})
