@@ -233,7 +233,7 @@ _sha256 = functools.lru_cache(8)(sha256)
 def _picture(clip: Clip) -> dict[str, object]:
     times, black, light = [], 0, False
     with video.opened(clip.path) as container:
-        stream = video.picture(container)
+        stream = video.video_stream(container)
         if stream is None:
             raise UnusableMedia("no video stream")
         for time, frame in _part(clip, container, stream):
@@ -282,7 +282,7 @@ def _sound(clip: Clip) -> dict[str, object]:
             rate = frame.rate
         stated = _stated(clip, container, streams[0])
     if not count:
-        raise UnusableMedia(f"no sound can be decoded{video.within(clip.start or 0.0, clip.end)}")
+        raise UnusableMedia(f"no audio can be decoded{video.within(clip.start or 0.0, clip.end)}")
     share = {"peak": round(peak, 6), "full": full / count, "speaks": speaks, "rate": rate}
     return share | {"sound": (begin, over), "sound_stated": stated}
 
@@ -324,7 +324,7 @@ def _shows_face(clip: Clip, tracker: "FaceTracker | None") -> bool:
     try:
         for blocks in video.passes(clip.path, chosen, start=clip.start or 0.0, end=clip.end):
             images = (image[None] for _, frames in blocks for image in frames.images)
-            if any(tracker.track(video.Frames(image, np.zeros(1))).found[0] for image in images):
+            if any(tracker.track(video.Frames(image, np.zeros(1))).present[0] for image in images):
                 return True
     except UnusableMedia:
         pass

@@ -34,7 +34,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
 
 def test_a_pile_gives_back_in_blocks_what_was_put_on_it_in_others(tmp_path):
     rows = np.arange(60, dtype=np.float16).reshape(10, 3, 2)
-    pile = spool.Spool.begun(tmp_path / "new", (3, 2), "float16")
+    pile = spool.Spool.create(tmp_path / "new", (3, 2), "float16")
     assert list(pile.blocks(4)) == []
     for part in (rows[:1], rows[:0], rows[1:7], rows[7:]):
         pile.add(part)
@@ -48,7 +48,7 @@ def test_a_pile_gives_back_in_blocks_what_was_put_on_it_in_others(tmp_path):
 
 
 def test_a_pile_that_nobody_discards_is_swept_away(tmp_path):
-    spool.Spool.begun(tmp_path / "room", (1,), "uint8").add(np.ones((3, 1)))
+    spool.Spool.create(tmp_path / "room", (1,), "uint8").add(np.ones((3, 1)))
     with storage.only_writer(tmp_path, "wait"):
         assert not list((tmp_path / "room").iterdir())
 

@@ -153,6 +153,7 @@ def read(name: str, description: Description, root: Path) -> tuple[Corpus, list[
 
     Returns:
       the corpus (clips in the order of their keys in the files), and the streams of each clip.
+
     Raises:
       AvjaxError: a file is missing, cannot be read or has no such column, a key stands in it twice, two clips have one
         id or one turn, or no row can be used.

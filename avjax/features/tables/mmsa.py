@@ -18,6 +18,7 @@ def mmsa(path: Path) -> dict[str, list]:
       id ("video$_$clip"), part ("train", "valid", "test"), raw_text, text (steps, 768), audio (steps, 74), vision
       (steps, 35), regression_labels, and what else all parts have; of an unaligned file also audio_lengths and
       vision_lengths in steps. Arrays are those of the file, not copies.
+
     Raises:
       AvjaxError: as `pickles.load`; or a part or a column is missing, columns are of unequal length, or an id is none.
     """

@@ -41,9 +41,11 @@ def read(labels: Path) -> dict[str, list]:
 
     Args:
       labels: CMU_MOSEI_Labels.csd; the other files stand beside it.
+
     Returns:
       id ("video$_$n", n from 0 in the order of time), part ("train", "valid", "test", "" in none), raw_text, sentiment,
       the `EMOTIONS`, 0 to 3, and text, audio and vision (steps, d) float32.
+
     Raises:
       AvjaxError: a file is missing or of another layout.
     """

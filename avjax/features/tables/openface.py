@@ -22,6 +22,7 @@ def openface(path: Path) -> dict[str, np.ndarray]:
       timestamp (t,) seconds, confidence (t,), au (t, 17) intensities of `UNITS`, present (t, 18) of `PRESENT`, pose
       (t, 6): mm and radians; mask (t,): success, a confidence of 0.5 and more, and no value that is no finite number
       (such values are 0). Frames without a row of that face are no steps.
+
     Raises:
       AvjaxError: it is no table, has no frame, or lacks a column.
     """

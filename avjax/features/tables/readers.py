@@ -21,9 +21,11 @@ def load(path: Path, header: bool = True) -> object:
 
     Args:
       header: whether the first line of a CSV file names the columns.
+
     Returns:
       of CSV column → texts; of .npz, .h5 and pickles what is in them; of an .npy, and of a folder of such for each
       frame, "value" → (steps, d).
+
     Raises:
       AvjaxError: its ending is none of these, or it cannot be read.
     """
