@@ -253,7 +253,7 @@ def test_a_new_clip_is_predicted_from_the_features_of_training(packed, data, pre
     ids = stores.load(out, "tiny").ids
     for clip_id, row in zip(("voice", "faceless"), predictions, strict=True):
         want = stored[ids.index(clip_id)]
-        np.testing.assert_allclose(list(row.predictions.values()), want, atol=1e-6)
+        np.testing.assert_allclose(list(row.answers.values()), want, atol=1e-6)
 
 
 KILLED = """

@@ -34,9 +34,9 @@ def test_the_six_formats_of_the_figure():
 
 
 def test_a_man():
-    found = prompt_templates.prompts("anger", TRANSCRIPT, "Ross", "male")
-    assert found[1] == "A anger man is speaking."
-    assert found[3] == "He is saying “Oh, me too.” with a anger emotion."
+    texts = prompt_templates.prompts("anger", TRANSCRIPT, "Ross", "male")
+    assert texts[1] == "A anger man is speaking."
+    assert texts[3] == "He is saying “Oh, me too.” with a anger emotion."
 
 
 def test_what_is_unknown_leaves_no_gap():
@@ -97,11 +97,11 @@ def words_of(text: str) -> int:
 def test_words_are_left_out_at_the_end_until_all_prompts_fit():
     long = " ".join(f"w{i}" for i in range(50))
     # "They are saying “…” with a joy emotion." has eight words beside those said: more than any other.
-    found = prompts.fitted(clip_saying(long), words_of, 20)
+    texts = prompts.fitted(clip_saying(long), words_of, 20)
     kept = " ".join(f"w{i}" for i in range(13))
-    assert found == prompt_templates.prompts("joy", kept, "Phoebe")
-    assert max(map(words_of, found)) == 20
-    assert prompts.fitted(clip_saying(kept), words_of, 20) == found
+    assert texts == prompt_templates.prompts("joy", kept, "Phoebe")
+    assert max(map(words_of, texts)) == 20
+    assert prompts.fitted(clip_saying(kept), words_of, 20) == texts
     assert prompts.fitted(clip_saying(None), words_of, 20) == prompt_templates.prompts("joy", None, "Phoebe")
     assert prompts.fitted(clip_saying(long), words_of, 3) == prompt_templates.prompts("joy", None, "Phoebe")
 
@@ -114,9 +114,9 @@ def test_labels_and_the_end_token_stay_within_the_limit_of_encoders(preset, rand
     encoder = encoding.Loader(random)(settings.text)
     long, limit = "supercalifragilistic " * 90, settings.max_tokens
     _, *joy, end = encoder.tokenize(["joy"])[0][0].tolist()
-    found = prompts.fitted(clip_saying(long), prompts._counter(encoder), limit)
-    assert "supercalifragilistic" in found[3]
-    rows = [row[real].tolist() for row, real in zip(*encoder.tokenize(found, limit), strict=True)]
+    texts = prompts.fitted(clip_saying(long), prompts._counter(encoder), limit)
+    assert "supercalifragilistic" in texts[3]
+    rows = [row[real].tolist() for row, real in zip(*encoder.tokenize(texts, limit), strict=True)]
     assert max(map(len, rows)) <= limit
     for row in rows:
         assert row[-1] == end
@@ -203,22 +203,22 @@ def attached(features, **more):
 
 def test_features_get_prompts_utterances_and_classes(encoder):
     features = talking()
-    found = attached(features)
-    assert found.arrays["prompts"].shape == (6, 6, 3)
-    assert found.masks["prompts"].all()
+    result = attached(features)
+    assert result.arrays["prompts"].shape == (6, 6, 3)
+    assert result.masks["prompts"].all()
     for i, clip in enumerate(features.clips):
         texts = prompt_templates.prompts(clip.label, clip.transcript, clip.speaker, clip.gender)
-        np.testing.assert_array_equal(found.arrays["prompts"][i], np.stack([mean(t) for t in texts]))
-    assert found.sentences["utterance"] == ["Oh, me too.", "", "No!", "", "", ""]
-    assert found.masks["text_utterance"].tolist() == [[True], [False], [True], [False], [False], [False]]
+        np.testing.assert_array_equal(result.arrays["prompts"][i], np.stack([mean(t) for t in texts]))
+    assert result.sentences["utterance"] == ["Oh, me too.", "", "No!", "", "", ""]
+    assert result.masks["text_utterance"].tolist() == [[True], [False], [True], [False], [False], [False]]
     nothing = np.zeros(3)
     spoken = [mean("Oh, me too."), nothing, mean("No!"), nothing, nothing, nothing]
-    np.testing.assert_array_equal(found.arrays["text_utterance"][:, 0], spoken)
-    for name, row in zip(features.classes, found.constants["classes"], strict=True):
+    np.testing.assert_array_equal(result.arrays["text_utterance"][:, 0], spoken)
+    for name, row in zip(features.classes, result.constants["classes"], strict=True):
         both = np.mean([unit(mean(t)) for t in prompt_templates.of_class(name)], 0)
         np.testing.assert_allclose(row, unit(both), atol=1e-6)
-    assert all(v.dtype == np.float32 for v in (found.arrays["prompts"], found.constants["classes"]))
-    assert features.arrays.keys() < found.arrays.keys()
+    assert all(v.dtype == np.float32 for v in (result.arrays["prompts"], result.constants["classes"]))
+    assert features.arrays.keys() < result.arrays.keys()
     assert "prompts" not in features.arrays, "what is given stays as it is"
 
 
@@ -238,14 +238,14 @@ def test_each_text_is_encoded_once_and_kept(encoder, tmp_path):
 
 
 def test_utterances_of_new_clips_are_those_of_the_data(encoder):
-    found = talking()
-    full, alone = attached(found), prompts.attach_utterances(found, "lite", False, Console(quiet=True))
+    features = talking()
+    full, alone = attached(features), prompts.attach_utterances(features, "lite", False, Console(quiet=True))
     name = f"text_{prompts.UTTERANCE}"
-    assert alone.arrays.keys() == found.arrays.keys() | {name}
+    assert alone.arrays.keys() == features.arrays.keys() | {name}
     np.testing.assert_array_equal(alone.arrays[name], full.arrays[name])
     np.testing.assert_array_equal(alone.masks[name], full.masks[name])
-    assert alone.sentences[prompts.UTTERANCE] == [clip.transcript or "" for clip in found.clips]
-    silent = dataclasses.replace(found, clips=[dataclasses.replace(c, transcript=None) for c in found.clips])
+    assert alone.sentences[prompts.UTTERANCE] == [clip.transcript or "" for clip in features.clips]
+    silent = dataclasses.replace(features, clips=[dataclasses.replace(c, transcript=None) for c in features.clips])
     assert not prompts.attach_utterances(silent, "lite", False, Console(quiet=True)).masks[name].any()
 
 
@@ -282,8 +282,8 @@ def test_real_prompts_tell_the_classes_apart(monkeypatch, tmp_path):
     names = ("anger", "joy", "sadness")
     made = talking()
     clips = [dataclasses.replace(c, label=names[y]) for c, y in zip(made.clips, made.label, strict=True)]
-    found = attached(dataclasses.replace(made, classes=names, clips=clips))
-    vectors = found.arrays["prompts"] / np.linalg.norm(found.arrays["prompts"], axis=-1, keepdims=True)
-    nearest = (vectors @ found.constants["classes"].T).argmax(-1)
+    result = attached(dataclasses.replace(made, classes=names, clips=clips))
+    vectors = result.arrays["prompts"] / np.linalg.norm(result.arrays["prompts"], axis=-1, keepdims=True)
+    nearest = (vectors @ result.constants["classes"].T).argmax(-1)
     assert np.mean(nearest == made.label[:, None]) > 0.9
-    assert found.arrays["text_utterance"].shape == (6, 1, 384)
+    assert result.arrays["text_utterance"].shape == (6, 1, 384)

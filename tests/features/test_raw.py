@@ -183,10 +183,10 @@ def test_a_prediction_uses_the_same_streams(packed, raw):
     loaded = stores.load(out, "raw")
     run = types.SimpleNamespace(dataset="folder", task="single", classes=CLASSES, text_source="both")
     asked = [dict(made["raw"][clip_id]) for clip_id in loaded.ids]
-    found = prediction._features(run, loaded.clips, asked)
+    features = prediction._features(run, loaded.clips, asked)
     for name, array in loaded.arrays.items():
-        np.testing.assert_array_equal(found.arrays[name], array, err_msg=name)
-        np.testing.assert_array_equal(found.masks[name], loaded.masks[name], err_msg=name)
+        np.testing.assert_array_equal(features.arrays[name], array, err_msg=name)
+        np.testing.assert_array_equal(features.masks[name], loaded.masks[name], err_msg=name)
 
 
 def test_what_is_staged_is_not_staged_again_whatever_encoders_compute_in(packed, raw, data, monkeypatch):  # noqa: F811
@@ -252,10 +252,10 @@ def test_gradients_reach_the_params_of_an_encoder_from_stored_images(packed, raw
         steps, _ = image.module.apply({"params": params}, frames, jnp.asarray(clip["video_mask"]))
         return jnp.sum(steps[:, 0, 0])
 
-    found = slope(image.params)
-    kernel = np.asarray(found["patches"]["kernel"])
+    gradients = slope(image.params)
+    kernel = np.asarray(gradients["patches"]["kernel"])
     assert np.abs(kernel).max() > 1e-6
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 def resident(packed, preset, standardise="none"):

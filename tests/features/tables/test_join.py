@@ -32,7 +32,7 @@ IDS = tuple(f"s{i % 2}_{i}" for i in range(4))
 
 
 def changed(where: str = "", **entries):
-    """`PLAIN` with entries put in at a dotted place."""
+    """Returns `PLAIN` with entries added at a dotted key."""
     plain = json.loads(json.dumps(PLAIN))
     at = plain
     for part in filter(None, where.split(".")):
@@ -247,7 +247,7 @@ def test_descriptions_that_do_not_fit_are_clear_errors(root, where, entries, mes
         join.make("mine", "tables", join.Description.of(changed(where, **entries)), root, root / "F")
 
 
-def test_two_turns_at_one_place_are_an_error(tmp_path):
+def test_two_equal_turns_are_an_error(tmp_path):
     plain = conversation(tmp_path)
     plain["facts"]["turn"] = {"of": "words:said", "pattern": r".*_.*?(\d)"}
     np.savez(tmp_path / "words_eval.npz", words=np.ones((1, 3, 2)), said=np.array(["d1_2"]), score=np.ones(1))
@@ -378,7 +378,7 @@ def test_mmmo_beats_the_majority_with_masked_padding(cache):
     assert scores["audio+video"] > 0.55
 
 
-def test_without_data_and_without_a_store_it_says_where_to_look(cache, monkeypatch):
+def test_without_data_and_without_a_store_the_error_names_the_folder(cache, monkeypatch):
     monkeypatch.setenv("AVJAX_DATA", str(cache))
     with pytest.raises(AvjaxError, match=r"mmmo: no such folder; set --config\.data\.root"):
         obtained(configs.settings("configs/mmmo.py"))
