@@ -215,7 +215,7 @@ def _movement(
 
 
 def _affine(head: np.ndarray, aspect: float, size: int) -> np.ndarray:
-    """Returns the transformation (2, 3) for `head` = pixels right and down, degrees, zoom; `aspect` scales the width."""
+    """Returns the transformation (2, 3) for `head` = pixels right and down, degrees, zoom; `aspect` scales width."""
     import cv2
 
     dx, dy, degrees, zoom = head
