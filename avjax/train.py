@@ -87,14 +87,14 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
     folds, folds_name = protocol.folds(features, settings.protocol)
     model = models.build(settings.model, len(features.classes), features.task)
     plan = lane_plans.plan(features, folds, settings.train.seeds, settings.protocol, model.turns)
-    place = sharding.place(settings, len(plan.names))
+    placement = sharding.placement(settings, len(plan.names))
     protocol_text = protocol.protocol_text(folds_name, plan, settings.protocol, model, features.random)
     protocol_text += predictor.described(model, plan, getattr(settings.model, "settings", {}))
-    clips = streamed_batches.choose(features, settings, model.constants, place)
+    clips = streamed_batches.choose(features, settings, model.constants, placement)
     streamed = isinstance(clips, streamed_batches.Streamed)
     loop.check_streams(model, clips.resident(np.arange(1)) if streamed else clips, settings.preset)
     if dry:
-        dry_run.show(model, settings, place, plan, clips, console)
+        dry_run.show(model, settings, placement, plan, clips, console)
         return None
 
     # ---- Run directory --------------------------------------------------------------------------------------------
@@ -115,15 +115,15 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
 
         # ---- State ------------------------------------------------------------------------------------------------
         if streamed:
-            trainer = streamed_loop.make(model, settings, workdir, say, place, cli.stop_requested)
+            trainer = streamed_loop.make(model, settings, workdir, say, placement, cli.stop_requested)
         else:
-            trainer = loop.make(model, settings, place)
-        lanes = place.put_lanes(plan.lanes)
+            trainer = loop.make(model, settings, placement)
+        lanes = placement.put_lanes(plan.lanes)
         state = trainer.init(lanes, clips)
-        if place.mesh:
-            sharding.check(state, place.of_state(state))
+        if placement.mesh:
+            sharding.check(state, placement.of_state(state))
         size = sum(v.size for v in jax.tree.leaves(state.params)) // len(plan.names)
-        say(f"{len(plan.names)} lanes of {size:,} parameters on {sharding.described(place)}"
+        say(f"{len(plan.names)} lanes of {size:,} parameters on {sharding.described(placement)}"
             + (", streamed" if streamed else ""))  # fmt: skip
 
         # ---- Epochs -----------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
             log = run_directory.Log(workdir, done, multihost.is_writer())
             if done:
                 say(f"going on after epoch {done}")
-            while done < settings.train.epochs and not place.read(state.stopped).all():
+            while done < settings.train.epochs and not placement.read(state.stopped).all():
                 cli.heed_interrupts()
                 start = time.perf_counter()
                 multihost.reached(f"epoch {done + 1}")
@@ -153,7 +153,7 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
         # ---- Test and report --------------------------------------------------------------------------------------
         logits = jax.device_get(trainer.predict(state, lanes, clips))
         cli.heed_interrupts()
-        state, clips = place.read(state), streamed_batches.on_one_device(clips)
+        state, clips = placement.read(state), streamed_batches.on_one_device(clips)
         if multihost.is_writer():
             trained = finish_run.Trained(settings, model, features, plan, clips, state, logits, log.rows, protocol_text)
             epath.Path(workdir / streamed_loop.FOLDER).rmtree(missing_ok=True)

@@ -185,8 +185,8 @@ def _demo_corpus() -> tuple[str, str]:
 
     from avjax.demo import corpus
 
-    corpus.make(corpus.place(), Console())
-    return "demo", str(corpus.place())
+    corpus.make(corpus.folder(), Console())
+    return "demo", str(corpus.folder())
 
 
 def startup(out: Path) -> None:

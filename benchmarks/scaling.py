@@ -214,8 +214,8 @@ def compiled(case: Case, preset: str, clips: int) -> dict[str, Any]:
     lanes = count if preset == "lanes" else 1
     batch = clips * count // lanes
     config = configs.settings(case.config, **case.settings, mesh__preset=preset, train__batch_size=batch)
-    model, place = models.build(config.model, CLASSES), sharding.place(config, lanes)
-    step = compile_step(model, config, place, _plan(lanes), _clips(case, config, model))
+    model, placement = models.build(config.model, CLASSES), sharding.placement(config, lanes)
+    step = compile_step(model, config, placement, _plan(lanes), _clips(case, config, model))
     return {
         "preset": preset,
         "devices": count,
@@ -252,7 +252,7 @@ def _pretrained(config: Settings) -> dict[str, Any]:
     """The shapes of the encoders' weights."""
     preset = presets.preset(config.preset)
     out = {}
-    for stream, encoding in {"video": preset.image, "audio": preset.sound, "text": preset.text}.items():
+    for stream, encoding in {"video": preset.image, "audio": preset.speech, "text": preset.text}.items():
         family, module, _ = encoders.architecture(encoding.source, layer=encoding.layer, dtype="float32")
         out[stream] = jax.tree.map(lambda s: _Shape(s.shape, s.dtype), family.shapes(module.config))
     return {PRETRAINED: out}

@@ -42,7 +42,7 @@ TABLES = {
         "dialogue": {"of": "key", "pattern": r"(.+)\$_\$.+"},
         "turn": {"of": "key", "pattern": r".+\$_\$(\d+)"},
     },
-    "values": SENTIMENT,
+    "targets": SENTIMENT,
     "task": "regression",
 }
 VARIANTS = {
@@ -57,7 +57,7 @@ VARIANTS = {
         "preset": "sdk",
         "tables.files.utterances.path": "CMU_MOSEI_Labels.csd",
         "tables.files.utterances.format": "mosei",
-        "tables.values": tuple((name, {"of": f"utterances:{name}", "at_least": 1e-6}) for name in EMOTIONS),
+        "tables.targets": tuple((name, {"of": f"utterances:{name}", "at_least": 1e-6}) for name in EMOTIONS),
         "tables.task": "multilabel",
     },
     "audio": {"model.streams": ("audio",)},

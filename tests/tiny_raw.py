@@ -43,12 +43,12 @@ PRESET = presets.Preset(
     max_seconds=0.5,
     image=presets.Encoding("tiny_image", pool="first"),
     face=False,
-    sound=presets.Encoding("tiny_spectra", layer=1),
+    speech=presets.Encoding("tiny_spectra", layer=1),
     text=presets.Encoding("tiny_text"),
     max_tokens=40,
     raw=True,
 )
-PRESETS = {"tiny_raw": PRESET, "tiny_waves": dataclasses.replace(PRESET, sound=presets.Encoding("tiny_waves"))}
+PRESETS = {"tiny_raw": PRESET, "tiny_waves": dataclasses.replace(PRESET, speech=presets.Encoding("tiny_waves"))}
 
 
 def register(patch) -> None:

@@ -233,7 +233,7 @@ _sha256 = functools.lru_cache(8)(sha256)
 def _picture(clip: Clip) -> dict[str, object]:
     times, black, light = [], 0, False
     with video.opened(clip.path) as container:
-        stream = video.picture(container)
+        stream = video.video_stream(container)
         if stream is None:
             raise UnusableMedia("no video stream")
         for time, frame in _part(clip, container, stream):
@@ -324,7 +324,7 @@ def _shows_face(clip: Clip, tracker: "FaceTracker | None") -> bool:
     try:
         for blocks in video.passes(clip.path, chosen, start=clip.start or 0.0, end=clip.end):
             images = (image[None] for _, frames in blocks for image in frames.images)
-            if any(tracker.track(video.Frames(image, np.zeros(1))).found[0] for image in images):
+            if any(tracker.track(video.Frames(image, np.zeros(1))).present[0] for image in images):
                 return True
     except UnusableMedia:
         pass

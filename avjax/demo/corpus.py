@@ -1,9 +1,9 @@
 """The demo corpus: short synthetic clips in MAFW's own layout, so that everything can be tried without MAFW.
 
-One portrait, moved and recoloured into ten "speakers", and a babbling synthetic voice. Every class has an expression
-and a manner of speaking; several classes share nearly the same expression and others the same manner, and all are
-blurred by noise, so that neither modality is enough. Lead-in, length and loudness are drawn without regard to the
-class. Folds are disjoint in speakers. Nothing here says how well a model does on people.
+One portrait, warped and recoloured into ten "speakers", and a babbling synthetic voice. Every class has an expression
+and a manner of speaking; some classes have nearly the same expression and others the same manner, and noise is added to
+all, so that neither modality is sufficient. Lead-in, length and loudness are independent of the class. Folds are
+disjoint in speakers. Scores on this corpus do not predict performance on people.
 """
 
 import dataclasses
@@ -25,18 +25,18 @@ from avjax.media.requirements import need_media
 from avjax.utils import paths, progress, worker_pool
 from avjax.utils.storage import only_writer, read_json, replacing, write_text
 
-VERSION = 2  # another version is another corpus, kept in another folder
-_SEED = 1  # of the clips, which version 2 shares with version 1
+VERSION = 2  # each version is a corpus of its own, in its own folder
+_SEED = 1  # of the clips, equal in versions 1 and 2
 TAKES = 2  # clips per class and speaker
 SPEAKERS = 10
 FPS = 12
-_CLIP_SECONDS = 120.0  # to make one at most
-# Units of chance movements; the others have a cause in every clip.
+_CLIP_SECONDS = 120.0  # time limit for making one clip
+# Units of random movements; the others have a cause in every clip.
 _STRAY = tuple(n for n in face.UNITS if n not in ("blink", "lips_together", "jaw_drop"))
 
-# Expressions after the prototypes of the Facial Action Coding System, as far as one portrait can be moved that way;
-# manners after what is commonly reported of vocal expression (high, fast and strong when aroused, and so on). The
-# middle manner is 0 semitones, 4.1 syllables/s, 5 dB.
+# Expressions follow the prototypes of the Facial Action Coding System, as far as one portrait can show them; manners
+# follow common findings on vocal expression (high, fast and strong when aroused, and so on). The middle manner is 0
+# semitones, 4.1 syllables/s, 5 dB.
 _HIGH_FAST_STRONG = Manner(5.0, 5.8, 11.0)
 _HIGH_FAST_WEAK = Manner(5.0, 5.8, 1.0)
 _LOW_SLOW_WEAK = Manner(-5.0, 2.8, 1.0)
@@ -74,8 +74,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """What makes a speaker out of the portrait: mirrored or not, colour gains (3,) and gamma, units that are always
-    there, and the width of the picture against its height."""
+    """The appearance of a speaker.
+
+    Attributes:
+      mirrored: whether the portrait is mirrored.
+      gains, gamma: gains (3,) and gamma of the colours.
+      units: units that are always active.
+      aspect: factor on the width of the portrait.
+    """
 
     mirrored: bool
     gains: np.ndarray
@@ -85,32 +91,34 @@ class Look:
 
 
 def plans() -> list[Plan]:
-    """All clips in the order of their names, which tell nothing about class or speaker."""
+    """Returns all clips in the order of their names, which are independent of class and speaker."""
     every = [(e, s) for e in EMOTIONS for s in range(SPEAKERS) for _ in range(TAKES)]
     order = np.random.default_rng(_SEED).permutation(len(every))
     return [Plan(f"{n:05d}", *every[i], fold=every[i][1] // 2 + 1) for n, i in enumerate(order, 1)]
 
 
-def place() -> Path:
-    """Where this version of the corpus is kept: `$AVJAX_CACHE/demo/v<version>`."""
+def folder() -> Path:
+    """Returns the folder of this version of the corpus: `$AVJAX_CACHE/demo/v<version>`."""
     return paths.cache() / "demo" / f"v{VERSION}"
 
 
 def write_lists(root: Path) -> None:
-    """Writes the fold lists as MAFW has them, five times train.txt and test.txt, the speakers, and a note."""
+    """Writes fold lists as in MAFW, five times train.txt and test.txt, the speakers, and a note."""
     every = plans()
     write_text(root / "speakers.csv", "".join(["clip,speaker\n", *(f"{p.name},{p.speaker}\n" for p in every)]))
     for fold in range(1, 6):
         for part in ("train", "test"):
             lines = [f"{p.name}.mp4 {p.emotion}\n" for p in every if (p.fold == fold) == (part == "test")]
             write_text(root / f"Train & Test Set/single/no_caption/set_{fold}/{part}.txt", "".join(lines))
-    about = read_json(paths.path("data/demo/portrait.json"))
-    note = f"Demo corpus {VERSION} of avjax: synthetic, not MAFW.\nPortrait: {about['source']}\n{about['licence']}\n"
+    portrait = read_json(paths.path("data/demo/portrait.json"))
+    note = (
+        f"Demo corpus {VERSION} of avjax: synthetic, not MAFW.\nPortrait: {portrait['source']}\n{portrait['licence']}\n"
+    )
     write_text(root / "README.txt", note)
 
 
 def make(root: Path, console: Console) -> None:
-    """Makes what is not there yet of the corpus at `root`; a killed call is gone on with by the next.
+    """Makes the missing clips of the corpus at `root`; the next call resumes a killed one.
 
     Raises:
       AvjaxError: packages are missing, the folder cannot be written, or a clip cannot be made.
@@ -119,15 +127,15 @@ def make(root: Path, console: Console) -> None:
     clips = clip_path(root, plans()[0]).parent
     with only_writer(clips, "set AVJAX_CACHE to another folder"):
         jobs = [(root, plan) for plan in plans() if not clip_path(root, plan).is_file()]
-        done = worker_pool.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=_CLIP_SECONDS, setup=_alone)
-        for (_, plan), answer in progress.bar(done, len(jobs), "demo clips", console):
-            if isinstance(answer, worker_pool.Failure):
-                raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {answer.reason}")
+        done = worker_pool.each(_make_one, jobs, count=os.cpu_count() or 1, seconds=_CLIP_SECONDS, setup=_single_core)
+        for (_, plan), outcome in progress.bar(done, len(jobs), "demo clips", console):
+            if isinstance(outcome, worker_pool.Failure):
+                raise AvjaxError(f"{clip_path(root, plan)}: cannot be made: {outcome.reason}")
         write_lists(root)
 
 
-def _alone() -> None:
-    """In a worker: one core each, as there are as many workers as cores."""
+def _single_core() -> None:
+    """Limits a worker process to one core, as there are as many workers as cores."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -138,19 +146,20 @@ def _make_one(job: tuple[Path, Plan]) -> None:
 
 
 def clip_path(root: Path, plan: Plan) -> Path:
+    """Returns the path of a clip."""
     return root / "data" / "clips" / f"{plan.name}.mp4"
 
 
 def write_clip(root: Path, plan: Plan) -> None:
-    """Renders one clip; the same plan gives the same picture and sound, whatever else is made."""
+    """Renders one clip; the same plan always gives the same video and audio."""
     rng = np.random.default_rng([_SEED, int(plan.name)])
-    sound, openness = _sound(plan, rng)
+    samples, openness = _audio(plan, rng)
     with replacing(clip_path(root, plan), "wb") as file:
-        _encode(file, _pictures(plan, openness, rng), sound)
+        _encode(file, _frames(plan, openness, rng), samples)
 
 
-def _sound(plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The clip's samples (n,) at 16 kHz and the mouth's openness (n,)."""
+def _audio(plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Synthesises the clip's samples (n,) at 16 kHz and the openness (n,) of the mouth."""
     manner = EMOTIONS[plan.emotion][1]
     manner = Manner(
         manner.semitones + rng.normal(0, 1.2),
@@ -162,14 +171,14 @@ def _sound(plan: Plan, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     silence = [(round(lead * SAMPLE_RATE), round(tail * SAMPLE_RATE))]
     spoken, openness = np.pad(spoken, silence), np.pad(openness, silence)
     noise = rng.normal(size=len(spoken)) * 10 ** (-rng.uniform(28, 38) / 20)
-    sound = spoken + noise
-    # Loudness after all else, so that neither stress nor rate shows in it.
+    samples = spoken + noise
+    # Loudness is set last, so that it is independent of stress and rate.
     level = 10 ** (rng.uniform(-28, -20) / 20)
-    return np.clip(sound * level / np.sqrt(np.mean(np.square(sound))), -1, 1), openness
+    return np.clip(samples * level / np.sqrt(np.mean(np.square(samples))), -1, 1), openness
 
 
-def _pictures(plan: Plan, openness: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """(s, s, 3) uint8 RGB frames, as many as the sound is long."""
+def _frames(plan: Plan, openness: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Renders (s, s, 3) uint8 RGB frames for the duration of the audio."""
     import cv2
 
     portrait, look = face.portrait(), _look(plan.speaker)
@@ -190,7 +199,7 @@ def _pictures(plan: Plan, openness: np.ndarray, rng: np.random.Generator) -> Ite
 def _movement(
     emotion: str, look: Look, times: np.ndarray, openness: np.ndarray, rng: np.random.Generator
 ) -> list[dict[str, float]]:
-    """The units of every frame: the expression sets in and wavers, the mouth talks, the eyes blink once."""
+    """Returns the units of every frame: the expression sets in and varies, the mouth talks, the eyes blink once."""
     target = _expression(emotion, rng)
     onset, ramp = rng.uniform(0, 0.3), rng.uniform(0.15, 0.4)
     course = np.clip((times - onset) / ramp, 0.1, 1) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(0.5, 1) * times))
@@ -206,7 +215,7 @@ def _movement(
 
 
 def _affine(head: np.ndarray, aspect: float, size: int) -> np.ndarray:
-    """(2, 3): the head moved by `head` = pixels right and down, degrees, zoom; the width scaled by `aspect`."""
+    """Returns the transformation (2, 3) for `head` = pixels right and down, degrees, zoom; `aspect` scales width."""
     import cv2
 
     dx, dy, degrees, zoom = head
@@ -217,18 +226,18 @@ def _affine(head: np.ndarray, aspect: float, size: int) -> np.ndarray:
 
 
 def _colours(look: Look, light: float) -> np.ndarray:
-    """(1, 256, 3) uint8: what becomes of each value of red, green and blue."""
+    """Returns the look-up table (1, 256, 3) uint8 of red, green and blue."""
     values = np.linspace(0, 1, 256)[:, None] ** look.gamma * look.gains * light
     return np.round(255 * np.clip(values, 0, 1)).astype(np.uint8)[None]
 
 
 def _expression(emotion: str, rng: np.random.Generator) -> dict[str, float]:
-    """The class's units at a random strength, with some of another class mixed in and small random movements."""
+    """Returns the class's units at a random strength, mixed with those of another class and small random movements."""
     own, other = EMOTIONS[emotion][0], EMOTIONS[rng.choice(list(EMOTIONS))][0]
-    strength, share = rng.uniform(0.5, 1.0), rng.uniform(0, 0.35)
+    strength, proportion = rng.uniform(0.5, 1.0), rng.uniform(0, 0.35)
     stray = dict(zip(rng.choice(_STRAY, 4, replace=False), rng.normal(0, 0.15, 4), strict=True))
     names = sorted({*own, *other, *stray})
-    return {n: strength * own.get(n, 0) + share * other.get(n, 0) + stray.get(n, 0) for n in names}
+    return {n: strength * own.get(n, 0) + proportion * other.get(n, 0) + stray.get(n, 0) for n in names}
 
 
 @functools.cache
@@ -249,24 +258,24 @@ def _voice(speaker: int) -> voice.Speaker:
     return voice.Speaker(rng.uniform(160, 192), rng.uniform(0.88, 1.12), rng.uniform(-11, -7))
 
 
-def _encode(file: Any, pictures: Iterator[np.ndarray], sound: np.ndarray) -> None:
+def _encode(file: Any, frames: Iterator[np.ndarray], samples: np.ndarray) -> None:
     import av
 
     with av.open(file, "w", format="mp4") as container:
         video = container.add_stream("mpeg4", rate=FPS)
         video.width = video.height = len(face.portrait().image)
         video.pix_fmt, video.bit_rate = "yuv420p", 600_000
-        # More threads would divide the picture differently on other machines.
+        # With more threads, the division of frames would depend on the machine.
         video.codec_context.thread_count = 1
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
         audio.bit_rate = 64_000
-        for i, image in enumerate(pictures):
+        for i, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(image, "rgb24")
             frame.pts, frame.time_base = i, Fraction(1, FPS)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
-        for at in range(0, len(sound), 1024):
-            frame = av.AudioFrame.from_ndarray(sound[None, at : at + 1024].astype(np.float32), "fltp", "mono")
+        for at in range(0, len(samples), 1024):
+            frame = av.AudioFrame.from_ndarray(samples[None, at : at + 1024].astype(np.float32), "fltp", "mono")
             frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, at, Fraction(1, SAMPLE_RATE)
             container.mux(audio.encode(frame))
         container.mux(audio.encode(None))

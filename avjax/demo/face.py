@@ -1,8 +1,8 @@
-"""A talking face out of one portrait: the picture is warped along its own landmarks, unit by unit of facial action.
+"""A talking face from one portrait: the image is warped along its landmarks, one facial action unit at a time.
 
-The portrait is of Eileen Collins, NASA, in the public domain; `data/demo/portrait.json` says where it is from and holds
-the landmarks that are moved or held in place. A unit is a field of displacements over the picture, linear in its
-strength, so an expression is a weighted sum of fields and one remapping of the pixels.
+The portrait is of Eileen Collins, NASA, in the public domain; `data/demo/portrait.json` holds its source and the
+landmarks that are moved or fixed. A unit is a field of displacements over the image, linear in its strength, so an
+expression is a weighted sum of fields and one remapping of the pixels.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import numpy as np
 from avjax.utils import paths
 from avjax.utils.storage import read_json
 
-# Landmarks of the MediaPipe mesh by the part of the face that they move with: those on the left of the picture, and
-# their mirror images. Points on the midline stand in both.
+# Landmarks of the MediaPipe mesh by the part of the face that they move with: those on the left of the image, and their
+# mirror images. Points on the midline are in both.
 _PARTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mouth_corner": ((61, 185, 146), (291, 409, 375)),
     "mouth_side": ((40, 91, 57), (270, 321, 287)),
@@ -40,8 +40,8 @@ _PARTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     ),
 }
 
-# What a unit at strength 1 moves: part → (outwards, down), in widths of the face. Tuned by eye and by what MediaPipe's
-# blendshapes make of the result; the numbers in names are those of the Facial Action Coding System.
+# Displacements of a unit at strength 1: part → (outwards, down), in widths of the face. Tuned by eye and by MediaPipe's
+# blendshapes of the result; the numbers in comments are those of the Facial Action Coding System.
 _SMILE = {
     "mouth_corner": (0.07, -0.07),
     "mouth_side": (0.045, -0.04),
@@ -66,7 +66,7 @@ UNITS: dict[str, dict[str, tuple[float, float]]] = {
         "cheek": (0, -0.02),
     },
     "lip_corner_puller": _SMILE,  # 12
-    "one_lip_corner_puller": _SMILE,  # 12, on the right of the picture alone
+    "one_lip_corner_puller": _SMILE,  # 12, only on the right of the image
     "lip_corner_depressor": {  # 15
         "mouth_corner": (0.01, 0.07),
         "mouth_side": (0.01, 0.045),
@@ -106,7 +106,7 @@ UNITS: dict[str, dict[str, tuple[float, float]]] = {
         "upper_lip_inside": (-0.01, -0.01),
     },
     "blink": {"upper_lid": (0, 0.065)},  # 45
-    "lips_together": {  # takes the portrait's teeth away
+    "lips_together": {  # hides the portrait's teeth
         "upper_lip_inside": (0, 0.033),
         "lower_lip_inside": (0, -0.033),
         "lower_lip": (0, -0.02),
@@ -114,7 +114,7 @@ UNITS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 _ONE_SIDED = ("one_lip_corner_puller",)
-# The portrait smiles: this is what brings it to rest.
+# The portrait smiles: these units bring it to rest.
 _REST = {"lip_corner_puller": -0.9, "lips_together": 1.0}
 _MOUTH = (191, 80, 81, 82, 13, 312, 311, 310, 415, 324, 318, 402, 317, 14, 87, 178, 88, 95)  # around the inner lips
 _MOUTH_COLOUR = (58, 22, 24)
@@ -128,7 +128,7 @@ class Portrait:
       image: (s, s, 3) uint8 RGB.
       fields: (units, s/2, s/2, 2) float32, displacement in pixels at strength 1, in the order of `UNITS`; of every
         second pixel, as they are smooth.
-      mouth: (m, 2) the ring of the inner lips, and its displacements (units, m, 2).
+      mouth: the ring of the inner lips (m, 2), and its displacements (units, m, 2).
     """
 
     image: np.ndarray
@@ -136,7 +136,7 @@ class Portrait:
     mouth: tuple[np.ndarray, np.ndarray]
 
     def render(self, strengths: Mapping[str, float], affine: np.ndarray | None = None) -> np.ndarray:
-        """The face with units at `strengths` beyond rest, then moved by `affine` (2, 3): (s, s, 3) uint8 RGB.
+        """Renders the face with units at `strengths` beyond rest, transformed by `affine` (2, 3): (s, s, 3) uint8 RGB.
 
         Raises:
           KeyError: there is no such unit.
@@ -152,7 +152,7 @@ class Portrait:
         grid = _grid(size[0])
         forward = cv2.resize(np.tensordot(weight, self.fields, 1), size)
         backward = forward
-        # Where a pixel came from is where the field carries it from: a fixed point, near after a few steps.
+        # The source of a pixel is where the field moves it from: a fixed point, approximated in a few steps.
         for _ in range(3):
             backward = cv2.remap(forward, grid - backward, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         image = cv2.remap(self.image, grid - backward, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -162,7 +162,7 @@ class Portrait:
         return cv2.warpAffine(image, affine, size, borderMode=cv2.BORDER_REPLICATE)
 
     def _open_mouth(self, image: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """Darkens what is between the lips as they part: teeth alone would be stretched."""
+        """Darkens the area between the lips as they part: otherwise only the teeth would be stretched."""
         import cv2
 
         ring, fields = self.mouth
@@ -177,16 +177,16 @@ class Portrait:
 
 @functools.cache
 def portrait() -> Portrait:
-    """The shipped portrait with its fields, made once per process."""
+    """Loads the portrait and computes its fields, once per process."""
     import cv2
     from scipy.interpolate import RBFInterpolator
 
-    about = read_json(paths.path("data/demo/portrait.json"))
+    content = read_json(paths.path("data/demo/portrait.json"))
     image = cv2.cvtColor(cv2.imread(str(paths.path("data/demo/portrait.png"))), cv2.COLOR_BGR2RGB)
     size = len(image)
-    points = {int(i): p for i, p in about["landmarks"].items()}
+    points = {int(i): p for i, p in content["landmarks"].items()}
     names = sorted(points)
-    moves = _displacements(names, about["face_width"])
+    moves = _displacements(names, content["face_width"])
     edge = np.linspace(0, size - 1, 8)
     frame = np.array([(x, y) for x in edge for y in edge if {x, y} & {0, size - 1}])
     centres = np.concatenate([np.array([points[i] for i in names]), frame])
@@ -195,14 +195,14 @@ def portrait() -> Portrait:
     half = size // 2
     fields = RBFInterpolator(centres, flat, kernel="linear")(2 * _grid(half).reshape(-1, 2) + 0.5)
     fields = fields.reshape(half, half, len(UNITS), 2).transpose(2, 0, 1, 3).astype(np.float32)
-    # Without the kinks at the landmarks.
+    # Smooths the kinks at the landmarks.
     fields = np.stack([cv2.GaussianBlur(field, (0, 0), 1) for field in fields])
     ring = [names.index(i) for i in _MOUTH]
     return Portrait(image, fields, (centres[ring].astype(np.float32), moves[:, ring].astype(np.float32)))
 
 
 def _displacements(names: list[int], width: float) -> np.ndarray:
-    """(units, landmarks, 2) pixels."""
+    """Returns the displacements (units, landmarks, 2) in pixels."""
     out = np.zeros((len(UNITS), len(names), 2))
     at = {landmark: i for i, landmark in enumerate(names)}
     for unit, (name, moved) in enumerate(UNITS.items()):
@@ -219,5 +219,5 @@ def _displacements(names: list[int], width: float) -> np.ndarray:
 
 @functools.cache
 def _grid(size: int) -> np.ndarray:
-    """(size, size, 2) float32: each pixel's own x and y."""
+    """Returns the x and y of each pixel, (size, size, 2) float32."""
     return np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).astype(np.float32)

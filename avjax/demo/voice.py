@@ -1,7 +1,7 @@
-"""A synthetic voice that babbles: source and filter, with pitch, rate and stress as they are asked for.
+"""A synthetic voice that babbles: source and filter, with given pitch, rate and stress.
 
-The source is a sum of harmonics that falls off with frequency, the filter three resonances that move from vowel to
-vowel; both are evaluated harmonic by harmonic, so nothing has to be filtered in time.
+The source is a sum of harmonics that decays with frequency; the filter has three resonances that move from vowel to
+vowel. Both are evaluated harmonic by harmonic, so no filtering in time is needed.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ _VOWELS = np.array(
 )
 _BANDWIDTHS = np.array([90.0, 120.0, 180.0])
 _HARMONICS = 36
-_TOP = 0.45 * SAMPLE_RATE  # harmonics above are left out
+_TOP = 0.45 * SAMPLE_RATE  # harmonics above are omitted
 _GAIN_EVERY = 16  # samples
 _DIP_DB = -16.0  # level between syllables
 _GLIDE = 0.04  # seconds in which one vowel, or one level, turns into the next
@@ -24,7 +24,7 @@ _GLIDE = 0.04  # seconds in which one vowel, or one level, turns into the next
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-    """`pitch` usual F0 in Hz; `formants` factor on all resonances; `tilt` dB per octave of the source, negative."""
+    """A voice: `pitch` usual F0 in Hz; `formants` factor on all resonances; `tilt` of the source in dB per octave."""
 
     pitch: float
     formants: float
@@ -33,7 +33,7 @@ class Speaker:
 
 @dataclasses.dataclass(frozen=True)
 class Manner:
-    """How something is said: `semitones` above the usual pitch, `rate` syllables per second, `stress` dB of accents."""
+    """A manner of speaking: `semitones` above the usual pitch, `rate` syllables per second, `stress` dB of accents."""
 
     semitones: float
     rate: float
@@ -44,7 +44,7 @@ def speak(speaker: Speaker, manner: Manner, seconds: float, rng: np.random.Gener
     """Babbles for `seconds`.
 
     Returns:
-      sound (n,) float64 at 16 kHz and RMS 1, and openness (n,) between 0 and 1: how far the mouth is open.
+      samples (n,) float64 at 16 kHz and RMS 1, and openness (n,) of the mouth, between 0 and 1.
     """
     n = round(seconds * SAMPLE_RATE)
     time = np.arange(n) / SAMPLE_RATE
@@ -60,25 +60,25 @@ def speak(speaker: Speaker, manner: Manner, seconds: float, rng: np.random.Gener
     level = _smooth(np.where(accented, manner.stress, 0.0)[which]) + _DIP_DB * (1 - openness)
     f0 = _pitch(speaker, manner, time, seconds, accented[which], rng)
     formants = np.stack([_smooth(_VOWELS[vowels, i][which]) for i in range(3)]) * speaker.formants
-    sound = _harmonics(f0, formants, speaker.tilt) * 10 ** (level / 20)
-    sound = sound / _rms(sound) + _consonants(phase, rng)
-    return sound / _rms(sound), openness
+    samples = _harmonics(f0, formants, speaker.tilt) * 10 ** (level / 20)
+    samples = samples / _rms(samples) + _consonants(phase, rng)
+    return samples / _rms(samples), openness
 
 
 def _pitch(
     speaker: Speaker, manner: Manner, time: np.ndarray, seconds: float, accented: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """(n,) F0 in Hz: declining by two semitones, raised on accents, and never quite steady."""
+    """Returns F0 (n,) in Hz: it declines by two semitones, rises on accents, and varies slightly."""
     wander = np.interp(time, np.linspace(0, seconds, 9), rng.normal(0, 0.35, 9))
     accent = _smooth(accented * (0.6 + 0.12 * manner.stress))
     return speaker.pitch * 2 ** ((manner.semitones + 1 - 2 * time / seconds + accent + wander) / 12)
 
 
 def _harmonics(f0: np.ndarray, formants: np.ndarray, tilt: float) -> np.ndarray:
-    """(n,) the voiced sound from F0 (n,) and resonances (3, n), both in Hz."""
+    """Synthesises the voiced samples (n,) from F0 (n,) and resonances (3, n), both in Hz."""
     angle = 2 * np.pi * np.cumsum(f0) / SAMPLE_RATE
-    every = np.arange(len(f0))
-    coarse = every[::_GAIN_EVERY]  # gains move slowly
+    index = np.arange(len(f0))
+    coarse = index[::_GAIN_EVERY]  # gains change slowly
     out = np.zeros_like(f0)
     for k in range(1, _HARMONICS + 1):
         frequency = k * f0[coarse]
@@ -86,12 +86,12 @@ def _harmonics(f0: np.ndarray, formants: np.ndarray, tilt: float) -> np.ndarray:
         for centre, width in zip(formants[:, coarse], _BANDWIDTHS, strict=True):
             # Magnitude of a resonance with unit gain at 0 Hz.
             gain = gain * centre**2 / np.hypot(centre**2 - frequency**2, width * frequency)
-        out += np.interp(every, coarse, gain) * np.sin(k * angle)
+        out += np.interp(index, coarse, gain) * np.sin(k * angle)
     return out
 
 
 def _consonants(phase: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(n,) a short hiss at the beginning of every syllable."""
+    """Synthesises a short hiss at the beginning of every syllable, (n,)."""
     hiss = np.diff(rng.normal(size=len(phase) + 1))
     return 0.12 * hiss * np.exp(-((phase / 0.12) ** 2))
 
@@ -102,5 +102,5 @@ def _smooth(steps: np.ndarray) -> np.ndarray:
     return uniform_filter1d(steps.astype(float), round(_GLIDE * SAMPLE_RATE), mode="nearest")
 
 
-def _rms(sound: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(sound))))
+def _rms(samples: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(samples))))

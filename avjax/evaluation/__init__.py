@@ -1,0 +1,1 @@
+"""Evaluation: predictions and scores of finished runs, baselines, few-shot classifiers and significance."""

@@ -1,8 +1,8 @@
-"""What reads the features of a trained EmoAsst: zero-shot, K-shot cache, cache with tuned keys, linear probe.
+"""Classifiers on the features of a trained EmoAsst: zero-shot, K-shot cache, cache with tuned keys, linear probe.
 
-Wang and Yang 2024, sections 3.4 and 4.2; the tuned keys are Tip-Adapter's (Zhang et al. 2021). A lane's classifiers see
-its training clips; settings are searched on its validation clips or, where it has none, by leaving out one entry of the
-cache after the other; test clips play no part. No feature read here was made with a label in the query.
+Wang and Yang 2024, sections 3.4 and 4.2; the tuned keys are Tip-Adapter's (Zhang et al. 2021). A lane's classifiers use
+its training clips; their settings are searched on its validation clips or, without any, by leaving out one entry of the
+cache at a time; test clips play no part. These features are computed without a label in the query.
 """
 
 import dataclasses
@@ -34,38 +34,38 @@ from avjax.utils.storage import replacing
 
 FOLDER = "caches"  # of the run directory
 REPRESENTATIONS = "representations.npz"
-# Strengths of the linear probe's regularisation; scikit-learn's default where nothing is held out.
+# Inverse regularisation strengths of the linear probe; scikit-learn's default where nothing is held out.
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Clips of a lane: their places (n,), features by modality (n, d), and labels (n,)."""
+    """Clips of a lane: their indices (n,), features by modality (n, d), and labels (n,)."""
 
     index: np.ndarray
     features: Mapping[str, np.ndarray]
     label: np.ndarray
 
     def of(self, streams: Sequence[str]) -> "Part":
-        """With these modalities alone."""
+        """Returns the clips with these modalities alone."""
         return dataclasses.replace(self, features={m: self.features[m] for m in streams})
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierOutputs:
-    """What all classifiers of all lanes predict.
+    """The predictions of all classifiers of all lanes.
 
     Attributes:
-      logits: head → (lanes, n_test, c), zeros on padding; softmax makes probabilities of them.
-      caches: of each lane, of all modalities that the model has.
+      logits: head → (lanes, n_test, c), zeros on padding; their softmax is the probabilities.
+      caches: of each lane, with all modalities of the model.
     """
 
     logits: dict[str, np.ndarray]
     caches: list[Cache]
 
     @property
-    def about(self) -> dict[str, list]:
-        """What `metrics.json` says of each lane's cache."""
+    def record(self) -> dict[str, list]:
+        """Returns what `metrics.json` records of each lane's cache."""
         return {
             "shots": [len(cache.ids) for cache in self.caches],
             "alpha": [dict(cache.alpha) for cache in self.caches],
@@ -73,23 +73,21 @@ class ClassifierOutputs:
         }
 
 
-def origin(found: Mapping[str, np.ndarray]) -> str:
-    """Says which trained run features are of: features of two runs do not belong into one cache."""
+def origin(representations: Mapping[str, np.ndarray]) -> str:
+    """Identifies the trained run of features: features of two runs do not belong in one cache."""
     digest = hashlib.sha256()
-    for m in sorted(found):
-        digest.update(found[m].tobytes())
+    for m in sorted(representations):
+        digest.update(representations[m].tobytes())
     return digest.hexdigest()[:16]
 
 
 def represent(
     model: Model, state: loop.State, data: Resident | Streamed, with_label: bool = False
 ) -> dict[str, np.ndarray]:
-    """The features of all clips by each lane's best parameters: modality → (lanes, clips, d).
+    """Computes the features of all clips by each lane's best parameters: modality → (lanes, clips, d).
 
-    Args:
-      data: resident or streamed clips; with_label: query the video with a prompt that names the label, see `EmoAsst`.
+    The last argument makes the query of the video a prompt with the label, see `EmoAsst`.
     """
-
     read = lambda output, _: {m: output.features[m] for m in modalities(tuple(output.features))}  # noqa: E731
     run = loop.read_clips(model, read, with_label=with_label)
     blocks = [jax.device_get(run(state.best, state.best_head, state.stats, block)) for _, block in data.blocks()]
@@ -97,18 +95,21 @@ def represent(
 
 
 def fit(
-    found: Mapping[str, np.ndarray], features: Features, plan: LanePlan, settings: Mapping[str, Any]
+    representations: Mapping[str, np.ndarray], features: Features, plan: LanePlan, settings: Mapping[str, Any]
 ) -> ClassifierOutputs:
     """Fits the classifiers of every lane, and predicts its test clips.
 
     Args:
-      found: as `represent` gives it; settings: the model's own.
+      representations: as `represent` returns them.
+      features: of the data set.
+      plan: of the run.
+      settings: the model's own.
     """
-    run = origin(found)
+    run = origin(representations)
     lanes = jax.device_get(plan.lanes)
-    answers, kept = [], []
+    predictions, kept = [], []
     for i, (_, seed) in enumerate(plan.names):
-        vectors = {m: found[m][i] for m in modalities(tuple(found))}
+        vectors = {m: representations[m][i] for m in modalities(tuple(representations))}
         parts = {p: _part(vectors, features, getattr(lanes, p)[i], getattr(lanes, f"{p}_weight")[i]) for p in _PARTS}
         combinations = {m: (m,) for m in vectors} | ({BOTH: tuple(vectors)} if len(vectors) > 1 else {})
         logits = {}
@@ -117,9 +118,9 @@ def fit(
             now = {p: part.of(streams) for p, part in parts.items()}
             read, cache = _read(empty, now, settings)
             logits |= {f"{name}_{reader}": rows for reader, rows in read.items()}
-        answers.append({head: _padded(rows, lanes.test.shape[1]) for head, rows in logits.items()})
+        predictions.append({head: _padded(rows, lanes.test.shape[1]) for head, rows in logits.items()})
         kept.append(cache)  # the last combination has all modalities
-    return ClassifierOutputs({head: np.stack([lane[head] for lane in answers]) for head in answers[0]}, kept)
+    return ClassifierOutputs({head: np.stack([lane[head] for lane in predictions]) for head in predictions[0]}, kept)
 
 
 _PARTS = ("train", "val", "test")
@@ -135,7 +136,7 @@ def _padded(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def _few(part: Part, features: Features, shots: int, seed: int, origin: str) -> Cache:
-    """A cache of at most `shots` training clips of each class, before any fit."""
+    """Makes a cache of at most `shots` training clips of each class, before any fit."""
     ids = [features.ids[i] for i in part.index]
     chosen = caches.few(part.label, ids, len(features.classes), shots, seed)
     text = np.asarray(features.constants["classes"])
@@ -147,7 +148,7 @@ def _few(part: Part, features: Features, shots: int, seed: int, origin: str) -> 
 def _read(
     unfitted: Cache, parts: Mapping[str, Part], settings: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], Cache]:
-    """Reader → logits of the test clips, and the cache that answers."""
+    """Returns reader → logits of the test clips, and the cache that predicts."""
     train, val, test = (parts[p] for p in _PARTS)
     held = (val.features, val.label) if len(val.index) else None
     cache = caches.fit(unfitted, held)
@@ -161,17 +162,21 @@ def _read(
     }
     logits = {reader: v / TEMPERATURE for reader, v in scores.items()}
     silent = dataclasses.replace(cache, alpha=dict.fromkeys(cache.alpha, 0.0))
-    answering = {"zero": silent, "cache": cache, "tuned": tuned}[settings["reader"]]
-    return logits | {"probe": probe(train, val, test, len(cache.classes))}, answering
+    predicting = {"zero": silent, "cache": cache, "tuned": tuned}[settings["reader"]]
+    return logits | {"probe": probe(train, val, test, len(cache.classes))}, predicting
 
 
 def tune(cache: Cache, features: Mapping[str, np.ndarray], label: np.ndarray, steps: int, rate: float) -> Cache:
-    """A cache whose keys were trained on clips by cross entropy (AdamW), alpha and beta as they are.
+    """Trains the keys of a cache on clips by cross entropy (AdamW); alpha and beta stay as they are.
 
-    A clip that is an entry itself is not asked about by that: entries whose key is its very feature are left out.
+    A clip that is an entry is predicted without itself: entries whose key equals its feature are left out.
 
     Args:
-      features: modality → (n, d) of the training clips; label: (n,) theirs.
+      cache: whose keys are trained.
+      features: modality → (n, d) of the training clips.
+      label: (n,) of the training clips.
+      steps: of the optimizer.
+      rate: learning rate.
     """
     own = np.ones((len(label), len(cache.ids)), bool)
     for m, key in cache.keys.items():
@@ -190,7 +195,7 @@ def tune(cache: Cache, features: Mapping[str, np.ndarray], label: np.ndarray, st
 
 
 def _unit(keys: jax.Array) -> jax.Array:
-    # Not `contrastive.unit`: a last bit that differs here becomes 0.02 of a logit in a hundred steps.
+    # Not `contrastive.unit`: a difference in the last bit grows to 0.02 of a logit in a hundred steps.
     some = jnp.any(keys != 0, -1)
     keys = jnp.where(some[:, None], keys, 0)
     return keys / jnp.where(some, jnp.sqrt(jnp.sum(keys * keys, -1)), 1)[:, None]
@@ -198,7 +203,7 @@ def _unit(keys: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _tuned(keys: Mapping[str, jax.Array], given: Mapping[str, Any], steps: int, rate: float) -> Mapping[str, jax.Array]:
-    """Trains keys, modality → (n, d); what is `given` stays."""
+    """Trains keys, modality → (n, d); the arrays `given` stay fixed."""
     tx = optax.adamw(rate)
 
     def loss(keys: Mapping[str, jax.Array]) -> jax.Array:
@@ -217,7 +222,7 @@ def _tuned(keys: Mapping[str, jax.Array], given: Mapping[str, Any], steps: int, 
 
 
 def probe(train: Part, val: Part, test: Part, classes: int) -> np.ndarray:
-    """Log-probabilities (n, c) of a logistic regression on the features (Table 2), its strength by validation."""
+    """Predicts log-probabilities (n, c) by logistic regression on features (Table 2), its strength by validation."""
     x, x_val, x_test = (np.concatenate([*part.features.values()], -1) for part in (train, val, test))
     strength = baselines.STRENGTH
     if len(val.index):
@@ -239,17 +244,17 @@ def remarks(
     plan: LanePlan,
     data: Resident | Streamed,
     features: Features,
-    found: Mapping[str, np.ndarray],
+    representations: Mapping[str, np.ndarray],
 ) -> dict[str, object]:
-    """What `metrics.json` is to say of a run beside its scores: `query`, where pictures were asked with their label."""
+    """Returns what `metrics.json` records of a run besides scores: `query`, if queries of the video had its label."""
     if not (model.module.label_in_query and model.module.prompt and "video" in model.streams):
         return {}
-    labelled = represent(model, state, data, with_label=True)
-    return {"query": query_mismatch(plan, features, labelled["video"], found["video"])}
+    with_label = represent(model, state, data, with_label=True)
+    return {"query": query_mismatch(plan, features, with_label["video"], representations["video"])}
 
 
 def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
-    """The part of the protocol's name that is about the classifier which answers."""
+    """Describes the classifier that predicts, as a part of the protocol's text."""
     if settings["reader"] == "zero":
         return "head: zero-shot"
     held = {counts["n_val"] > 0 for counts in plan.counts}
@@ -262,21 +267,18 @@ def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
 def query_mismatch(
     plan: LanePlan, features: Features, with_label: np.ndarray, without_label: np.ndarray
 ) -> dict[str, float]:
-    """Computes the UAR of zero-shot video on training clips, with their label in the query and without.
+    """Computes UAR of the zero-shot classifier of video on training clips, by queries with and without their label.
 
-    The query has the label in training and never after it, so the first number is what training saw, and the
-    difference is what it learned to copy. Means over lanes.
-
-    Args:
-      with_label, without_label: (lanes, clips, d), features of video by either query.
+    The query has the label in training alone, so the first score is what training saw, and the difference is what it
+    learned to copy. Scores are means over lanes; features by either query are (lanes, clips, d).
     """
     lanes = jax.device_get(plan.lanes)
     scores = {}
-    for name, found in (("with_label", with_label), ("without_label", without_label)):
+    for name, representations in (("with_label", with_label), ("without_label", without_label)):
         text = np.asarray(features.constants["classes"])
         lane_scores = []
         for i in range(len(plan.names)):
-            part = _part({"video": found[i]}, features, lanes.train[i], lanes.train_weight[i])
+            part = _part({"video": representations[i]}, features, lanes.train[i], lanes.train_weight[i])
             empty = caches.empty(features.classes, text, ("video",), "")
             lane_scores.append(_recall(caches.zero_shot(empty, part.features), part.label, len(features.classes)))
         scores[name] = float(np.mean(lane_scores))
@@ -284,21 +286,25 @@ def query_mismatch(
 
 
 def write(
-    workdir: Path, outputs: ClassifierOutputs, found: Mapping[str, np.ndarray], features: Features, plan: LanePlan
+    workdir: Path,
+    outputs: ClassifierOutputs,
+    representations: Mapping[str, np.ndarray],
+    features: Features,
+    plan: LanePlan,
 ) -> None:
-    """Writes the caches of all lanes, and all features beside clip_id, speaker, label and `tested` (lanes, n)."""
+    """Writes the caches of all lanes, and all features with clip_id, speaker, label and `tested` (lanes, n)."""
     write_caches(workdir, outputs.caches, plan.names)
     lanes = jax.device_get(plan.lanes)
     tested = np.zeros((len(plan.names), len(features.ids)), bool)
     for row, index, weight in zip(tested, lanes.test, lanes.test_weight, strict=True):
         row[index[weight > 0]] = True
-    about = {"clip_id": np.array(features.ids), "speaker": np.array(features.speakers, np.str_)}
+    clips = {"clip_id": np.array(features.ids), "speaker": np.array(features.speakers, np.str_)}
     with replacing(workdir / REPRESENTATIONS, "wb") as file:
-        np.savez(file, **about, label=features.label, tested=tested, **found)
+        np.savez(file, **clips, label=features.label, tested=tested, **representations)
 
 
 def read_representations(workdir: Path) -> dict[str, np.ndarray]:
-    """What `write` kept of a finished run's features.
+    """Reads the features of a finished run that `write` wrote.
 
     Raises:
       AvjaxError: they are missing or damaged.
@@ -312,7 +318,7 @@ def read_representations(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def cache_name(fold: str, seed: int) -> str:
-    """The file of a lane's cache."""
+    """Returns the name of the file of a lane's cache."""
     return f"{safe_name(fold)}-{seed}.npz"
 
 
@@ -323,7 +329,7 @@ def write_caches(workdir: Path, own: Sequence[Cache], lanes: Sequence[tuple[str,
 
 
 def read_caches(workdir: Path, lanes: Sequence[tuple[str, int]]) -> list[Cache]:
-    """The caches of some lanes of a finished run.
+    """Reads the caches of some lanes of a finished run.
 
     Raises:
       AvjaxError: one is missing or damaged.
@@ -331,6 +337,6 @@ def read_caches(workdir: Path, lanes: Sequence[tuple[str, int]]) -> list[Cache]:
     return [caches.load(workdir / FOLDER / cache_name(fold, seed)) for fold, seed in lanes]
 
 
-def joined(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Joins features of several lanes (lanes, n, d) to those of one (n, lanes · d): cosines are means over lanes."""
-    return {m: np.concatenate(v, -1) / np.sqrt(np.float32(len(v))) for m, v in found.items()}
+def joined(representations: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Joins features of several lanes (lanes, n, d) into one (n, lanes · d), whose cosines are means over lanes."""
+    return {m: np.concatenate(v, -1) / np.sqrt(np.float32(len(v))) for m, v in representations.items()}

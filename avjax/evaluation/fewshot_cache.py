@@ -1,9 +1,9 @@
 """The few-shot cache classifier of EmoAsst (section 3.4, Eqs. 2–4; Tip-Adapter, Zhang et al. 2021).
 
-A zero-shot classifier of texts is helped by a cache of labelled clips: each votes for its label, the more the nearer it
-is. Nothing is trained, so a clip that a user corrects counts from then on. Features are of length 1; a row of zeros
-says that a clip lacks the modality, and neither asks nor votes there. Scores of a `Cache` are float64; the equations
-take JAX arrays too, inside jit.
+A zero-shot classifier of texts is improved by a cache of labelled clips: each votes for its label, the more the nearer
+it is. Nothing is trained, so a correction by a user takes effect at once. Features have length 1; a row of zeros means
+that a clip lacks the modality, in which it neither receives nor gives votes. Scores of a `Cache` are float64; the
+equations also take JAX arrays, inside jit.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from avjax.errors import AvjaxError
 from avjax.models.emoasst import TEMPERATURE, zero_shot_scores
 from avjax.utils.storage import replacing
 
-# What `fit` chooses from: residual ratios of each modality, and sharpnesses about that of Tip-Adapter.
+# Search space of `fit`: residual ratios of each modality, and sharpnesses around that of Tip-Adapter.
 ALPHAS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 BETAS = (1.375, 2.75, 5.5, 11.0, 22.0, 44.0)
-# Until then: the defaults of Tip-Adapter, whose zero-shot scores are 100 times the cosines of Eq. 2.
+# Before a fit: the defaults of Tip-Adapter, whose zero-shot scores are 100 times the cosines of Eq. 2.
 ALPHA, BETA = 0.01, 5.5
-# No cache is larger, whoever wrote the file.
+# No cache may be larger, whoever wrote the file.
 LIMITS = types.MappingProxyType({"classes": 1_000, "modalities": 4, "entries": 16_384, "width": 65_536})
 _CHARACTERS = 1_000  # of an id, a class, an origin
 _UNPACKED = 1 << 31  # bytes of a file: above any cache within the limits
 _ROWS = 1_024  # clips that are compared with all entries at a time
 _LENGTH = 1e-3  # how far a length may be from 1: what half precision leaves
-_DIGITS = 9  # to which scores of a fit are equal
+_DIGITS = 9  # to which scores of a fit are compared
 
 Array = np.ndarray | jax.Array
 Features = Mapping[str, np.ndarray]
@@ -40,7 +40,7 @@ Features = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cache:
-    """Labelled clips and the zero-shot classifier that they help. Immutable: every change makes another.
+    """Labelled clips and the zero-shot classifier that they improve. Immutable: every change makes another.
 
     Attributes:
       classes: names of the c classes.
@@ -50,7 +50,7 @@ class Cache:
       keys: modality → (n, d) features of length 1, zeros for an entry that lacks the modality.
       alpha: modality → residual ratio, from 0.
       beta: sharpness, above 0.
-      origin: of which trained run the features are; those of two runs cannot be compared.
+      origin: the trained run of the features; features of two runs cannot be compared.
     """
 
     classes: tuple[str, ...]
@@ -73,7 +73,7 @@ class Cache:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities, in the order of the arrays that functions give."""
+        """Returns the modalities, in the order of the arrays that functions return."""
         return tuple(self.keys)
 
 
@@ -87,10 +87,10 @@ def _frozen(values: np.ndarray, dtype: type) -> np.ndarray:
 
 
 def check(cache: Cache) -> None:
-    """Checks what is read from a file or written to one.
+    """Checks a cache that is read from a file or written to one.
 
     Raises:
-      AvjaxError: the cache is not as `Cache` says, or larger than LIMITS.
+      AvjaxError: the cache is not as `Cache` describes, or is larger than LIMITS.
     """
     _check_size(cache)
     _check_names(cache)
@@ -147,7 +147,7 @@ def _check_label(label: np.ndarray, count: int, classes: int) -> None:
 
 
 def _check_rows(name: str, rows: np.ndarray, count: int, width: int) -> None:
-    """Whether the features of a modality are (count, width), each finite and of length 1, or zeros."""
+    """Checks that the features of a modality are (count, width), each finite and of length 1, or zeros."""
     if rows.shape != (count, width):
         raise AvjaxError(f"features of {name} are {rows.shape}; expected {(count, width)}")
     length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
@@ -177,11 +177,14 @@ def empty(classes: Iterable[str], text: np.ndarray, modalities: Iterable[str], o
 
 
 def add(cache: Cache, ids: Sequence[str], labels: Sequence[str], features: Features) -> Cache:
-    """Enters clips; one whose id is there already takes its place: the last correction holds.
+    """Adds clips; one whose id is in the cache replaces that entry: the last correction holds.
 
     Args:
-      ids: of m clips, each once; labels: names of their classes.
-      features: modality → (m, d) of length 1, zeros for clips without it, as for all where a modality is not there.
+      cache: to add to.
+      ids: of m clips, each once.
+      labels: names of their classes.
+      features: modality → (m, d) of length 1, zeros for clips without it; a missing modality is zeros for all.
+
     Raises:
       AvjaxError: a label is no class.
     """
@@ -197,7 +200,7 @@ def add(cache: Cache, ids: Sequence[str], labels: Sequence[str], features: Featu
 
 
 def remove(cache: Cache, ids: Sequence[str]) -> Cache:
-    """Takes entries out.
+    """Removes entries.
 
     Raises:
       AvjaxError: an id is not in the cache.
@@ -209,30 +212,35 @@ def remove(cache: Cache, ids: Sequence[str]) -> Cache:
 
 
 def _without(cache: Cache, ids: Iterable[str]) -> Cache:
-    gone = set(ids)
-    stay = [i for i, name in enumerate(cache.ids) if name not in gone]
+    removed = set(ids)
+    stay = [i for i, name in enumerate(cache.ids) if name not in removed]
     return _sorted(cache, [cache.ids[i] for i in stay], cache.label[stay], _keys(cache)[:, stay])
 
 
 def _sorted(cache: Cache, ids: Sequence[str], label: np.ndarray, keys: np.ndarray) -> Cache:
-    """The cache with the entries `ids` (n), `label` (n,), `keys` (modalities, n, d), in their order."""
+    """Returns the cache with the entries `ids` (n), `label` (n,), `keys` (modalities, n, d), sorted."""
     order = sorted(range(len(ids)), key=lambda i: (label[i], ids[i]))
     by_name = dict(zip(cache.modalities, keys[:, order], strict=True))
     return dataclasses.replace(cache, ids=tuple(ids[i] for i in order), label=label[order], keys=by_name)
 
 
 def _keys(cache: Cache) -> np.ndarray:
-    """(modalities, n, d)."""
+    """Stacks keys as (modalities, n, d)."""
     return np.stack(list(cache.keys.values()))
 
 
 def few(label: np.ndarray, ids: Sequence[str], classes_count: int, shots: int, seed: int) -> np.ndarray:
-    """The K-shot choice: up to `shots` clips of each class, whatever order the clips come in.
+    """Draws up to `shots` clips of each class, whatever the order of the clips.
 
-    What is drawn of a class depends on its own clips alone, and fewer shots are among those of more.
+    The draw of a class depends on its own clips alone, and fewer shots are a subset of more.
 
     Args:
-      label: (n,) integers in [0, classes_count); ids: (n), each once.
+      label: (n,) integers in [0, classes_count).
+      ids: (n), each once.
+      classes_count: number of classes.
+      shots: clips per class.
+      seed: of the draw.
+
     Returns:
       indices of the clips, sorted by class, then id.
     """
@@ -248,13 +256,15 @@ def few(label: np.ndarray, ids: Sequence[str], classes_count: int, shots: int, s
 
 
 def affinity(rows: Array, keys: Array, among: Array | bool = True) -> Array:
-    """Computes the cosines of clips to entries, each modality's own; −inf where clip or entry lacks it.
+    """Computes the cosines between clips and entries of each modality; −inf where the clip or the entry lacks it.
 
-    The paper's Eq. 4 writes those of the video for both.
+    The paper's Eq. 4 has those of the video for both modalities.
 
     Args:
-      rows: (…, m, d) features of m clips; keys: (…, n, d) of n entries; leading axes of both: modalities, lanes.
-      among: (…, m, n), False for entries that a clip does not ask.
+      rows: (…, m, d) features of m clips; leading axes: modalities, lanes.
+      keys: (…, n, d) of n entries, with the same leading axes.
+      among: (…, m, n), False for entries that do not vote for a clip.
+
     Returns:
       (…, m, n).
     """
@@ -267,8 +277,11 @@ def votes(affinity: Array, one_hot: Array, beta: Array | float, alpha: Array | f
     """Sums α exp(−β(1 − cosine)) (Eq. 4) over the entries of each class (Eq. 3).
 
     Args:
-      affinity: (…, m, n), as `affinity` gives it; one_hot: (…, n, c), the class of each entry; alpha: the residual
-        ratio α, 1 where it is applied later.
+      affinity: (…, m, n), as `affinity` returns it.
+      one_hot: (…, n, c), the class of each entry.
+      beta: the sharpness β.
+      alpha: the residual ratio α, 1 where it is applied later.
+
     Returns:
       (…, m, c).
     """
@@ -287,8 +300,7 @@ def combined(zero: Array, votes: Array, alpha: Array) -> Array:
 def zero_shot(cache: Cache, features: Features) -> np.ndarray:
     """Computes the zero-shot scores of clips (Eq. 2), (m, c) float64; zeros for a clip without any modality.
 
-    Args:
-      features: as of `add`.
+    `features` are as for `add`.
     """
     return _zero_shot(cache, _stacked(cache, features))
 
@@ -300,8 +312,7 @@ def _zero_shot(cache: Cache, rows: np.ndarray) -> np.ndarray:
 def predict(cache: Cache, features: Features) -> np.ndarray:
     """Computes the scores of clips (Eqs. 2 + 3), zero-shot and the votes of the entries by alpha: (m, c) float64.
 
-    Args:
-      features: as of `add`.
+    `features` are as for `add`.
     """
     rows = _stacked(cache, features)
     alpha = np.array([cache.alpha[name] for name in cache.modalities])
@@ -311,7 +322,7 @@ def predict(cache: Cache, features: Features) -> np.ndarray:
 def _votes(cache: Cache, rows: np.ndarray, betas: Sequence[float], apart: bool) -> np.ndarray:
     """Counts the votes for each β, (betas, k, m, c); `apart`: the rows are the keys, without their own vote.
 
-    A block of rows at a time, as affinities of all to all are large.
+    Rows are processed in blocks, as the affinities of all rows and keys are large.
     """
     keys, one_hot = _keys(cache).astype(np.float64), np.eye(len(cache.classes))[cache.label]
     out = np.zeros((len(betas), *rows.shape[:2], len(cache.classes)))
@@ -325,7 +336,7 @@ def _votes(cache: Cache, rows: np.ndarray, betas: Sequence[float], apart: bool) 
 
 
 def _stacked(cache: Cache, features: Features) -> np.ndarray:
-    """Stacks the features of clips as (modalities, m, d) float64; zeros for modalities that are not there."""
+    """Stacks the features of clips as (modalities, m, d) float64, with zeros for missing modalities."""
     shape = np.shape(next(iter(features.values())))
     return np.stack([np.asarray(features.get(name, np.zeros(shape)), np.float64) for name in cache.modalities])
 
@@ -334,16 +345,19 @@ def _stacked(cache: Cache, features: Features) -> np.ndarray:
 
 
 def fit(cache: Cache, held_out: tuple[Features, np.ndarray] | None = None) -> Cache:
-    """Chooses alpha of each modality out of ALPHAS, and beta out of BETAS, by unweighted average recall.
+    """Chooses alpha of each modality from ALPHAS, and beta from BETAS, by unweighted average recall.
 
-    Of equals the one with the lower cross entropy of softmax(scores / TEMPERATURE), then the smaller alphas, the first
-    modality's first, then beta.
+    Ties are broken by the lower cross entropy of softmax(scores / TEMPERATURE), then by the smaller alphas, in the
+    order of the modalities, then by the smaller beta.
 
     Args:
-      held_out: features of m clips as of `add`, and their labels (m,) integers; or None for the entries, each without
+      cache: to fit.
+      held_out: features of m clips as for `add`, and their labels (m,) integers; or None for the entries, each without
         its own vote.
+
     Returns:
-      the cache, with other alpha and beta alone.
+      the cache with the chosen alpha and beta.
+
     Raises:
       AvjaxError: there is no clip to fit on.
     """
@@ -362,9 +376,9 @@ def fit(cache: Cache, held_out: tuple[Features, np.ndarray] | None = None) -> Ca
 
 
 def _quality(scores: np.ndarray, label: np.ndarray) -> tuple[float, float]:
-    """Minus the unweighted average recall of scores (m, c), and their mean cross entropy: both better if smaller."""
-    present, place, size = np.unique(label, return_inverse=True, return_counts=True)
-    recall = np.sum((scores.argmax(-1) == label) / size[place]) / len(present)
+    """Computes the negative unweighted average recall of scores (m, c), and their mean cross entropy."""
+    present, index, size = np.unique(label, return_inverse=True, return_counts=True)
+    recall = np.sum((scores.argmax(-1) == label) / size[index]) / len(present)
     logits = (scores - scores.max(-1, keepdims=True)) / TEMPERATURE
     entropy = np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(label)), label])
     return round(-float(recall), _DIGITS), round(float(entropy), _DIGITS)
@@ -376,7 +390,7 @@ _FORMAT = "avjax cache 1"
 
 
 def save(cache: Cache, path: Path) -> None:
-    """Writes a cache, as an .npz of numbers and text, whole.
+    """Writes a cache atomically, as an .npz of numbers and text.
 
     Raises:
       AvjaxError: it cannot be written, or `load` would refuse it.
@@ -398,7 +412,7 @@ def save(cache: Cache, path: Path) -> None:
         with replacing(path, "wb") as file:
             np.savez(file, **arrays)
     except OSError as error:
-        raise AvjaxError(f"{path}: cannot be written ({error.strerror}); give another file") from error
+        raise AvjaxError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
 
 
 # Name → kind of dtype and number of axes.
@@ -419,15 +433,15 @@ def load(path: Path) -> Cache:
     """Reads what `save` wrote, bit for bit.
 
     Raises:
-      AvjaxError: there is no such file, or it is no cache, damaged or beyond LIMITS.
+      AvjaxError: the file does not exist, is not a cache, is damaged, or is beyond LIMITS.
     """
     arrays = _read(path)
     name = arrays.pop("format", None)
     if name is None or name.shape or str(name) != _FORMAT:
-        raise AvjaxError(f"{path}: is no {_FORMAT!r}; give a file that `save` wrote")
+        raise AvjaxError(f"{path}: not {_FORMAT!r}; give a file that `save` wrote")
     for name, (dtype, axes) in _MEMBERS.items():
-        found = arrays.get(name)
-        if found is None or found.ndim != axes or found.dtype.str.lstrip("<>=|")[: len(dtype)] != dtype:
+        array = arrays.get(name)
+        if array is None or array.ndim != axes or array.dtype.str.lstrip("<>=|")[: len(dtype)] != dtype:
             raise AvjaxError(f"{path}: {name} is missing or of another kind; the file is damaged, restore a copy")
     try:
         cache = _restored(arrays)
@@ -449,7 +463,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
                 return {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:  # a damaged file raises errors of many kinds
         reason = f"{type(error).__name__}: {error}"
-        raise AvjaxError(f"{path}: is no cache that can be read ({reason}); give a file that `save` wrote") from error
+        raise AvjaxError(f"{path}: not a readable cache ({reason}); give a file that `save` wrote") from error
 
 
 def _restored(arrays: Mapping[str, np.ndarray]) -> Cache:

@@ -1,6 +1,6 @@
-"""From a trained state to the files of a finished run: answers for the test clips, figures, pictures, the report.
+"""Turns a trained state into the files of a finished run: predictions for the test clips, scores, plots, the report.
 
-All of it is done by one process on one of its devices.
+One process does all of it on one of its devices.
 """
 
 import dataclasses
@@ -27,12 +27,13 @@ from avjax.utils.storage import write_text
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A run that has been trained, on one process alone.
+    """A trained run, on one process.
 
     Attributes:
-      clips, state: as this process alone has them (`streamed_batches.on_one_device`, `Placement.read`).
-      logits: as `loop.Trainer.predict` gives them; rows: of `metrics.jsonl`.
-      protocol_text: how the protocol is called.
+      clips, state: of this process alone (`streamed_batches.on_one_device`, `Placement.read`).
+      logits: as `loop.Trainer.predict` returns them.
+      rows: of `metrics.jsonl`.
+      protocol_text: as `protocol.protocol_text` returns it.
     """
 
     settings: Settings
@@ -47,27 +48,26 @@ class Trained:
 
 
 def write(workdir: Path, run: Trained) -> list[RenderableType]:
-    """Writes what a run leaves: `metrics.json`, `predictions.npz`, pictures, and last of all `report.html`.
+    """Writes the results of a run: `metrics.json`, `predictions.npz`, plots, and last of all `report.html`.
 
     Returns:
       the tables of the run.
     """
     model, features, plan = run.model, run.features, run.plan
-    logits, about, remarks = run.logits, {"best_epoch": run.state.best_epoch.tolist()}, {}
+    logits, lanes, remarks = run.logits, {"best_epoch": run.state.best_epoch.tolist()}, {}
     if model.readers:
-        found = fewshot.represent(model, run.state, run.clips)
-        outputs = fewshot.fit(found, features, plan, run.settings.model.settings)
-        fewshot.write(workdir, outputs, found, features, plan)
-        logits, about = logits | outputs.logits, about | outputs.about
-        remarks = fewshot.remarks(model, run.state, plan, run.clips, features, found)
-    ordered = {
-        head: logits[head] for head in model.prediction_heads
-    }  # jit sorts names; the predicting head stays first
+        representations = fewshot.represent(model, run.state, run.clips)
+        outputs = fewshot.fit(representations, features, plan, run.settings.model.settings)
+        fewshot.write(workdir, outputs, representations, features, plan)
+        logits, lanes = logits | outputs.logits, lanes | outputs.record
+        remarks = fewshot.remarks(model, run.state, plan, run.clips, features, representations)
+    # jit sorts names; the predicting head stays first
+    ordered = {head: logits[head] for head in model.prediction_heads}
     predictions = results.predictions(features, plan, ordered)
     if len(model.candidates) > 1:
-        about["head"] = [model.heads[i] for i in run.state.best_head.tolist()]
+        lanes["head"] = [model.heads[i] for i in run.state.best_head.tolist()]
     yardsticks = baselines.yardsticks(run.clips, plan)
-    metrics = results.measure(features, plan, predictions, about, run.protocol_text, yardsticks) | remarks
+    metrics = results.measure(features, plan, predictions, lanes, run.protocol_text, yardsticks) | remarks
 
     finetune.write_merged(workdir / "merged", model, run.state.best, plan.names)
     results.write_predictions(workdir / "predictions.npz", predictions)

@@ -1,6 +1,6 @@
-"""What predicts for a run: the heads of its model, or the few-shot caches that read the model's features.
+"""Predictors of a run: the heads of its model, or the few-shot caches that read the model's features.
 
-What a model's `readers` are is resolved here alone: others ask a `Predictor`.
+This module alone resolves a model's `readers`: others use a `Predictor`.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ _probabilities = tasks.SCORINGS["single"].predict
 
 
 class Predictor(Protocol):
-    """Maps what a model gives to probabilities or values. `read` is traced, `predict` takes NumPy or JAX arrays.
+    """Maps a model's output to probabilities or values. `read` is traced, `predict` takes NumPy or JAX arrays.
 
     Attributes:
-      weights: what it predicts by beside the model's variables, each with the lanes in front.
-      constants: as `Model.constants`, where it brings them.
+      weights: arrays that it needs besides the model's variables, each with the lanes as first axis.
+      constants: its own replacements of `Model.constants`, if any.
       clip_ids: training clips that take part in every prediction.
     """
 
@@ -37,21 +37,21 @@ class Predictor(Protocol):
     clip_ids: frozenset[str]
 
     def read(self, output: Output, head: jax.Array) -> Any:
-        """Takes from a lane's output what `predict` needs; `head` is the head that validation chose."""
+        """Takes what `predict` needs from a lane's output; `head` is the head that validation selected."""
 
     def predict(self, read: Any, weights: Mapping[str, Array]) -> Array:
-        """Gives the mean over lanes (b, c) of what was read, the lanes in front: probabilities, or values."""
+        """Returns the mean over lanes (b, c), probabilities or values, for what was read, lanes first."""
 
     def select_lanes(self, lanes: Sequence[int]) -> "Predictor":
-        """Gives that of some lanes alone."""
+        """Returns the predictor of some lanes alone."""
 
     def save(self, folder: Path, names: Sequence[tuple[str, int]]) -> None:
-        """Writes what `restored` reads, of lanes (fold, seed)."""
+        """Writes what `restored` reads for lanes (fold, seed)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """The predicting head of a model, or that which validation chose for each lane."""
+    """The predicting head of a model, or the one that validation selected for each lane."""
 
     model: Model
     weights = constants = {}  # noqa: RUF012
@@ -62,24 +62,24 @@ class Heads:
         return loop.with_chosen(self.model, output.logits, head)[self.model.prediction_heads[0]]
 
     def predict(self, read: Array, weights: Mapping[str, Array]) -> Array:
-        """Gives the mean over lanes of logits (lanes, b, c) as probabilities or values."""
+        """Returns the mean over lanes of logits (lanes, b, c) as probabilities or values."""
         return tasks.SCORINGS[self.model.task].predict(read).mean(0)
 
     def select_lanes(self, lanes: Sequence[int]) -> "Heads":
-        """Gives itself: a lane's head is among the arrays of the run."""
+        """Returns itself: a lane's head is among the arrays of the run."""
         return self
 
     def save(self, folder: Path, names: Sequence[tuple[str, int]]) -> None:
-        """Writes nothing."""
+        """Writes nothing: heads have no files of their own."""
 
     @classmethod
     def restored(cls, model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> "Heads":
-        """Reads nothing."""
+        """Returns the heads of the model; no file is read."""
         return cls(model)
 
     @staticmethod
     def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
-        """Says nothing: the protocol's text names the head."""
+        """Returns nothing: the protocol's text names the head."""
         return ""
 
 
@@ -89,7 +89,7 @@ class Caches:
 
     Attributes:
       caches: of the lanes, in their order.
-      together: whether the only one is of all lanes, whose features it reads side by side (`fewshot.joined`).
+      together: whether a single cache serves all lanes and reads their joined features (`fewshot.joined`).
     """
 
     caches: tuple[Cache, ...]
@@ -97,7 +97,7 @@ class Caches:
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
-        """Stacks the caches; those with fewer entries are filled up with zeros, which do not vote."""
+        """Stacks the caches; those with fewer entries are padded with zeros, which do not vote."""
         longest = max(len(cache.ids) for cache in self.caches)
         keys = [np.stack(list(cache.keys.values())) for cache in self.caches]
         return {
@@ -110,12 +110,12 @@ class Caches:
 
     @property
     def constants(self) -> dict[str, np.ndarray]:
-        """The class texts that the model compares features with."""
+        """Returns the class texts that the model compares features with."""
         return {"classes": self.caches[0].text}
 
     @property
     def clip_ids(self) -> frozenset[str]:
-        """The clips of all caches."""
+        """Returns the clips of all caches."""
         return frozenset(clip_id for cache in self.caches for clip_id in cache.ids)
 
     def read(self, output: Output, head: jax.Array) -> dict[str, jax.Array]:
@@ -123,7 +123,7 @@ class Caches:
         return {m: output.features[m] for m in self.caches[0].modalities}
 
     def predict(self, read: Mapping[str, Array], weights: Mapping[str, Array]) -> Array:
-        """Gives the mean over lanes of the caches' probabilities for features (lanes, b, d)."""
+        """Returns the mean over lanes of the caches' probabilities for features (lanes, b, d)."""
         if self.together:
             read = {m: x[None] for m, x in fewshot.joined(read).items()}
         xp = weights["keys"].__array_namespace__()
@@ -135,7 +135,7 @@ class Caches:
         return _probabilities(caching.combined(zero_shot_scores(rows, text), votes, alpha) / TEMPERATURE).mean(0)
 
     def select_lanes(self, lanes: Sequence[int]) -> "Caches":
-        """Gives the caches of some lanes alone."""
+        """Returns the caches of some lanes alone."""
         return Caches(tuple(self.caches[i] for i in lanes))
 
     def save(self, folder: Path, names: Sequence[tuple[str, int]]) -> None:
@@ -149,7 +149,7 @@ class Caches:
 
     @staticmethod
     def described(plan: LanePlan, settings: Mapping[str, Any]) -> str:
-        """Says of which kind the caches are and how they were fitted."""
+        """Describes the kind of the caches and how they were fitted."""
         return f"; {fewshot.described(plan, settings)}"
 
 
@@ -162,16 +162,15 @@ def _kind(model: Model) -> type[Heads | Caches]:
 
 
 def described(model: Model, plan: LanePlan, settings: Mapping[str, Any]) -> str:
-    """Says which classifier predicts, as an addition to the protocol's text; "" where a head of the model does.
+    """Describes the classifier that predicts, to be added to the protocol's text; "" where a head of the model does.
 
-    Args:
-      settings: the model's own (`FusionSettings.settings`).
+    `settings` are the model's own (`FusionSettings.settings`).
     """
     return _kind(model).described(plan, settings)
 
 
 def restored(model: Model, folder: Path, names: Sequence[tuple[str, int]]) -> Predictor:
-    """Reads what predicts for lanes (fold, seed) of a finished run or bundle.
+    """Reads the predictor of lanes (fold, seed) of a finished run or bundle.
 
     Raises:
       AvjaxError: a cache is missing or damaged.

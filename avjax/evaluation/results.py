@@ -1,4 +1,4 @@
-"""From the test logits of all lanes to `predictions.npz` and `metrics.json`. Equal runs give equal files."""
+"""Turns the test logits of all lanes into `predictions.npz` and `metrics.json`. Equal runs give equal files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +16,16 @@ from avjax.utils.storage import read_json, replacing
 
 
 def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The rows of `predictions.npz`, one per lane and test clip.
+    """Returns the rows of `predictions.npz`, one per lane and test clip.
 
     Args:
-      logits: head → (lanes, n_test, c), rows beyond a lane's own test clips are padding.
+      features: of the data set.
+      plan: of the run.
+      logits: head → (lanes, n_test, c); rows beyond a lane's own test clips are padding.
+
     Returns:
       clip_id, speaker ("" where unknown), fold, seed, label and logits_<head>, plain arrays of equal length.
+
     Raises:
       AvjaxError: a logit is not finite; names the clips.
     """
@@ -31,7 +35,7 @@ def predictions(features: Features, plan: LanePlan, logits: Mapping[str, np.ndar
     broken = ~np.all([np.isfinite(v[real]).all(-1) for v in logits.values()], 0)
     if broken.any():
         clips = ", ".join(sorted({features.ids[i] for i in index[broken]}))
-        raise AvjaxError(f"the predictions for {clips} are not finite numbers; look at these clips' features")
+        raise AvjaxError(f"the predictions for {clips} are not finite; look at these clips' features")
     return {
         "clip_id": np.array(features.ids)[index],
         "speaker": np.array(features.speakers, np.str_)[index],
@@ -50,10 +54,15 @@ def measure(
     protocol: str,
     reference: Mapping[str, dict],
 ) -> dict[str, object]:
-    """The content of `metrics.json`: the scores of the task, `mean` and (population) `std` over folds and seeds.
+    """Returns the content of `metrics.json`: scores, with `mean` and (population) `std` over folds and seeds.
 
     Args:
-      lanes: what else is said of each: `best_epoch` and, where validation chooses it, `head`, by its name.
+      features: of the data set.
+      plan: of the run.
+      rows: as `predictions` returns them.
+      lanes: what else is recorded of each lane: `best_epoch` and, where validation selects it, the name of `head`.
+      protocol: its text.
+      reference: scores of the yardsticks.
     """
     heads = [k.removeprefix("logits_") for k in rows if k.startswith("logits_")]
     scoring = tasks.SCORINGS[features.task]
@@ -64,8 +73,8 @@ def measure(
     folds = []
     for i, ((fold, seed), counts) in enumerate(zip(plan.names, plan.counts, strict=True)):
         chosen = (rows["fold"] == fold) & (rows["seed"] == seed)
-        about = {key: values[i] for key, values in lanes.items()}
-        folds.append({"fold": fold, "seed": seed, **counts, **_scores(scoring, table(heads[0], chosen)), **about})
+        more = {key: values[i] for key, values in lanes.items()}
+        folds.append({"fold": fold, "seed": seed, **counts, **_scores(scoring, table(heads[0], chosen)), **more})
     every = np.ones(len(rows["label"]), bool)
     pooled = table(heads[0], every)
     over = summary(folds, scoring.names)
@@ -89,13 +98,13 @@ def measure(
 
 
 def _of_head(scoring: tasks.Scoring, table: np.ndarray, task: str) -> dict[str, float]:
-    """Its pooled scores; of classes weighted F1, too."""
+    """Returns the pooled scores of a head, with weighted F1 for classes."""
     more = {"f1": float(metrics.f1(table)["weighted"])} if task in tasks.ONE_CLASS else {}
     return _scores(scoring, table) | more
 
 
 def _particulars(features: Features, pooled: np.ndarray) -> dict[str, object]:
-    """What the pooled table says beyond its scores: by class, value or label."""
+    """Returns F1 and the confusion matrix of classes, or the scores of each value or label."""
     if features.task in tasks.ONE_CLASS:
         return {
             "f1": {k: float(v) for k, v in metrics.f1(pooled).items()},
@@ -105,15 +114,15 @@ def _particulars(features: Features, pooled: np.ndarray) -> dict[str, object]:
     return {"values": {n: _scores(scoring, row[None]) for n, row in zip(features.classes, pooled, strict=True)}}
 
 
-def _sentiment(features: Features, label: np.ndarray, answer: np.ndarray) -> dict[str, object]:
-    """`sentiment` over all folds and seeds, where that is what is predicted."""
+def _sentiment(features: Features, label: np.ndarray, prediction: np.ndarray) -> dict[str, object]:
+    """Returns the `sentiment` measures over all folds and seeds, if the task is sentiment regression."""
     if features.task != "regression" or features.classes != ("sentiment",):
         return {}
-    return {"sentiment": metrics.sentiment(metrics.sentiment_sums(label[:, 0], answer[:, 0]))}
+    return {"sentiment": metrics.sentiment(metrics.sentiment_sums(label[:, 0], prediction[:, 0]))}
 
 
 def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, task: str) -> dict | None:
-    """Scores of the mean of all seeds' answers (of classes their probabilities), fold by fold; None for one seed.
+    """Computes scores of the mean prediction of all seeds (of classes, mean probability) by fold; None for one seed.
 
     Seeds of a fold test the same clips in the same order.
     """
@@ -124,8 +133,8 @@ def _together(plan: LanePlan, rows: Mapping[str, np.ndarray], head: str, task: s
     scoring, folds = tasks.SCORINGS[task], []
     for fold in dict.fromkeys(name for name, _ in plan.names):
         seeds = [(rows["fold"] == fold) & (rows["seed"] == seed) for name, seed in plan.names if name == fold]
-        answers = [rows[f"logits_{head}"][chosen].astype(np.float64) for chosen in seeds]
-        mean = np.mean([softmax(a, -1) if task in tasks.ONE_CLASS else a for a in answers], 0)
+        predicted = [rows[f"logits_{head}"][chosen].astype(np.float64) for chosen in seeds]
+        mean = np.mean([softmax(a, -1) if task in tasks.ONE_CLASS else a for a in predicted], 0)
         folds.append({"fold": fold, **_scores(scoring, scoring.count(rows["label"][seeds[0]], mean))})
     return summary(folds, scoring.names)
 
@@ -134,13 +143,13 @@ def _plain(label: np.ndarray, task: str) -> np.ndarray:
     return label.astype(np.int64) if task == "single" else label
 
 
-def attention(features: Features, found: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> list[dict[str, object]]:
-    """What `loop.attention` gives, with clip and label under `name`, for `plots.attention_figure`."""
-    return [{"name": f"{features.ids[i]} ({features.clips[i].label})"} | dict(maps) for i, maps in found]
+def attention(features: Features, by_clip: Sequence[tuple[int, Mapping[str, np.ndarray]]]) -> list[dict[str, object]]:
+    """Adds clip and label as `name` to what `loop.attention` returns, for `plots.attention_figure`."""
+    return [{"name": f"{features.ids[i]} ({features.clips[i].label})"} | dict(maps) for i, maps in by_clip]
 
 
 def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, count: int = 12) -> list[dict[str, str]]:
-    """Test clips with their sentence, label and answer, for the report: `count` of them, evenly spaced in the set."""
+    """Returns `count` test clips, evenly spaced in the set, with sentence, label and prediction, for the report."""
     if source not in features.sentences or features.task not in tasks.ONE_CLASS:
         return []
     label = features.label if features.task == "single" else features.label.argmax(-1)
@@ -150,12 +159,12 @@ def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, co
     out = []
     for i in tested[:: max(1, len(tested) // count)][:count]:
         at = first[features.ids[i]]
-        answer = int(np.argmax(rows[head][at]))
+        predicted = int(np.argmax(rows[head][at]))
         out.append(
             {
                 "clip_id": features.ids[i],
                 "label": features.classes[label[i]],
-                "predicted": features.classes[answer],
+                "predicted": features.classes[predicted],
                 "sentence": features.sentences[source][i],
             }
         )
@@ -163,12 +172,13 @@ def examples(features: Features, rows: Mapping[str, np.ndarray], source: str, co
 
 
 def write_predictions(path: Path, rows: Mapping[str, np.ndarray]) -> None:
+    """Writes `predictions.npz` atomically."""
     with replacing(path, "wb") as file:
         np.savez(file, **rows)
 
 
 def read(workdir: Path) -> dict:
-    """`metrics.json` of a finished run."""
+    """Reads `metrics.json` of a finished run."""
     return read_json(workdir / "metrics.json")
 
 

@@ -1,7 +1,7 @@
-"""How sure a comparison is: bootstrap intervals and paired tests over people, from the predictions of finished runs.
+"""Significance of comparisons: bootstrap intervals and paired tests over people, from predictions of finished runs.
 
 The unit is the speaker where speakers are known, since clips of one person resemble each other, else the clip. Seeds
-are averaged within a clip first, so that more seeds do not make more evidence.
+are averaged within a clip first, so that more seeds are not more evidence.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _SEED = 0
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """What a run got right by unit, in one order: `right (n,)` of `count (n,)` clips; `kind` is speaker or clip."""
+    """Correct predictions of a run by unit: `right (n,)` of `count (n,)` clips; `kind` is speaker or clip."""
 
     kind: str
     names: tuple[str, ...]
@@ -29,11 +29,12 @@ class Units:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """Accuracies between 0 and 1.
+    """The evidence on a run's accuracy, between 0 and 1.
 
     Attributes:
-      interval: of the accuracy over all clips, 95 %.
-      difference: to the first run, with its 95 % interval (mean, low, high), and p, two-sided; None for the first.
+      interval: 95 % interval of the accuracy over all clips.
+      difference: to the first run, with its 95 % interval (mean, low, high); None for the first.
+      p: of the difference, two-sided; None for the first.
     """
 
     interval: tuple[float, float]
@@ -42,18 +43,18 @@ class Evidence:
 
 
 def of_runs(workdirs: Mapping[str, Path]) -> dict[str, Evidence]:
-    """The evidence of finished runs by name, each compared with the first.
+    """Computes the evidence of finished runs by name, each compared with the first.
 
     Raises:
-      AvjaxError: as of `read` and `evidence`.
+      AvjaxError: as `read` and `evidence`.
     """
-    found = {name: read(workdir) for name, workdir in workdirs.items()}
-    first = next(iter(found))
-    return {name: evidence(ours, None if name == first else found[first]) for name, ours in found.items()}
+    by_name = {name: read(workdir) for name, workdir in workdirs.items()}
+    first = next(iter(by_name))
+    return {name: evidence(ours, None if name == first else by_name[first]) for name, ours in by_name.items()}
 
 
 def read(workdir: Path) -> Units:
-    """The units of a finished run.
+    """Reads the units of a finished run.
 
     Raises:
       AvjaxError: it has no predictions, or those of an earlier version, without speakers.
@@ -64,15 +65,15 @@ def read(workdir: Path) -> Units:
     with np.load(path, allow_pickle=False) as file:
         rows = dict(file)
     if "speaker" not in rows:
-        raise AvjaxError(f"{path}: without speakers, so of an earlier version of avjax; train again")
+        raise AvjaxError(f"{path}: has no speakers, so it is of an earlier version of avjax; train again")
     return units(rows)
 
 
 def units(rows: Mapping[str, np.ndarray]) -> Units:
-    """The units of predictions, as `avjax.evaluation.results.predictions` gives them; the first logits are the
-    predicting ones."""
+    """Computes the units of predictions, as `results.predictions` returns them; the first head predicts."""
     logits = next(v for k, v in rows.items() if k.startswith("logits_"))
-    label = rows["label"] if rows["label"].ndim == 1 else np.argmax(rows["label"], -1)  # of shares the largest
+    # Of soft labels, the most probable class.
+    label = rows["label"] if rows["label"].ndim == 1 else np.argmax(rows["label"], -1)
     hit = np.argmax(logits, -1) == label
     clips, first, which = np.unique(rows["clip_id"], return_index=True, return_inverse=True)
     share = np.bincount(which, hit) / np.bincount(which)
@@ -83,19 +84,19 @@ def units(rows: Mapping[str, np.ndarray]) -> Units:
 
 
 def evidence(ours: Units, first: Units | None) -> Evidence:
-    """How sure the accuracy of a run is, and its difference to that of the first one; both over the same clips.
+    """Computes the interval of a run's accuracy, and the difference to the first run over the same clips.
 
-    Intervals are percentiles of 2,000 bootstrap draws of units; p is the share of 9,999 random exchanges of the two
-    runs within units (all of them where they are fewer) whose difference is at least as large.
+    Intervals are percentiles of 2,000 bootstrap draws of units; p is the proportion of 9,999 random exchanges of the
+    two runs within units (all exchanges where they are fewer) whose difference is at least as large.
 
     Raises:
-      AvjaxError: the runs predicted other clips.
+      AvjaxError: the runs were tested on different clips.
     """
     interval = _interval(ours.right, ours.count)
     if first is None:
         return Evidence(interval)
     if ours.names != first.names or not np.array_equal(ours.count, first.count):
-        raise AvjaxError(f"the runs predicted other {ours.kind}s; compare runs of one data set and protocol")
+        raise AvjaxError(f"the runs were tested on different {ours.kind}s; compare runs of one data set and protocol")
     from scipy.stats import permutation_test
 
     gained = ours.right - first.right
@@ -112,12 +113,12 @@ def evidence(ours: Units, first: Units | None) -> Evidence:
 
 
 def _interval(right: np.ndarray, count: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the sum of `right` over that of `count`; the value itself where there is one unit."""
+    """Computes the 95 % interval of the sum of `right` over that of `count`; of one unit, the value itself."""
     from scipy.stats import bootstrap
 
     if len(count) == 1:
         return (float(right[0] / count[0]),) * 2
-    found = bootstrap(
+    interval = bootstrap(
         (right, count),
         lambda r, c, axis: np.sum(r, axis) / np.sum(c, axis),
         paired=True,
@@ -126,4 +127,4 @@ def _interval(right: np.ndarray, count: np.ndarray) -> tuple[float, float]:
         method="percentile",
         rng=np.random.default_rng(_SEED),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)

@@ -1,0 +1,1 @@
+"""Features of clips: presets, extraction, the feature store and its packed views."""

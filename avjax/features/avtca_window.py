@@ -1,4 +1,4 @@
-"""Face images and MFCC of one span of a clip, as AVT-CA takes them."""
+"""Face crops and MFCCs of one span of a clip, as in AVT-CA."""
 
 from collections.abc import Mapping
 
@@ -10,14 +10,13 @@ from avjax.utils.progress import Stopwatch
 
 
 class Cut:
-    """Cuts video and audio of a clip at the same place: in the middle, or all of a shorter clip.
+    """Cuts the same span from video and audio of a clip: its middle, or all of a shorter clip.
 
-    Where the video is missing the audio's own middle is taken.
+    Without video, the audio's own middle is used. The clip begins `begin` seconds into its files.
 
-    Args:
-      begin: where the clip begins in its files, in seconds.
     Attributes:
-      sampling: how it wants the audio; samples: (n,) float32, what it is given of it.
+      sampling: the requested sampling of the audio.
+      samples: (n,) float32, the audio, set from outside.
     """
 
     def __init__(self, window: Window, begin: float) -> None:
@@ -27,57 +26,61 @@ class Cut:
         self.lose()
 
     def lose(self) -> None:
-        """Gives up the video: it cannot be read."""
+        """Discards the video: it cannot be read."""
         self._frames: list[video.Frames] = []
-        self._there = np.zeros(self._window.count, bool)
+        self._inside_clip = np.zeros(self._window.count, bool)
         self._seconds: float | None = None
 
     def choose(self, times: np.ndarray, over: float) -> np.ndarray:
-        """Begins anew: a `video.Choice` of the frames shown at the `moments` that are before the end of the video."""
+        """Restarts: a `video.Choice` of the frames shown at the `frame_times` before the end of the video."""
         self._frames, seconds = [], over - self._begin
-        asked = self._begin + moments(self._window, seconds)
-        self._there = asked < over
-        self._seconds = seconds if self._there.any() else None
-        return video.shown_at(times, asked[self._there])
+        asked = self._begin + frame_times(self._window, seconds)
+        self._inside_clip = asked < over
+        self._seconds = seconds if self._inside_clip.any() else None
+        return video.shown_at(times, asked[self._inside_clip])
 
     def take(self, frames: video.Frames) -> None:
+        """Adds the next chosen frames."""
         self._frames.append(frames)
 
     def measured(
         self, tracker: faces.FaceTracker, clock: Stopwatch, inside: tuple[float, float]
     ) -> dict[str, np.ndarray]:
-        """Measures what was taken.
+        """Crops the face in the frames and computes the MFCCs.
 
         Args:
-          inside: when sound begins and ends, in seconds; around it is digital silence, whose length says nothing.
+          tracker: finds the face.
+          clock: counts the seconds spent.
+          inside: when the audio begins and ends, in seconds, without the digital silence around it.
+
         Returns:
-          `pictures (t, side, side, 3)` uint8 with `pictures_mask (t,)`, False beyond the clip's end and without a face;
+          `images (t, side, side, 3)` uint8 with `images_mask (t,)`, False beyond the clip's end and without a face;
           `mfcc (s, mfccs)` float32 with `mfcc_mask (s,)`, False outside `inside`.
         """
         with clock("faces"):
-            pictures, mask = self._pictures(tracker)
+            crops, mask = self._crops(tracker)
         with clock("acoustics"):
             mfcc, real = _mfcc(self.samples, self._window, None if self._window.released else self._seconds, inside)
-        return {"pictures": pictures, "pictures_mask": mask, "mfcc": mfcc, "mfcc_mask": real}
+        return {"images": crops, "images_mask": mask, "mfcc": mfcc, "mfcc_mask": real}
 
-    def _pictures(self, tracker: faces.FaceTracker) -> tuple[np.ndarray, np.ndarray]:
-        """The pictures, and which are real."""
+    def _crops(self, tracker: faces.FaceTracker) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the crops and their mask."""
         window = self._window
         out, mask = np.zeros((window.count, window.side, window.side, 3), np.uint8), np.zeros(window.count, bool)
         if not self._frames:
             return out, mask
         frames = video.joined(self._frames)
-        out[self._there], mask[self._there] = _cut(frames, tracker.track(frames), window)
+        out[self._inside_clip], mask[self._inside_clip] = _cut(frames, tracker.track(frames), window)
         return out, mask | (window.released & mask.any())
 
 
-def moments(window: Window, seconds: float) -> np.ndarray:
-    """The times of the pictures, (count,) seconds from the beginning of a clip that lasts `seconds`.
+def frame_times(window: Window, seconds: float) -> np.ndarray:
+    """Returns the times of the crops, (count,) seconds from the beginning of a clip that lasts `seconds`.
 
-    Each is the middle of a frame of `rate` a second, so that videos of 29.97 give the frames of the same numbers.
+    Each is the middle of a frame at `rate` per second, so that videos at 29.97 give the frames of the same numbers.
     """
-    whole = int(window.seconds * window.rate)
-    numbers = np.arange(window.count) * whole // window.count + whole // (2 * window.count)
+    length = int(window.seconds * window.rate)
+    numbers = np.arange(window.count) * length // window.count + length // (2 * window.count)
     first = 0.0 if window.released else _first(window, seconds)
     return first + (numbers + 0.5) / window.rate
 
@@ -87,20 +90,20 @@ def _first(window: Window, seconds: float) -> float:
 
 
 def _cut(frames: video.Frames, track: faces.Faces, window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """The images of the face, and in which frames there is one."""
+    """Returns the crops of the face and the mask of the frames that show it."""
     if not window.released:
-        return faces.boxed(frames, track.found, track.boxes, window.side), track.found
-    # Where no face is found, the place of the last one is cut out.
-    last = np.maximum.accumulate(np.where(track.found, np.arange(len(track.found)), -1))
-    known = last >= 0
-    pictures = faces.boxed(frames, known, track.boxes[np.maximum(last, 0)], window.side, clamped=False)
-    return pictures[..., ::-1], known
+        return faces.boxed(frames, track.present, track.boxes, window.side), track.present
+    # Without a face, the box of the last one is cropped.
+    last = np.maximum.accumulate(np.where(track.present, np.arange(len(track.present)), -1))
+    tracked = last >= 0
+    crops = faces.boxed(frames, tracked, track.boxes[np.maximum(last, 0)], window.side, clamped=False)
+    return crops[..., ::-1], tracked
 
 
 def _mfcc(
     samples: np.ndarray, window: Window, seconds: float | None, inside: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """MFCC of the span and which of their steps are real; `seconds` of picture say where it is, None: the samples."""
+    """Computes the MFCCs of the span and their mask; it is centred in `seconds` of video, or if None in the samples."""
     import librosa
 
     length, rate = int(window.seconds * window.sample_rate), window.sample_rate
@@ -115,10 +118,10 @@ def _mfcc(
 
 
 def streams(staged: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The streams `video` and `audio` of what was staged."""
+    """Returns the streams `video` and `audio` of the staged arrays."""
     return {
-        "video": staged["pictures"],
-        "video_mask": staged["pictures_mask"],
+        "video": staged["images"],
+        "video_mask": staged["images_mask"],
         "audio": staged["mfcc"],
         "audio_mask": staged["mfcc_mask"],
     }

@@ -1,8 +1,8 @@
 """Extraction as a Beam pipeline, on this machine, Dataflow, Flink or Spark: the same work in the same code.
 
-Every piece of the pipeline is a handful of clips that a machine measures as `avjax.features.extract.measured` does it
-alone; what it finds is staged in the feature store, which all machines must reach: a shared folder, or cloud storage.
-So a pipeline that was killed goes on where it was, and `local` goes on with what a pipeline has begun.
+Each element of the pipeline is a handful of clips that a machine measures with `avjax.features.extract.measured`; the
+results are staged in the feature store, which all machines must reach: a shared folder, or cloud storage. So a killed
+pipeline is resumed, and a local extraction continues the work of a pipeline.
 """
 
 import dataclasses
@@ -27,17 +27,19 @@ from avjax.features.store import Store
 from avjax.utils import storage
 from avjax.utils.progress import Stopwatch
 
-_PIECE = 16  # clips: enough to be worth the start of worker processes, few enough to be done again after a kill
+_PIECE = 16  # clips: enough to amortise the start of worker processes, few enough to be repeated after a kill
 _FAILED = "failed"  # the staged "feature" of a clip that could not be measured
 
 
 def runner(name: str, flags: Sequence[str], root: Path, media: str = "") -> Runner:
-    """The Beam runner `name` (DirectRunner, DataflowRunner, FlinkRunner, SparkRunner) as one of extraction.
+    """Makes a runner of extraction from a Beam runner.
 
     Args:
+      name: DirectRunner, DataflowRunner, FlinkRunner or SparkRunner.
       flags: further options of the pipeline, such as `--project=P`.
-      root: where the data set was indexed; media: where machines find the same files, such as `gs://bucket/mafw`;
-        "" = under the same path as here.
+      root: the folder in which the data set was indexed.
+      media: the folder of the same files for the machines of the pipeline, such as `gs://bucket/mafw`; "" = `root`.
+
     Raises:
       AvjaxError: Beam is missing.
     """
@@ -47,19 +49,19 @@ def runner(name: str, flags: Sequence[str], root: Path, media: str = "") -> Runn
     def run(jobs: Sequence[Job], extractor: Extractor, options: Options, console: Console) -> Iterator[tuple[str, str]]:
         for clip, keys, _ in jobs:
             extractor.store.drop(clip.id, _FAILED, _key(keys))
-        sent = [(_elsewhere(clip, root, storage.place(media)), *job) for clip, *job in jobs] if media else list(jobs)
+        sent = [(_relocated(clip, root, storage.place(media)), *job) for clip, *job in jobs] if media else list(jobs)
         pieces = [sent[at : at + _PIECE] for at in range(0, len(sent), _PIECE)]
         console.print(f"{name}: {len(jobs)} clips in {len(pieces)} pieces")
         if pieces:
-            made_alike = (str(extractor.store.root), extractor.settings, extractor.made_by)
+            arguments = (str(extractor.store.root), extractor.settings, extractor.made_by)
             limits = Options(options.processes, options.clip_seconds)
-            _submit([f"--runner={name}", *flags], pieces, made_alike, limits)
+            _submit([f"--runner={name}", *flags], pieces, arguments, limits)
         return (_outcome(extractor.store, job) for job in jobs)
 
     return run
 
 
-def _elsewhere(clip: Clip, root: Path, media: Path) -> Clip:
+def _relocated(clip: Clip, root: Path, media: Path) -> Clip:
     def moved(path: Path | None) -> Path | None:
         return path and media / path.relative_to(root).as_posix()
 
@@ -67,7 +69,7 @@ def _elsewhere(clip: Clip, root: Path, media: Path) -> Clip:
 
 
 def _key(keys: Mapping[str, Key]) -> Key:
-    return keys["video"]  # made of the files, too: another file fails for itself
+    return keys["video"]  # depends on the files, too: another file gets its own result
 
 
 def _outcome(store: Store, job: Job) -> tuple[str, str]:
@@ -84,10 +86,10 @@ def _outcome(store: Store, job: Job) -> tuple[str, str]:
 def _submit(
     flags: Sequence[str],
     pieces: Sequence[Sequence[Job]],
-    made_alike: tuple[str, Preset, Mapping[str, str]],
+    arguments: tuple[str, Preset, Mapping[str, str]],
     options: Options,
 ) -> None:
-    """Runs the pipeline; `made_alike`: the arguments of `_Held`."""
+    """Runs the pipeline; `arguments` are those of `_SharedExtractor`."""
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.utils.shared import Shared
@@ -97,10 +99,10 @@ def _submit(
             self._shared = Shared()
 
         def setup(self) -> None:
-            self._held = self._shared.acquire(lambda: _Held(*made_alike))
+            self._extractor = self._shared.acquire(lambda: _SharedExtractor(*arguments))
 
         def process(self, piece: Any) -> Iterator[Any]:
-            _measure(piece, self._held.extractor, options)
+            _measure(piece, self._extractor.extractor, options)
             yield len(piece)
 
     try:
@@ -110,11 +112,11 @@ def _submit(
         raise AvjaxError(f"{flags[0]}: {error}") from error
 
 
-class _Held:
-    """An `Extractor` that the threads of a machine share; Beam shares only what can be referred to weakly.
+class _SharedExtractor:
+    """An `Extractor` for all threads of a machine, in an object with weak references, as Beam requires.
 
     Raises:
-      AvjaxError: it would make other features than `made_by` says, such as in another precision on another device.
+      AvjaxError: its features would differ from `made_by`, for example in precision on another kind of device.
     """
 
     def __init__(self, root: str, settings: Preset, made_by: Mapping[str, str]) -> None:
@@ -127,23 +129,23 @@ class _Held:
 
 
 def _measure(piece: Sequence[Job], extractor: Extractor, options: Options) -> None:
-    """Measures the clips of a piece and stages what was found, or why nothing was."""
-    keys = {clip.id: _key(found) for clip, found, _ in piece}
-    with tempfile.TemporaryDirectory() as room:
-        jobs = [(_fetched(clip, Path(room) / str(i)), *job) for i, (clip, *job) in enumerate(piece)]
+    """Measures the clips of a piece and stages the features, or the reason if there are none."""
+    keys = {clip.id: _key(keys_of_clip) for clip, keys_of_clip, _ in piece}
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [(_fetched(clip, Path(folder) / str(i)), *job) for i, (clip, *job) in enumerate(piece)]
         for clip_id, reason in extraction.measured(jobs, extractor, options):
             if reason:
                 extractor.store.put(clip_id, _FAILED, keys[clip_id], {"reason": np.array(reason)})
 
 
-def _fetched(clip: Clip, room: Path) -> Clip:
-    """The clip with its files on this machine."""
+def _fetched(clip: Clip, folder: Path) -> Clip:
+    """Returns the clip with its files copied to this machine."""
 
     def local(path: Path | None) -> Path | None:
         if not path or storage.is_local(path):
             return path
-        room.mkdir(exist_ok=True)
-        target = room / os.path.basename(path)
+        folder.mkdir(exist_ok=True)
+        target = folder / os.path.basename(path)
         epath.Path(path).copy(target, overwrite=True)
         return target
 

@@ -1,8 +1,8 @@
 """One clip → its features: the only path, shared by everything that turns clips into arrays.
 
-A preset (`avjax.features.presets`) says what is measured. Video and audio are measured clip by clip (`measure`), each
-decoded once for all that is made of it; the sentence needs, beside its clip, the speaker's usual pitch
-(`speaker_pitch`), so sentences are made when all clips were measured (`describe`).
+A preset (`avjax.features.presets`) determines what is measured. Video and audio are measured clip by clip (`measure`),
+each decoded once for all features; sentences depend on the speaker's usual pitch (`speaker_pitch`), so they are
+generated when all clips are measured (`describe`).
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from avjax.utils.progress import Stopwatch
 
 # Sources of the `text` feature: the three of the template, and one fixed sentence for the "w/o ETG" ablation.
 TEXTS = (*template.SOURCES, "constant")
-# Below so many of a speaker's clips with voice, the median says nothing about what is usual; fixed bounds then.
-_ENOUGH_CLIPS = 3
+# With fewer voiced clips of a speaker, their median is no estimate of the usual pitch, and fixed bounds apply.
+_MIN_CLIPS = 3
 
 
 def measure(
@@ -32,59 +32,63 @@ def measure(
     staged: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     wanted: Container[str] = (),
 ) -> tuple[dict[str, dict[str, np.ndarray]], Raw]:
-    """Measures video and audio of a clip. What it lacks has no steps, and its `why` says so.
+    """Measures video and audio of a clip. A missing modality has no steps; its `why` is the reason.
 
     Args:
-      staged: "video", "audio", "window" → what was measured before, which is not measured again.
-      wanted: "image", "flow", "sound": what is to be encoded, and so is handed out as `Raw`.
+      clip: the clip.
+      instruments: the tools and the preset.
+      staged: "video", "audio", "window" → earlier measurements, which are not repeated.
+      wanted: "image", "flow", "speech": features to be encoded, whose inputs are returned as `Raw`.
+
     Returns:
       video: `video (t, d)`, `video_mask (t,)`, `au (t, a)`, `boxes (t, 4)` of the faces in pixels, `times (t,)` seconds
-      from the clip's start; audio: `audio (s, d)`, `audio_mask (s,)`, `seconds ()`, `inside (2,)`, where sound begins
-      and ends in samples, `prosody (3,)` = median F0 in Hz, syllables per second, stress in dB, 0 where not measurable,
-      `surface (2,)` as `audio.surface`; both: `why ()`, "" where nothing is lacking; window, where the preset has one:
-      as `avtca_window.Cut.measured`. And what encoders need.
+      from the clip's start; audio: `audio (s, d)`, `audio_mask (s,)`, `seconds ()`, `inside (2,)`, its first and last
+      sample without outer digital silence, `prosody (3,)` = median F0 in Hz, syllables per second, stress in dB, 0 if
+      not measurable, `surface (2,)` as `audio.surface`; both: `why ()`, "" if nothing is missing; window, if the preset
+      has one: as `avtca_window.Cut.measured`. And the inputs of encoders.
+
     Raises:
       UnusableMedia: neither video nor audio.
     """
-    staged, lacking, raw = staged or {}, [], Raw()
+    staged, reasons, raw = staged or {}, [], Raw()
     settings = instruments.settings
     cut = None
     if settings.window and "window" not in staged:
         cut = avtca_window.Cut(settings.window, clip.start or 0.0)
     try:
-        picture, raw = _picture(clip, instruments, staged.get("video"), wanted, cut)
+        video_features, raw = _measure_video(clip, instruments, staged.get("video"), wanted, cut)
     except UnusableMedia as error:
-        lacking.append(str(error))
-        picture = nothing_seen(str(error))
+        reasons.append(str(error))
+        video_features = nothing_seen(str(error))
     try:
-        sound, samples = _sound(clip, instruments, staged.get("audio"), "sound" in wanted, cut)
+        audio_features, samples = _measure_audio(clip, instruments, staged.get("audio"), "speech" in wanted, cut)
     except UnusableMedia as error:
-        lacking.append(str(error))
-        sound, samples = _no_sound(str(error)), None
-    if len(lacking) == 2:
-        raise UnusableMedia("; ".join(dict.fromkeys(lacking)))
-    made = {"video": picture, "audio": sound}
+        reasons.append(str(error))
+        audio_features, samples = _no_audio(str(error)), None
+    if len(reasons) == 2:
+        raise UnusableMedia("; ".join(dict.fromkeys(reasons)))
+    made = {"video": video_features, "audio": audio_features}
     if settings.window:
         made["window"] = staged.get("window") or cut.measured(
-            instruments.tracker, instruments.clock, _sounding(sound, settings)
+            instruments.tracker, instruments.clock, _audio_span(audio_features, settings)
         )
     return made, dataclasses.replace(raw, samples=samples)
 
 
-def _sounding(sound: Mapping[str, np.ndarray], settings: Preset) -> tuple[float, float]:
-    """When sound begins and ends, in seconds; without an end where no more of it was measured."""
-    first, last = sound["inside"] / audio.SAMPLE_RATE
+def _audio_span(audio_features: Mapping[str, np.ndarray], settings: Preset) -> tuple[float, float]:
+    """Returns when the audio begins and ends, in seconds; the end is infinite if only the beginning was measured."""
+    first, last = audio_features["inside"] / audio.SAMPLE_RATE
     return first, last if last < settings.max_seconds else np.inf
 
 
-def _picture(
+def _measure_video(
     clip: Clip,
     instruments: Instruments,
     staged: Mapping[str, np.ndarray] | None,
     wanted: Container[str],
     cut: avtca_window.Cut | None,
 ) -> tuple[Mapping[str, np.ndarray], Raw]:
-    """Face measurements of the frames, those without a face masked; and pictures and flows, if wanted.
+    """Measures the face in the frames, those without a face masked; collects images and flows if `wanted`.
 
     The frames are decoded once, block by block, and shared with the window `cut`.
     """
@@ -94,7 +98,7 @@ def _picture(
     if cut:
         viewers["window"] = cut
     try:
-        _look(clip, instruments, viewers)
+        _show_frames(clip, instruments, viewers)
     except UnusableMedia:
         if cut:
             cut.lose()
@@ -103,8 +107,8 @@ def _picture(
     return viewers["faces"].measured() if "faces" in viewers else (staged, Raw())
 
 
-def _look(clip: Clip, instruments: Instruments, viewers: Mapping[str, object]) -> None:
-    """Shows the viewers the frames that they choose."""
+def _show_frames(clip: Clip, instruments: Instruments, viewers: Mapping[str, object]) -> None:
+    """Passes the viewers the frames that they choose."""
     if not viewers:
         return
     choices = {name: viewer.choose for name, viewer in viewers.items()}
@@ -115,14 +119,14 @@ def _look(clip: Clip, instruments: Instruments, viewers: Mapping[str, object]) -
 
 
 def _end(clip: Clip, settings: Preset) -> float | None:
-    """Where a clip ends on its clock; long ones are cut where every frame is taken."""
+    """Returns the end of a clip on its clock; long clips are truncated if every frame is used."""
     if settings.frames:
         return clip.end
     return min(filter(None, (clip.end, (clip.start or 0.0) + settings.max_seconds)))
 
 
 def _timed(items: Iterator, clock: Stopwatch) -> Iterator:
-    """Passes on what decoding gives."""
+    """Yields the items; the time to get each counts as decoding."""
     while True:
         with clock("decoding"):
             item = next(items, None)
@@ -131,14 +135,14 @@ def _timed(items: Iterator, clock: Stopwatch) -> Iterator:
         yield item
 
 
-def _sound(
+def _measure_audio(
     clip: Clip,
     instruments: Instruments,
     staged: Mapping[str, np.ndarray] | None,
     wanted: bool,
     cut: avtca_window.Cut | None,
 ) -> tuple[Mapping[str, np.ndarray], np.ndarray | None]:
-    """Acoustic measurements and prosody; and the samples, if wanted, without silence before and after the sound.
+    """Measures acoustic features and prosody; returns also the samples, if `wanted`, without outer silence.
 
     The audio is decoded once and shared with the window `cut`.
     """
@@ -146,36 +150,36 @@ def _sound(
     if not staged or (wanted and staged["audio_mask"].any()):
         samples = audio.Sampling(max_seconds=settings.max_seconds)
     try:
-        heard = _listen(clip, instruments.clock, samples, cut)
+        decoded = _read_samples(clip, instruments.clock, samples, cut)
     except UnusableMedia:
         if samples:
             raise
     if not samples:
         return staged, None
     with instruments.clock("acoustics"):
-        sound = staged or _acoustic_measurements(heard, settings)
-    first, last = sound["inside"]
-    return sound, heard[first:last] if wanted and first < last else None
+        audio_features = staged or _acoustic_measurements(decoded, settings)
+    first, last = audio_features["inside"]
+    return audio_features, decoded[first:last] if wanted and first < last else None
 
 
-def _listen(
+def _read_samples(
     clip: Clip, clock: Stopwatch, sampling: audio.Sampling | None, cut: avtca_window.Cut | None
 ) -> np.ndarray | None:
-    """The samples (n,) of a clip, if asked for; the window gets its own."""
+    """Reads the samples (n,) of a clip, if `sampling` is given; the window gets its own."""
     start, samplings = clip.start or 0.0, [s for s in (sampling, cut and cut.sampling) if s]
     if not samplings:
         return None
     with clock("decoding"):
-        heard = audio.read_audio_parts(clip.audio or clip.path, samplings, start=start, end=clip.end)
+        decoded = audio.read_audio_parts(clip.audio or clip.path, samplings, start=start, end=clip.end)
     if cut:
-        cut.samples = heard[-1]
-    if sampling and not heard[0].size:
+        cut.samples = decoded[-1]
+    if sampling and not decoded[0].size:
         raise UnusableMedia(audio.nothing_decoded(start, clip.end))
-    return heard[0]
+    return decoded[0]
 
 
 def _acoustic_measurements(samples: np.ndarray, settings: Preset) -> dict[str, np.ndarray]:
-    """Acoustic features at a low rate, and prosody; digital silence before and after the sound is masked."""
+    """Computes acoustic features at a low rate, and prosody; leading and trailing digital silence is masked."""
     analysis = audio.analyse(samples)
     steps = audio.acoustic(analysis, settings.steps_per_second)
     spoken = audio.prosody(analysis)
@@ -193,7 +197,7 @@ def _acoustic_measurements(samples: np.ndarray, settings: Preset) -> dict[str, n
     }
 
 
-def _no_sound(why: str) -> dict[str, np.ndarray]:
+def _no_audio(why: str) -> dict[str, np.ndarray]:
     width = len(audio.ACOUSTIC_NAMES)
     return {
         "audio": np.zeros((0, width), np.float32),
@@ -207,7 +211,7 @@ def _no_sound(why: str) -> dict[str, np.ndarray]:
 
 
 def speaker_pitch(clips: Iterable[tuple[str | None, float]]) -> dict[str, float]:
-    """The usual pitch of each speaker: the median over clips of their median F0, without any label.
+    """Computes the usual pitch of each speaker, the median over clips of the median F0; uses no labels.
 
     Args:
       clips: (speaker or None, median F0 in Hz or 0) of every clip.
@@ -216,16 +220,18 @@ def speaker_pitch(clips: Iterable[tuple[str | None, float]]) -> dict[str, float]
     for speaker, f0 in clips:
         if speaker and f0 > 0:
             pitches.setdefault(speaker, []).append(f0)
-    return {s: float(np.median(v)) for s, v in pitches.items() if len(v) >= _ENOUGH_CLIPS}
+    return {s: float(np.median(v)) for s, v in pitches.items() if len(v) >= _MIN_CLIPS}
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """The little that is kept in memory of each measured clip: what sentences and reports need.
+    """The data of each measured clip that are kept in memory, for sentences and reports.
 
     Attributes:
-      face: words for the face, as `action_units.describe`; prosody (3,): see `measure`; seconds: of sound.
-      why: "video", "audio" → what is lacking there, "" where nothing is.
+      face: words for the face, as `action_units.describe`.
+      prosody: (3,), see `measure`.
+      seconds: duration of the audio.
+      why: "video", "audio" → why it is missing, "" if it is not.
     """
 
     face: object
@@ -234,13 +240,13 @@ class Facts:
     why: Mapping[str, str]
 
 
-def facts(picture: Mapping[str, np.ndarray], sound: Mapping[str, np.ndarray]) -> Facts:
-    """The facts of a clip, of what `measure` found."""
+def facts(video_features: Mapping[str, np.ndarray], audio_features: Mapping[str, np.ndarray]) -> Facts:
+    """Extracts the facts of a clip from its measurements (`measure`)."""
     return Facts(
-        face=action_units.describe(picture["au"], picture["video_mask"], faces.AU_NAMES),
-        prosody=sound["prosody"],
-        seconds=float(sound["seconds"]),
-        why={"video": str(picture["why"]), "audio": str(sound["why"])},
+        face=action_units.describe(video_features["au"], video_features["video_mask"], faces.AU_NAMES),
+        prosody=audio_features["prosody"],
+        seconds=float(audio_features["seconds"]),
+        why={"video": str(video_features["why"]), "audio": str(audio_features["why"])},
     )
 
 
@@ -248,11 +254,11 @@ def facts(picture: Mapping[str, np.ndarray], sound: Mapping[str, np.ndarray]) ->
 FACTS_OF = {"video": ("au", "video_mask", "why"), "audio": ("prosody", "seconds", "why")}
 
 
-def describe(known: Facts, transcript: str | None, usual_pitch: float | None) -> dict[str, str]:
-    """The sentence of a clip for every source of the template; "" where a source knows nothing."""
-    f0, rate, stress = (float(v) or None for v in known.prosody)
+def describe(clip_facts: Facts, transcript: str | None, usual_pitch: float | None) -> dict[str, str]:
+    """Generates the sentence of a clip for every source of the template; "" if nothing is known for a source."""
+    f0, rate, stress = (float(v) or None for v in clip_facts.prosody)
     parts = template.Parts(
-        face=known.face,
+        face=clip_facts.face,
         transcript=transcript,
         rate=prosody.rate_word(rate),
         pitch=prosody.pitch_word(f0, usual_pitch),
@@ -267,17 +273,17 @@ def example(
     staged: Mapping[str, Mapping[str, np.ndarray]],
     sentences: Mapping[str, str],
 ) -> dict[str, object]:
-    """The record of a clip in the packed view.
+    """Makes the record of a clip in the packed view.
 
-    Args:
-      staged: "video", "audio", "text" and, where the preset has them, "image", "flow", "sound" and "window".
+    `staged` holds "video", "audio", "text" and, if the preset has them, "image", "flow", "speech" and "window".
+
     Returns:
-      The streams `video`, `audio` and, where there is one, `flow` with their masks, `text` and `sentence` by source,
-      and what was measured: `prosody` as in `measure`, `duration` in seconds; `surface (3,)` = duration, lead-in,
-      loudness: what a model could guess from without seeing or hearing anybody.
+      The streams `video`, `audio` and, if present, `flow` with their masks, `text` and `sentence` by source, and
+      measurements: `prosody` as in `measure`, `duration` in seconds; `surface (3,)` = duration, lead-in, loudness: cues
+      from which a model could guess without seeing or hearing anybody.
     """
-    picture, sound = staged["video"], staged["audio"]
-    duration = np.float32(max(picture["times"].max(initial=0.0), sound["seconds"]))
+    video_features, audio_features = staged["video"], staged["audio"]
+    duration = np.float32(max(video_features["times"].max(initial=0.0), audio_features["seconds"]))
     shown = slice(None, None, every(settings))
     return {
         "clip_id": clip.id,
@@ -285,10 +291,10 @@ def example(
         "speaker": clip.speaker or "",
         "duration": duration,
         **_streams(settings, staged, shown),
-        "au": picture["au"][shown],
-        "times": picture["times"][shown],
-        "prosody": sound["prosody"],
-        "surface": np.array([duration, *sound["surface"]], np.float32),
+        "au": video_features["au"][shown],
+        "times": video_features["times"][shown],
+        "prosody": audio_features["prosody"],
+        "surface": np.array([duration, *audio_features["surface"]], np.float32),
         "sentence": {s: sentences[s] for s in TEXTS},
         "text": {s: staged["text"][s] for s in TEXTS},
     }
@@ -297,22 +303,22 @@ def example(
 def _streams(settings: Preset, staged: Mapping[str, Mapping[str, np.ndarray]], shown: slice) -> dict[str, np.ndarray]:
     if settings.window:
         return avtca_window.streams(staged["window"])
-    found = staged["video"]["video_mask"]
+    present = staged["video"]["video_mask"]
     steps, mask = _audio_stream(staged)
     streams = {
         "video": _video_stream(staged, shown, settings.face),
-        "video_mask": seen(found, settings),
+        "video_mask": seen(present, settings),
         "audio": steps,
         "audio_mask": mask,
     }
     if settings.flow:
-        # On the time base of `video`: the two are weighed against each other step by step.
-        streams |= {"flow": staged["flow"]["steps"][shown], "flow_mask": found[shown]}
+        # On the time base of `video`: models weight the two against each other step by step.
+        streams |= {"flow": staged["flow"]["steps"][shown], "flow_mask": present[shown]}
     return streams
 
 
 def _video_stream(staged: Mapping[str, Mapping[str, np.ndarray]], shown: slice, face: bool) -> np.ndarray:
-    """(t, d): the image encoder's features, the face measurements, or both side by side; or the encoder's pictures."""
+    """Returns the image encoder's features or inputs, the face measurements, or both concatenated, (t, d)."""
     measured = staged["video"]["video"][shown]
     if "image" not in staged:
         return measured
@@ -321,15 +327,15 @@ def _video_stream(staged: Mapping[str, Mapping[str, np.ndarray]], shown: slice, 
 
 
 def _audio_stream(staged: Mapping[str, Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """(s, d) and its mask (s,)."""
-    if "sound" not in staged:
+    """Returns the stream `audio` (s, d) and its mask (s,)."""
+    if "speech" not in staged:
         return staged["audio"]["audio"], staged["audio"]["audio_mask"]
-    steps = staged["sound"]["steps"]
+    steps = staged["speech"]["steps"]
     return steps, np.ones(len(steps), bool)
 
 
 def landmarker() -> Path:
-    """The face landmarker's file, fetched once."""
+    """Returns the path of the face landmarker, which is fetched once."""
     from avjax.encoders import weights
 
     return weights.fetch("face_landmarker")

@@ -1,8 +1,8 @@
 """Pretrained encoders over many clips: inputs collected into batches, features staged clip by clip in half precision.
 
-On a CPU a clip is a batch; on accelerators short clips share one. The shapes of batches are fixed, so that what a clip
-gets does not depend on which others came with it, and a resumed extraction gives what an uninterrupted one gives. Of a
-long clip memory holds a block of pictures at a time. Where the preset is raw, the inputs themselves are staged.
+On a CPU each clip is a batch; on accelerators short clips share one. The shapes of batches are fixed, so that the
+features of a clip do not depend on the other clips of its batch, and a resumed extraction equals an uninterrupted one.
+Of a long clip, memory holds one block of images at a time. With a raw preset, the inputs themselves are staged.
 """
 
 import dataclasses
@@ -27,31 +27,33 @@ from avjax.utils.progress import Stopwatch
 if TYPE_CHECKING:
     from avjax.encoders import Encoder
 
-# Clips in a batch, for each accelerator, where clips have few frames.
+# Clips per batch and accelerator if clips have few frames.
 CLIPS = 16
-# Pictures in a batch, where clips have many.
+# Images per batch if clips have many.
 BLOCK = 32
-# Pairs in a batch for each accelerator that computes flow; a CPU gains nothing from more than one.
+# Pairs of frames per batch and accelerator for flow; a CPU gains nothing from more than one.
 PAIRS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Unencoded:
-    """A measured clip that an encoder is to see.
+    """A measured clip that is to be encoded.
 
     Attributes:
-      key: of what will be staged; raw: its inputs; found (t,): which of its frames show the face.
+      key: of the feature to be staged.
+      raw: its inputs.
+      present: (t,) bool, which of its frames show the face.
     """
 
     clip_id: str
     key: Key
     raw: Raw
-    found: np.ndarray
+    present: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class Waiting:
-    """A clip on its way, and its prepared inputs with their mask."""
+class Prepared:
+    """A clip that waits for its batch, and its prepared inputs with their mask."""
 
     clip: Unencoded
     inputs: np.ndarray
@@ -60,7 +62,7 @@ class Waiting:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What the stages of an extraction share: the preset, the feature store, the clock and the encoders."""
+    """The shared objects of all stages of an extraction: preset, feature store, clock and encoders."""
 
     settings: Preset
     store: Store
@@ -68,7 +70,7 @@ class Context:
     load: "Loader"
 
     def record(self, feature: str, weights: Mapping[str, str]) -> str:
-        """Keeps the provenance record of a feature and gives its key."""
+        """Stores the provenance record of a feature and returns its key."""
         return self.store.record(provenance.described(feature, self.settings, **weights))
 
     def put(self, feature: str, clip: Unencoded, arrays: Mapping[str, np.ndarray]) -> None:
@@ -81,10 +83,13 @@ class Stage:
     """One encoder of a preset, and the clips that wait for it.
 
     Args:
-      feature: "image", "flow" or "sound"; weights: further provenance.
-      rows: of one clip, at most; 0 = any number, and clips do not share a batch.
+      feature: "image", "flow" or "speech".
+      context: the shared objects of the extraction.
+      rows: maximum number of inputs of one clip; 0 = any number, and clips do not share a batch.
+      **weights: further provenance.
+
     Attributes:
-      key: of the provenance record of what it stages.
+      key: of the provenance record of the staged feature.
     """
 
     def __init__(self, feature: str, context: Context, rows: int, **weights: str) -> None:
@@ -96,10 +101,10 @@ class Stage:
         shared = rows and jax.default_backend() != "cpu"
         self._clips = CLIPS * jax.local_device_count() if shared else 1
         self._rows = rows * self._clips if shared else 0
-        self._waiting: dict[tuple[int, ...], list[Waiting]] = {}
+        self._waiting: dict[tuple[int, ...], list[Prepared]] = {}
 
     def add(self, clip: Unencoded) -> None:
-        """Takes a clip; when a batch is full, it is encoded and staged."""
+        """Adds a clip; a full batch is encoded and staged."""
         raw = self._raw(clip)
         if raw is None:
             self._put(clip, np.zeros((0, self._encoder.width)), np.zeros(0, bool))
@@ -107,17 +112,17 @@ class Stage:
         with self._clock(self._name):
             inputs, mask = self._encoder.padded(*self._encoder.prepare(raw))
         group = self._waiting.setdefault(inputs.shape[1:], [])
-        group.append(Waiting(clip, inputs, mask))
+        group.append(Prepared(clip, inputs, mask))
         if len(group) == self._clips:
             self._run(group)
 
     def close(self) -> None:
-        """Encodes what still waits."""
+        """Encodes the clips that still wait."""
         for group in self._waiting.values():
             if group:
                 self._run(group)
 
-    def _run(self, group: list[Waiting]) -> None:
+    def _run(self, group: list[Prepared]) -> None:
         encoded, real = self._encode(*_joined(group, self._rows))
         first = 0
         for clip in group:
@@ -140,15 +145,15 @@ class Stage:
         self._context.put(self._feature, clip, self._staged(clip, encoded, real))
 
     def _raw(self, clip: Unencoded) -> Sequence[np.ndarray] | None:
-        """What the encoder prepares of a clip; None where it has nothing."""
+        """Returns the raw inputs of the encoder for a clip; None if there are none."""
         raise NotImplementedError
 
     def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-        """What is staged of a clip whose features are `encoded` (rows, …), of which `real` (rows, …) are no padding."""
+        """Returns the arrays to stage for features `encoded` (rows, …) of a clip; `real` (rows, …) is no padding."""
         raise NotImplementedError
 
 
-class Sound(Stage):
+class Speech(Stage):
     """A stage whose raw inputs are the samples of clips."""
 
     def _raw(self, clip: Unencoded) -> Sequence[np.ndarray] | None:
@@ -156,81 +161,82 @@ class Sound(Stage):
 
     def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
         seconds = 0.0 if clip.raw.samples is None else len(clip.raw.samples) / SAMPLE_RATE
-        return of_sound(encoded[real], seconds, self._encoding.per_second)
+        return of_speech(encoded[real], seconds, self._encoding.per_second)
 
 
-class Pictures(Stage):
+class Images(Stage):
     """A stage whose raw inputs are a spool of images (n, h, w, 3) uint8, which it discards."""
 
     def add(self, clip: Unencoded) -> None:
-        if clip.raw.pictures is None or self._clips > 1:
+        """Adds a clip, or encodes a clip of any length block by block."""
+        if clip.raw.images is None or self._clips > 1:
             super().add(clip)
         else:
-            encoded = np.concatenate([self._seen(block) for block in clip.raw.pictures.blocks(BLOCK)])
+            encoded = np.concatenate([self._encode_images(block) for block in clip.raw.images.blocks(BLOCK)])
             self._put(clip, encoded, np.ones(len(encoded), bool))
-        if clip.raw.pictures:
-            clip.raw.pictures.discard()
+        if clip.raw.images:
+            clip.raw.images.discard()
 
     def _raw(self, clip: Unencoded) -> Sequence[np.ndarray] | None:
-        return clip.raw.pictures and np.concatenate(list(clip.raw.pictures.blocks(BLOCK)))
+        return clip.raw.images and np.concatenate(list(clip.raw.images.blocks(BLOCK)))
 
     def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-        return of_frames(encoded, seen(clip.found, self._context.settings))
+        return of_frames(encoded, seen(clip.present, self._context.settings))
 
-    def _seen(self, pictures: np.ndarray) -> np.ndarray:
+    def _encode_images(self, block: np.ndarray) -> np.ndarray:
         with self._clock(self._name):
-            inputs, mask = self._encoder.prepare(pictures)
+            inputs, mask = self._encoder.prepare(block)
         return self._encode(inputs, mask)[0]
 
 
-class Flows(Pictures):
-    """A stage whose raw inputs are a spool of flows (n, h, w, 2), or of the pairs of frames (n, 2, h, w, 3) uint8 that
-    they are computed of; it sees them drawn, after an image of no motion, which is all that a clip without any has.
+class Flows(Images):
+    """A stage that encodes rendered flows, after an image without motion, which is the only one of a clip without flow.
 
-    Args:
-      mover: computes flows of pairs, None where they come computed.
+    Its raw inputs are a spool of flows (n, h, w, 2), or of pairs of frames (n, 2, h, w, 3) uint8, from which
+    `flow_encoder` computes them.
     """
 
-    def __init__(self, context: Context, mover: encoders.Encoder | None, **weights: str) -> None:
+    def __init__(self, context: Context, flow_encoder: encoders.Encoder | None, **weights: str) -> None:
         super().__init__("flow", context, 0, **weights)
-        self._mover = mover
-        self._still: np.ndarray | None = None
+        self._flow_encoder = flow_encoder
+        self._no_motion: np.ndarray | None = None
 
     def add(self, clip: Unencoded) -> None:
-        if self._still is None:
+        """Encodes and stages the flows of a clip."""
+        if self._no_motion is None:
             side = self._encoding.side
-            self._still = self._seen(flow.draw(np.zeros((1, side, side, 2)), 0.0))
-        parts = [self._still]
+            self._no_motion = self._encode_images(flow.draw(np.zeros((1, side, side, 2)), 0.0))
+        parts = [self._no_motion]
         if clip.raw.flows:
-            moved = self._moved(clip.raw.flows) if self._mover else clip.raw.flows
+            flows = self._computed_flows(clip.raw.flows) if self._flow_encoder else clip.raw.flows
             with self._clock("flow"):
-                spread = flow.spread(moved.blocks(BLOCK))
-            parts += [self._seen(pictures) for pictures in self._drawn(moved, spread)]
-            moved.discard()
+                spread = flow.spread(flows.blocks(BLOCK))
+            parts += [self._encode_images(block) for block in self._rendered(flows, spread)]
+            flows.discard()
         encoded = np.concatenate(parts)
         self._put(clip, encoded, np.ones(len(encoded), bool))
 
     def _staged(self, clip: Unencoded, encoded: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-        return of_flow(encoded, clip.found, flow_ends(clip.found, self._context.settings))
+        return of_flow(encoded, clip.present, flow_ends(clip.present, self._context.settings))
 
-    def _moved(self, pairs: Spool) -> Spool:
+    def _computed_flows(self, pairs: Spool) -> Spool:
         batch = 1 if jax.default_backend() == "cpu" else PAIRS * jax.local_device_count()
         flows = Spool.create(self._context.store.scratch, (*pairs.shape[1:3], 2), np.dtype(ENCODED).name)
         for block in pairs.blocks(BLOCK):
             with self._clock("flow"):
-                flows.add(perceiver.optical_flow(self._mover, block[:, 0], block[:, 1], batch=batch))
+                flows.add(perceiver.optical_flow(self._flow_encoder, block[:, 0], block[:, 1], batch=batch))
         pairs.discard()
         return flows
 
-    def _drawn(self, flows: Spool, spread: float) -> Iterator[np.ndarray]:
+    def _rendered(self, flows: Spool, spread: float) -> Iterator[np.ndarray]:
         for block in flows.blocks(BLOCK):
             with self._clock("flow"):
-                pictures = flow.draw(block, spread)
-            yield pictures
+                rendered = flow.draw(block, spread)
+            yield rendered
 
 
 class FlowGrid:
-    """What stands in the place of `Flows` where flow is not drawn and encoded but averaged over a grid (`flow.grid`).
+    """The counterpart of `Flows` that averages flow over a grid (`flow.grid`) instead of rendering and encoding it.
 
     Its raw inputs are spools of computed flows (n, h, w, 2).
 
@@ -243,24 +249,24 @@ class FlowGrid:
         self._context, self._settings = context, context.settings
 
     def add(self, clip: Unencoded) -> None:
-        """Takes a clip and stages what becomes of its flows, after that of no motion."""
+        """Stages the averaged flows of a clip, after one without motion."""
         raw, side = clip.raw.flows, self._settings.flow.side
         with self._context.clock("flow"):
-            still = np.zeros((1, side, side, 2), ENCODED)
+            no_motion = np.zeros((1, side, side, 2), ENCODED)
             spread = flow.spread(raw.blocks(BLOCK)) if raw else 0.0
-            blocks = [still, *(raw.blocks(BLOCK) if raw else ())]
+            blocks = [no_motion, *(raw.blocks(BLOCK) if raw else ())]
             steps = np.concatenate([flow.grid(block, spread) for block in blocks])
-        ends = flow_ends(clip.found, self._settings)
-        self._context.put("flow", clip, of_flow(steps, clip.found, ends))
+        ends = flow_ends(clip.present, self._settings)
+        self._context.put("flow", clip, of_flow(steps, clip.present, ends))
         if raw:
             raw.discard()
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Does nothing: no clip waits."""
 
 
 class Inputs:
-    """What stands in the place of a `Stage` where the preset is raw: it stages the inputs of an encoder, and runs none.
+    """The counterpart of a `Stage` for raw presets: it stages the inputs of an encoder and runs none.
 
     Its raw inputs are a spool of images (n, h, w, 3) uint8, which it discards, or samples.
 
@@ -275,41 +281,44 @@ class Inputs:
         self._name, self._feature, self._context = encoding.source, feature, context
 
     def add(self, clip: Unencoded) -> None:
-        """Takes a clip and stages what the encoder would be given."""
+        """Stages the inputs of the encoder for a clip."""
         with self._context.clock(self._name):
-            staged = self._images(clip) if self._feature == "image" else {"steps": self._heard(clip.raw.samples)}
+            staged = (
+                self._images(clip) if self._feature == "image" else {"steps": self._prepared_audio(clip.raw.samples)}
+            )
         self._context.put(self._feature, clip, staged)
 
     def _images(self, clip: Unencoded) -> dict[str, np.ndarray]:
-        return of_frames(self._framed(clip.raw.pictures), seen(clip.found, self._context.settings))
+        return of_frames(self._framed(clip.raw.images), seen(clip.present, self._context.settings))
 
     def close(self) -> None:
-        """Nothing waits."""
+        """Does nothing: no clip waits."""
 
-    def _framed(self, pile: Spool | None) -> np.ndarray:
-        """Pictures (n, h, w, 3) uint8 of the size that the encoder takes."""
-        if pile is None:
+    def _framed(self, spool: Spool | None) -> np.ndarray:
+        """Resizes and crops images to the input size of the encoder, (n, h, w, 3) uint8."""
+        if spool is None:
             blank = np.zeros((1, self._side, self._side, 3), np.uint8)
             return images.framed(blank, self._encoder.settings)[:0]
-        pictures = [images.framed(block, self._encoder.settings) for block in pile.blocks(BLOCK)]
-        pile.discard()
-        return np.concatenate(pictures)
+        blocks = [images.framed(block, self._encoder.settings) for block in spool.blocks(BLOCK)]
+        spool.discard()
+        return np.concatenate(blocks)
 
-    def _heard(self, samples: np.ndarray | None) -> np.ndarray:
-        """Prepared sound with its length first: samples (n, 1), spectra (n, bins)."""
+    def _prepared_audio(self, samples: np.ndarray | None) -> np.ndarray:
+        """Returns prepared audio with time as first axis: samples (n, 1) or spectra (n, bins)."""
         inputs, _ = self._encoder.prepare([np.zeros(0, np.float32) if samples is None else samples])
-        steps = inputs[0].T  # a spectrum's length comes last
+        steps = inputs[0].T  # the time axis of a spectrum is its last
         return steps if steps.ndim > 1 else steps[:, None]
 
 
 class Loader:
-    """Loads the encoders of a preset, each once. `random`: see `encoders.load`."""
+    """Loads the encoders of a preset, each once; `random` as in `encoders.load`."""
 
     def __init__(self, random: bool) -> None:
         self._random = random
         self._loaded: dict[tuple[Encoding, str | None], encoders.Encoder] = {}
 
     def __call__(self, wanted: Encoding, dtype: str | None = None) -> encoders.Encoder:
+        """Returns an encoder that computes in `dtype`, by default its own."""
         if (wanted, dtype) not in self._loaded:
             self._loaded[wanted, dtype] = encoders.load(
                 wanted.source,
@@ -325,11 +334,10 @@ class Loader:
 def note_precision(
     store: Store, key: str, encoder: encoders.Encoder, encoded: np.ndarray, exact: Callable[[], np.ndarray]
 ) -> None:
-    """Adds to a provenance record, once, how far what is stored is from float32 all the way.
+    """Adds the deviation of stored features from full float32 to the provenance record `key`, once.
 
-    Args:
-      encoded: features (n, d) of the first batch, as `encoder` gives them; exact: computes them in float32, which is
-        asked for only where the encoder computes in another precision.
+    `encoded` (n, d) are the features of the first batch from `encoder`; `exact` computes them in float32 and is called
+    only if the encoder computes in another precision.
     """
     if not len(encoded) or store.noted(key):
         return
@@ -341,42 +349,44 @@ def note_precision(
 
 
 def precision(settings: Preset) -> str | None:
-    """What to load a preset's encoders in, None for their default: their inputs are the same whatever they compute in,
-    and so is the provenance of these."""
+    """Returns the dtype in which to load a preset's encoders, None for their default.
+
+    Inputs of encoders, and so their provenance, do not depend on the precision.
+    """
     return "float32" if settings.raw else None
 
 
 def stages(
     settings: Preset, store: Store, clock: Stopwatch, face_landmarker: str
 ) -> dict[str, Stage | FlowGrid | Inputs]:
-    """The encoders of picture, flow and sound that a preset has: feature → stage.
+    """Makes the stages of images, flow and audio that a preset has: feature → stage.
 
     Raises:
-      AvjaxError: weights cannot be had.
+      AvjaxError: weights are not available.
     """
     load, made = Loader(settings.random), {}
     context, faces = Context(settings, store, clock, load), {"face_landmarker": face_landmarker}
     if settings.raw:
         return {f: Inputs(f, context, **(faces if f == "image" else {})) for f in encodings(settings)}
     if settings.image:
-        made["image"] = Pictures("image", context, -(-settings.frames // every(settings)), **faces)
+        made["image"] = Images("image", context, -(-settings.frames // every(settings)), **faces)
     if settings.flow and not settings.flow.image:
         made["flow"] = FlowGrid(context, **faces)
     elif settings.flow:
-        mover = None
+        flow_encoder = None
         if settings.flow.source != "dis":
-            mover = load(Encoding(settings.flow.source))
-            faces |= {f"flow_{what}": value for what, value in mover.provenance.items()}
-        made["flow"] = Flows(context, mover, **faces)
-    if settings.sound:
-        made["sound"] = Sound("sound", context, 1)
+            flow_encoder = load(Encoding(settings.flow.source))
+            faces |= {f"flow_{what}": value for what, value in flow_encoder.provenance.items()}
+        made["flow"] = Flows(context, flow_encoder, **faces)
+    if settings.speech:
+        made["speech"] = Speech("speech", context, 1)
     return made
 
 
 def of_frames(encoded: np.ndarray, shown: np.ndarray) -> dict[str, np.ndarray]:
-    """What is staged of encoded pictures (k, d): `steps (t, d)`, zeros where `shown (t,)` is False.
+    """Returns the arrays to stage for encoded images (k, d): `steps (t, d)`, zeros where `shown (t,)` is False.
 
-    Pictures themselves, (k, h, w, 3) uint8, stay what they are.
+    Images themselves, (k, h, w, 3) uint8, stay as they are.
     """
     dtype = np.uint8 if encoded.dtype == np.uint8 else ENCODED
     steps = np.zeros((len(shown), *encoded.shape[1:]), dtype)
@@ -384,23 +394,25 @@ def of_frames(encoded: np.ndarray, shown: np.ndarray) -> dict[str, np.ndarray]:
     return {"steps": steps}
 
 
-def of_flow(encoded: np.ndarray, found: np.ndarray, ends: np.ndarray) -> dict[str, np.ndarray]:
-    """What is staged of encoded flow: `steps (t, d)`, each frame's last flow, zeros where `found (t,)` is False.
+def of_flow(encoded: np.ndarray, present: np.ndarray, ends: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the arrays to stage for encoded flow: `steps (t, d)`, the last flow at each frame.
 
     Args:
-      encoded: (1 + k, d), first that of no motion, which frames before any flow have.
+      encoded: (1 + k, d), the first without motion, for frames before any flow.
+      present: (t,) bool, which frames show the face; the others get zeros.
       ends: (k,), see `flow.ends`.
     """
-    steps = encoded[1 + flow.held(ends, len(found))]
-    return {"steps": np.where(found[:, None], steps, 0).astype(ENCODED)}
+    steps = encoded[1 + flow.held(ends, len(present))]
+    return {"steps": np.where(present[:, None], steps, 0).astype(ENCODED)}
 
 
-def of_sound(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np.ndarray]:
-    """What is staged of encoded sound: `steps (s, d)`.
+def of_speech(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np.ndarray]:
+    """Returns the arrays to stage for encoded audio: `steps (s, d)`.
 
     Args:
       steps: (s, d), evenly spaced over `seconds`.
-      per_second: averaged to so many a second, the last one over what is left; 0 = as they are.
+      seconds: duration of the audio.
+      per_second: the rate to which steps are averaged, the last one over the remainder; 0 = their own.
     """
     if per_second and len(steps):
         each = max(1, round(len(steps) / seconds / per_second))
@@ -411,28 +423,28 @@ def of_sound(steps: np.ndarray, seconds: float, per_second: int) -> dict[str, np
 
 
 def encode_texts(encoder: "Encoder", texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
-    """Token features of each text, (l, d) float32, or (1, d) of an encoder that pools; (0, d) for an empty one.
+    """Computes token features of each text, (l, d) float32, or (1, d) if the encoder pools; (0, d) for an empty text.
 
     Equal texts are encoded once.
     """
     wanted = sorted({t for t in texts if t}, key=lambda t: (len(t), t))
-    known = {"": np.zeros((0, encoder.width), np.float32)}
+    features = {"": np.zeros((0, encoder.width), np.float32)}
     if wanted:
         tokens, mask = encoder(*encoder.tokenize(wanted, max_tokens))
         if tokens.ndim == 2:  # one vector for each text
             tokens, mask = tokens[:, None], mask[:, None]
-        known |= {t: x[m] for t, x, m in zip(wanted, tokens, mask, strict=True)}
-    return [known[t] for t in texts]
+        features |= {t: x[m] for t, x, m in zip(wanted, tokens, mask, strict=True)}
+    return [features[t] for t in texts]
 
 
 def tokenize_texts(encoder: "Encoder", texts: Sequence[str], max_tokens: int) -> list[np.ndarray]:
-    """Token ids of each text, (l, 1) int32; (0, 1) for an empty one."""
+    """Returns the token ids of each text, (l, 1) int32; (0, 1) for an empty one."""
     rows = zip(texts, *encoder.tokenize(texts, max_tokens), strict=True)
     return [ids[mask & bool(text), None] for text, ids, mask in rows]
 
 
-def _joined(group: list[Waiting], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs and masks of a group, whose shapes agree, as one batch with at least `rows` rows."""
+def _joined(group: list[Prepared], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Joins the inputs and masks of a group, of equal shapes, into one batch of at least `rows` rows."""
     inputs = np.concatenate([clip.inputs for clip in group])
     mask = np.concatenate([clip.mask for clip in group])
     more = max(0, rows - len(inputs))

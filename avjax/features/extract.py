@@ -1,6 +1,6 @@
-"""A data set's clips measured, described, encoded and packed: what `avjax.extract` runs.
+"""Measures, describes, encodes and packs the clips of a data set: the work of `avjax.extract`.
 
-Each stage stages its work clip by clip in the feature store, so a killed extraction goes on where it was.
+Each step stages its results clip by clip in the feature store, so a killed extraction is resumed.
 """
 
 import dataclasses
@@ -39,26 +39,32 @@ if TYPE_CHECKING:
 
 CLIP_SECONDS = 120.0
 _PART = 256  # clips in a file of the packed view
-# A clip, and the keys under which its features are staged: feature → key.
+# A clip, and the keys of its staged features: feature → key.
 Measured = tuple[Clip, dict[str, Key]]
-# A clip that lacks something: the clip, the keys of all its features, and the features that are not staged.
+# An incomplete clip: the clip, the keys of all its features, and the features that are not staged.
 Job = tuple[Clip, dict[str, Key], list[str]]
 
 
 class Extractor:
-    """What measures clips on one machine.
+    """Measures and encodes clips on one machine.
 
     Args:
-      settings: the preset; store: where features are staged; clock: counts the seconds spent.
+      settings: the preset.
+      store: the feature store.
+      clock: counts the seconds spent.
+
     Attributes:
-      landmarker: the face model; stages: encoder by feature; made_by: feature → key of its provenance record.
+      landmarker: path of the face landmarker.
+      stages: feature → its encoder.
+      made_by: feature → key of its provenance record.
+
     Raises:
       AvjaxError: a package or weights are missing.
     """
 
     def __init__(self, settings: Preset, store: stores.Store, clock: Stopwatch) -> None:
         need_media()
-        from avjax.features import encode  # imported late: it brings JAX, which the workers do not need
+        from avjax.features import encode  # imported late: it imports JAX, which workers do not need
 
         self.settings, self.store, self.clock = settings, store, clock
         self.landmarker = clip_features.landmarker()
@@ -71,12 +77,13 @@ class Extractor:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an extraction is done.
+    """Options of an extraction.
 
     Attributes:
-      processes: 0 = one per core; clip_seconds: time limit of one clip, which is quarantined beyond it.
-      runner: measures and encodes the clips that lack something; None = `local_runner`.
-      only_text: encode the sentences of `sentences.csv` again, without opening any media.
+      processes: number of worker processes; 0 = one per core.
+      clip_seconds: time limit of one clip, which is quarantined beyond it.
+      runner: measures and encodes incomplete clips; None = `local_runner`.
+      only_text: whether only the sentences of `sentences.csv` are encoded again, without opening any media.
     """
 
     processes: int = 0
@@ -85,18 +92,18 @@ class Options:
     only_text: bool = False
 
 
-# (jobs, extractor, options, console) → (clip id, why it cannot be used, "" if it can) of each job, in any order, its
-# features staged.
+# (jobs, extractor, options, console) → (clip id, why it cannot be used, "" if it can) for each job, in any order, when
+# its features are staged.
 Runner = Callable[[Sequence[Job], Extractor, Options, Console], Iterator[tuple[str, str]]]
 
 
 def measured(jobs: Sequence[Job], extractor: Extractor, options: Options) -> Iterator[tuple[str, str]]:
-    """Does jobs in worker processes of this machine, which decode and measure while this one encodes; see `Runner`."""
+    """Runs jobs in worker processes, which decode and measure while this process encodes; see `Runner`."""
     if not jobs:
         return
     from avjax.features.encode import Unencoded
 
-    # Workers that compile librosa's functions side by side leave a file of them that crashes whoever loads it.
+    # Workers that compile librosa's functions at the same time leave a cache file that crashes its readers.
     audio.analyse(np.sin(np.arange(audio.SAMPLE_RATE, dtype=np.float32)))
     done = worker_pool.each(
         _measure_one,
@@ -106,14 +113,14 @@ def measured(jobs: Sequence[Job], extractor: Extractor, options: Options) -> Ite
         setup=_set_up,
         arguments=(extractor.store.root, extractor.settings, extractor.landmarker),
     )
-    for (clip, keys, lacks), answer in done:
-        if isinstance(answer, worker_pool.Failure):
-            yield clip.id, answer.reason
+    for (clip, keys, lacks), outcome in done:
+        if isinstance(outcome, worker_pool.Failure):
+            yield clip.id, outcome.reason
             continue
-        raw, found, seconds = answer
+        raw, present, seconds = outcome
         extractor.clock.update(seconds)
         for feature in extractor.stages.keys() & set(lacks):
-            extractor.stages[feature].add(Unencoded(clip.id, keys[feature], raw, found))
+            extractor.stages[feature].add(Unencoded(clip.id, keys[feature], raw, present))
         yield clip.id, ""
     for stage in extractor.stages.values():
         stage.close()
@@ -122,13 +129,13 @@ def measured(jobs: Sequence[Job], extractor: Extractor, options: Options) -> Ite
 def local_runner(
     jobs: Sequence[Job], extractor: Extractor, options: Options, console: Console
 ) -> Iterator[tuple[str, str]]:
-    """The `Runner` of one machine, under a progress bar."""
+    """Runs jobs on this machine with a progress bar; a `Runner`."""
     return progress.bar(measured(jobs, extractor, options), len(jobs), "video and audio", console)
 
 
 @dataclasses.dataclass(frozen=True)
 class Extracted:
-    """The clips of a data set: those measured, (clip id, reason) of the rejected ones, and the sentences by clip."""
+    """The clips of a data set: the measured ones, (clip id, reason) of the rejected ones, and the sentences by clip."""
 
     corpus: Corpus
     measured: Sequence[Measured]
@@ -142,15 +149,20 @@ def extract(
     """Extracts a data set into a feature store and returns the store's folder.
 
     Args:
-      root: where the data are, out: where the store is; "" = the data set's default places.
-      random: give the encoders weights drawn at random; whatever is made of such features says so.
+      dataset: name of the data set.
+      preset: name of the preset.
+      root: folder of the data; "" = the data set's default.
+      out: folder of the store; "" = the data set's default.
+      random: whether the encoders get random weights; every result of such features is marked.
+      options: further options.
+
     Raises:
-      AvjaxError: the data set is not there, weights cannot be had, or no clip can be used.
+      AvjaxError: the data set is missing, weights are not available, or no clip can be used.
     """
-    console, clock, begun = Console(soft_wrap=True, markup=False), Stopwatch(), time.perf_counter()
-    place = stores.place(dataset, out)
+    console, clock, started = Console(soft_wrap=True, markup=False), Stopwatch(), time.perf_counter()
+    folder = stores.path_of(dataset, out)
     settings = presets.preset(preset, random=random)
-    with stores.Store(place, dataset).locked() as store:
+    with stores.Store(folder, dataset).locked() as store:
         # ---- Video and audio --------------------------------------------------------------------------------------
         if options.only_text:
             corpus, measured = store.read_measured(preset)
@@ -163,7 +175,9 @@ def extract(
         # ---- Sentences --------------------------------------------------------------------------------------------
         if not measured:
             first = f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "it has no clips"
-            raise AvjaxError(f"no clip of {corpus.name} can be used; {first} (all reasons: {place / 'quarantine.csv'})")
+            raise AvjaxError(
+                f"no clip of {corpus.name} can be used; {first} (all reasons: {folder / 'quarantine.csv'})"
+            )
         facts = read_facts(measured, store)
         sentences = _sentences(measured, facts, store, console)
         # ---- Text encoder -----------------------------------------------------------------------------------------
@@ -172,27 +186,26 @@ def extract(
         with clock("packing"):
             extracted = Extracted(corpus, measured, rejected, sentences)
             _pack(extracted, (preset, settings), store, options.processes, console)
-        _report(facts, store, preset, clock, time.perf_counter() - begun, console)
-    index = stores.read_index(place, dataset)["presets"][preset]
+        _report(facts, store, preset, clock, time.perf_counter() - started, console)
+    index = stores.read_index(folder, dataset)["presets"][preset]
     counts = index["counts"]
     console.print(
-        f"{place}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "
+        f"{folder}: {counts['used']} clips; {counts['quarantined']} quarantined (quarantine.csv), "
         f"{counts['masked_audio']} without audio, {counts['masked_video']} without a face; "
         f"sentences in sentences.csv; content {index['content'][:12]}"
         + ("; RANDOM WEIGHTS in the encoders: to be tried, not to be believed" if random else "")
     )
-    return place
+    return folder
 
 
 def measure_all(
     clips: Sequence[Clip], extractor: Extractor, options: Options, console: Console
 ) -> tuple[list[Measured], list[tuple[str, str]]]:
-    """Measures and encodes video and audio of what is not staged yet.
+    """Measures and encodes video and audio of the `clips`, unless they are staged.
 
-    Args:
-      clips: those without `Clip.trouble`.
     Returns:
-      what was measured, and (clip id, reason) of each clip that cannot be used, both in the order of the clips.
+      the measured clips, and (clip id, reason) of each unusable clip, both in the order of the clips.
+
     Raises:
       AvjaxError: the store cannot be written.
     """
@@ -202,15 +215,15 @@ def measure_all(
     jobs = [job for job in lacking if job[2]]
     if len(jobs) < len(planned):
         console.print(f"{len(planned)} clips, {len(planned) - len(jobs)} measured already")
-    answers = (options.runner or local_runner)(jobs, extractor, options, console)
-    reasons |= {clip_id: reason for clip_id, reason in answers if reason}
-    # In the order of the clips, not in that of the workers, so that the same run gives the same tables.
+    outcomes = (options.runner or local_runner)(jobs, extractor, options, console)
+    reasons |= {clip_id: reason for clip_id, reason in outcomes if reason}
+    # In the order of the clips, not of the workers, so that the same run gives the same tables.
     rejected = [(clip.id, reasons[clip.id]) for clip in clips if clip.id in reasons]
     return [p for p in planned if p[0].id not in reasons], rejected
 
 
 def _planned(clips: Iterable[Clip], made_by: Mapping[str, str]) -> tuple[list[Measured], dict[str, str]]:
-    """The clips with the keys of what is to be staged; and clip id → reason of those that are gone by now."""
+    """Returns the clips with the keys of their features, and clip id → reason of clips that are gone by now."""
     planned, reasons = [], {}
     for clip in clips:
         try:
@@ -224,8 +237,8 @@ _SHARED: tuple[stores.Store, Preset, FaceTracker]  # of a worker process
 
 
 def _set_up(root: Path, settings: Preset, model: Path) -> None:
-    """In a worker: what all its clips share."""
-    # What native libraries say of every start and every odd file would drown the progress; faults come back as reasons.
+    """Sets up a worker process: the objects that all its clips share."""
+    # Messages of native libraries about every start and file would flood the output; errors are returned as reasons.
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     global _SHARED
@@ -233,11 +246,11 @@ def _set_up(root: Path, settings: Preset, model: Path) -> None:
 
 
 def _measure_one(job: Job) -> tuple[Raw, np.ndarray, dict[str, float]]:
-    """In a worker: measures and stages a clip.
+    """Measures and stages a clip in a worker process.
 
     Returns:
-      what encoders are to see of the clip, which of its frames show the face (t,), and seconds by what they were spent
-      on.
+      the inputs of encoders, which of its frames show the face (t,), and the seconds spent by activity.
+
     Raises:
       UnusableMedia: the clip cannot be used.
     """
@@ -256,7 +269,7 @@ def _measure_one(job: Job) -> tuple[Raw, np.ndarray, dict[str, float]]:
 def _sentences(
     measured: Sequence[Measured], facts: Mapping[str, Facts], store: stores.Store, console: Console
 ) -> dict[str, dict[str, str]]:
-    """Makes the sentences and writes sentences.csv; rows that were edited there are kept."""
+    """Generates the sentences and writes sentences.csv; rows that were edited there are kept."""
     columns = ("clip_id", *template.SOURCES, "generated")
     before = store.read_table("sentences.csv", columns)
     edited = {row["clip_id"]: row for row in before if _hash(row) != row["generated"]}
@@ -270,7 +283,7 @@ def _sentences(
 
 
 def read_facts(measured: Sequence[Measured], store: stores.Store) -> dict[str, Facts]:
-    """Reads of every clip what sentences and reports need, once: all features of thousands would fill the memory."""
+    """Reads the facts of every clip once: all features of thousands of clips would fill the memory."""
 
     def read(clip: Clip, keys: Mapping[str, Key]) -> Facts:
         needed = clip_features.FACTS_OF.items()
@@ -280,7 +293,7 @@ def read_facts(measured: Sequence[Measured], store: stores.Store) -> dict[str, F
 
 
 def describe_all(measured: Sequence[Measured], facts: Mapping[str, Facts]) -> dict[str, dict[str, str]]:
-    """The sentences that the measurements make: clip id → text source (`features.TEXTS`) → sentence."""
+    """Generates the sentences from the measurements: clip id → text source (`features.TEXTS`) → sentence."""
     usual = clip_features.speaker_pitch((c.speaker, float(facts[c.id].prosody[0])) for c, _ in measured)
     return {
         c.id: clip_features.describe(facts[c.id], c.transcript, usual.get(c.speaker)) | {"constant": template.CONSTANT}
@@ -289,9 +302,9 @@ def describe_all(measured: Sequence[Measured], facts: Mapping[str, Facts]) -> di
 
 
 def _hash(sentences: dict[str, str]) -> str:
-    """By which a row of sentences.csv is seen to be as it was generated."""
+    """Hashes the sentences of a clip, to detect edited rows of sentences.csv."""
     digest = hashlib.sha256("\n".join(sentences[s] for s in template.SOURCES).encode()).hexdigest()
-    # With a letter before it: a spreadsheet takes 12 digits, or digits about an "e", for a number and rewrites them.
+    # Begins with a letter: a spreadsheet reads 12 digits, or digits around an "e", as a number and rewrites them.
     return f"v{digest[:12]}"
 
 
@@ -303,12 +316,13 @@ def encode_all(
     console: Console,
     clock: Stopwatch,
 ) -> list[Measured]:
-    """Encodes the sentences that are not staged yet, or cuts them into tokens where the preset is raw.
+    """Encodes the sentences that are not staged yet, or tokenises them if the preset is raw.
 
     Returns:
       `measured` with the keys of the staged texts.
+
     Raises:
-      AvjaxError: the text encoder's weights cannot be had, or the store cannot be written.
+      AvjaxError: the text encoder's weights are not available, or the store cannot be written.
     """
     from avjax.features import encode
 
@@ -316,10 +330,10 @@ def encode_all(
     encoder = load(settings.text, encode.precision(settings))
     made_by = store.record(provenance.described("text", settings, **encoder.provenance))
     keys = {i: provenance.of_sentences(made_by, s) for i, s in sentences.items()}
-    todo = [i for i in sentences if not store.has(i, "text", keys[i])]
+    missing = [i for i in sentences if not store.has(i, "text", keys[i])]
     made_of = encode.tokenize_texts if settings.raw else encode.encode_texts
-    for clip_id in progress.bar(todo, len(todo), "sentences", console):
-        # One clip at a time: the last bits depend on the batch, which must not depend on where a run was stopped.
+    for clip_id in progress.bar(missing, len(missing), "sentences", console):
+        # One clip at a time: the last bits depend on the batch, which must not depend on where a run was interrupted.
         flat = [sentences[clip_id][s] for s in clip_features.TEXTS]
         with clock(settings.text.source):
             tokens = made_of(encoder, flat, settings.max_tokens)
@@ -329,11 +343,11 @@ def encode_all(
             tokens = [x.astype(ENCODED) for x in tokens]
         with clock("writing"):
             store.put(clip_id, "text", keys[clip_id], dict(zip(clip_features.TEXTS, tokens, strict=True)))
-    return [(clip, known | {"text": keys[clip.id]}) for clip, known in measured]
+    return [(clip, measured_keys | {"text": keys[clip.id]}) for clip, measured_keys in measured]
 
 
 def _exact(load: Callable[..., "Encoder"], texts: Sequence[str], settings: Preset) -> np.ndarray:
-    """The token features of texts in float32 all the way, (n, d)."""
+    """Computes the token features of texts entirely in float32, (n, d)."""
     from avjax.features import encode
 
     return np.concatenate(encode.encode_texts(load(settings.text, "float32"), texts, settings.max_tokens))
@@ -345,7 +359,7 @@ def examples(
     settings: Preset,
     store: stores.Store,
 ) -> Iterator[dict[str, object]]:
-    """The staged features put together clip by clip (see `features.example`); `measured` as `encode_all` gives it."""
+    """Yields the records of clips (see `features.example`) from staged features; `measured` is from `encode_all`."""
     for clip, keys in measured:
         staged = {feature: store.get(clip.id, feature, key) for feature, key in keys.items()}
         yield clip_features.example(clip, settings, staged, sentences[clip.id])
@@ -354,7 +368,7 @@ def examples(
 def _pack(
     extracted: Extracted, named: tuple[str, Preset], store: stores.Store, processes: int, console: Console
 ) -> None:
-    """Packs what was extracted by a preset, given with its name, unless that was done."""
+    """Packs the extracted features of a preset, given as (name, preset), unless they are packed."""
     (preset, settings), measured, sentences = named, extracted.measured, extracted.sentences
     clips, keys = [c for c, _ in measured], {c.id: keys for c, keys in measured}
     recipe = stores.recipe(extracted.corpus, clips, [extracted.rejected, keys, settings.face])
@@ -365,29 +379,34 @@ def _pack(
     for at in range(0, len(measured), _PART):
         some = measured[at : at + _PART]
         parts.append(functools.partial(examples, some, {c.id: sentences[c.id] for c, _ in some}, settings, store))
-    about = {"rejected": extracted.rejected, "keys": keys, "made_by": made_by(measured[0]), "random": settings.random}
-    # A process more is worth its start from the second part on.
+    entries = {"rejected": extracted.rejected, "keys": keys, "made_by": made_by(measured[0]), "random": settings.random}
+    # Each part beyond the first is worth another process.
     side_by_side = min(len(parts), processes or os.cpu_count() or 1)
     shown = functools.partial(progress.bar, total=len(parts), what="packing", console=console, unit="parts")
-    store.pack(extracted.corpus, clips, preset, parts, recipe, about, processes=side_by_side, shown=shown)
+    store.pack(extracted.corpus, clips, preset, parts, recipe, entries, processes=side_by_side, shown=shown)
 
 
 def made_by(measured: Measured) -> dict[str, str]:
-    """The keys of the provenance records that the features of a clip have, and all of its set: feature → key."""
+    """Returns the keys of the provenance records of a clip's features, which all clips share: feature → key."""
     return {feature: key.record for feature, key in measured[1].items()}
 
 
 def _report(
-    facts: Mapping[str, Facts], store: stores.Store, preset: str, clock: Stopwatch, wall: float, console: Console
+    facts: Mapping[str, Facts],
+    store: stores.Store,
+    preset: str,
+    clock: Stopwatch,
+    wall_seconds: float,
+    console: Console,
 ) -> None:
-    """Prints and keeps what the time was spent on, where anything was measured."""
+    """Prints and stores how the time was spent, if anything was measured."""
     if "decoding" not in clock:
         return
-    played = sum(known.seconds for known in facts.values())
-    about = {"preset": preset, "clips": len(facts), "seconds_of_sound": played, "seconds": wall}
-    write_text(store.root / "timings.json", json.dumps(about | {"spent": dict(clock)}, indent=1))
+    audio_seconds = sum(facts_of_clip.seconds for facts_of_clip in facts.values())
+    timings = {"preset": preset, "clips": len(facts), "seconds_of_sound": audio_seconds, "seconds": wall_seconds}
+    write_text(store.root / "timings.json", json.dumps(timings | {"spent": dict(clock)}, indent=1))
     split = ", ".join(f"{what} {seconds:.1f}" for what, seconds in clock.most_common())
     console.print(
-        f"{wall:.1f} s for {played:.0f} s of audio: {played / wall:.1f} x real time. Seconds spent, "
-        f"worker processes added up: {split}"
+        f"{wall_seconds:.1f} s for {audio_seconds:.0f} s of audio: {audio_seconds / wall_seconds:.1f} x real time. "
+        f"Seconds spent, worker processes added up: {split}"
     )

@@ -1,4 +1,4 @@
-"""A packed view read clip by clip, for sets that do not fit into memory."""
+"""Reads a packed view clip by clip, for data sets that do not fit into memory."""
 
 import json
 from collections.abc import Sequence
@@ -12,18 +12,18 @@ from avjax.errors import AvjaxError
 from avjax.features import store, tfds
 from avjax.utils.storage import read_json, write_text
 
-_SCANNED = "avjax_lengths.json"  # beside the records
+_SCANNED = "avjax_positions.json"  # beside the records
 
 
 class Packed:
-    """The streams of the clips of a packed view, each padded to the longest clip of the set; nothing is kept.
+    """The streams of the clips of a packed view, each padded to the longest clip of the set; nothing is cached.
 
-    To know lengths and places, all records are read once, when a view is read for the first time.
+    The first time that a view is opened, all records are read once for their lengths and positions. `clips` determine
+    the numbers of the clips; the tokens of `text_source` are the stream `text` ("" = none).
 
     Attributes:
-      longest: the most steps of a stream, or of a text as `text_<source>`.
-    Args:
-      clips: in the order in which they are numbered; text_source: whose tokens are the stream `text`, "" = none.
+      longest: the maximum number of steps of a stream, or of a text as `text_<source>`.
+
     Raises:
       AvjaxError: the view has no such text.
     """
@@ -34,20 +34,20 @@ class Packed:
         folder = tfds.readable(root, dataset, preset)
         self._source = tensorflow_datasets.builder_from_directory(str(folder)).as_data_source("clips")
         scanned = _scanned(folder, self._source)
-        self._place = [scanned["places"][clip.id] for clip in clips]
+        self._positions = [scanned["positions"][clip.id] for clip in clips]
         self.longest = scanned["longest"]
         self._streams = [s for s in store.STREAMS if s in self.longest]
         self._text = text_source
         if text_source and f"text_{text_source}" not in self.longest:
-            there = ", ".join(n.removeprefix("text_") for n in self.longest if n.startswith("text_"))
-            raise AvjaxError(f"model.text_source is {text_source!r}; the feature store has {there}")
+            sources = ", ".join(n.removeprefix("text_") for n in self.longest if n.startswith("text_"))
+            raise AvjaxError(f"model.text_source is {text_source!r}; the feature store has {sources}")
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._positions)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        """Clip `i`: `<stream> (longest, …)` and `<stream>_mask (longest,)`, as `store.stacked` has them."""
-        example = self._source[self._place[i]]
+        """Reads clip `i`: `<stream> (longest, …)` and `<stream>_mask (longest,)`, as from `store.stacked`."""
+        example = self._source[self._positions[i]]
         out = {}
         for s in self._streams:
             out[s], out[f"{s}_mask"] = _padded(example[s], example[f"{s}_mask"], self.longest[s])
@@ -60,7 +60,7 @@ class Packed:
 
 
 def shapes(features: store.Features) -> dict[str, tuple[list[int], str]]:
-    """What each stream is like: name, as in `Features.arrays`, → (shape of the longest clip, dtype)."""
+    """Returns the form of each stream: name, as in `Features.arrays`, → (shape of the longest clip, dtype)."""
     held = {name: (list(array.shape[1:]), array.dtype.name) for name, array in features.arrays.items()}
     if not features.packed:
         return held
@@ -69,17 +69,17 @@ def shapes(features: store.Features) -> dict[str, tuple[list[int], str]]:
 
 
 def _scanned(folder: Path, source: Any) -> dict[str, dict[str, int]]:
-    """Where each clip is among the records, and the most steps of each stream and text."""
+    """Returns the position of each clip among the records, and the maximum number of steps of each stream and text."""
     path = folder / _SCANNED
     if not path.is_file():
-        places, longest = {}, {}
-        for place in range(len(source)):
-            row = source[place]
-            places[row["clip_id"].decode()] = place
+        positions, longest = {}, {}
+        for position in range(len(source)):
+            row = source[position]
+            positions[row["clip_id"].decode()] = position
             steps = {s: len(row[s]) for s in store.STREAMS if s in row}
             steps |= {f"text_{name}": len(tokens) for name, tokens in row["text"].items()}
             longest = {name: max(1, count, longest.get(name, 1)) for name, count in steps.items()}
-        write_text(path, json.dumps({"places": places, "longest": longest}))
+        write_text(path, json.dumps({"positions": positions, "longest": longest}))
     return read_json(path)
 
 

@@ -1,4 +1,4 @@
-"""What a staged feature was made by and of: the records and keys that tell one feature from another."""
+"""Provenance of staged features: the records and keys that distinguish one feature from another."""
 
 import dataclasses
 import hashlib
@@ -8,18 +8,18 @@ from typing import NamedTuple
 from avjax.datasets.base import Clip
 from avjax.features.presets import Preset
 
-# Raised when a change of code changes what is measured: part of every staged file's key.
-CODE_VERSION = {"video": 2, "audio": 3, "image": 2, "flow": 1, "sound": 1, "window": 1, "text": 2}
-# The features that are, of a preset that is `raw`, the inputs of an encoder.
-_INPUTS = ("image", "sound", "text")
+# Incremented when a change of code changes what is measured: part of every staged file's key.
+CODE_VERSION = {"video": 2, "audio": 3, "image": 2, "flow": 1, "speech": 1, "window": 2, "text": 2}
+# The features that are inputs of an encoder in a `raw` preset.
+_INPUTS = ("image", "speech", "text")
 
 
 class Key(NamedTuple):
-    """What tells a staged feature of a clip from others; its text is part of a file's name.
+    """Identity of a staged feature of a clip; its text is part of a file's name.
 
     Attributes:
       record: the key of the provenance record: settings, weights and code.
-      source: a hash of what it was made of: the clip's files, or its sentences.
+      source: a hash of the clip's files, or of its sentences.
     """
 
     record: str
@@ -30,7 +30,7 @@ class Key(NamedTuple):
 
 
 def of_clip(records: Mapping[str, str], clip: Clip) -> dict[str, Key]:
-    """The keys of what is measured of a clip; `records`: feature → key of its provenance record.
+    """Returns the keys of the measured features of a clip; `records`: feature → key of its provenance record.
 
     Raises:
       OSError: a file of the clip is gone.
@@ -40,18 +40,18 @@ def of_clip(records: Mapping[str, str], clip: Clip) -> dict[str, Key]:
 
 
 def of_sentences(record: str, sentences: Mapping[str, str]) -> Key:
-    """The key of the encoded sentences of a clip."""
+    """Returns the key of the encoded sentences of a clip."""
     return Key(record, hashlib.sha256(repr(sorted(sentences.items())).encode()).hexdigest()[:12])
 
 
 def described(feature: str, settings: Preset, **weights: str) -> dict[str, object]:
-    """What a `feature` (a key of CODE_VERSION) of a clip depends on beside the clip itself."""
+    """Describes what a `feature` (a key of CODE_VERSION) of a clip depends on besides the clip itself."""
     used = {
         "video": ("frames",) if settings.frames else ("frames", "max_seconds"),
         "audio": ("steps_per_second", "max_seconds"),
         "image": ("frames", "image") if settings.frames else ("frames", "max_seconds", "image"),
         "flow": ("frames", "max_seconds", "flow"),
-        "sound": ("max_seconds", "sound"),
+        "speech": ("max_seconds", "speech"),
         "window": ("window",),
         "text": ("text", "max_tokens"),
     }[feature]
@@ -67,12 +67,12 @@ def described(feature: str, settings: Preset, **weights: str) -> dict[str, objec
 
 
 def source_key(clip: Clip) -> str:
-    """A short hash that changes when another file, or another part of it, becomes the clip.
+    """Returns a short hash of a clip's files and of the part of them that it is.
 
-    A file is told from another by name, size and time of change, as `make` and `rsync` do.
+    Files are identified by name, size and modification time, as in `make` and `rsync`.
 
     Raises:
-      OSError: a file of the clip is not there.
+      OSError: a file of the clip is missing.
     """
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in (clip.path, clip.audio) if p]
     return hashlib.sha256(repr([files, clip.start, clip.end]).encode()).hexdigest()[:12]

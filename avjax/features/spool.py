@@ -1,4 +1,4 @@
-"""Arrays that wait on disk between processes."""
+"""Arrays passed between processes on disk."""
 
 import dataclasses
 import os
@@ -13,12 +13,14 @@ from avjax.errors import AvjaxError
 
 @dataclasses.dataclass
 class Spool:
-    """Arrays of equal shape put on one pile on disk, for one process to fill and another to read: of a long clip
-    memory then holds only what is worked on.
+    """Arrays of equal shape in a file that one process fills and another reads.
+
+    Of a long clip, memory thus holds only the block in use.
 
     Attributes:
-      path: its file, which `only_writer` clears away if nobody discards it.
-      shape, dtype: of one array; count: how many are on it.
+      path: its file, which `only_writer` removes if nobody discards it.
+      shape, dtype: of one array.
+      count: number of arrays in it.
     """
 
     path: Path
@@ -28,17 +30,17 @@ class Spool:
 
     @classmethod
     def create(cls, folder: Path, shape: tuple[int, ...], dtype: str) -> "Spool":
-        """An empty one, in a file of its own in `folder`."""
+        """Creates an empty spool in a file of its own in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".pile-", suffix=".part", dir=folder)
         os.close(handle)
         return cls(Path(name), shape, dtype)
 
     def add(self, arrays: np.ndarray) -> None:
-        """Puts arrays (n, *shape) on it.
+        """Appends arrays (n, *shape).
 
         Raises:
-          AvjaxError: there is no room.
+          AvjaxError: the disk is full.
         """
         try:
             with self.path.open("ab") as file:
@@ -49,11 +51,12 @@ class Spool:
         self.count += len(arrays)
 
     def blocks(self, most: int) -> Iterator[np.ndarray]:
-        """What is on it, from the first on, (n, *shape) with n up to `most`."""
+        """Yields its arrays in order, (n, *shape) with n up to `most`."""
         if self.count:
             arrays = np.memmap(self.path, self.dtype, "r", shape=(self.count, *self.shape))
             for at in range(0, self.count, most):
                 yield np.array(arrays[at : at + most])
 
     def discard(self) -> None:
+        """Removes its file."""
         self.path.unlink(missing_ok=True)

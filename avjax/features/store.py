@@ -1,15 +1,15 @@
 """The feature store: one staged file per clip and feature, and the TFDS view that is packed from them.
 
-    F/scratch/                            piles of pictures on their way to the encoders; gone afterwards
-    F/staged/<clip>/<feature>-<key>.npz   key = hash of how the feature was made; never rewritten, only replaced whole
-    F/provenance/<key>.json               what that hash stands for
+    F/scratch/                            spools of images for the encoders; removed afterwards
+    F/staged/<clip>/<feature>-<key>.npz   key = hash of how the feature was made; only replaced as a whole
+    F/provenance/<key>.json               the record behind that hash
     F/sentences.csv                       the sentences, to be read and edited
     F/quarantine.csv                      clip_id,reason
     F/tfds/avjax_<dataset>/<preset>/      the packed view (array_record; no TensorFlow)
     F/index.json                          written last: a store without it is unfinished; index-<target>.json for
-                                          other labels of the same clips (`crema_d:crowd`), which share what is staged
+                                          other labels of the same clips (`crema_d:crowd`), which share staged features
 
-Every file is written beside its place and moved there in one step, so a killed run leaves nothing half-written.
+Every file is written to a temporary name and renamed, so a killed run leaves no partial file.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from avjax.features.provenance import Key
 from avjax.utils import paths, storage, tables
 from avjax.utils.storage import is_local, only_writer, read_json, replacing, write_text
 
-STREAMS = ("video", "flow", "audio")  # flow where the preset has it
+STREAMS = ("video", "flow", "audio")  # flow if the preset has it
 _PARTS = ("train", "test", "val")
 _INDEXED = ("id", "label", "speaker", "transcript", "split", "fold", "dialogue", "turn", "gender")
 
@@ -45,19 +45,21 @@ class Features:
     """All features of a data set, padded to its longest clip.
 
     Attributes:
-      dataset, classes, folds: as indexed; content: hash of all packed values.
-      task: its kind (`avjax.tasks`).
-      ids, clips, label, speakers: one entry per used clip; `label` as `tasks.encoded`; a speaker is "" where unknown.
-      arrays: `video`, `audio`, `flow` where there is one, `text_<source>` → (n, steps, d) float32, zeros where masked;
-        `video` may be pictures, (n, steps, h, w, 3) uint8, and a text token ids, (n, steps, 1) int32;
-        `surface` with one step, where the clips themselves were measured.
+      dataset, classes, folds: as in the index.
+      content: hash of all packed values.
+      task: kind of task (`avjax.tasks`).
+      ids, clips, label, speakers: one entry per used clip; `label` as `tasks.encoded`; an unknown speaker is "".
+      arrays: `video`, `audio`, `flow` if present, `text_<source>` → (n, steps, d) float32, zeros where masked; `video`
+        may be images, (n, steps, h, w, 3) uint8, and a text token ids, (n, steps, 1) int32; `surface` with one step, if
+        the clips themselves were measured.
       masks: the same names → (n, steps) bool.
       sentences: text source → n strings.
-      counts: used, quarantined, masked_audio, masked_video; rejected: (clip id, reason) of what is not used.
+      counts: used, quarantined, masked_audio, masked_video.
       made_by: feature → key of its provenance record.
-      constants: batch key → what belongs to the data as a whole, such as the texts of the classes.
-      packed: where the arrays were left on disk, and are empty here: root, data set and preset of the view.
-      random: whether encoders had weights drawn at random, so that no figure means anything.
+      random: whether encoders had random weights, so that scores are meaningless.
+      constants: batch key → array of the data set as a whole, such as the texts of the classes.
+      packed: root, data set and preset of the view, if the arrays are left on disk (`arrays` is then empty).
+      rejected: (clip id, reason) of clips that are not used.
     """
 
     dataset: str
@@ -81,24 +83,24 @@ class Features:
 
 
 class Store:
-    """A feature store at `root`, for writing data set `dataset` (its target says which index it has)."""
+    """A feature store at `root`, for writing data set `dataset` (whose target determines the index)."""
 
     def __init__(self, root: Path, dataset: str = "") -> None:
         self.root = root
         self.dataset = dataset
-        # For what is measured and not yet encoded: it is mapped into memory, and so on this machine.
+        # For measured inputs that are not encoded yet: always on this machine, since they are memory-mapped.
         self.scratch = root / "scratch" if is_local(root) else _scratch(root)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator["Store"]:
-        """Holds the store for one writer, and clears away what killed ones left.
+        """Locks the store for one writer, and removes what killed writers left.
 
         Raises:
           AvjaxError: another process is writing to it, it holds another data set, or it cannot be written.
         """
         with only_writer(self.root, "choose another --out"):
-            there = {read_json(path)["dataset"] for path in self.root.glob("index*.json")}
-            if other := [name for name in sorted(there) if corpus_of(name) != corpus_of(self.dataset)]:
+            datasets = {read_json(path)["dataset"] for path in self.root.glob("index*.json")}
+            if other := [name for name in sorted(datasets) if corpus_of(name) != corpus_of(self.dataset)]:
                 raise AvjaxError(f"{self.root}: holds features of {other[0]}, not {self.dataset}; use another --out")
             self._sweep()
             try:
@@ -115,13 +117,14 @@ class Store:
         return self.root / "staged" / safe_name(clip_id) / f"{feature}-{key}.npz"
 
     def has(self, clip_id: str, feature: str, key: Key) -> bool:
+        """Returns whether a feature of a clip is staged."""
         return self._staged(clip_id, feature, key).is_file()
 
     def put(self, clip_id: str, feature: str, key: Key, arrays: Mapping[str, np.ndarray]) -> None:
         """Stages one feature of one clip; a reader sees all of it or nothing.
 
         Raises:
-          AvjaxError: it cannot be written: no room, or no permission.
+          AvjaxError: it cannot be written: the disk is full, or permission is denied.
         """
         try:
             with replacing(self._staged(clip_id, feature, key), "wb") as file:
@@ -130,7 +133,7 @@ class Store:
             raise AvjaxError(f"{self.root}: cannot be written ({error.strerror}); fix that and start again") from error
 
     def drop(self, clip_id: str, feature: str, key: Key) -> None:
-        """Removes a staged feature, if there is one."""
+        """Removes a staged feature, if it exists."""
         self._staged(clip_id, feature, key).unlink(missing_ok=True)
 
     def get(self, clip_id: str, feature: str, key: Key, *names: str) -> dict[str, np.ndarray]:
@@ -139,7 +142,7 @@ class Store:
             return {name: file[name] for name in names or file.files}
 
     def record(self, provenance: Mapping[str, object]) -> str:
-        """Keeps a provenance record and gives its key."""
+        """Stores a provenance record and returns its key."""
         text = json.dumps(provenance, indent=1, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         path = self.root / "provenance" / f"{key}.json"
@@ -147,22 +150,22 @@ class Store:
             write_text(path, text)
         return key
 
-    def note(self, key: str, about: Mapping[str, object]) -> None:
-        """Adds what was measured of the features to their provenance record."""
+    def note(self, key: str, measurements: Mapping[str, object]) -> None:
+        """Adds measurements of features to their provenance record."""
         path = self.root / "provenance" / f"{key}.json"
-        write_text(path, json.dumps(read_json(path) | {"measured": about}, indent=1, sort_keys=True))
+        write_text(path, json.dumps(read_json(path) | {"measured": measurements}, indent=1, sort_keys=True))
 
     def noted(self, key: str) -> bool:
-        """Whether `note` was called for the provenance record."""
+        """Returns whether `note` was called for the provenance record."""
         return "measured" in read_json(self.root / "provenance" / f"{key}.json")
 
     def write_table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Writes a CSV file of the store, whole."""
+        """Writes a CSV file of the store as a whole."""
         with replacing(self.root / name, "w") as file:
             csv.writer(file).writerows([columns, *rows])
 
     def read_table(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
-        """Reads a CSV file of the store; [] where it does not exist yet.
+        """Reads a CSV file of the store; [] if it does not exist yet.
 
         Raises:
           AvjaxError: it is not UTF-8, as some spreadsheet programs save it, or lacks one of `columns`.
@@ -171,12 +174,12 @@ class Store:
         return tables.read(path, columns, cell=str) if path.is_file() else []
 
     def is_packed(self, preset: str, recipe: str) -> bool:
-        """Whether the packed view of `preset` was made from `recipe`, a hash of all that goes into it."""
+        """Returns whether the packed view of `preset` was made from `recipe`, a hash of all its inputs."""
         index = read_index(self.root, self.dataset)
         return bool(index) and index["presets"].get(preset, {}).get("recipe") == recipe
 
     def read_measured(self, preset: str) -> tuple[Corpus, list[tuple[Clip, dict[str, Key]]]]:
-        """The data set and [(clip, {feature: key})] as the last whole extraction left them; opens no media.
+        """Returns the data set and [(clip, {feature: key})] of the last complete extraction; opens no media.
 
         Raises:
           AvjaxError: there was none.
@@ -199,41 +202,38 @@ class Store:
         preset: str,
         parts: Sequence[tfds.Part],
         recipe: str,
-        about: Mapping[str, object],
+        entries: Mapping[str, object],
         **how: object,
     ) -> None:
         """Packs the examples of `parts`, one per clip of `clips`, into the TFDS view, and writes the index.
 
-        All presets of a store describe the same clips: those packed from other ones are unfinished from then on.
-
-        Args:
-          corpus: gives name, classes and official folds.
-          how: further arguments of `tfds.pack`.
-          about: further entries of this preset in the index, such as provenance; `rejected` (clip id, reason).
+        All presets of a store describe the same clips: presets packed from other clips become unfinished. `entries` are
+        further entries of this preset in the index: provenance, and `rejected` (clip id, reason); `how` are further
+        arguments of `tfds.pack`.
         """
         data = _described(corpus, clips)
         index = read_index(self.root, self.dataset)
         if index:
             for name, entry in index["presets"].items():
-                # Unfinished from here until the last line, but still known to `read_measured`.
+                # Unfinished until the last line, but still available to `read_measured`.
                 if name == preset or any(index[k] != v for k, v in data.items()):
                     entry |= {"recipe": None, "content": None}
             write_text(index_path(self.root, self.dataset), json.dumps(index))
         tfds.remove(self.root, corpus.name, preset)
         content, masked = tfds.pack(self.root, corpus, preset, parts, **how)
-        counts = {"used": len(clips), "quarantined": len(about["rejected"])}
+        counts = {"used": len(clips), "quarantined": len(entries["rejected"])}
         counts |= {f"masked_{stream}": masked.get(stream, len(clips)) for stream in ("audio", "video")}
         presets = (index["presets"] if index else {}) | {
-            preset: {"recipe": recipe, "content": content, "counts": counts, **about}
+            preset: {"recipe": recipe, "content": content, "counts": counts, **entries}
         }
         write_text(index_path(self.root, self.dataset), json.dumps({"presets": presets, **data}, indent=1))
 
 
-def place(dataset: str, given: str = "") -> Path:
-    """Where a feature store is: as given, by default `$AVJAX_CACHE/features/<corpus>`.
+def path_of(dataset: str, given: str = "") -> Path:
+    """Returns the path of a feature store: `given`, or by default `$AVJAX_CACHE/features/<corpus>`.
 
     Raises:
-      AvjaxError: nothing is given for a folder of clips: there are many such, and they must not share a store.
+      AvjaxError: none is given for a folder of clips: several folders must not share a store.
     """
     if dataset == "folder" and not given:
         raise AvjaxError(
@@ -244,7 +244,7 @@ def place(dataset: str, given: str = "") -> Path:
 
 
 def index_path(root: Path, dataset: str = "") -> Path:
-    """The index of `dataset` in the store at `root`."""
+    """Returns the path of the index of `dataset` in the store at `root`."""
     target = target_of(dataset)
     return root / (f"index-{target}.json" if target else "index.json")
 
@@ -254,13 +254,13 @@ def _scratch(root: Path) -> Path:
 
 
 def read_index(root: Path, dataset: str = "") -> dict | None:
-    """The store's index of `dataset`, or None where there is none yet."""
+    """Reads the store's index of `dataset`; None if it does not exist yet."""
     path = index_path(root, dataset)
     return read_json(path) if path.is_file() else None
 
 
 def is_finished(root: Path, preset: str, dataset: str = "") -> bool:
-    """Whether the store at `root` holds a whole packed view of `preset` with the labels of `dataset`."""
+    """Returns whether the store at `root` holds a complete packed view of `preset` with the labels of `dataset`."""
     index = read_index(root, dataset)
     return bool(index) and bool(index["presets"].get(preset, {}).get("content"))
 
@@ -268,27 +268,26 @@ def is_finished(root: Path, preset: str, dataset: str = "") -> bool:
 def load(root: Path, preset: str, dataset: str = "", *, on_disk: bool = False) -> Features:
     """Reads the packed view of `preset` from the store at `root`, or leaves its arrays `on_disk` (`packed.Packed`).
 
-    Args:
-      dataset: which index counts where a corpus has several targets.
+    If a corpus has several targets, `dataset` selects the index.
 
     Raises:
-      AvjaxError: no finished store there, or it lacks the preset or its packed view; the message says what to run.
+      AvjaxError: there is no finished store, or it lacks the preset or its packed view; the message names the command.
     """
     index = read_index(root, dataset)
     if not is_finished(root, preset, dataset):
-        there = ", ".join(name for name in (index["presets"] if index else {}) if is_finished(root, name, dataset))
+        available = ", ".join(name for name in (index["presets"] if index else {}) if is_finished(root, name, dataset))
         raise AvjaxError(
             f"{root}: no finished feature store with preset {preset!r}"
-            + (f" (it has: {there})" if there else "")
+            + (f" (it has: {available})" if available else "")
             + f"; make it with: python -m avjax.extract --config configs/extract_….py:{preset} "
             f"--config.data.root=YOUR_DATA --out {root}"
         )
-    about = index["presets"][preset]
+    view = index["presets"][preset]
     name = index["dataset"]
     if not tfds.folder(root, name, preset).is_dir():
         raise AvjaxError(
             f"{tfds.folder(root, name, preset)}: the packed view is gone; delete {index_path(root, dataset)} and run "
-            "avjax.extract again (what is staged is not measured anew)"
+            "avjax.extract again (staged features are reused)"
         )
     clips = _clips(index)
     rows, arrays, masks = [], {}, {}
@@ -300,7 +299,7 @@ def load(root: Path, preset: str, dataset: str = "", *, on_disk: bool = False) -
         dataset=index["dataset"],
         classes=tuple(index["classes"]),
         folds=_folds(index),
-        content=about["content"],
+        content=view["content"],
         ids=[c.id for c in clips],
         clips=clips,
         label=tasks.encoded([c.label for c in clips], tuple(index["classes"]), index["task"]),
@@ -308,12 +307,12 @@ def load(root: Path, preset: str, dataset: str = "", *, on_disk: bool = False) -
         arrays=arrays,
         masks=masks,
         sentences={s: [r["sentence"][s].decode() for r in rows] for s in (rows[0]["sentence"] if rows else ())},
-        counts=about["counts"],
-        made_by=about["made_by"],
-        random=about.get("random", False),
+        counts=view["counts"],
+        made_by=view["made_by"],
+        random=view.get("random", False),
         task=index["task"],
         packed=(root, name, preset) if on_disk else None,
-        rejected=tuple(map(tuple, about.get("rejected", ()))),
+        rejected=tuple(map(tuple, view.get("rejected", ()))),
     )
 
 
@@ -325,8 +324,7 @@ def _clips(index: Mapping) -> list[Clip]:
 
 
 def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The streams of at least one example (see `avjax.features.clip.example`) as `Features.arrays` and
-    `Features.masks`."""
+    """Stacks the streams of at least one example (`avjax.features.clip.example`) to `Features.arrays` and `masks`."""
     arrays, masks = {}, {}
     if "surface" in examples[0]:
         arrays["surface"] = np.stack([e["surface"] for e in examples])[:, None]
@@ -340,18 +338,18 @@ def stacked(examples: Sequence[Mapping]) -> tuple[dict[str, np.ndarray], dict[st
 
 
 def recipe(corpus: Corpus, clips: Sequence[Clip], ingredients: object) -> str:
-    """A hash of all that goes into a packed view: the data's description and `ingredients`, anything JSON can hold."""
+    """Returns a hash of all inputs of a packed view: the data's description and `ingredients` (JSON values)."""
     return hashlib.sha256(json.dumps([tfds.VERSION, _described(corpus, clips), ingredients]).encode()).hexdigest()
 
 
 def safe_name(clip_id: str) -> str:
-    """A file name for any clip id: percent-encoded, and hashed where that would be too long."""
+    """Returns a file name for any clip id: percent-encoded, and hashed if that is too long."""
     name = urllib.parse.quote(clip_id, safe=" ").replace(".", "%2E")
     return name if len(name) <= 200 else "long-" + hashlib.sha256(clip_id.encode()).hexdigest()
 
 
 def _described(corpus: Corpus, clips: Sequence[Clip]) -> dict[str, object]:
-    """The index's description of the data: all that training needs, and nothing of where the files are."""
+    """Describes the data for the index: all that training needs, but no paths of files."""
     return {
         "dataset": corpus.name,
         "task": corpus.task.kind,
@@ -366,9 +364,9 @@ def _folds(index: Mapping) -> tuple[Fold, ...]:
 
 
 def dense(steps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Pads sequences (n_i, …) to (clips, longest, …); at least one step, so that an empty set keeps its rank.
+    """Pads sequences (n_i, …) to (clips, longest, …) with at least one step, so that an empty set keeps its rank.
 
-    Pictures stay uint8 and token ids int32; everything else becomes float32.
+    Images stay uint8 and token ids int32; everything else becomes float32.
     """
     longest = max(1, *(len(s) for s in steps))
     dtype = tfds.dense_dtype(steps[0].dtype)

@@ -1,6 +1,6 @@
-"""The packed view of a feature store: a TFDS data set in array_record files, made and read without TensorFlow.
+"""The packed view of a feature store: a TFDS data set in array_record files, written and read without TensorFlow.
 
-In a store on cloud storage it is made on this machine and copied there, and read from a copy in the cache.
+In a store on cloud storage it is written on this machine and copied there, and read from a copy in the cache.
 """
 
 import dataclasses
@@ -28,36 +28,36 @@ _SECONDS = 3600.0  # for a part
 
 
 def name(dataset: str) -> str:
-    """What the packed view of `dataset` is called among TFDS data sets."""
+    """Returns the TFDS name of the packed view of `dataset`."""
     return f"avjax_{dataset.replace(':', '_')}"
 
 
 def folder(root: Path, dataset: str, preset: str) -> Path:
-    """The folder of a packed view in the store at `root`."""
+    """Returns the folder of a packed view in the store at `root`."""
     return root / "tfds" / name(dataset) / preset / VERSION
 
 
 def readable(root: Path, dataset: str, preset: str) -> Path:
-    """The folder to read a packed view from: its own, or of a store on cloud storage a copy in the cache."""
-    place = folder(root, dataset, preset)
-    if is_local(place):
-        return place
-    info = (place / "dataset_info.json").read_text()
-    copy = assets.cache() / "views" / hashlib.sha256(f"{place}{info}".encode()).hexdigest()[:16] / VERSION
+    """Returns the folder to read a packed view from: its own, or for cloud storage a copy in the cache."""
+    view = folder(root, dataset, preset)
+    if is_local(view):
+        return view
+    info = (view / "dataset_info.json").read_text()
+    copy = assets.cache() / "views" / hashlib.sha256(f"{view}{info}".encode()).hexdigest()[:16] / VERSION
     if not copy.is_dir():
-        with tempfile.TemporaryDirectory(dir=_made(copy.parent)) as part:
-            copy_folder(place, Path(part) / VERSION)
+        with tempfile.TemporaryDirectory(dir=_create(copy.parent)) as part:
+            copy_folder(view, Path(part) / VERSION)
             (Path(part) / VERSION).rename(copy)
     return copy
 
 
-def _made(place: Path) -> Path:
-    place.mkdir(parents=True, exist_ok=True)
-    return place
+def _create(view: Path) -> Path:
+    view.mkdir(parents=True, exist_ok=True)
+    return view
 
 
 def read(root: Path, dataset: str, preset: str) -> Iterator[dict]:
-    """The examples of a packed view, as TFDS gives them (strings as bytes), in no particular order."""
+    """Reads the examples of a packed view from TFDS (strings as bytes), in no particular order."""
     import tensorflow_datasets as tfds
 
     source = tfds.builder_from_directory(str(readable(root, dataset, preset))).as_data_source("clips")
@@ -65,32 +65,34 @@ def read(root: Path, dataset: str, preset: str) -> Iterator[dict]:
 
 
 def steps(root: Path, dataset: str, preset: str) -> dict[str, tuple[list[int], str]]:
-    """What a step of each stream and text of a packed view is like where it is read: name → (shape, dtype)."""
+    """Returns the form of a step of each stream and text of a packed view as read: name → (shape, dtype)."""
     import tensorflow_datasets as tfds
 
-    found = tfds.builder_from_directory(str(readable(root, dataset, preset))).info.features
-    arrays = {name.removesuffix("_mask"): found[name.removesuffix("_mask")] for name in found if name.endswith("_mask")}
-    arrays |= {f"text_{source}": found["text"][source] for source in found["text"]}
+    features = tfds.builder_from_directory(str(readable(root, dataset, preset))).info.features
+    arrays = {
+        name.removesuffix("_mask"): features[name.removesuffix("_mask")] for name in features if name.endswith("_mask")
+    }
+    arrays |= {f"text_{source}": features["text"][source] for source in features["text"]}
     return {name: (list(a.shape[1:]), dense_dtype(np.dtype(a.np_dtype)).name) for name, a in arrays.items()}
 
 
 def dense_dtype(stored: np.dtype) -> np.dtype:
-    """In which dtype a stored array enters training: pictures stay uint8 and token ids int32, numbers are float32."""
+    """Returns the dtype of a stored array in training: uint8 for images, int32 for token ids, else float32."""
     return stored if stored in (np.uint8, np.int32) else np.dtype(np.float32)
 
 
 def remove(root: Path, dataset: str, preset: str) -> None:
-    """Removes a packed view, if there is one."""
+    """Removes a packed view, if it exists."""
     epath.Path(folder(root, dataset, preset).parent).rmtree(missing_ok=True)
 
 
-# Gives a part of the examples (`avjax.features.clip.example`), in the order of the clips.
+# Yields a part of the examples (`avjax.features.clip.example`), in the order of the clips.
 Part = Callable[[], Iterable[Mapping[str, object]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """A file of records: how many, their bytes, the digest of each, and stream → how many have no step of it."""
+    """A file of records: their number, total bytes and digests, and stream → the number without a step of it."""
 
     count: int
     size: int
@@ -108,49 +110,47 @@ def pack(
 ) -> tuple[str, dict[str, int]]:
     """Packs examples of a data set, each part into a file of its own.
 
-    TFDS's own writer holds all records in memory and sorts them, which beyond 1 GB takes TensorFlow; here a process
-    holds one example.
+    TFDS's own writer holds all records in memory and sorts them, which beyond 1 GB requires TensorFlow; this one holds
+    one example per process. If `processes` is above 1, that many pack in parallel, and parts must be picklable; `shown`
+    wraps the finished parts in a progress bar.
 
-    Args:
-      processes: above 1, that many pack side by side, and parts must be picklable; shown: passes parts on that are
-        done, under a progress bar.
     Returns:
       the hash of all values, and stream → number of clips without any step of it.
     """
     dataset, task = corpus.name, corpus.task
-    with tempfile.TemporaryDirectory() as elsewhere:
-        place = folder(root if is_local(root) else Path(elsewhere), dataset, preset)
-        unfinished = place.with_name(f"{UNFINISHED}.{VERSION}")
+    with tempfile.TemporaryDirectory() as temporary:
+        view = folder(root if is_local(root) else Path(temporary), dataset, preset)
+        unfinished = view.with_name(f"{UNFINISHED}.{VERSION}")
         unfinished.mkdir(parents=True)
         shards = _written(unfinished, dataset, parts, task.classes, processes, shown)
         _describe(unfinished, dataset, preset, task, parts, shards)
-        unfinished.rename(place)
+        unfinished.rename(view)
         if not is_local(root):
-            copy_folder(place, folder(root, dataset, preset))
+            copy_folder(view, folder(root, dataset, preset))
     digest = hashlib.sha256(b"".join(s.digests for s in shards)).hexdigest()
     return digest, {stream: sum(s.masked[stream] for s in shards) for stream in shards[0].masked}
 
 
 def _written(
-    place: Path, dataset: str, parts: Sequence[Part], classes: Sequence[str], processes: int, shown: Callable[..., Any]
+    view: Path, dataset: str, parts: Sequence[Part], classes: Sequence[str], processes: int, shown: Callable[..., Any]
 ) -> list[_Shard]:
-    template = _template(place, dataset)
+    template = _template(view, dataset)
     paths = [str(template.sharded_filepath(shard_index=i, num_shards=len(parts))) for i in range(len(parts))]
     jobs = list(zip(paths, parts, itertools.repeat(tuple(classes)), strict=False))
     if processes == 1:
         done = ((job, _write_shard(job)) for job in jobs)
     else:
-        done = worker_pool.each(_write_shard, jobs, count=processes, seconds=_SECONDS, setup=_nothing)
-    found = {}
+        done = worker_pool.each(_write_shard, jobs, count=processes, seconds=_SECONDS, setup=_no_setup)
+    shards = {}
     for (path, *_), shard in shown(done):
         if isinstance(shard, worker_pool.Failure):
             raise AvjaxError(f"{path}: cannot be packed: {shard.reason}")
-        found[path] = shard
-    return [found[path] for path in paths]
+        shards[path] = shard
+    return [shards[path] for path in paths]
 
 
-def _nothing() -> None:
-    """What a process needs before it packs."""
+def _no_setup() -> None:
+    """Does nothing: packing needs no set-up."""
 
 
 def _write_shard(job: tuple[str, Part, tuple[str, ...]]) -> _Shard:
@@ -190,11 +190,11 @@ def _digest(digest: Any, value: Any) -> None:
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
 
 
-def _template(place: Path, dataset: str) -> Any:
+def _template(view: Path, dataset: str) -> Any:
     import tensorflow_datasets as tfds
 
     return tfds.core.ShardedFileTemplate(
-        data_dir=place,
+        data_dir=view,
         dataset_name=name(dataset),
         split="clips",
         filetype_suffix="array_record",
@@ -203,9 +203,9 @@ def _template(place: Path, dataset: str) -> Any:
 
 
 def _describe(
-    place: Path, dataset: str, preset: str, task: Task, parts: Sequence[Part], shards: Sequence[_Shard]
+    view: Path, dataset: str, preset: str, task: Task, parts: Sequence[Part], shards: Sequence[_Shard]
 ) -> None:
-    """Writes what TFDS reads a view by."""
+    """Writes the metadata with which TFDS reads a view."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import dataset_info
 
@@ -214,12 +214,12 @@ def _describe(
         name="clips",
         shard_lengths=[s.count for s in shards],
         num_bytes=sum(s.size for s in shards),
-        filename_template=_template(place, dataset),
+        filename_template=_template(view, dataset),
     )
     identity = dataset_info.DatasetIdentity(
         name=name(dataset),
         version=tfds.core.Version(VERSION),
-        data_dir=str(place),
+        data_dir=str(view),
         module_name="avjax",
         config_name=preset,
     )
@@ -228,25 +228,25 @@ def _describe(
     )
     info.set_file_format("array_record")
     info.set_splits(tfds.core.splits.SplitDict([split]))
-    info.write_to_directory(place)
+    info.write_to_directory(view)
 
 
 def _described(dataset: str, task: Task, count: int) -> dict[str, str]:
-    """What TFDS is told of a view: whose clips these are, what they may be used for, and what to cite."""
-    says = f"Features of {count} clips, packed by avjax from its feature store; task: {task.kind}."
-    known = metadata(dataset)
-    if not known:
-        return {"description": says}
+    """Describes a view for TFDS: the data set, its licence, and the citation."""
+    summary = f"Features of {count} clips, packed by avjax from its feature store; task: {task.kind}."
+    corpus_metadata = metadata(dataset)
+    if not corpus_metadata:
+        return {"description": summary}
     return {
-        "description": f"{known.title}. {says}",
-        "homepage": known.homepage,
-        "citation": known.citation,
-        "license": f"That of the data set they were made of: {known.licence}",
+        "description": f"{corpus_metadata.title}. {summary}",
+        "homepage": corpus_metadata.homepage,
+        "citation": corpus_metadata.citation,
+        "license": f"That of the data set they were made of: {corpus_metadata.licence}",
     }
 
 
 def _feature_spec(tfds: Any, example: Mapping[str, object], classes: Sequence[str]) -> Any:
-    """The TFDS description of an example: arrays have one free axis, the first."""
+    """Returns the TFDS specification of an example: the first axis of arrays is free."""
 
     def spec(name: str, value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -96,10 +96,10 @@ def _of_picture(settings: Preset) -> str:
 
 def _of_sound(settings: Preset) -> str:
     seconds = f"the first {settings.max_seconds:g} s"
-    if not settings.sound:
+    if not settings.speech:
         return f"acoustic measurements at {settings.steps_per_second} steps a second, {seconds}"
-    rate = f" at {settings.sound.per_second} steps a second" if settings.sound.per_second else ""
-    return f"{'input of ' if settings.raw else ''}{_called(settings.sound)}{rate}, {seconds}"
+    rate = f" at {settings.speech.per_second} steps a second" if settings.speech.per_second else ""
+    return f"{'input of ' if settings.raw else ''}{_called(settings.speech)}{rate}, {seconds}"
 
 
 def _of_flow(settings: Preset) -> str:

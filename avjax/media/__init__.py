@@ -1,0 +1,1 @@
+"""Reading of video and audio, and measurements of them: faces, optical flow, acoustic features."""

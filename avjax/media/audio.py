@@ -1,7 +1,7 @@
-"""Audio out of any container, its acoustic features on one time grid, and the prosody that becomes words.
+"""Audio from any container, its acoustic features on a common time grid, and the prosody behind the prosody words.
 
 samples = read_audio(path)
-analysis = analyse(samples)      # the costly part, once
+analysis = analyse(samples)  # the expensive part, once
 acoustic(analysis), prosody(analysis)
 """
 
@@ -18,7 +18,7 @@ from avjax.media.video import decodable, decoded, opened, within
 
 SAMPLE_RATE = 16000
 HOPS_PER_SECOND = 100
-FLOOR_DB = -80.0  # of full scale; below is digital silence: a codec's or a converter's last bit
+FLOOR_DB = -80.0  # dBFS; anything below is digital silence: the last bit of a codec or a converter
 MELS = 40
 MFCCS = 13
 ACOUSTIC_NAMES = (*(f"mel{i}" for i in range(MELS)), *(f"mfcc{i}" for i in range(MFCCS)), "energy", "voicing", "f0")
@@ -26,26 +26,26 @@ ACOUSTIC_NAMES = (*(f"mel{i}" for i in range(MELS)), *(f"mfcc{i}" for i in range
 _HOP = SAMPLE_RATE // HOPS_PER_SECOND
 _WINDOW = 400  # 25 ms
 _FFT = 512
-# pYIN is nearly all of the cost. A hop of 20 ms and candidates a fifth of a semitone apart (0.1 is librosa's default)
-# take 50 ms for a clip of 3.3 s instead of 390 ms at a hop of 10 ms; the median F0 moves by 0.6 %.
+# pYIN is nearly all of the cost. A hop of 20 ms and candidates a fifth of a semitone apart (librosa's default is 0.1)
+# take 50 ms for a clip of 3.3 s instead of 390 ms with a hop of 10 ms; the median F0 changes by 0.6 %.
 _PITCH = {"fmin": 65.0, "fmax": 600.0, "hop_length": 2 * _HOP, "frame_length": 1024, "resolution": 0.2}
 
-# Syllable nuclei after de Jong & Wempe (2009): peaks of intensity in voiced speech, no more than 25 dB under the loud
-# end (95th percentile), with a dip of 2 dB or more between them; nearer than 100 ms no two syllables follow.
+# Syllable nuclei after de Jong & Wempe (2009): intensity peaks in voiced speech at most 25 dB below the loud end (95th
+# percentile), with a dip of at least 2 dB between them; syllables are at least 100 ms apart.
 _BELOW_LOUD_DB = 25.0
 _DIP_DB = 2.0
 _APART_HOPS = 10
 _SMOOTH_HOPS = 5
 _PAUSE_HOPS = 30  # silences of 300 ms and more are pauses, not speech
-_LOUDEST = 0.25  # the share of syllables that counts as stressed
+_LOUDEST = 0.25  # the proportion of syllables that counts as stressed
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Measurements of one sound at H hops of 10 ms, hop h centred at h x 10 ms.
+    """Measurements of one audio signal at H hops of 10 ms, hop h centred at h x 10 ms.
 
-    `mel_db` (H, 40) and `energy_db` (H,) float32: dB of full scale, never under `FLOOR_DB`; `f0_hz` (H,) float32, 0
-    where unvoiced; `voicing` (H,) float32: probability that the hop is voiced.
+    `mel_db` (H, 40) and `energy_db` (H,) float32: dBFS, at least `FLOOR_DB`; `f0_hz` (H,) float32, 0 where unvoiced;
+    `voicing` (H,) float32: probability that the hop is voiced.
     """
 
     mel_db: np.ndarray
@@ -55,14 +55,14 @@ class Analysis:
 
     @property
     def inside(self) -> np.ndarray:
-        """(H,) bool: True between the first and the last hop that is not digital silence."""
-        sound = self.energy_db > FLOOR_DB
-        return np.logical_or.accumulate(sound) & np.logical_or.accumulate(sound[::-1])[::-1]
+        """Marks the hops from the first to the last one that is not digital silence, (H,) bool."""
+        audible = self.energy_db > FLOOR_DB
+        return np.logical_or.accumulate(audible) & np.logical_or.accumulate(audible[::-1])[::-1]
 
 
 @dataclass(frozen=True)
 class Acoustic:
-    """`features` (S, D) float32, columns `ACOUSTIC_NAMES`; `mask` (S,) bool: False before and after all sound."""
+    """Acoustic `features` (S, D) float32, columns `ACOUSTIC_NAMES`; `mask` (S,) bool, False in outer silence."""
 
     features: np.ndarray
     mask: np.ndarray
@@ -70,7 +70,7 @@ class Acoustic:
 
 @dataclass(frozen=True)
 class Prosody:
-    """Pitch, speech rate and stress of a clip; None where there is no voiced speech to measure them on."""
+    """Pitch, speech rate and stress of a clip; None if there is no voiced speech to measure."""
 
     f0_median_hz: float | None
     syllables_per_second: float | None
@@ -79,7 +79,7 @@ class Prosody:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How audio is wanted: `rate` samples a second, and no more than `max_seconds`; None = all."""
+    """Requested sampling of audio: `rate` samples per second, at most `max_seconds` (None = all)."""
 
     rate: int = SAMPLE_RATE
     max_seconds: float | None = None
@@ -94,8 +94,9 @@ def read_audio(
 
     Returns:
       (n,) float32, the mean of the channels, in [-1, 1].
+
     Raises:
-      UnusableMedia: no file, no audio stream, or no sample (in the part).
+      UnusableMedia: no such file, no audio stream, or no sample (in the part).
     """
     (samples,) = read_audio_parts(path, [sampling], start=start, end=end)
     if not samples.size:
@@ -104,17 +105,17 @@ def read_audio(
 
 
 def nothing_decoded(start: float, end: float | None) -> str:
-    """The reason why a part without any sample is of no use."""
+    """Returns the reason why a part without samples is unusable."""
     return f"no audio can be decoded{within(start, end)}"
 
 
 def read_audio_parts(
     path: str | Path, samplings: Sequence[Sampling], *, start: float = 0.0, end: float | None = None
 ) -> list[np.ndarray]:
-    """Decodes the audio of a file once, for each of `samplings` as `read_audio` does; (0,) where there is no sample.
+    """Decodes the audio of a file once for all `samplings`, each as in `read_audio`; (0,) if there is no sample.
 
     Raises:
-      UnusableMedia: no file, or no audio stream.
+      UnusableMedia: no such file, or no audio stream.
     """
     ends = [min(start + (s.max_seconds or np.inf), np.inf if end is None else end) for s in samplings]
     collected = [_Resampled(sampling.rate, until) for sampling, until in zip(samplings, ends, strict=True)]
@@ -123,7 +124,7 @@ def read_audio_parts(
         if not streams:
             raise UnusableMedia("no audio stream")
         frames = decoded(container, streams[0], start, max(ends))
-        # Broadcasts and damaged files change their layout or rate midway; a resampler takes one.
+        # Broadcasts and damaged files change their layout or rate midway; a resampler takes only one.
         for _, run in groupby(frames, key=lambda pair: (pair[1].format.name, pair[1].layout.name, pair[1].rate)):
             for time, frame in run:
                 for samples in collected:
@@ -134,7 +135,7 @@ def read_audio_parts(
 
 
 class _Resampled:
-    """Collects the frames that begin before `end` as mono samples, `rate` a second."""
+    """Collects the frames that begin before `end` as mono samples, `rate` per second."""
 
     def __init__(self, rate: int, end: float) -> None:
         self._rate, self._end = rate, end
@@ -142,7 +143,7 @@ class _Resampled:
         self._parts = [np.zeros(0, np.float32)]
 
     def add(self, time: float, frame: Any) -> None:
-        """Takes the next frame, which begins at `time`."""
+        """Adds the next frame, which begins at `time`."""
         import av
 
         if time >= self._end:
@@ -154,13 +155,13 @@ class _Resampled:
         self._collect(self._resampler.resample(frame))
 
     def end_run(self) -> None:
-        """Notes that frames of another layout or rate follow, or none."""
+        """Flushes the resampler: frames of another layout or rate follow, or none."""
         if self._resampler:
             self._collect(self._resampler.resample(None))
             self._resampler = None
 
     def cut(self, start: float) -> np.ndarray:
-        """The samples (n,) from `start` to `end`, silence where frames begin later."""
+        """Returns the samples (n,) from `start` to `end`, with silence until the first frame."""
         first = round((start - (self._begin or 0.0)) * self._rate)
         samples = np.pad(np.concatenate(self._parts), (max(0, -first), 0))[max(0, first) :]
         if np.isfinite(self._end):
@@ -169,19 +170,19 @@ class _Resampled:
         return np.clip(np.nan_to_num(samples, posinf=1.0, neginf=-1.0), -1.0, 1.0)
 
     def _collect(self, frames: Iterable[Any]) -> None:
-        # The resampler's own way to mono makes equal channels 3 dB louder, past full scale: the mean is taken instead.
+        # The resampler's own downmix makes equal channels 3 dB louder, beyond full scale: the mean is taken instead.
         self._parts += [frame.to_ndarray().mean(0) for frame in frames]
 
 
 def analyse(samples: np.ndarray) -> Analysis:
-    """Measures energy, mel spectrum and pitch of (n,) samples at 16 kHz; n at least 1.
+    """Measures energy, mel spectrum and pitch of (n,) samples at 16 kHz, n ≥ 1.
 
-    Levels are such that the power of the 40 mel bands adds up to the energy.
+    The power of the 40 mel bands adds up to the energy.
     """
     import librosa
 
     hops = -(-len(samples) // _HOP)
-    # Zeros up to the end of the last window, so that the shortest sound has one.
+    # Zeros up to the end of the last window, so that the shortest signal has one.
     padded = np.pad(samples.astype(np.float32), (0, hops * _HOP + _PITCH["frame_length"] - len(samples)))
     spectrum = librosa.stft(padded, n_fft=_FFT, hop_length=_HOP, win_length=_WINDOW)[:, :hops]
     window_power = np.square(librosa.filters.get_window("hann", _WINDOW)).sum()
@@ -197,12 +198,12 @@ def analyse(samples: np.ndarray) -> Analysis:
 
 
 def acoustic(analysis: Analysis, steps_per_second: int = 10) -> Acoustic:
-    """Averages an analysis over steps of 1/`steps_per_second` s, on scales of order 1.
+    """Averages an analysis over steps of 1/`steps_per_second` s and scales it to order 1.
 
-    Columns: 40 mel bands, 20 dB above the floor being 1 (so silence is 0); 13 MFCC, half the orthonormal DCT of these
-    bands; energy on the bands' scale; the probability of voicing; F0 in octaves above 100 Hz, averaged over voiced
-    hops, 0 where none is. Digital silence before and after the sound is left out of every average and masked, since
-    the length of a lead-in says nothing about the speaker; pauses inside the sound stay.
+    Columns: 40 mel bands in units of 20 dB above the floor (silence is 0); 13 MFCCs, half the orthonormal DCT of these
+    bands; energy on the same scale; the probability of voicing; F0 in octaves above 100 Hz, averaged over voiced hops,
+    0 if none is voiced. Leading and trailing digital silence is excluded from every average and masked, since its
+    length carries no information about the speaker; pauses in between are kept.
 
     Raises:
       ValueError: `steps_per_second` does not divide 100.
@@ -224,11 +225,11 @@ def acoustic(analysis: Analysis, steps_per_second: int = 10) -> Acoustic:
 
 
 def prosody(analysis: Analysis) -> Prosody:
-    """Measures pitch, speech rate and stress, of which the sentences about prosody are made.
+    """Measures pitch, speech rate and stress, from which the sentences about prosody are generated.
 
-    Pitch: median F0 over voiced hops, in Hz. Rate: syllable nuclei per second of speech; speech is what lies between
-    the first and the last hop that is voiced or loud, less pauses of 0.3 s or more. Stress: the mean level of the
-    loudest quarter of the nuclei above the median level of speech, in dB.
+    Pitch: median F0 over voiced hops, in Hz. Rate: syllable nuclei per second of speech; speech lies between the first
+    and the last hop that is voiced or loud, without pauses of 0.3 s or more. Stress: the mean level of the loudest
+    quarter of the nuclei above the median level of speech, in dB.
     """
     from scipy.ndimage import uniform_filter1d
 
@@ -251,10 +252,10 @@ def prosody(analysis: Analysis) -> Prosody:
 
 
 def surface(analysis: Analysis) -> tuple[float, float]:
-    """What a recording shows before anybody speaks: lead-in in seconds and loudness in dB of full scale.
+    """Measures surface cues of a recording: lead-in in seconds and loudness in dBFS.
 
-    The lead-in ends at the first hop that is no more than 25 dB under the loud end; loudness is the mean power between
-    the first and the last hop that is not digital silence. Where all is silence: the whole length, and `FLOOR_DB`.
+    The lead-in ends at the first hop that is at most 25 dB below the loud end; loudness is the mean power between the
+    first and the last hop that is not digital silence. For silent audio: its whole length, and `FLOOR_DB`.
     """
     inside = analysis.energy_db[analysis.inside]
     if not inside.size:
@@ -268,7 +269,7 @@ def _decibels(power: np.ndarray) -> np.ndarray:
 
 
 def _step_means(values: np.ndarray, valid: np.ndarray, per_step: int) -> np.ndarray:
-    """(S, D) means of (H, D) values over the valid ones of every `per_step` hops; 0 where none is valid."""
+    """Averages (H, D) values over the valid hops of every step of `per_step` hops: (S, D), 0 if none is valid."""
     starts = np.arange(0, len(values), per_step)
     sums = np.add.reduceat(values * valid[:, None], starts)
     counts = np.add.reduceat(valid.astype(int), starts)
@@ -276,7 +277,7 @@ def _step_means(values: np.ndarray, valid: np.ndarray, per_step: int) -> np.ndar
 
 
 def _nuclei(level: np.ndarray, threshold: float, voiced: np.ndarray) -> np.ndarray:
-    """Hops of the syllable nuclei in a smoothed level (H,) in dB."""
+    """Returns the hops of the syllable nuclei in a smoothed level (H,) in dB."""
     from scipy.signal import find_peaks
 
     peaks, _ = find_peaks(level, height=threshold, prominence=_DIP_DB, distance=_APART_HOPS)
@@ -284,7 +285,7 @@ def _nuclei(level: np.ndarray, threshold: float, voiced: np.ndarray) -> np.ndarr
 
 
 def _without_pauses(active: np.ndarray) -> np.ndarray:
-    """(H,) bool: `active` with the gaps that are shorter than a pause filled."""
+    """Fills the gaps in `active` (H,) bool that are shorter than a pause."""
     hops = np.flatnonzero(active)
     speech = active.copy()
     for last, following in pairwise(hops):

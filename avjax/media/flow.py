@@ -1,29 +1,31 @@
-"""Optical flow of the face, and flow drawn as pictures with the colours of Baker et al. 2011.
+"""Optical flow of the face, and flow rendered as images with the colours of Baker et al. 2011.
 
-A flow is an array (…, h, w, 2) in pixels, x to the right and y down: where what is seen at a pixel of the first frame
-is in the second, relative to there.
+A flow is an array (…, h, w, 2) in pixels, x to the right and y down: the displacement of each pixel of the first frame
+in the second.
 """
 
 from collections.abc import Iterable
 
 import numpy as np
 
-# Magnitudes are drawn up to so many times the clip's standard deviation: beyond that all are one colour.
+# Magnitudes are clipped at this multiple of the clip's standard deviation.
 MOST = 4.0
-_EPS = 1e-3  # pixels: a clip that stands still stays white
-# Steps of the colour wheel from one of its six corners to the next: more where the eye tells more hues apart (Baker et
-# al. 2011, "A Database and Evaluation Methodology for Optical Flow", section 4.1).
+_EPS = 1e-3  # pixels: a clip without motion stays white
+# Steps of the colour wheel from one of its six corners to the next: more where the eye distinguishes more hues (Baker
+# et al. 2011, "A Database and Evaluation Methodology for Optical Flow", section 4.1).
 _CORNERS = ((255, 0, 0), (255, 255, 0), (0, 255, 0), (0, 255, 255), (0, 0, 255), (255, 0, 255))
 _STEPS = (15, 6, 4, 11, 13, 6)
 
 
 def dis(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Flow by dense inverse search (Kroeger et al. 2016), OpenCV's medium preset.
+    """Computes flow by dense inverse search (Kroeger et al. 2016) with OpenCV's medium preset.
 
     Args:
-      first, second: frames (n, h, w, 3) uint8 RGB, of 12 pixels a side at least.
+      first: frames (n, h, w, 3) uint8 RGB, at least 12 pixels high and wide.
+      second: the frames to which flow is computed, as `first`.
+
     Returns:
-      (n, h, w, 2) float32; that of a pair does not depend on the others.
+      (n, h, w, 2) float32; each pair is independent of the others.
     """
     import cv2
 
@@ -34,24 +36,21 @@ def dis(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return out
 
 
-def ends(found: np.ndarray, window: int, stride: int) -> np.ndarray:
-    """The frames at which a flow ends: each `stride`-th, where there is a frame `window` before it and a face in it.
+def ends(present: np.ndarray, window: int, stride: int) -> np.ndarray:
+    """Returns the frames at which a flow ends, (k,) ascending indices: flow k is from ends[k] - window to ends[k].
 
-    Args:
-      found: (t,) bool, which frames show the face.
-    Returns:
-      (k,) indices, ascending; flow k is that from frame ends[k] - window to frame ends[k].
+    These are every `stride`-th frame that has a frame `window` before it and shows the face, as `present` (t,) states.
     """
-    return np.arange(window + -window % stride, len(found), stride)[found[window + -window % stride :: stride]]
+    return np.arange(window + -window % stride, len(present), stride)[present[window + -window % stride :: stride]]
 
 
 def held(ends: np.ndarray, count: int) -> np.ndarray:
-    """Which flow each of `count` frames has, (count,): the last one that ended by then; -1, no motion, before any."""
+    """Returns the index of the last flow that ended by each of `count` frames, (count,); -1, no motion, before any."""
     return np.searchsorted(ends, np.arange(count), side="right") - 1
 
 
 def spread(flows: Iterable[np.ndarray]) -> float:
-    """The standard deviation of the magnitude over all pixels of a clip's flows, which come in parts (k, h, w, 2)."""
+    """Computes the standard deviation of the magnitude over all pixels of a clip's flows, in parts (k, h, w, 2)."""
     count, total, squares = 0, 0.0, 0.0
     for part in flows:
         x, y = (part[..., i].astype(np.float32) for i in range(2))
@@ -63,19 +62,14 @@ def spread(flows: Iterable[np.ndarray]) -> float:
 
 
 def draw(flow: np.ndarray, spread: float) -> np.ndarray:
-    """Flow as pictures: the direction as hue, the magnitude as saturation, white where nothing moves.
+    """Renders flow (…, h, w, 2) as images (…, h, w, 3) uint8 RGB: hue is direction, saturation is magnitude.
 
-    Magnitudes are divided by `spread` and clipped at `MOST`: the same motion has the same colour in all frames of a
-    clip, and clips of faces near and far look alike.
-
-    Args:
-      flow: (…, h, w, 2).
-    Returns:
-      (…, h, w, 3) uint8 RGB.
+    Pixels without motion are white. Magnitudes are divided by `spread` and clipped at `MOST`, so that the same motion
+    has the same colour in all frames of a clip, and near and distant faces look alike.
     """
     import cv2
 
-    # As one tall picture; red is to the right, as Baker et al. draw it.
+    # As one tall image; red is to the right, as in Baker et al.
     x, y = (np.ascontiguousarray(flow[..., i], np.float32).reshape(-1, flow.shape[-2]) for i in range(2))
     strength, turn = cv2.cartToPolar(x, y)
     np.minimum(strength / ((spread + _EPS) * MOST), 1, out=strength)
@@ -85,14 +79,9 @@ def draw(flow: np.ndarray, spread: float) -> np.ndarray:
 
 
 def grid(flow: np.ndarray, spread: float, cells: int = 7) -> np.ndarray:
-    """Flow as numbers: its mean to the right, down and in magnitude over each of `cells` x `cells` cells.
+    """Averages flow (n, h, w, 2) to the right, down and in magnitude over each of `cells` x `cells` cells.
 
-    Scaled and clipped as in `draw`.
-
-    Args:
-      flow: (n, h, w, 2).
-    Returns:
-      (n, 3 · cells²) float32, between -1 and 1.
+    Flow is scaled and clipped as in `draw`. The result is (n, 3 · cells²) float32, between -1 and 1.
     """
     scale = np.float32(1 / ((spread + _EPS) * MOST))
     strength = np.linalg.norm(flow.astype(np.float32), axis=-1, keepdims=True) * scale
@@ -105,7 +94,9 @@ def grid(flow: np.ndarray, spread: float, cells: int = 7) -> np.ndarray:
 
 
 def _wheel() -> np.ndarray:
-    """(1024, 3) float32: the fully saturated colours around the wheel, beginning with red."""
+    """Returns the fully saturated colours around the wheel, (1024, 3) float32, beginning with red."""
     corners = np.array(_CORNERS + _CORNERS[:1], np.float32)
-    places = np.cumsum((0, *_STEPS)) / sum(_STEPS)
-    return np.stack([np.interp(np.arange(1024) / 1024, places, channel) for channel in corners.T], -1, dtype=np.float32)
+    positions = np.cumsum((0, *_STEPS)) / sum(_STEPS)
+    return np.stack(
+        [np.interp(np.arange(1024) / 1024, positions, channel) for channel in corners.T], -1, dtype=np.float32
+    )

@@ -1,10 +1,10 @@
-"""Frames out of any container: exactly those that decode, upright, with the stream's own timestamps.
+"""Frames from any container: exactly those that decode, upright, with the stream's own timestamps.
 
-Nothing here trusts a header. The frames of a clip are those that decode, so a wrong or missing frame count, a variable
-frame rate, damaged bytes or a truncated file all lead to a well-defined answer. Which frames are wanted follows from
-the timestamps of the packets, which cost no decoding; the one pass of decoding proves them right. Only where it does
-not, because packets are damaged, are the frames decoded again with the timestamps that it found.
-The clock of a clip starts at 0 where its container starts, and is shared by its video and its audio (`audio.py`).
+No header is trusted. The frames of a clip are those that decode, so a wrong or missing frame count, a variable frame
+rate, damaged bytes and a truncated file all have a well-defined result. Frames are selected by the timestamps of the
+packets, which need no decoding; the single decoding pass verifies them. Only if they are wrong, because packets are
+damaged, are the frames decoded again with the verified timestamps.
+The clock of a clip is 0 at the start of its container, and its video and audio share it (`audio.py`).
 """
 
 from collections import Counter
@@ -19,11 +19,11 @@ import numpy as np
 from avjax.errors import UnusableMedia
 from avjax.utils.media_files import trouble
 
-MAX_PIXELS = 4096 * 2304  # per frame; more is a mistake or an attack
+MAX_PIXELS = 4096 * 2304  # per frame; more is an error or an attack
 BLOCK = 16  # frames
 # Containers round timestamps to as little as a millisecond: a frame due that soon counts as shown.
 _ROUNDING = 1e-3
-# Seconds decoded on either side of a part: sound codecs need some to settle, and timestamps may be jumbled.
+# Seconds decoded on either side of a part: audio codecs need some to settle, and timestamps may be out of order.
 _MARGIN = 1.0
 
 
@@ -35,8 +35,8 @@ class Frames:
     times: np.ndarray
 
 
-# Of the times (n,) of a part's frames, ascending, and the time when the last one is over: the indices of the frames
-# that are wanted, ascending, repeats allowed.
+# (times (n,) of a part's frames, ascending; time when the last one ends) → indices of the requested frames, ascending,
+# repeats allowed.
 Choice = Callable[[np.ndarray, float], np.ndarray]
 
 
@@ -45,18 +45,18 @@ def opened(path: str | Path) -> Iterator[Any]:
     """Opens a media file as a PyAV container.
 
     Raises:
-      UnusableMedia: no such file, or no media in it; also instead of any PyAV error inside the block. Reasons name no
-        file, here and in all that reads media: they stand beside the name of the clip.
+      UnusableMedia: no such file, or no media in it; also replaces any PyAV error inside the block. As everywhere in
+        `avjax.media`, reasons name no file: they are shown beside the name of the clip.
     """
     import av
 
     try:
-        # Metadata in a national encoding must not cost the clip; PyAV 19 replaces what it cannot decode by itself.
+        # Metadata in a legacy encoding must not reject the clip; PyAV 19 itself replaces what it cannot decode.
         lenient = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "replace"}
         with av.open(str(path), **lenient) as container:
             yield container
     except av.FFmpegError as error:
-        # Whoever names clips asks this of their files before; here the answer is a better reason.
+        # Callers check their files before; at this point it only yields a better reason.
         if reason := trouble(path):
             raise UnusableMedia(reason) from error
         if isinstance(error, av.InvalidDataError):
@@ -67,9 +67,9 @@ def opened(path: str | Path) -> Iterator[Any]:
 def decoded(
     container: Any, stream: Any, start: float = 0.0, end: float | None = None
 ) -> Iterator[tuple[float, object]]:
-    """Yields (seconds on the clip's clock, frame) of a stream, from a point at or before `start` up to before `end`.
+    """Yields (seconds on the clip's clock, frame) of a stream, from a point at or before `start` until `end`.
 
-    Packets that do not decode are skipped; a container that breaks off ends the stream there.
+    Packets that do not decode are skipped; a truncated container ends the stream there.
     """
     return _timed(container, stream, _frames, start, end)
 
@@ -77,9 +77,9 @@ def decoded(
 def _timed(
     container: Any, stream: Any, units: Callable, start: float, end: float | None
 ) -> Iterator[tuple[float, object]]:
-    """Yields (seconds on the clip's clock, unit); `units`, of (container, stream), are its frames or its packets."""
+    """Yields (seconds on the clip's clock, unit); `units` maps (container, stream) to frames or packets."""
     origin = (container.start_time or 0) / 1e6
-    # A bare elementary stream has no timestamps: its frames follow each other at the stated rate.
+    # A raw elementary stream has no timestamps: its frames follow each other at the stated rate.
     step = float(1 / stream.guessed_rate) if stream.type == "video" else 0.0
     time = -step
     for unit in _from(container, stream, units, origin + start):
@@ -91,14 +91,14 @@ def _timed(
 
 
 def _seconds(unit: Any) -> float | None:
-    """When a frame or packet is shown, on the container's clock."""
+    """Returns the presentation time of a frame or packet on the container's clock."""
     if hasattr(unit, "time"):
         return unit.time
     return None if unit.pts is None else float(unit.pts) * unit.time_base.numerator / unit.time_base.denominator
 
 
 def within(start: float, end: float | None) -> str:
-    """How a reason names the part [`start`, `end`) of a clip; "" for all of it."""
+    """Describes the part [`start`, `end`) of a clip for a reason; "" for the whole clip."""
     return f" between {start:g} s and {'the end' if end is None else f'{end:g} s'}" if start or end else ""
 
 
@@ -110,11 +110,11 @@ def read_frames(
     start: float = 0.0,
     end: float | None = None,
 ) -> Frames:
-    """Decodes chosen frames of a clip, or of its part [`start`, `end`) in seconds on the clip's clock.
+    """Decodes selected frames of a clip, or of its part [`start`, `end`) in seconds on the clip's clock.
 
-    Args:
-      count: see `spread`; None: `indices`, positions among the frames of the clip (or its part), in any order, repeats
-        allowed. Memory holds these frames and one more, however long the clip is.
+    Selects `count` frames as `spread` does, or by `indices`: positions among the frames of the clip (or its part), in
+    any order, repeats allowed. Memory holds these frames and one more, however long the clip is.
+
     Raises:
       UnusableMedia: as `passes`, or an index past the last frame.
       ValueError: a count that is not positive.
@@ -138,38 +138,38 @@ def read_frames(
 
 
 def joined(parts: Sequence[Frames]) -> Frames:
-    """The frames of parts that follow each other."""
+    """Concatenates the frames of consecutive parts."""
     return Frames(np.concatenate([p.images for p in parts]), np.concatenate([p.times for p in parts]))
 
 
 def passes(
     path: str | Path, choices: Mapping[str, Choice], *, start: float = 0.0, end: float | None = None
 ) -> Iterator[Iterator[tuple[str, Frames]]]:
-    """Decodes the video of a clip, or its part [`start`, `end`), once for all who want frames of it.
+    """Decodes the video of a clip, or its part [`start`, `end`), once for all choices of frames.
 
-    Yields a pass: the name of a choice and its next frames, at most `BLOCK` at a time, which is all that memory holds.
-    If the pass finds other frames than the packets promised, as some are damaged, a second one follows, and what came
-    of the first is void.
+    Yields passes: each yields the name of a choice and its next frames, at most `BLOCK` at a time, which is all that
+    memory holds. If the decoded frames differ from those that the packets announce, because some are damaged, a second
+    pass follows and replaces the first.
 
     Raises:
-      UnusableMedia: no file, no video stream, no frame (in the part), or frames of more than `MAX_PIXELS`.
+      UnusableMedia: no such file, no video stream, no frame (in the part), or frames of more than `MAX_PIXELS`.
     """
-    timeline, found = None, _timeline([time for time, _ in _around(path, _shown_packets, start, end)], end)
-    while timeline is None or not np.array_equal(timeline, found):
-        timeline, times = found, []
+    timeline, timestamps = None, _timeline([time for time, _ in _around(path, _shown_packets, start, end)], end)
+    while timeline is None or not np.array_equal(timeline, timestamps):
+        timeline, times = timestamps, []
         first = np.searchsorted(timeline, start - _ROUNDING)
         chosen = {}
         if first < len(timeline):
             shown = timeline[first:]
             chosen = {name: Counter(choice(shown, _over(shown, end)).tolist()) for name, choice in choices.items()}
         yield _blocks(_images(_around(path, _frames, start, end), first, chosen, times), timeline[first:], chosen)
-        found = _timeline(times, end)
+        timestamps = _timeline(times, end)
     if first == len(timeline):
         raise UnusableMedia(f"not one frame can be decoded{within(start, end)}")
 
 
 def spread(count: int) -> Choice:
-    """Chooses the frames at the centres of `count` equal spans of the frames; of fewer frames each once.
+    """Selects the frames at the centres of `count` equal spans of the frames; of fewer frames each once.
 
     Raises:
       ValueError: `count` is not positive.
@@ -185,17 +185,17 @@ def spread(count: int) -> Choice:
 
 
 def every_frame(times: np.ndarray, over: float) -> np.ndarray:
-    """Chooses all frames: a `Choice`."""
+    """Selects all frames: a `Choice`."""
     return np.arange(len(times))
 
 
 def shown_at(times: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Indices, of frames that begin at `times` (n,), of those shown at the times `asked` (m,)."""
+    """Returns the indices of the frames, which begin at `times` (n,), that are shown at the times `asked` (m,)."""
     return np.maximum(np.searchsorted(times, asked + _ROUNDING, side="right") - 1, 0)
 
 
 def shrunk(images: np.ndarray, side: int) -> np.ndarray:
-    """Pictures (n, h, w, 3) uint8 with their shorter side brought to `side` pixels, larger or smaller (bicubic)."""
+    """Resizes images (n, h, w, 3) uint8 to a shorter side of `side` pixels (bicubic)."""
     from PIL import Image
 
     height, width = images.shape[1:3]
@@ -207,21 +207,21 @@ def shrunk(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def _timeline(times: Sequence[float], end: float | None) -> np.ndarray:
-    """The times before `end`, ascending, as frames leave the decoder in the order shown: AVI jumbles their times."""
+    """Sorts the times before `end`: frames leave the decoder in display order, though AVI's times are out of order."""
     ascending = np.sort(np.array(times, float))
     return ascending[: np.searchsorted(ascending, np.inf if end is None else end)]
 
 
 def _over(times: np.ndarray, end: float | None) -> float:
-    """When the last frame is over."""
+    """Returns the time when the last frame ends."""
     over = times[-1] + (np.median(np.diff(times)) if len(times) > 1 else 0.0)
     return over if end is None else min(over, end)
 
 
 def _around(path: str | Path, units: Callable, start: float, end: float | None) -> Iterator[tuple[float, object]]:
-    """The (time, frame or packet) pairs of a file's video from before `start` to some time after `end`."""
+    """Yields (time, frame or packet) of a file's video from before `start` to some time after `end`."""
     with opened(path) as container:
-        stream = picture(container)
+        stream = video_stream(container)
         if stream is None:
             raise UnusableMedia("no video stream")
         yield from _timed(container, stream, units, start, None if end is None else end + _MARGIN)
@@ -230,7 +230,7 @@ def _around(path: str | Path, units: Callable, start: float, end: float | None) 
 def _images(
     frames: Iterable[tuple[float, Any]], first: int, chosen: Mapping[str, Counter], times: list[float]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Converts the chosen frames, numbered from `first` on, to (H, W, 3) RGB, and notes the times of all in `times`."""
+    """Converts the chosen frames, counted from frame `first`, to (H, W, 3) RGB; appends the times of all to `times`."""
     wanted, size = set().union(*chosen.values()), None
     for index, (time, frame) in enumerate(frames, -first):
         times.append(time)
@@ -239,17 +239,17 @@ def _images(
                 f"frames of {frame.width}x{frame.height} pixels; at most {MAX_PIXELS} are read; scale it down"
             )
         if index in wanted:
-            # A stream may change its size midway; its first chosen frame sets the size of all.
+            # A stream may change its size midway; the first chosen frame determines the size of all.
             size = size or {"width": frame.width, "height": frame.height}
             turns = frame.rotation // 90
-            # Contiguous: the landmarker reads the memory of a picture, whatever its strides say.
+            # Contiguous: the landmarker reads the memory of an image regardless of its strides.
             yield index, np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", **size), turns))
 
 
 def _blocks(
     images: Iterable[tuple[int, np.ndarray]], times: np.ndarray, chosen: Mapping[str, Counter]
 ) -> Iterator[tuple[str, Frames]]:
-    """The images of each choice in blocks."""
+    """Groups the images of each choice into blocks."""
     waiting = {name: [] for name in chosen}
     for index, image in images:
         for name, counts in chosen.items():
@@ -267,18 +267,18 @@ def _stacked(images: Sequence[tuple[int, np.ndarray]], times: np.ndarray) -> Fra
 
 
 def decodable(streams: Iterable[Any]) -> list:
-    """Those of a container's streams whose codec is known, set to decode in one thread.
+    """Returns those streams of a container that have a decoder, set to decode in one thread.
 
-    Clips are decoded in parallel, one worker each; one thread also decodes damaged data the same way every time.
+    Clips are decoded in parallel, one worker each; besides, a single thread decodes damaged data deterministically.
     """
-    known = [stream for stream in streams if stream.codec_context is not None]
-    for stream in known:
+    supported = [stream for stream in streams if stream.codec_context is not None]
+    for stream in supported:
         stream.thread_count = 1
-    return known
+    return supported
 
 
-def picture(container: Any) -> Any:
-    """The first video stream that moves (a cover picture is none), or None."""
+def video_stream(container: Any) -> Any:
+    """Returns the first video stream of a container that is no cover art, or None."""
     import av
 
     moving = (s for s in decodable(container.streams.video) if not s.disposition & av.stream.Disposition.attached_pic)
@@ -286,21 +286,21 @@ def picture(container: Any) -> Any:
 
 
 def _from(container: Any, stream: Any, units: Callable, start: float) -> Iterator:
-    """Frames or packets of a stream from the last point before `start` that the container can seek to."""
-    found = units(container, stream)
+    """Yields frames or packets of a stream from the last seekable point before `start`."""
+    items = units(container, stream)
     if start > _MARGIN:
         container.seek(int((start - _MARGIN) / stream.time_base), stream=stream)
-        first = next(found, None)
+        first = next(items, None)
         if first is not None and (seconds := _seconds(first)) is not None and seconds <= start:
             yield first
-        else:  # a faulty index leads past the place
+        else:  # a faulty index leads past `start`
             container.seek(max(0, int((stream.start_time or 0) - _MARGIN / stream.time_base)), stream=stream)
-            found = units(container, stream)
-    yield from found
+            items = units(container, stream)
+    yield from items
 
 
 def _frames(container: Any, stream: Any) -> Iterator:
-    """Every frame that decodes: the one place where audio and video are decoded."""
+    """Yields every frame that decodes; all audio and video is decoded in this function."""
     import av
 
     for packet in _packets(container, stream):
@@ -312,12 +312,12 @@ def _frames(container: Any, stream: Any) -> Iterator:
 
 
 def _shown_packets(container: Any, stream: Any) -> Iterator:
-    """Every packet that promises a frame."""
+    """Yields every packet that announces a frame."""
     return (p for p in _packets(container, stream) if p is not None and p.size and not p.is_discard)
 
 
 def _packets(container: Any, stream: Any) -> Iterator:
-    """Packets up to where the container breaks off; then None, for the frames that the decoder still holds."""
+    """Yields packets until the container breaks off, then None, for the frames that the decoder still holds."""
     import av
 
     while True:
@@ -325,7 +325,7 @@ def _packets(container: Any, stream: Any) -> Iterator:
             yield from container.demux(stream)
             return
         except IndexError:
-            # PyAV stumbles over a packet of a stream that the header did not announce; the next ones are sound.
+            # PyAV fails on a packet of a stream that the header does not announce; the next ones are intact.
             continue
         except av.FFmpegError:
             yield None

@@ -87,7 +87,7 @@ def _encodings(preset: str, streams: Sequence[str]) -> dict[str, Encoding]:
     if not chosen.raw:
         raw = ", ".join(name for name, other in presets.PRESETS.items() if other.raw)
         raise AvjaxError(f"preset {preset!r} has features, not the inputs of their encoders; take one of {raw}")
-    there = {"video": chosen.image, "audio": chosen.sound, "text": chosen.text}
+    there = {"video": chosen.image, "audio": chosen.speech, "text": chosen.text}
     return {stream: there[stream] for stream in streams}
 
 

@@ -13,7 +13,7 @@ from avjax.errors import AvjaxError
 from avjax.features.store import Features
 from avjax.training.standardise import Statistics, statistics
 
-STANDARDISED = ("video", "flow", "audio")  # text enters as its encoder gives it
+STANDARDISED = ("video", "flow", "audio")  # text features stay as their encoder gives them
 
 
 @flax.struct.dataclass
@@ -24,8 +24,8 @@ class Resident:
       streams: batch key → (clips, …): `video`, `video_mask`, …, `label`.
       group: (clips,) the standardisation group of each clip (its speaker, or 0).
       groups: number of groups.
-      constants: batch key → what every batch has whole and all lanes share (`Features.constants`, `Model.constants`).
-      task: the kind of task that `label` is of (`avjax.tasks.SCORINGS`).
+      constants: batch key → array shared by all batches and lanes (`Features.constants`, `Model.constants`).
+      task: the kind of task of `label` (`avjax.tasks.SCORINGS`).
     """
 
     streams: dict[str, jax.Array]
@@ -36,15 +36,15 @@ class Resident:
 
     @property
     def label(self) -> jax.Array:
-        """The labels of all clips."""
+        """Returns the labels of all clips."""
         return self.streams["label"]
 
     def resident(self, index: jax.Array) -> "Resident":
-        """The clips `index (m,)` alone, numbered from 0."""
+        """Returns only the clips `index (m,)`, numbered from 0."""
         return self.replace(streams={k: v[index] for k, v in self.streams.items()}, group=self.group[index])
 
     def blocks(self) -> Iterator[tuple[np.ndarray, "Resident"]]:
-        """All clips as one block, as `streams.Streamed.blocks`."""
+        """Yields all clips as one block, as `streamed_batches.Streamed.blocks`."""
         yield np.arange(len(self.group)), self
 
 
@@ -55,11 +55,15 @@ def resident(
     constants: Mapping[str, Any] = MappingProxyType({}),
     put: Callable[[Any], Any] = jax.device_put,
 ) -> Resident:
-    """Puts all streams on the device, `text` being that of `text_source` ("" = none). What no model reads is unused.
+    """Puts all streams on the device.
 
     Args:
-      constants: those of the model; those of the features stand beside them.
+      features: of the data set.
+      text_source: whose text becomes the stream `text`; "" = none.
+      standardise: `protocol.standardise`, which gives the groups.
+      constants: of the model; those of the features are added.
       put: puts arrays on the device or devices.
+
     Raises:
       AvjaxError: the text source is not in the store, or speakers are needed and unknown.
     """
@@ -69,10 +73,10 @@ def resident(
 
 
 def streams_of(features: Features, text_source: str) -> dict[str, np.ndarray]:
-    """Batch key → (clips, …), `text` being that of `text_source` ("" = none); raises as `resident`."""
+    """Returns batch key → (clips, …), with the text of `text_source` ("" = none) as `text`; raises as `resident`."""
     if text_source and f"text_{text_source}" not in features.arrays:
-        there = ", ".join(n.removeprefix("text_") for n in features.arrays if n.startswith("text_"))
-        raise AvjaxError(f"model.text_source is {text_source!r}; the feature store has {there}")
+        sources = ", ".join(n.removeprefix("text_") for n in features.arrays if n.startswith("text_"))
+        raise AvjaxError(f"model.text_source is {text_source!r}; the feature store has {sources}")
     arrays: dict[str, np.ndarray] = {}
     for name, values in features.arrays.items():
         if name == f"text_{text_source}" or not name.startswith("text_"):
@@ -82,7 +86,11 @@ def streams_of(features: Features, text_source: str) -> dict[str, np.ndarray]:
 
 
 def groups(features: Features, standardise: str) -> tuple[np.ndarray, int]:
-    """The standardisation group of each clip, (clips,), and their number, 0 for "none"; raises as `resident`."""
+    """Returns the standardisation group of each clip, (clips,), and the number of groups (0 for "none").
+
+    Raises:
+      AvjaxError: groups are speakers, and not all are known.
+    """
     if standardise in ("train", "none"):
         return np.zeros(len(features.ids), np.int32), int(standardise == "train")
     if not all(features.speakers):
@@ -92,7 +100,7 @@ def groups(features: Features, standardise: str) -> tuple[np.ndarray, int]:
 
 
 def lane_statistics(data: Resident, counted: jax.Array) -> Statistics:
-    """The standardisation statistics of one lane: stream → (mean, std), each (groups, d); pictures have none."""
+    """Computes the standardisation statistics of one lane: stream → (mean, std), each (groups, d); frames have none."""
     streams = data.streams
     return {
         s: statistics(streams[s], streams[f"{s}_mask"], data.group, counted, data.groups) for s in standardised(data)
@@ -100,49 +108,50 @@ def lane_statistics(data: Resident, counted: jax.Array) -> Statistics:
 
 
 def standardised(data: Resident) -> list[str]:
-    """The streams that are standardised: of feature sequences, and none where there are no groups."""
-    there = [s for s in STANDARDISED if s in data.streams and data.groups]
-    return [s for s in there if jnp.issubdtype(data.streams[s].dtype, jnp.floating)]
+    """Returns the streams that are standardised: those of features, and none where present are no groups."""
+    streams = [s for s in STANDARDISED if s in data.streams and data.groups]
+    return [s for s in streams if jnp.issubdtype(data.streams[s].dtype, jnp.floating)]
 
 
 def gather(data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array) -> dict[str, jax.Array]:
-    """The batch of the clips `index (b,)`, standardised, with `weight (b,)` 0 on padding rows, where nothing is real.
+    """Returns the standardised batch of the clips `index (b,)`; rows of `weight (b,)` 0 are padding and masked.
 
-    Of conversations, `index (b, u)`, every turn is there and `turn_mask (b, u)` says which exist, whatever they weigh.
+    Of conversations, `index (b, u)`, all turns are read, and `turn_mask (b, u)` marks those that exist, whatever their
+    weight.
     """
     count = data.group.shape[0]
     rows = jnp.minimum(index, count - 1)
     batch = {key: array[rows] for key, array in data.streams.items()}
-    there = index < count if index.ndim > 1 else weight > 0
-    return prepared(batch, data.group[rows], stats, there, weight) | data.constants
+    present = index < count if index.ndim > 1 else weight > 0
+    return prepared(batch, data.group[rows], stats, present, weight) | data.constants
 
 
 def prepared(
     rows: Mapping[str, jax.Array],
     group: jax.Array,
     stats: Statistics,
-    there: jax.Array,
+    present: jax.Array,
     weight: jax.Array,
 ) -> dict[str, jax.Array]:
-    """`gather` of streams that are at hand as rows with their standardisation `group`; `there` says which exist."""
+    """Prepares rows of streams as `gather` does; `group`: their standardisation groups, `present`: which exist."""
     batch = dict(rows)
     for key in [k for k in batch if k.endswith("_mask")]:
-        batch[key] &= there[..., None]
+        batch[key] &= present[..., None]
     for stream, (mean, std) in stats.items():
         scaled = (batch[stream] - mean[group][..., None, :]) / std[group][..., None, :]
         batch[stream] = jnp.where(batch[f"{stream}_mask"][..., None], scaled, 0)
-    return batch | {"weight": weight} | ({"turn_mask": there} if there.ndim > 1 else {})
+    return batch | {"weight": weight} | ({"turn_mask": present} if present.ndim > 1 else {})
 
 
 def alive(weight: jax.Array) -> jax.Array:
-    """Which rows (n,) of weights (n,) or (n, u) count at all."""
+    """Returns which rows (n,) of weights (n,) or (n, u) have any weight."""
     return jnp.any((weight > 0).reshape(weight.shape[0], -1), -1)
 
 
 def shuffled(key: jax.Array, index: jax.Array, weight: jax.Array, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """An epoch's order: (steps, batch) indices and weights; padding comes last, so a padded lane sees the same batches.
+    """Shuffles an epoch into (steps, batch) indices and weights; padding comes last and so changes no batch.
 
-    Each place draws its own number from `key`, and these do not depend on how many places there are.
+    Each position draws its own number from `key`, whatever the number of positions.
     """
     draw = jnp.where(alive(weight), jax.random.uniform(key, weight.shape[:1]), jnp.inf)
     order = jnp.argsort(draw)

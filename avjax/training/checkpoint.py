@@ -1,7 +1,7 @@
-"""Training state on disk, by Orbax: written whole or not at all, read back, the newest sound one restored.
+"""Training state on disk, by Orbax: written atomically, read back, and restored from the newest intact checkpoint.
 
-Beside every state stands a digest of each of its arrays, taken where the arrays live. It depends neither on the mesh
-nor on the number of processes, so a state that another machine restores is known to be the same to the bit.
+A digest of each array is saved with every state, computed where the array lives. It depends neither on the mesh nor on
+the number of processes, so a state restored on another machine is known to be bit-identical.
 """
 
 import contextlib
@@ -22,16 +22,16 @@ from avjax.training.sharding import joined
 from avjax.utils import multihost, murmur3
 from avjax.utils.storage import is_local
 
-DAMAGED = "damaged"  # beside the checkpoints: those that could not be read
-REFUSED = "not_finite"  # of the run directory: the state before a step that was not finite
-_PLACE = 0x9E3779B1  # odd, near 2^32 over the golden ratio
+DAMAGED = "damaged"  # folder next to the checkpoints, for those that could not be read
+REFUSED = "not_finite"  # folder of the run directory, for the state before a step that was not finite
+_POSITION = 0x9E3779B1  # odd, near 2^32 over the golden ratio
 
 
 class Checkpoints:
     """The checkpoints of one run, numbered by the last epoch they include; the newest two are kept.
 
-    A state has each lane's best parameters so far in it, so the last is enough, and the one before it is for the case
-    that the last is damaged. Saving happens in the background; `close` waits for it. A context manager.
+    A state includes each lane's best parameters so far, so the last checkpoint is enough; the one before it is kept in
+    case the last is damaged. A context manager: saving happens in the background, and leaving the context waits for it.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None] = lambda line: None) -> None:
@@ -50,38 +50,38 @@ class Checkpoints:
             self._checked()
 
     def save(self, epoch: int, state: Any) -> None:
-        """Begins to write `state`; the arrays may be donated as soon as this returns.
+        """Starts to write `state`; the arrays may be donated as soon as this returns.
 
         Raises:
-          AvjaxError: the one before was not written as it was.
+          AvjaxError: the checkpoint before was not written correctly.
         """
         self._checked()
-        known = digests(state)
-        self._manager.save(epoch, args=ocp.args.StandardSave(state), custom_metadata={"digests": known})
+        expected = digests(state)
+        self._manager.save(epoch, args=ocp.args.StandardSave(state), custom_metadata={"digests": expected})
         if multihost.is_writer():
-            self._check = _ReadBack(self._manager, self._folder / str(epoch), known)
+            self._check = _ReadBack(self._manager, self._folder / str(epoch), expected)
 
     def newest(self) -> int | None:
-        """The number of the newest checkpoint, None where there is none."""
+        """Returns the number of the newest checkpoint, None where there is none."""
         return self._manager.latest_step()
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """The newest sound (epoch, state), placed and typed as `like`, or None where nothing was saved.
+        """Restores the newest intact (epoch, state), placed and typed as `like`, or None where nothing was saved.
 
-        One that cannot be read, or is not what was saved, is moved to the folder `damaged` with a warning.
+        A checkpoint that cannot be read, or is not what was saved, is moved to the folder `damaged` with a warning.
 
         Raises:
-          AvjaxError: there are checkpoints, and none is sound.
+          AvjaxError: there are checkpoints, and none is intact.
         """
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        there = sorted(self._manager.all_steps(), reverse=True)
-        for epoch in there:
+        epochs = sorted(self._manager.all_steps(), reverse=True)
+        for epoch in epochs:
             state, wrong = self._restored(epoch, shapes)
             if not multihost.agree(bool(wrong)):
                 return epoch, state
             self._warn(f"{self._folder / str(epoch)} cannot be used ({wrong}); the checkpoint before it is taken")
             self._set_aside(epoch)
-        if there:
+        if epochs:
             raise AvjaxError(
                 f"{self._folder}: none of the checkpoints can be read; they are in {self._aside}. Restore a copy, or "
                 "choose another --workdir to train anew"
@@ -89,7 +89,7 @@ class Checkpoints:
         return None
 
     def _restored(self, epoch: int, shapes: Any) -> tuple[Any, str]:
-        """The state, and what is wrong with it, "" for nothing."""
+        """Returns the state, and what is wrong with it ("" for nothing)."""
         try:
             state = self._manager.restore(epoch, args=ocp.args.StandardRestore(shapes))
             saved = self._manager.metadata(epoch).custom_metadata["digests"]
@@ -114,14 +114,14 @@ class Checkpoints:
         check, self._check = self._check, None
         if check and (wrong := check.result()):
             raise AvjaxError(
-                f"{check.path} was not written as it should be ({wrong}): is the disk full or failing? Mend that and "
-                "start the same command again, which goes on from the checkpoint before"
+                f"{check.path} was not written correctly ({wrong}): is the disk full or failing? Fix that and run the "
+                "same command again; it resumes from the checkpoint before"
             )
 
 
 @contextlib.contextmanager
 def kept_if_refused(folder: Path, epoch: int, state: Any) -> Iterator[None]:
-    """Where what is done in here is refused, `state` is kept in `folder` as a checkpoint of that epoch."""
+    """Saves `state` in `folder` as a checkpoint of `epoch` if the block raises `AvjaxError`, and raises it again."""
     try:
         yield
     except AvjaxError as error:
@@ -135,13 +135,13 @@ def kept_if_refused(folder: Path, epoch: int, state: Any) -> Iterator[None]:
 class _ReadBack:
     """Reads a checkpoint back, in a thread, when it has been written."""
 
-    def __init__(self, manager: ocp.CheckpointManager, path: Path, known: Mapping[str, int]) -> None:
-        self.path, self._known, self._wrong = path, known, ""
+    def __init__(self, manager: ocp.CheckpointManager, path: Path, expected: Mapping[str, int]) -> None:
+        self.path, self._expected, self._wrong = path, expected, ""
         self._thread = threading.Thread(target=self._run, args=(manager,), daemon=True)
         self._thread.start()
 
     def result(self) -> str:
-        """What is wrong, "" for nothing; waits until that is known."""
+        """Waits for the check, and returns what is wrong ("" for nothing)."""
         self._thread.join()
         return self._wrong
 
@@ -152,14 +152,14 @@ class _ReadBack:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), **_alone("read_back")) as reader:
                 tree = reader.metadata(item).item_metadata.tree
                 plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-                found = reader.restore(item, restore_args=plain)
-            self._wrong = difference(self._known, digests(found))
+                restored = reader.restore(item, restore_args=plain)
+            self._wrong = difference(self._expected, digests(restored))
         except Exception as error:  # as in `Checkpoints.restore`
             self._wrong = f"{type(error).__name__}: {textwrap.shorten(str(error), 160)}"
 
 
 def _alone(name: str) -> dict[str, Any]:
-    """Options for Orbax to read in this process without the others."""
+    """Returns the options with which Orbax reads in this process alone."""
     me = jax.process_index()
     only = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"{name}_{me}"
@@ -168,9 +168,9 @@ def _alone(name: str) -> dict[str, Any]:
 
 
 def digests(tree: Any) -> dict[str, int]:
-    """Path → a number out of all bits of an array and their places, the same wherever it lives."""
-    found = _digests([leaf for _, leaf in jax.tree_util.tree_leaves_with_path(tree)])
-    return dict(zip(_paths(tree), map(int, jax.device_get(found)), strict=True))
+    """Computes path → a digest of all bits of an array and their positions, the same wherever the array lives."""
+    values = _digests([leaf for _, leaf in jax.tree_util.tree_leaves_with_path(tree)])
+    return dict(zip(_paths(tree), map(int, jax.device_get(values)), strict=True))
 
 
 def _paths(tree: Any) -> list[str]:
@@ -183,26 +183,27 @@ def _digests(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _digest(array: jax.Array) -> jax.Array:
-    """The sum, modulo 2^32, of each element's bits mixed with its place."""
+    """Computes the sum, modulo 2^32, of each element's bits mixed with its position."""
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
-    bits, place = array.astype(jnp.uint32), jnp.zeros(array.shape, jnp.uint32)
+    bits, position = array.astype(jnp.uint32), jnp.zeros(array.shape, jnp.uint32)
     for axis, length in enumerate(array.shape):
-        place = place * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    return jnp.sum(murmur3.finalise(bits ^ (place * jnp.uint32(_PLACE))), dtype=jnp.uint32)
+        position = position * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    return jnp.sum(murmur3.finalise(bits ^ (position * jnp.uint32(_POSITION))), dtype=jnp.uint32)
 
 
-def difference(saved: Mapping[str, int], found: Mapping[str, int]) -> str:
-    """Which arrays are not what was saved, "" for none; `found` may have a part of them."""
-    changed = [path for path, digest in found.items() if saved.get(path) != digest]
-    return f"{changed[0]} and {len(changed) - 1} more of {len(found)} arrays have changed" if changed else ""
+def difference(saved: Mapping[str, int], restored: Mapping[str, int]) -> str:
+    """Names the arrays that differ from what was saved, "" for none; `restored` may hold only some of them."""
+    changed = [path for path, digest in restored.items() if saved.get(path) != digest]
+    return f"{changed[0]} and {len(changed) - 1} more of {len(restored)} arrays have changed" if changed else ""
 
 
 def read(folder: Path, *parts: str) -> dict[str, Any]:
-    """Reads `parts` of the newest state in `folder` as they were saved, and nothing else (moments are twice as much).
+    """Reads only `parts` of the newest state in `folder`, as they were saved (optimizer state is twice as large).
 
     Returns:
-      part → its tree of NumPy arrays, wherever they were when saved; tuples come back as lists.
+      part → its tree of NumPy arrays, on whatever devices they were when saved; tuples come back as lists.
+
     Raises:
       AvjaxError: there is no checkpoint, it lacks a part, or it is damaged.
     """
@@ -210,16 +211,16 @@ def read(folder: Path, *parts: str) -> dict[str, Any]:
     try:
         with ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handler) as manager:
             step = manager.latest_step()
-            about = None if step is None else manager.item_metadata(step)
-            if about is None:
-                raise FileNotFoundError("there is none, or its description is gone")
-            saved = about.tree
+            metadata = None if step is None else manager.item_metadata(step)
+            if metadata is None:
+                raise FileNotFoundError("there is none, or its metadata are missing")
+            saved = metadata.tree
             item = {part: jax.tree.map(_shape, saved[part]) for part in parts}
             plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            found = manager.restore(step, args=ocp.args.PyTreeRestore(item, plain, partial_restore=True))
-            if wrong := difference(manager.metadata(step).custom_metadata["digests"], digests(found)):
+            restored = manager.restore(step, args=ocp.args.PyTreeRestore(item, plain, partial_restore=True))
+            if wrong := difference(manager.metadata(step).custom_metadata["digests"], digests(restored)):
                 raise ValueError(wrong)
-            return found
+            return restored
     except Exception as error:  # Orbax and what lies below it raise errors of many kinds for a damaged file
         reason = textwrap.shorten(str(error), 160)
         raise AvjaxError(

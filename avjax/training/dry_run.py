@@ -1,4 +1,4 @@
-"""What a run would be, without making it: parameters and their places, memory and work of a step, from the compiler."""
+"""Dry run: parameters and their sharding, and memory and FLOPs of a step as the compiler reports them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ from avjax.training.streamed_batches import Streamed, on_one_device
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A training step of all lanes as it was compiled for its devices.
+    """A training step of all lanes, compiled for its devices.
 
     Attributes:
-      state: shapes and places of the run's state; compiled: the program of one step.
+      state: shapes and shardings of the run's state.
+      compiled: the program of one step.
     """
 
     state: Any
@@ -30,22 +31,22 @@ class Step:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes on each device: what goes in (state and batch), what is kept meanwhile, the program."""
-        found = self.compiled.memory_analysis()
+        """Returns bytes on each device: of the arguments (state and batch), temporary arrays, and the program."""
+        analysis = self.compiled.memory_analysis()
         return {
-            "arguments": found.argument_size_in_bytes,
-            "temporary": found.temp_size_in_bytes,
-            "program": found.generated_code_size_in_bytes,
+            "arguments": analysis.argument_size_in_bytes,
+            "temporary": analysis.temp_size_in_bytes,
+            "program": analysis.generated_code_size_in_bytes,
         }
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of a step on each device, as the compiler counts them."""
+        """Returns the floating-point operations of a step on each device, as the compiler counts them."""
         return self.compiled.cost_analysis().get("flops", 0.0)
 
 
 def compile_step(
-    model: Model, settings: Settings, place: Placement, plan: LanePlan, clips: Resident | Streamed
+    model: Model, settings: Settings, placement: Placement, plan: LanePlan, clips: Resident | Streamed
 ) -> Step:
     """Compiles a training step from shapes alone; nothing is computed."""
     few = on_one_device(clips).resident(np.arange(1))
@@ -53,17 +54,17 @@ def compile_step(
     count, size = len(plan.names), settings.train.batch_size
     one = lanes.replace(counted=jax.ShapeDtypeStruct((count, 1), np.float32))
     state = jax.eval_shape(loop.make(model, settings).init, one, shapes)
-    if place.mesh:
-        state = _placed(state, place.of_state(state))
+    if placement.mesh:
+        state = _placed(state, placement.of_state(state))
     turns = plan.lanes.train.shape[2:]
     row = lambda dtype, *more: jax.ShapeDtypeStruct((count, size, *turns, *more), dtype)  # noqa: E731
     batch = {
         "rows": {k: row(v.dtype, *v.shape[1:]) for k, v in few.streams.items()},
         "group": row(np.int32),
-        "there": row(bool),
+        "present": row(bool),
         "weight": row(np.float32),
     }
-    step = streamed_loop.step(loop.recipe_of(model, settings, place))
+    step = streamed_loop.step(loop.recipe_of(model, settings, placement))
     lowered = step.lower(state, lanes, batch, _shapes(few.constants), (np.int32(1), np.int32(0)))
     return Step(state, lowered.compile())
 
@@ -72,16 +73,16 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda v: jax.ShapeDtypeStruct(np.shape(v), v.dtype), tree)
 
 
-def _placed(shapes: Any, places: Any) -> Any:
-    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), shapes, shardings)
 
 
 def show(
-    model: Model, settings: Settings, place: Placement, plan: LanePlan, clips: Resident | Streamed, console: Console
+    model: Model, settings: Settings, placement: Placement, plan: LanePlan, clips: Resident | Streamed, console: Console
 ) -> Mapping[str, Any]:
-    """Prints the parameter table, devices, memory and FLOPs; gives the figures."""
-    step = compile_step(model, settings, place, plan, clips)
-    lanes, devices = len(plan.names), place.mesh.size if place.mesh else 1
+    """Prints the parameter table, devices, memory and FLOPs, and returns the figures."""
+    step = compile_step(model, settings, placement, plan, clips)
+    lanes, devices = len(plan.names), placement.mesh.size if placement.mesh else 1
     size = sum(v.size for v in jax.tree.leaves(step.state.params)) // lanes
     resident = 0 if isinstance(clips, Streamed) else sum(v.nbytes for v in jax.tree.leaves(clips))
     figures = {
@@ -89,14 +90,14 @@ def show(
         "lanes": lanes,
         "devices": devices,
         "processes": jax.process_count(),
-        "state_bytes": sum(_bytes_here(leaf) for leaf in jax.tree.leaves(step.state)),
+        "state_bytes": sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(step.state)),
         "resident_bytes": resident,
         **{f"{name}_bytes": value for name, value in step.memory.items()},
         "flops": step.flops,
     }
     say = lambda text: console.print(text, soft_wrap=True, markup=False)  # noqa: E731
-    say(parameters(step.state.params, place))
-    say(f"{lanes} lanes of {size:,} parameters on {sharding.described(place)}")
+    say(parameters(step.state.params, placement))
+    say(f"{lanes} lanes of {size:,} parameters on {sharding.described(placement)}")
     say(f"on each device: state {_mib(figures['state_bytes'])}, resident clips {_mib(resident)}")
     memory = ", ".join(f"{name} {_mib(value)}" for name, value in step.memory.items())
     work = f"{figures['flops'] / 1e9:.3g} GFLOP"
@@ -105,15 +106,15 @@ def show(
     return figures
 
 
-def parameters(params: Any, place: Placement) -> str:
+def parameters(params: Any, placement: Placement) -> str:
     """Lists name, shape, dtype and size of each parameter, and its sharding on a mesh; the lanes are the first axis."""
     from clu import parameter_overview
 
-    return parameter_overview.get_parameter_overview(params, include_stats="sharding" if place.mesh else False)
+    return parameter_overview.get_parameter_overview(params, include_stats="sharding" if placement.mesh else False)
 
 
-def _bytes_here(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array on one device."""
+def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of an array on one device."""
     shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
     return int(np.prod(shape)) * leaf.dtype.itemsize
 

@@ -1,4 +1,4 @@
-"""The sums of a call of `loop.Trainer.epochs`: as rows of `metrics.jsonl`, and whether all of them are finite."""
+"""Turns the sums of a call of `loop.Trainer.epochs` into rows of `metrics.jsonl`, and checks that they are finite."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ _VALIDATION = "the validation loss"
 
 
 def epoch_rows(sums: dict, names: list[tuple[str, int]], first: int, model: Model) -> list[dict[str, object]]:
-    """Makes rows of the sums of one call, one per epoch and lane that was still training: losses, validation scores.
+    """Returns rows of losses and validation scores from the sums of one call, for each epoch and lane in training.
 
     Scores are those of the best of the heads that may predict (`loop.candidates`).
     """
@@ -37,17 +37,22 @@ def epoch_rows(sums: dict, names: list[tuple[str, int]], first: int, model: Mode
 
 
 def check_finite(sums: dict, plan: LanePlan, ids: list[str], first: int, batch_size: int) -> None:
-    """Stops a run whose losses or gradients are not finite.
+    """Checks that all losses and gradients are finite.
 
     Args:
-      sums: as `loop.Trainer.epochs` gives them; ids: of all resident clips; first: the first epoch of the call.
+      sums: as `loop.Trainer.epochs` returns them.
+      plan: of the run.
+      ids: of all resident clips.
+      first: the first epoch of the call.
+      batch_size: of training.
+
     Raises:
-      AvjaxError: names the first such value: fold, seed, epoch, step, term and the clips of the batch.
+      AvjaxError: one is not; names fold, seed, epoch, step, term and the clips of the first such batch.
     """
-    found = _not_finite(jax.device_get(sums))
-    if not found:
+    values = _not_finite(jax.device_get(sums))
+    if not values:
         return
-    epoch, step, at, term = min(found)
+    epoch, step, at, term = min(values)
     lane = jax.tree.map(lambda v: v[at], plan.lanes)
     if term == _VALIDATION:
         where, (index, weight) = "", (lane.val, lane.val_weight)
@@ -62,12 +67,12 @@ def check_finite(sums: dict, plan: LanePlan, ids: list[str], first: int, batch_s
 
 
 def _not_finite(sums: dict) -> list[tuple[int, float, int, str]]:
-    """(epoch, step, lane, term) of each value that is not finite; validation comes after the last step."""
+    """Returns (epoch, step, lane, term) of each value that is not finite; validation comes after the last step."""
     steps = {f"loss {k!r}": v for k, v in sums["train_terms"].items()} | {"the gradient": sums["train_gradient"]}
-    found = [
+    training = [
         (epoch, step, lane, term)
         for term, values in steps.items()  # (lanes, epochs, steps)
         for lane, epoch, step in np.argwhere(~np.isfinite(values)).tolist()
     ]
     val = np.argwhere(~np.isfinite(sums["val_loss"])).tolist()  # (lanes, epochs)
-    return found + [(epoch, np.inf, lane, _VALIDATION) for lane, epoch in val]
+    return training + [(epoch, np.inf, lane, _VALIDATION) for lane, epoch in val]

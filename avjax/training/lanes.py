@@ -20,12 +20,11 @@ class Lane:
 
     Attributes:
       train, val, test: (n,) indices of clips, padded to the largest lane with the lane's first training clip; the
-        `*_weight` are 0 for padding, else 1. Or (n, u) for models that read conversations: the clips of one in the
-        order of their turns, then the number of clips, which stands for no turn; the weights are 0 for what the part
-        does not hold, too.
-      counted: (clips,) 1 for the clips whose features make the standardisation statistics; without any, those of the
-        yardsticks.
-      prior: (c,) class shares of the training clips; of other tasks, see `tasks.prior`.
+        `*_weight` are 0 for padding, else 1. Models that read conversations have (n, u): the clips of a conversation
+        in the order of their turns, padded with the number of clips; weights are 0 for turns outside the part, too.
+      counted: (clips,) 1 for the clips that the standardisation statistics are computed on; without standardisation,
+        those that the yardsticks use.
+      prior: (c,) class proportions of the training clips; of other tasks, see `tasks.prior`.
       seed: () uint32, from which all random draws of the lane come.
     """
 
@@ -42,13 +41,13 @@ class Lane:
 
 @flax.struct.dataclass
 class LanePlan:
-    """The lanes of a protocol, stacked, and what is said about them.
+    """The lanes of a protocol, stacked, with their names, counts and notes.
 
     Attributes:
       lanes: a `Lane` with a leading axis over fold x seed.
       names: (fold, seed) of each lane.
       counts: n_train, n_val, n_test and speaker_overlap of each lane.
-      notes: how validation was made and which clips are not scored, for the protocol's name.
+      notes: how validation clips were chosen and which clips are not scored, for the protocol's text.
     """
 
     lanes: Lane
@@ -62,9 +61,9 @@ def plan(
 ) -> LanePlan:
     """Turns folds and seeds into lanes.
 
-    Validation clips come out of the training clips, unless the fold has an official part. With `enrol`, statistics of
-    every speaker come from `enrol_clips` of the speaker's clips, which are then not scored. With `turns` the rows are
-    conversations, whose turns outside the part are seen and neither trained on nor scored.
+    Validation clips are held out of the training clips, unless the fold has an official part. With `enrol`, the
+    statistics of each speaker are computed on `enrol_clips` of the speaker's clips, which are then not scored. With
+    `turns` the rows are conversations; turns outside the part are read, but neither trained on nor scored.
 
     Raises:
       AvjaxError: a fold has no clip left to train on or to test on.
@@ -97,7 +96,7 @@ def plan(
 
 
 def _enrolled(features: Features, count: int) -> set[str]:
-    """The first `count` clips of each speaker in an order that does not depend on label, fold or seed."""
+    """Returns the first `count` clips of each speaker, in an order independent of label, fold and seed."""
     order = np.random.default_rng(0).permutation(len(features.ids))
     taken: dict[str, list[str]] = {}
     for i in order:
@@ -107,15 +106,15 @@ def _enrolled(features: Features, count: int) -> set[str]:
 
 def _count(features: Features, train: np.ndarray, val: np.ndarray, test: np.ndarray) -> dict[str, int | None]:
     seen = {features.speakers[i] for i in np.concatenate([train, val])}
-    known = all(features.speakers)
-    overlap = len(seen & {features.speakers[i] for i in test}) if known else None
+    tested = {features.speakers[i] for i in test}
+    overlap = len(seen & tested) if all(features.speakers) else None
     return {"n_train": len(train), "n_val": len(val), "n_test": len(test), "speaker_overlap": overlap}
 
 
 def conversations(features: Features) -> np.ndarray:
-    """The clips of each conversation by their turns, (conversations, u); the number of clips where there is none.
+    """Returns the clips of each conversation by their turns, (conversations, u), padded with the number of clips.
 
-    A clip of no conversation is one of its own.
+    A clip outside any conversation is one of its own.
     """
     talks: dict[tuple[str | None, str], list[int]] = {}
     for i, clip in enumerate(features.clips):
@@ -152,7 +151,7 @@ def _stack(
 
 
 def _rows(part: np.ndarray, talks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """A part's clips, or the conversations that have some of them, and the weights: 1 for the clips of the part."""
+    """Returns the clips of a part, or the conversations with any of them, and weights: 1 for the clips of the part."""
     if talks is None:
         return part, np.ones(len(part), np.float32)
     held = np.isin(talks, part)
@@ -161,10 +160,10 @@ def _rows(part: np.ndarray, talks: np.ndarray | None) -> tuple[np.ndarray, np.nd
 
 
 def _pad(lanes: Sequence[tuple[np.ndarray, np.ndarray]], fill: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and weights of parts of unequal length, (lanes, longest, …) each.
+    """Stacks indices and weights of parts of unequal length into (lanes, longest, …) each.
 
-    A part is filled up with one of its own lane's training rows: weight 0 does not silence another lane's clip whose
-    loss overflows, as 0 · inf is not 0.
+    Padding is a training row of the same lane: weight 0 would not silence a clip of another lane whose loss overflows,
+    as 0 · inf is not 0.
     """
     shape = len(lanes), max(max(len(index) for index, _ in lanes), 1), *np.shape(fill[0])
     out, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)

@@ -1,8 +1,8 @@
 """Training as one compiled program: a pure step, scanned over steps and epochs, `vmap`ped over the lanes of a protocol.
 
-Each lane carries its own parameters, optimizer state, best parameters so far and a stop flag; a stopped lane keeps its
-state while the others go on. All random draws come from the lane's seed and the epoch, so a run can be cut between two
-calls and go on bit for bit.
+Each lane has its own parameters, optimizer state, best parameters so far and stop flag; a stopped lane keeps its state
+while the others continue. All random draws come from the lane's seed and the epoch, so a run can be interrupted between
+two calls and resumed bit for bit.
 """
 
 import dataclasses
@@ -28,23 +28,25 @@ from avjax.training.sharding import ALONE, Placement
 from avjax.training.standardise import Statistics
 
 _EVAL_BATCH = 64
-# Bytes of the batches of all lanes. Measured with ETG-AVER on two cores with 32 MiB of cache: 25 lanes of batch 32 make
-# 65 to 260 MB, and together take 1.2 times as long; 15 of batch 8 make 10 MB, and together take 0.7 of the time.
+# Bytes of the batches of all lanes. Measured with ETG-AVER on two cores with 32 MiB of cache: 25 lanes of batch 32 take
+# 65 to 260 MB, and 1.2 times as long together as one by one; 15 of batch 8 take 10 MB, and 0.7 of the time.
 _CACHE = 32 << 20
 
 
 @flax.struct.dataclass
 class State:
-    """What one lane carries from step to step.
+    """The state of one lane, carried from step to step.
 
     Attributes:
       params, opt_state, step: parameters, optimizer state, number of updates made.
-      stats: the lane's standardisation statistics, fixed from the start; an answer needs them beside the parameters.
-      running: what else the model keeps, such as running statistics of norms: moved by training, not by gradients.
-      best: the variables that the lane will answer with; best_epoch: the epoch they are from, counted from 1.
-      best_head: the head, as a place in `Model.heads`, that they answer with.
-      best_score, best_loss: their validation score (`tasks.Scoring.picks`); ties are broken by the loss.
-      bad: epochs since the best; stopped: whether the lane has stopped early.
+      stats: the lane's standardisation statistics, fixed from the start; predictions need them as well as parameters.
+      running: other variables of the model, such as running statistics of norms, which are updated without gradients.
+      best: the variables that the lane will predict with.
+      best_epoch: the epoch of `best`, counted from 1.
+      best_head: the index in `Model.heads` of the head that `best` predicts with.
+      best_score, best_loss: their validation score (`tasks.Scoring.picks`), and the loss, which breaks ties.
+      bad: epochs since the best.
+      stopped: whether the lane has stopped early.
     """
 
     params: dict
@@ -66,14 +68,16 @@ class Recipe:
     """What all lanes and steps of a run share.
 
     Attributes:
-      model: what is trained; tx: its optimizer, whose directions are not yet scaled by the learning rate.
-      settings: of the whole experiment; place: where arrays live.
+      model: what is trained.
+      tx: its optimizer, whose directions are not yet scaled by the learning rate.
+      settings: of the whole experiment.
+      placement: where arrays live.
     """
 
     model: Model
     tx: optax.GradientTransformation
     settings: Settings
-    place: Placement = ALONE
+    placement: Placement = ALONE
 
 
 @flax.struct.dataclass
@@ -82,10 +86,10 @@ class Trainer:
 
     Attributes:
       init: (lanes, data) → state.
-      epochs: (state, lanes, data, first) → (state, sums), `epochs_per_call` epochs beginning with epoch `first`; the
-        state is donated.
-      predict: (state, lanes, data) → {head: (lanes, n_test, c)}, each lane's test clips by its best parameters; of
-        conversations (lanes, n_test, u, c).
+      epochs: (state, lanes, data, first) → (state, sums), `epochs_per_call` epochs from epoch `first`; the state is
+        donated.
+      predict: (state, lanes, data) → {head: (lanes, n_test, c)}, predictions of each lane's best parameters for its
+        test clips; of conversations (lanes, n_test, u, c).
     """
 
     init: Callable = flax.struct.field(pytree_node=False)
@@ -93,72 +97,75 @@ class Trainer:
     predict: Callable = flax.struct.field(pytree_node=False)
 
 
-def make(model: Model, settings: Settings, place: Placement = ALONE) -> Trainer:
+def make(model: Model, settings: Settings, placement: Placement = ALONE) -> Trainer:
     """Makes the functions of a run; compiles nothing yet.
 
-    Args:
-      place: where arrays live; lanes and data that the functions are given have been put there.
+    Lanes and data passed to these functions must have been placed by `placement`.
     """
-    recipe, over = recipe_of(model, settings, place), functools.partial(over_lanes, model, place)
-    init = over_lanes(None, place, functools.partial(_init, recipe), (0, None))
+    recipe, over = recipe_of(model, settings, placement), functools.partial(over_lanes, model, placement)
+    init = over_lanes(None, placement, functools.partial(_init, recipe), (0, None))
     epochs = over(functools.partial(_epochs, recipe), (0, 0, None, None), settings.train.batch_size)
     predict = over(functools.partial(_predict_test, recipe), (0, 0, None))
 
     def placed_epochs(*arguments: Any) -> tuple[State, dict[str, jax.Array]]:
         state, sums = epochs(*arguments)
-        return place.state(state), place.whole(sums)
+        return placement.state(state), placement.replicate(sums)
 
     return Trainer(
-        init=jax.jit(lambda *arguments: place.state(init(*arguments))),
+        init=jax.jit(lambda *arguments: placement.state(init(*arguments))),
         epochs=jax.jit(placed_epochs, donate_argnums=0),
-        predict=jax.jit(lambda *arguments: place.whole(predict(*arguments))),
+        predict=jax.jit(lambda *arguments: placement.replicate(predict(*arguments))),
     )
 
 
-def recipe_of(model: Model, settings: Settings, place: Placement = ALONE) -> Recipe:
+def recipe_of(model: Model, settings: Settings, placement: Placement = ALONE) -> Recipe:
     """Makes the recipe of an experiment."""
-    return Recipe(model, optim.transform(settings.train), settings, place)
+    return Recipe(model, optim.transform(settings.train), settings, placement)
 
 
 def check_streams(model: Model, few: Resident, preset: str) -> None:
-    """Raises AvjaxError where features lack a stream of the model, or are not pictures where it wants them.
+    """Checks that features (at least one clip) have the streams of the model, and raw frames where it reads them.
 
-    Args:
-      few: at least one clip; preset: how the features are called.
+    Raises:
+      AvjaxError: they do not; names the `preset` of the features.
     """
-    there = sorted(s for s in few.streams if f"{s}_mask" in few.streams and s != "surface")
-    if missing := [s for s in model.streams if s not in there]:
+    streams = sorted(s for s in few.streams if f"{s}_mask" in few.streams and s != "surface")
+    if missing := [s for s in model.streams if s not in streams]:
         raise AvjaxError(
-            f"model.streams has {', '.join(missing)}; the features of preset {preset!r} have {', '.join(there)}: "
-            "extract with a preset that makes it, or set model.streams"
+            f"model.streams has {', '.join(missing)}; the features of preset {preset!r} have {', '.join(streams)}: "
+            "extract with a preset that has it, or set model.streams"
         )
-    pictures = {s for s in model.streams if few.streams[s].ndim > 3}
-    if pictures != set(filter(None, [model.frame_stream])):
-        wants = f"frames as {model.frame_stream}" if model.frame_stream else "feature sequences"
-        has = f"frames as {', '.join(pictures)}" if pictures else "feature sequences"
+    raw = {s for s in model.streams if few.streams[s].ndim > 3}
+    if raw != set(filter(None, [model.frame_stream])):
+        wants = f"raw frames as {model.frame_stream}" if model.frame_stream else "feature sequences"
+        has = f"raw frames as {', '.join(raw)}" if raw else "feature sequences"
         raise AvjaxError(
-            f"the model reads {wants}, the features of preset {preset!r} are {has}: set model.settings.frames, or take "
+            f"the model reads {wants}, the features of preset {preset!r} are {has}: set model.settings.frames, or use "
             "another preset"
         )
 
 
 def over_lanes(
-    model: Model | None, place: Placement, function: Callable, axes: tuple[int | None, ...], batch: int = 0
+    model: Model | None, placement: Placement, function: Callable, axes: tuple[int | None, ...], batch: int = 0
 ) -> Callable:
-    """`function` over the lanes of those arguments whose axis is 0: together, as `vmap` does.
+    """Maps `function` over the lanes of the arguments whose axis is 0, all together as `vmap` does.
 
-    On one CPU device lanes go one after another instead where there is nothing to gain from taking them together: a
-    model of pictures keeps gigabytes for the gradients of each, and batches that do not fit into the cache are slower.
+    On one CPU device, lanes run one after another instead where running them together is no faster: a model of raw
+    frames keeps gigabytes for the gradients of each lane, and batches that do not fit into the cache are slower.
 
     Args:
-      model: whose answers the function needs; None for none. batch: clips of a batch that it takes of resident data.
+      model: that the function applies; None if it applies none.
+      placement: where arrays live.
+      function: of one lane.
+      axes: 0 or None for each argument, as for `vmap`.
+      batch: clips of a batch that the function takes from resident data.
     """
 
     def over(*arguments: Any) -> Any:
         large = model and (model.frame_stream or _batches_bytes(arguments, axes, batch) > _CACHE)
-        if large and not place.mesh and jax.default_backend() == "cpu":
+        if large and not placement.mesh and jax.default_backend() == "cpu":
             return one_by_one(*arguments)
-        return jax.vmap(function, axes, spmd_axis_name=place.axis)(*arguments)
+        return jax.vmap(function, axes, spmd_axis_name=placement.axis)(*arguments)
 
     def one_by_one(*arguments: Any) -> Any:
         def one(lane: Any) -> Any:
@@ -171,7 +178,7 @@ def over_lanes(
 
 
 def _batches_bytes(arguments: Sequence, axes: Sequence[int | None], batch: int) -> int:
-    """The bytes of a batch of each lane, as far as it comes out of resident data."""
+    """Returns the bytes of a batch of all lanes, as far as it comes from resident data."""
     shared = [a for a, axis in zip(arguments, axes, strict=True) if axis is None and isinstance(a, Resident)]
     lanes = next(jax.tree.leaves(a)[0].shape[0] for a, axis in zip(arguments, axes, strict=True) if axis == 0)
     clip = sum(v.size * v.dtype.itemsize // v.shape[0] for data in shared for v in data.streams.values())
@@ -184,7 +191,7 @@ def _init(recipe: Recipe, lane: Lane, data: Resident) -> State:
 
 
 def init_state(recipe: Recipe, lane: Lane, stats: Statistics, batch: Batch) -> State:
-    """Makes the state of a lane before its first step; `batch` shows the model what it will read."""
+    """Makes the state of a lane before its first step; `batch` gives the shapes that the model reads."""
     variables = recipe.model.module.init(jax.random.key(lane.seed), batch)
     running = {k: v for k, v in variables.items() if k != "params"}
     params, zero = variables["params"], jnp.int32(0)
@@ -216,9 +223,9 @@ def _epochs(recipe: Recipe, state: State, lane: Lane, data: Resident, first: jax
 
 
 def _batch(
-    place: Placement, data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array
+    placement: Placement, data: Resident, stats: Statistics, index: jax.Array, weight: jax.Array
 ) -> dict[str, jax.Array]:
-    return place.batch(gather(data, stats, index, weight), data.constants)
+    return placement.batch(gather(data, stats, index, weight), data.constants)
 
 
 def _train_epoch(recipe: Recipe, state: State, lane: Lane, data: Resident, epoch: jax.Array) -> tuple[State, dict]:
@@ -226,29 +233,30 @@ def _train_epoch(recipe: Recipe, state: State, lane: Lane, data: Resident, epoch
 
     def one(state: Any, item: Any) -> Any:
         index, weight, step_key = item
-        return train_step(recipe, state, lane, _batch(recipe.place, data, state.stats, index, weight), step_key)
+        return train_step(recipe, state, lane, _batch(recipe.placement, data, state.stats, index, weight), step_key)
 
     # Keys are derived one by one: step 3 draws the same whether a lane is padded to 5 steps or to 7.
     keys = jax.vmap(functools.partial(step_key, lane, epoch))(jnp.arange(order[0].shape[0]))
-    # Sums are kept per step and term, so that a value that is not finite can be traced to its clips.
+    # Sums are kept by step and term, so that a non-finite value can be traced to its clips.
     state, (terms, gradient) = jax.lax.scan(one, state, (*order, keys))
     return state, {"train_terms": terms, "train_gradient": gradient, "train_size": jnp.sum(lane.train_weight)}
 
 
 def train_step(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.Array) -> tuple[State, tuple]:
-    """Updates a lane at the learning rate of its place in the run; a stopped one, or one of padding alone, stays.
+    """Updates a lane at its current learning rate; a stopped lane, or a batch of padding alone, leaves it unchanged.
 
-    Where a loss or the gradient is not finite the lane is stopped, with the state before that step.
+    If a loss or the gradient is not finite, the lane is stopped with the state before that step.
 
     Returns:
       the state, and (summed loss by term, gradient norm).
+
     Raises:
-      AvjaxError: gradients are to be accumulated, but the loss or what the model keeps is of a whole batch.
+      AvjaxError: gradients are to be accumulated, but the loss or running statistics need the whole batch.
     """
-    train, pictures = recipe.settings.train, recipe.model.frame_stream
-    if pictures and train.augment:
+    train, stream = recipe.settings.train, recipe.model.frame_stream
+    if stream and train.augment:
         how, draw = train.augment, jax.random.fold_in(key, 0)
-        batch = batch | {pictures: augment(batch[pictures], draw, degrees=how.degrees, flip=how.flip)}
+        batch = batch | {stream: augment(batch[stream], draw, degrees=how.degrees, flip=how.flip)}
     grads, sums, running = _gradients(recipe, state, lane, batch, key)
     total = train.epochs * jnp.ceil(jnp.sum(alive(lane.train_weight)) / train.batch_size)
     rate = optim.learning_rate(train, (state.step + 0.5) / total)
@@ -256,29 +264,29 @@ def train_step(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
     moved = state.replace(params=params, opt_state=opt_state, running=running, step=state.step + 1)
     norm, due = optax.global_norm(grads), ~state.stopped & (jnp.sum(batch["weight"]) > 0)
-    # No loss scale: bfloat16 has the exponents of float32, so nothing underflows that would not there.
+    # No loss scaling: bfloat16 has the exponent range of float32.
     finite = jnp.isfinite(norm) & jnp.isfinite(sum(sums.values()))
     kept = state.replace(stopped=state.stopped | (due & ~finite))
     return _where(due & finite, moved, kept), (sums, norm)
 
 
 def _keys(lane: Lane, epoch: Any) -> jax.Array:
-    """The two keys of an epoch: for its order, and for its steps."""
+    """Returns the two keys of an epoch: for its order, and for its steps."""
     return jax.random.split(jax.random.fold_in(jax.random.key(lane.seed), epoch))
 
 
 def step_key(lane: Lane, epoch: Any, step: Any) -> jax.Array:
-    """From which all draws of a step come."""
+    """Returns the key of all random draws of a step."""
     return jax.random.fold_in(_keys(lane, epoch)[1], step)
 
 
 def epoch_order(lane: Lane, epoch: Any, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """The indices and weights (steps, batch) of an epoch of a lane."""
+    """Returns the indices and weights (steps, batch) of an epoch of a lane."""
     return shuffled(_keys(lane, epoch)[0], lane.train, lane.train_weight, batch_size)
 
 
 def _gradients(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.Array) -> tuple[dict, dict, dict]:
-    """Computes the gradients of the batch's mean loss, the summed loss by term, and what the model keeps."""
+    """Computes the gradients of the batch's mean loss, the summed loss by term, and the running variables."""
     pieces = recipe.settings.train.accumulate
     size = jnp.maximum(jnp.sum(batch["weight"]), 1.0)
     gradient = functools.partial(_gradient, recipe, state, lane.prior, size)
@@ -292,7 +300,7 @@ def _gradients(recipe: Recipe, state: State, lane: Lane, batch: Batch, key: jax.
 def _gradient(
     recipe: Recipe, state: State, prior: jax.Array, size: jax.Array, batch: Batch, key: jax.Array
 ) -> tuple[dict, tuple]:
-    """Of the loss summed over a batch and divided by `size`; and (summed loss by term, what the model keeps)."""
+    """Computes the gradient of the batch's summed loss over `size`, and (summed loss by term, running variables)."""
 
     def mean_loss(params: Any) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
         variables, mutable = {"params": params, **state.running}, list(state.running)
@@ -305,16 +313,16 @@ def _gradient(
     return jax.grad(jax.checkpoint(mean_loss) if recipe.settings.train.remat else mean_loss, has_aux=True)(state.params)
 
 
-def _accumulated(gradient: Callable, rows: dict, whole: dict, key: jax.Array) -> tuple[dict, dict]:
-    """The sums of the gradients, and of the losses by term, of the pieces (`optim.cut`) that a batch was cut into."""
+def _accumulated(gradient: Callable, rows: dict, shared: dict, key: jax.Array) -> tuple[dict, dict]:
+    """Sums gradients, and losses by term, over the pieces of a batch (`optim.cut`)."""
 
     def one(total: Any, item: Any) -> Any:
         number, piece = item
-        grads, (sums, _) = gradient(whole | piece, jax.random.fold_in(key, number))
+        grads, (sums, _) = gradient(shared | piece, jax.random.fold_in(key, number))
         return jax.tree.map(jnp.add, total, (grads, sums)), None
 
     first = jax.tree.map(lambda v: v[0], rows)
-    grads, (sums, _) = jax.eval_shape(lambda: gradient(whole | first, key))
+    grads, (sums, _) = jax.eval_shape(lambda: gradient(shared | first, key))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums))
     return jax.lax.scan(one, zero, (jnp.arange(len(rows["weight"])), rows))[0]
 
@@ -324,7 +332,7 @@ def _check_divisible(model: Model, state: State, pieces: int) -> None:
         what = "the statistics of its norms" if state.running else "its loss"
         raise AvjaxError(
             f"train.accumulate is {pieces}, but the model learns by whole batches ({what}): set it to 1, and "
-            "train.batch_size to what memory holds"
+            "train.batch_size to what fits into memory"
         )
 
 
@@ -337,16 +345,16 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def parts(index: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Batches to evaluate in: no larger than the set, which without validation clips is a single row of padding."""
+    """Splits a set into batches for evaluation, no larger than the set; without clips it is a single row of padding."""
     return batches(index, weight, min(_EVAL_BATCH, index.shape[0]))
 
 
 def _evaluate(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
-    """Validation sums of one lane: the table of each head (`tasks.Scoring`), summed loss, number of clips."""
+    """Computes the validation sums of one lane: table of each head (`tasks.Scoring`), summed loss, number of clips."""
     model = recipe.model
 
     def one(sums: Any, item: Any) -> Any:
-        batch = _batch(recipe.place, data, state.stats, *item)
+        batch = _batch(recipe.placement, data, state.stats, *item)
         return jax.tree.map(jnp.add, sums, validation(model, state, batch, lane.prior)), None
 
     table = jnp.zeros((len(model.heads), *tasks.SCORINGS[model.task].shape(lane.prior.shape[0])))
@@ -355,7 +363,7 @@ def _evaluate(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[
 
 
 def merged_sums(model: Model, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Puts the loss of the whole set into validation sums, of tasks where it is no mean over batches."""
+    """Puts the loss of the whole set into merged validation sums, for tasks where it is not a sum over clips."""
     set_loss = tasks.SCORINGS[model.task].set_loss
     if not set_loss:
         return sums
@@ -363,7 +371,7 @@ def merged_sums(model: Model, sums: dict[str, jax.Array]) -> dict[str, jax.Array
 
 
 def validation(model: Model, state: State, batch: Batch, prior: jax.Array) -> dict[str, jax.Array]:
-    """The validation sums of a batch."""
+    """Computes the validation sums of a batch."""
     output = model.module.apply(_variables(state), batch, train=False)
     loss = sum(model.loss(output, batch, prior).values())
     table = tasks.SCORINGS[model.task].table
@@ -376,12 +384,12 @@ def validation(model: Model, state: State, batch: Batch, prior: jax.Array) -> di
 
 
 def candidates(model: Model) -> list[int]:
-    """The places in `Model.heads` of the heads that may predict."""
+    """Returns the indices in `Model.heads` of the heads that may predict."""
     return [model.heads.index(head) for head in model.candidates or model.heads[:1]]
 
 
 def select(recipe: Recipe, state: State, val: dict[str, jax.Array], epoch: Any) -> State:
-    """Keeps the best epoch and head on validation, or the last one, and decides whether to stop; test plays no part."""
+    """Keeps the best epoch and head on validation, or the last epoch, and stops early; test clips play no part."""
     model, settings = recipe.model, recipe.settings
     among, scoring = jnp.array(candidates(model)), tasks.SCORINGS[model.task]
     scores = scoring.scores(val["val_tables"])[scoring.picks][among]
@@ -407,74 +415,77 @@ def select(recipe: Recipe, state: State, val: dict[str, jax.Array], epoch: Any) 
 
 def _predict_test(recipe: Recipe, state: State, lane: Lane, data: Resident) -> dict[str, jax.Array]:
     read = lambda batch: recipe.model.module.apply(state.best, batch, train=False).logits  # noqa: E731
-    gathered = functools.partial(_batch, recipe.place, data, state.stats)
+    gathered = functools.partial(_batch, recipe.placement, data, state.stats)
     return with_chosen(recipe.model, _read_batches(read, gathered, lane.test, lane.test_weight), state.best_head)
 
 
 def with_chosen(model: Model, logits: dict[str, jax.Array], head: jax.Array) -> dict[str, jax.Array]:
-    """The logits by head, and beside them those of the head at place `head`, where validation chooses it."""
+    """Adds the logits of the head with index `head`, where validation selects it, to the logits of all heads."""
     if len(model.candidates) < 2:
         return logits
     return logits | {CHOSEN: jnp.stack([logits[name] for name in model.heads])[head]}
 
 
 def _read_batches(read: Callable, gathered: Callable, index: jax.Array, weight: jax.Array) -> Any:
-    """Reads `index (n, …)` batch by batch: the tree that `read` makes of a `gathered` batch, each leaf (n, …)."""
+    """Reads `index (n, …)` batch by batch: the tree that `read` returns for a `gathered` batch, each leaf (n, …)."""
 
     def one(_: None, rows: Any) -> Any:
         return None, read(gathered(*rows))
 
-    found = jax.lax.scan(one, None, parts(index, weight))[1]
-    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[: index.shape[0]], found)
+    outputs = jax.lax.scan(one, None, parts(index, weight))[1]
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[: index.shape[0]], outputs)
 
 
 def read_clips(model: Model, read: Callable[[Output, jax.Array], Any], **how: Any) -> Callable:
     """Compiles (best, best_head, stats, data) → `read(output, best_head)` of all resident clips by each lane's best.
 
-    To a model of conversations each clip is one of its own.
+    A model of conversations reads each clip as a conversation of one turn.
 
     Args:
-      read: gives a tree of arrays (b, …), of conversations (b, u, …); how: further arguments of the module.
+      model: that reads.
+      read: returns a tree of arrays (b, …), of conversations (b, u, …).
+      **how: further arguments of the module.
+
     Returns:
-      a function that gives the tree with leaves (lanes, clips, …).
+      a function that returns the tree with leaves (lanes, clips, …).
     """
 
     def every(best: Any, head: jax.Array, stats: Statistics, data: Resident) -> Any:
         index = jnp.arange(data.group.shape[0])
         rows = index[:, None] if model.turns else index
         by_head = lambda batch: read(model.module.apply(best, batch, train=False, **how), head)  # noqa: E731
-        found = _read_batches(by_head, functools.partial(gather, data, stats), rows, jnp.ones(rows.shape))
-        return jax.tree.map(lambda v: v[:, 0], found) if model.turns else found
+        outputs = _read_batches(by_head, functools.partial(gather, data, stats), rows, jnp.ones(rows.shape))
+        return jax.tree.map(lambda v: v[:, 0], outputs) if model.turns else outputs
 
     return jax.jit(over_lanes(model, ALONE, every, (0, 0, 0, None)))
 
 
 def attention(model: Model, state: State, plan: LanePlan, data: Resident, count: int = 3) -> list[tuple[int, dict]]:
-    """Attention in the first `count` test clips of the first lane: (clip, {name: weights (q, k) of the real steps}).
+    """Computes attention in the first `count` test clips of the first lane; `data`: resident or streamed clips.
 
-    Args:
-      data: resident or streamed clips.
+    Returns:
+      (clip, {name: weights (q, k) of the real steps}) of each clip.
     """
     lane, state = (jax.tree.map(lambda v: jnp.asarray(v[0]), tree) for tree in (plan.lanes, state))
     index = lane.test[: min(count, int(jnp.sum(lane.test_weight)))]
     few = data.resident(index)
 
-    def one(places: Any) -> Any:
-        batch = gather(few, state.stats, places, jnp.ones(places.shape))
+    def one(rows: jax.Array) -> Any:
+        batch = gather(few, state.stats, rows, jnp.ones(rows.shape))
         return model.module.apply(state.best, batch, train=False).attention, batch
 
     weights, batch = jax.device_get(jax.jit(one)(jnp.arange(len(index))))
-    found = []
+    by_clip = []
     for row, clip in enumerate(index.tolist()):
         maps = {}
         for name, *both in model.attention_maps:
             if name in weights:
                 maps[name] = _of_real_steps(weights[name][row], [batch[f"{s}_mask"][row] for s in both])
-        found.append((clip, maps))
-    return found
+        by_clip.append((clip, maps))
+    return by_clip
 
 
 def _of_real_steps(weights: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
-    """Weights (q, k) of the real steps; of a stream that the model has shortened, those that have any weight."""
+    """Returns weights (q, k) of the real steps; of a stream that the model shortens, those that have any weight."""
     masks = [m if len(m) == weights.shape[i] else weights.any(1 - i) for i, m in enumerate(masks)]
     return weights[np.ix_(*masks)]

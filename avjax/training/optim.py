@@ -1,7 +1,7 @@
-"""Optimizers with a schedule over the share of a run that is done: lanes of unequal length keep their own schedule.
+"""Optimizers with a schedule over the fraction of a run that is done: lanes of unequal length keep their own schedule.
 
-Of a model that trains its encoders, parts may move at rates of their own, told by the paths of their parameters: names
-joined by "/", as in `video/block_0/attention/query/kernel`.
+Parts of a model may train at learning rates of their own, chosen by the paths of their parameters: names joined by "/",
+as in `video/block_0/attention/query/kernel`.
 """
 
 import re
@@ -22,11 +22,11 @@ _AFTER = "norm"
 
 
 def transform(settings: TrainSettings) -> optax.GradientTransformation:
-    """Makes clipped directions without the learning rate.
+    """Returns the optimizer without the learning rate: its directions are yet to be scaled.
 
-    Weight decay acts on the weights alone in "adamw"; in "adam" and "sgd" (momentum 0.9) it is added to the gradient
-    first, as PyTorch's optimizers of these names do. In the end directions are multiplied by `factors`, weight decay
-    with them. A `clip_norm` of 0 clips nothing.
+    Weight decay is decoupled in "adamw"; in "adam" and "sgd" (momentum 0.9) it is added to the gradient first, as
+    PyTorch's optimizers of these names do. Directions, with weight decay, are multiplied by `factors` last. Gradients
+    are clipped first; a `clip_norm` of 0 clips nothing.
     """
     decay = optax.add_decayed_weights(settings.weight_decay)
     order = {
@@ -43,31 +43,31 @@ def _scaled(settings: TrainSettings) -> tuple[optax.GradientTransformation, ...]
         return ()
 
     def scale(directions: Any, params: Any) -> Any:
-        known = factors(settings, flatten_dict(params, sep="/"))
-        flat = {path: known[path] * direction for path, direction in flatten_dict(directions, sep="/").items()}
+        by_path = factors(settings, flatten_dict(params, sep="/"))
+        flat = {path: by_path[path] * direction for path, direction in flatten_dict(directions, sep="/").items()}
         return unflatten_dict(flat, sep="/")
 
     return (optax.stateless(scale),)
 
 
 def factors(settings: TrainSettings, paths: Iterable[str]) -> dict[str, float]:
-    """What the learning rate is multiplied by, for each of the `paths` of the parameters.
+    """Computes the factor of the learning rate for each of the `paths` of the parameters.
 
-    `settings.rates` are pairs of a pattern and a factor, of which the first counts whose pattern is found in the path.
-    It is multiplied with layer-wise decay (Bao et al. 2022, "BEiT", appendix): of an encoder with L blocks that are
-    trained, block i, from 0, has `settings.layer_decay` to the power of L − i, what comes before the blocks to that of
-    L + 1, and what comes after them, or is no part of an encoder, has 1.
+    `settings.rates` are pairs of a pattern and a factor; the first pattern found in the path applies. Its factor is
+    multiplied by layer-wise decay (Bao et al. 2022, "BEiT", appendix). In an encoder with L trained blocks, block i,
+    from 0, has `settings.layer_decay` to the power of L − i, and what comes before the blocks to the power of L + 1;
+    what comes after them, or is not part of an encoder, has 1.
 
     Raises:
-      AvjaxError: a pattern is found in no path, or layers are to decay and there are none.
+      AvjaxError: no path has a pattern in it, or `layer_decay` is set and no block is trained.
     """
     paths = list(paths)
     for pattern, _ in settings.rates:
         if not any(re.search(pattern, path) for path in paths):
-            raise AvjaxError(f"train.rates: {pattern!r} is found in no path of what is trained, such as {paths[0]}")
+            raise AvjaxError(f"train.rates: {pattern!r} matches no path of a trained parameter, such as {paths[0]}")
     depths: dict[str, int] = {}
-    for found in filter(None, map(_BLOCK.match, paths)):
-        depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+    for block in filter(None, map(_BLOCK.match, paths)):
+        depths[block[1]] = max(depths.get(block[1], 0), int(block[2]) + 1)
     if settings.layer_decay != 1 and not depths:
         raise AvjaxError(
             f"train.layer_decay is {settings.layer_decay}, but no block of an encoder is trained: set it to 1.0"
@@ -80,7 +80,7 @@ def _rate(rates: Iterable[tuple[str, float]], path: str) -> float:
 
 
 def _steps_down(depths: dict[str, int], path: str) -> int:
-    """How many layers lie between a parameter and the head; `depths` has the number of blocks of each encoder."""
+    """Returns the number of layers between a parameter and the head; `depths`: blocks of each encoder."""
     if block := _BLOCK.match(path):
         return depths[block[1]] - int(block[2])
     for encoder, depth in depths.items():
@@ -90,10 +90,9 @@ def _steps_down(depths: dict[str, int], path: str) -> int:
 
 
 def learning_rate(settings: TrainSettings, progress: jax.Array) -> jax.Array:
-    """Linear warm-up over the share `settings.warmup` of the run, then cosine decay to 0, or constant.
+    """Returns the learning rate at `progress`, the fraction of the run's steps already done, in [0, 1].
 
-    Args:
-      progress: share of the run's steps already done, in [0, 1].
+    It rises linearly over the fraction `settings.warmup` of the run, then decays to 0 by a cosine, or stays constant.
     """
     rise = jnp.minimum(progress / settings.warmup, 1.0) if settings.warmup else 1.0
     done = jnp.clip((progress - settings.warmup) / max(1 - settings.warmup, 1e-9), 0.0, 1.0)
@@ -102,10 +101,10 @@ def learning_rate(settings: TrainSettings, progress: jax.Array) -> jax.Array:
 
 
 def cut(batch: dict[str, Any], pieces: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Cuts a batch into `pieces` of equal size for gradients that are added up; rows that are filled in weigh 0.
+    """Splits a batch into `pieces` of equal size for gradient accumulation; rows of padding have weight 0.
 
     Returns:
-      what is of clips, with masks False and zeros in rows filled in, (pieces, rows, …); and what the batch has whole.
+      arrays with an axis of clips, (pieces, rows, …), padded with zeros and masks False; and the remaining arrays.
     """
     named = {"label", "weight", *(key for key in batch if key.endswith("_mask") or f"{key}_mask" in batch)}
     size = -(-batch["weight"].shape[0] // pieces)

@@ -1,6 +1,6 @@
-"""The protocol of a run: which clips train, choose and test, checked before anything is trained, and its record.
+"""The protocol of a run: which clips it trains, selects and tests on, checked before training, and its record.
 
-Nothing chooses by test clips: the parts of a fold must be disjoint, and `protocol.select` knows no part but validation.
+Nothing is selected on test clips: the parts of a fold must be disjoint, and `protocol.select` offers validation alone.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ _STANDARDISED = {
 
 
 def folds(features: Features, settings: ProtocolSettings) -> tuple[list[Fold], str]:
-    """Makes the folds of `features`, and names them.
+    """Returns the folds of `features` and the name of the division.
 
     Raises:
-      AvjaxError: the data do not admit the folds asked for (`natural_folds`); two parts of a fold share a clip; folds
-        that test the same clips are asked for together, or there is none called `only`; or a division that the
-        data set does not bring itself puts a speaker on both sides, and `allow_speaker_overlap` is not set.
+      AvjaxError: the data do not allow the folds requested (`natural_folds`); two parts of a fold share a clip; several
+        folds test the same clips, or none is called `only`; or a division other than the data set's own has a speaker
+        in both training and test, and `allow_speaker_overlap` is not set.
     """
     made, name = natural_folds(features.clips, features.folds, settings.folds, settings.fold_count)
     for fold in made:
@@ -43,7 +43,7 @@ def folds(features: Features, settings: ProtocolSettings) -> tuple[list[Fold], s
         raise AvjaxError(
             f"protocol.folds={settings.folds}: {name}: up to {shared} speakers of a fold are in training and in test, "
             "which makes results look better than they are; use --config.protocol.folds=speaker, or "
-            "--config.protocol.allow_speaker_overlap=True, which stamps it on every result"
+            "--config.protocol.allow_speaker_overlap=True, which marks every result with it"
         )
     return chosen, f"fold {settings.only} alone of {name}" if settings.only else name
 
@@ -51,8 +51,8 @@ def folds(features: Features, settings: ProtocolSettings) -> tuple[list[Fold], s
 def _check_disjoint(fold: Fold) -> None:
     for one, other, both in overlaps(fold.parts):
         raise AvjaxError(
-            f"fold {fold.name}: {len(both)} clips are in {one} and in {other}, such as {both[0]}; a part that is "
-            "trained on or chosen by must not be tested on: fix the lists (python -m avjax.doctor data finds them)"
+            f"fold {fold.name}: {len(both)} clips are in both {one} and {other}, such as {both[0]}; clips used for "
+            "training or selection must not be tested on: fix the lists (python -m avjax.doctor data finds them)"
         )
 
 
@@ -65,17 +65,20 @@ def _check_tested_once(made: Sequence[Fold]) -> None:
 
 
 def _shared(features: Features, fold: Fold) -> set[str]:
-    """The known speakers that are on both sides of a fold."""
+    """Returns the known speakers that are in both training and test of a fold."""
     speaker = {c.id: c.speaker for c in features.clips if c.speaker}
     return {speaker.get(i) for i in (*fold.train, *fold.val)} & {speaker.get(i) for i in fold.test} - {None}
 
 
 def protocol_text(name: str, plan: LanePlan, settings: ProtocolSettings, model: Model, random: bool = False) -> str:
-    """Says in one line how the figures came about; it stands beside every figure.
+    """Describes in one line how the scores of a run were obtained; it accompanies every table and plot.
 
     Args:
-      name: of the division; random: whether the features come from
-        weights drawn at random.
+      name: of the division.
+      plan: of the run.
+      settings: of the protocol.
+      model: whose heads may be selected.
+      random: whether the features come from encoders with random weights.
     """
     task = model.task
     warning = ["RANDOM WEIGHTS in the encoders: the figures mean nothing"] if random else []
@@ -87,7 +90,7 @@ def protocol_text(name: str, plan: LanePlan, settings: ProtocolSettings, model: 
 
 
 def _selection(plan: LanePlan, settings: ProtocolSettings, task: str, without: str) -> str:
-    """By what epoch or head is chosen; `without` is what counts where no clip is held out."""
+    """Describes how the epoch or head is selected; `without`: what is used where no clip is held out."""
     held_out = {c["n_val"] > 0 for c in plan.counts} if settings.select == "val" else {False}
     scoring = tasks.SCORINGS[task]
     ways = {True: f"best validation {scoring.names[scoring.picks]}", False: without}
@@ -95,12 +98,11 @@ def _selection(plan: LanePlan, settings: ProtocolSettings, task: str, without: s
 
 
 def record(features: Features, plan: LanePlan, settings: ProtocolSettings, protocol_text: str) -> dict[str, object]:
-    """The content of `protocol.json`: what was used and dropped and why, who is on which side, and what chooses.
+    """Returns the content of `protocol.json`: clips used and dropped with reasons, folds, and the selection.
 
-    Args:
-      protocol_text: as `protocol_text` gives it.
+    `protocol_text` is the text that the function of this name returns.
     """
-    known = metadata(features.dataset)
+    published = metadata(features.dataset)
     used = len(features.ids)
     return {
         "protocol": protocol_text,
@@ -111,7 +113,7 @@ def record(features: Features, plan: LanePlan, settings: ProtocolSettings, proto
         "clips": {
             "used": used,
             "dropped": len(features.rejected),
-            "published": (known.clips or None) if known else None,
+            "published": (published.clips or None) if published else None,
         },
         "dropped": [{"clip_id": i, "reason": reason} for i, reason in features.rejected],
         "selection": _selection(plan, settings, features.task, "last epoch"),

@@ -1,7 +1,7 @@
-"""The run directory: what is in it, whether it belongs to this run, and its files written so that a kill costs nothing.
+"""The run directory: its files, written so that a kill loses nothing, and the check that it belongs to this run.
 
-W/config.json environment.json protocol.json metrics.jsonl checkpoints/ events.*    while the run goes on
-W/predictions.npz metrics.json confusion.png curves.png report.html   when it is done; report.html last
+W/config.json environment.json protocol.json metrics.jsonl checkpoints/ events.*    during the run
+W/predictions.npz metrics.json confusion.png curves.png report.html   when it is finished; report.html last
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from avjax.settings import Settings
 from avjax.utils.storage import is_local, only_writer, read_json, write_text
 from avjax.utils.version import VERSION
 
-# Keys that do not change what is computed, so that data and machines may be others at the next call of a run.
+# Keys that do not change what is computed: data and machine may differ when a run is resumed.
 _PLACES = re.compile(r"data\.(root|features|mode)$|train\.(save_steps|remat)$|mesh\.|processes\.")
 
 
 def default(settings: Settings, stand_in: str = "") -> Path:
-    """Gives `runs/<config>-<variants>`, and `-<data set>` where another one stands in for the configuration's."""
+    """Returns `runs/<config>-<variants>`, and `-<data set>` where another one stands in for the configuration's."""
     return Path("runs") / "-".join(filter(None, [settings.name, *settings.variants.split(","), stand_in]))
 
 
@@ -49,25 +49,24 @@ def read_settings(path: Path) -> Settings:
 
 
 def is_finished(workdir: Path) -> bool:
+    """Returns whether the run is finished: its report is written last."""
     return (workdir / "report.html").is_file()
 
 
 @contextlib.contextmanager
 def held(workdir: Path, writes: bool) -> Iterator[None]:
-    """Holds `workdir` for the process that `writes`, and clears away what a killed one left half-written.
+    """Locks `workdir` for the process that `writes`, and removes files that a killed process left half-written.
 
     Raises:
-      AvjaxError: another run is writing there, or nothing can be written.
+      AvjaxError: another run is writing to it, or nothing can be written.
     """
     with only_writer(workdir, "choose another --workdir") if writes else contextlib.nullcontext():
         yield
 
 
 def begin(workdir: Path, settings: Settings, features: Features) -> None:
-    """Claims `workdir` for a run, or checks that it holds this very run.
+    """Claims `workdir` for a run that trains on `features`, or checks that it holds this very run.
 
-    Args:
-      features: what it trains on.
     Raises:
       AvjaxError: the directory holds a run of another configuration, or of other features.
     """
@@ -77,26 +76,26 @@ def begin(workdir: Path, settings: Settings, features: Features) -> None:
         old = {k: v for k, v in _flat(read_json(path)).items() if not _PLACES.match(k)}
         new_plain = json.loads(json.dumps(new))
         changed = [
-            f"{k}: {old.get(k)!r} there, {new_plain.get(k)!r} now"
+            f"{k}: was {old.get(k)!r}, is {new_plain.get(k)!r}"
             for k in sorted({*old, *new_plain})
             if old.get(k) != new_plain.get(k)
         ]
         was = read_json(workdir / "environment.json")["features"]
         if was["content"] != features.content:
-            changed.append("the features have changed since it began")
+            changed.append("the features have changed since it started")
         if changed:
             raise AvjaxError(
                 f"{workdir} holds another run ({'; '.join(changed)}); choose another --workdir or remove it"
             )
         return
-    about = {"content": features.content, "made_by": features.made_by, "random": features.random}
-    about |= {"streams": shapes(features)}
-    write_text(workdir / "environment.json", json.dumps(environment() | {"features": about}, indent=1))
+    made = {"content": features.content, "made_by": features.made_by, "random": features.random}
+    made |= {"streams": shapes(features)}
+    write_text(workdir / "environment.json", json.dumps(environment() | {"features": made}, indent=1))
     write_text(path, json.dumps(settings.to_dict(), indent=1))
 
 
 def environment() -> dict[str, object]:
-    """Versions and devices, for the record."""
+    """Returns the versions of packages and the devices, for `environment.json`."""
     import jax
 
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scikit-learn", "transformers")
@@ -111,7 +110,7 @@ def environment() -> dict[str, object]:
 
 
 def read_history(workdir: Path, upto: int) -> list[dict]:
-    """The rows of `metrics.jsonl` up to epoch `upto`; later ones belong to work that was lost with a kill."""
+    """Reads the rows of `metrics.jsonl` up to epoch `upto`; later epochs were lost when the run was killed."""
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         return []
@@ -119,18 +118,18 @@ def read_history(workdir: Path, upto: int) -> list[dict]:
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a line that a kill cut short: its epoch is not in a checkpoint
+        except json.JSONDecodeError:  # a line cut short by a kill: its epoch is not in a checkpoint
             break
     return [r for r in rows if r["epoch"] <= upto]
 
 
 def write_history(workdir: Path, rows: Iterable[Mapping]) -> None:
-    """Writes `metrics.jsonl`, one line per epoch and lane, whole."""
+    """Writes `metrics.jsonl` atomically, one line per epoch and lane."""
     write_text(workdir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def mean_over_lanes(rows: Sequence[Mapping]) -> list[dict[str, float]]:
-    """One row per epoch: each score averaged over the lanes that were still training."""
+    """Returns one row per epoch, with each score averaged over the lanes that were still training."""
     by_epoch: dict[int, list[Mapping]] = {}
     for row in rows:
         by_epoch.setdefault(row["epoch"], []).append(row)
@@ -142,7 +141,7 @@ def mean_over_lanes(rows: Sequence[Mapping]) -> list[dict[str, float]]:
 
 
 def progress(rows: Sequence[Mapping], epochs: int, lanes: int, seconds: float, task: str) -> str:
-    """One line about the newest epoch: scores averaged over the lanes still training; `seconds` that the call took."""
+    """Describes the newest epoch in one line, averaged over the lanes in training; `seconds`: what the call took."""
     last = mean_over_lanes(rows)[-1]
     going = sum(r["epoch"] == last["epoch"] for r in rows)
     name = tasks.SCORINGS[task].picks
@@ -154,24 +153,27 @@ def progress(rows: Sequence[Mapping], epochs: int, lanes: int, seconds: float, t
 
 
 class Log:
-    """The history of a run: `metrics.jsonl`, and TensorBoard event files, which a killed call's rows go into anew.
+    """The history of a run: `metrics.jsonl`, and TensorBoard event files, which are rewritten when a run resumes.
 
     Attributes:
-      rows: of all epochs, those up to the epoch `done` read back.
+      rows: of all epochs; those up to the epoch `done` were read back.
+
     Args:
+      workdir: of the run.
+      done: last epoch in a checkpoint.
       writes: whether this process writes the files.
     """
 
     def __init__(self, workdir: Path, done: int, writes: bool) -> None:
         self.rows = read_history(workdir, done)
         self._workdir, self._writes = workdir, writes
-        # On cloud storage there are no event files: an object there cannot be added to.
+        # No event files on cloud storage: its objects cannot be appended to.
         self._has_events = writes and is_local(workdir)
         self._writer = None
         self._picked = {f"val_{scoring.picks}" for scoring in tasks.SCORINGS.values()}
 
     def add(self, rows: Sequence[Mapping]) -> None:
-        """Adds rows, to event files the mean over lanes of each score, and of each lane what validation picks by."""
+        """Adds rows; event files get each score's mean over lanes, and each lane's score that validation selects by."""
         before, self.rows = self.rows, [*self.rows, *rows]
         if self._writes:
             write_history(self._workdir, self.rows)
@@ -182,7 +184,7 @@ class Log:
             self._add_events(rows)
 
     def _open(self) -> None:
-        # Late, and so after the first epochs: its package may take seconds to import.
+        # Imported late, after the first epochs: the package may take seconds to import.
         from tensorboardX import SummaryWriter
 
         for old in self._workdir.glob("events.*"):
@@ -199,6 +201,7 @@ class Log:
         self._writer.flush()
 
     def close(self) -> None:
+        """Closes the event files."""
         if self._writer:
             self._writer.close()
 

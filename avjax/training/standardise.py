@@ -12,12 +12,18 @@ STD_FLOOR = 1e-2
 def statistics(
     x: jax.Array, mask: jax.Array, group: jax.Array, counted: jax.Array, groups: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean and standard deviation over the valid steps of the counted clips, by group.
+    """Computes mean and standard deviation over the valid steps of the counted clips, by group.
 
-    A step with a value that is not finite is left out, so that it spoils its own clip's loss, which names it, alone.
+    A step with a non-finite value is left out: it makes only its own clip's loss non-finite, and the error names that
+    clip.
 
     Args:
-      x: (clips, n, d); mask: (clips, n); group: (clips,) integers; counted: (clips,), above 0 for clips that count.
+      x: (clips, n, d).
+      mask: (clips, n).
+      group: (clips,) integers.
+      counted: (clips,), above 0 for clips that count.
+      groups: number of groups.
+
     Returns:
       mean and std, (groups, d); a group without a valid step has mean 0 and std 1.
     """
@@ -28,12 +34,12 @@ def statistics(
 
 
 def average(total: jax.Array, added: jax.Array) -> jax.Array:
-    """The mean of `total (groups, 1)` steps whose sum is `added (groups, d)`; 0 of none."""
+    """Returns the mean of `total (groups, 1)` steps with the sum `added (groups, d)`; 0 for no steps."""
     return added / jnp.maximum(total, 1.0)
 
 
 def mean_and_std(total: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes what `statistics` gives, out of the sums of both passes."""
+    """Computes the result of `statistics` from the sums of both passes."""
     std = jnp.maximum(jnp.sqrt(average(total, squares)), STD_FLOOR)
     return jnp.where(total > 0, mean, 0.0), jnp.where(total > 0, std, 1.0)
 
@@ -41,9 +47,9 @@ def mean_and_std(total: jax.Array, mean: jax.Array, squares: jax.Array) -> tuple
 def sums(
     x: jax.Array, mask: jax.Array, group: jax.Array, counted: jax.Array, groups: int, mean: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over the steps that count in `statistics`, by group: their number (groups, 1), and their values (groups, d).
+    """Sums the steps that count in `statistics`, by group: their number (groups, 1), and their values (groups, d).
 
-    Given their `mean (groups, d)`, the squares about it in the place of the values.
+    Given their `mean (groups, d)`, sums squared deviations from it instead of values.
     """
     counts = mask & (counted > 0)[:, None] & jnp.all(jnp.isfinite(x), -1)  # (clips, n)
     weight = counts.astype(jnp.float32)

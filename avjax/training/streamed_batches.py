@@ -1,7 +1,7 @@
-"""Features that do not fit on the device, read batch by batch through Grain; what does fit is `batching.Resident`.
+"""Features that do not fit on the device, read batch by batch through Grain; those that fit are `batches.Resident`.
 
-The order of clips is the one that resident training draws, so both see the same batches; reading it in several threads
-changes nothing, and a stream begins at any step.
+The order of clips is the one that resident training draws, so both see the same batches, whatever the number of reading
+threads; reading can start at any step.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from avjax.training import standardise as feature_statistics
 from avjax.training.sharding import ALONE, Placement
 from avjax.utils import multihost
 
-# Of the memory where data would be resident, the share that they may take.
+# Fraction of the memory that resident data may take.
 _SHARE = 0.4
-# Padding and decoding make of a packed view at most about so many times its size.
+# Padding and decoding enlarge a packed view at most about this many times.
 _GROWS = 2
-_BLOCK = 64  # clips read at a time where all are read
+_BLOCK = 64  # clips read at a time when all are read
 _THREADS = 4
 _AHEAD = 4  # batches
 
@@ -39,9 +39,9 @@ class Streamed:
 
     Attributes:
       clips: clip number → {batch key: array} without a batch axis, padded to the longest clip.
-      label, group: (n,) or (n, c), and (n,), as in `batching.Resident`.
+      label, group: (n,) or (n, c), and (n,), as in `batches.Resident`.
       groups: number of standardisation groups; 0 = nothing is standardised.
-      constants, task: as in `batching.Resident`.
+      constants, task: as in `batches.Resident`.
     """
 
     clips: Sequence[Mapping[str, np.ndarray]]
@@ -52,7 +52,7 @@ class Streamed:
     task: str = "single"
 
     def rows(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """The streams of the clips `index (…)`, of any shape: key → (…, …); a clip that comes twice is read once."""
+        """Reads the streams of the clips `index (…)`, of any shape: key → (…, …); repeated clips are read once."""
         index = np.minimum(index, len(self.label) - 1)
         wanted, where = np.unique(index, return_inverse=True)
         read = [self.clips[i] for i in wanted.tolist()]
@@ -60,21 +60,21 @@ class Streamed:
         return out | {"label": self.label[index], "group": self.group[index]}
 
     def resident(self, index: np.ndarray) -> batching.Resident:
-        """The clips `index (m,)` alone on the device, numbered from 0."""
+        """Puts the clips `index (m,)` on the device, numbered from 0."""
         rows = self.rows(np.asarray(index))
         group = rows.pop("group")
         streams = {k: jnp.asarray(v) for k, v in rows.items()}
         return batching.Resident(streams, jnp.asarray(group), self.groups, dict(self.constants), self.task)
 
     def blocks(self, part: int = 0, parts: int = 1) -> Iterator[tuple[np.ndarray, batching.Resident]]:
-        """All clips in blocks, or a part of these: their numbers, and them."""
+        """Yields the clips of all blocks, or of one of `parts` of the blocks, with their numbers."""
         for index in np.array_split(np.arange(len(self.label)), range(_BLOCK, len(self.label), _BLOCK))[part::parts]:
             yield index, self.resident(index)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Beside:
-    """Clips on disk, and what of all of them is held in memory."""
+class _WithHeld:
+    """Clips on disk, joined with streams of theirs that are held in memory."""
 
     disk: Packed
     held: Mapping[str, np.ndarray]
@@ -87,7 +87,7 @@ class _Beside:
 
 
 class _Batches:
-    """A random-access source of batches: the clips `index[k] (…)` and `index[k]` itself, for Grain."""
+    """A random-access source for Grain: element k is `index[k] (…)` with its clips."""
 
     def __init__(self, data: Streamed, index: np.ndarray) -> None:
         self._data, self._index = data, index
@@ -100,10 +100,10 @@ class _Batches:
 
 
 def batches(data: Streamed, index: np.ndarray, first: int = 0) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """The clips of each step of `index (steps, …)`, from step `first` on, read ahead by several threads."""
+    """Iterates over the clips of each step of `index (steps, …)` from step `first`, read ahead by several threads."""
     if first >= len(index):
         return iter(())
-    import grain  # imported late: what stays on the device does not wait for it
+    import grain  # imported late: resident data do not need it
 
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
     return iter(grain.MapDataset.source(_Batches(data, index[first:])).to_iter_dataset(options))
@@ -113,42 +113,45 @@ def choose(
     features: Features,
     settings: Settings,
     constants: Mapping[str, Any] = MappingProxyType({}),
-    place: Placement = ALONE,
+    placement: Placement = ALONE,
 ) -> batching.Resident | Streamed:
-    """The data of a run: on the device, or streamed where `data.mode` says so or there is too much of them.
+    """Returns the data of a run: on the device, or streamed where `data.mode` asks for it or memory is too small.
 
     Args:
-      constants: as for `batching.resident`.
-      place: where arrays live. Resident clips are whole on every device; of those that were left on disk each process
+      features: of the data set.
+      settings: of the run.
+      constants: of the model, as for `batches.resident`.
+      placement: where arrays live. Resident clips are replicated on every device; of those left on disk each process
         reads its part.
+
     Raises:
-      AvjaxError: as `batching.resident`.
+      AvjaxError: as `batches.resident`.
     """
     mode, source, standardise = settings.data.mode, settings.model.text_source, settings.protocol.standardise
     size = sum(v.nbytes for v in features.arrays.values())
     if features.packed is None and (mode == "resident" or (mode == "auto" and size <= room())):
-        return batching.resident(features, source, standardise, constants, place.put)
+        return batching.resident(features, source, standardise, constants, placement.put)
     group, groups = batching.groups(features, standardise)
-    shared = place.put({**features.constants, **constants})
+    shared = placement.put({**features.constants, **constants})
     streamed = Streamed(_clips(features, source), features.label, group, groups, shared, features.task)
     root_dataset_preset = features.packed
     if root_dataset_preset and not too_large(*root_dataset_preset, mode):
-        return _read_together(streamed, place)
+        return _read_together(streamed, placement)
     return streamed
 
 
-def _read_together(data: Streamed, place: Placement) -> batching.Resident:
-    """Resident clips, of which each process reads an equal part from disk."""
+def _read_together(data: Streamed, placement: Placement) -> batching.Resident:
+    """Makes clips resident, of which each process reads an equal part from disk."""
     count, processes = len(data.label), jax.process_count()
     each = -(-count // (processes * jax.local_device_count())) * jax.local_device_count()
     mine = np.minimum(np.arange(each) + each * jax.process_index(), count - 1)
-    rows = place.shared_out(data.rows(mine), count)
+    rows = placement.gather_rows(data.rows(mine), count)
     group = rows.pop("group")
     return batching.Resident(rows, group, data.groups, dict(data.constants), data.task)
 
 
 def on_one_device(data: batching.Resident | Streamed) -> batching.Resident | Streamed:
-    """The same clips as one device of this process has them, for work that no other process takes part in."""
+    """Returns the clips as one device of this process has them, for work that other processes take no part in."""
     first = lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree)  # noqa: E731
     if isinstance(data, Streamed):
         return dataclasses.replace(data, constants=first(dict(data.constants)))
@@ -156,7 +159,7 @@ def on_one_device(data: batching.Resident | Streamed) -> batching.Resident | Str
 
 
 def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
-    """Whether a packed view is to be left on disk."""
+    """Returns whether a packed view is to be left on disk."""
     if mode != "auto":
         return mode == "streamed"
     files = tfds.readable(root, dataset, preset).glob("*.array_record*")
@@ -164,28 +167,30 @@ def too_large(root: Path, dataset: str, preset: str, mode: str) -> bool:
 
 
 def room() -> float:
-    """Bytes that resident data may take: a share of the accelerator's memory, or of the machine's on a CPU."""
+    """Returns the bytes that resident data may take: a fraction of the memory of the accelerator, or of the machine."""
     device = jax.local_devices()[0]
     limits = device.memory_stats() if device.platform != "cpu" else None
-    whole = limits["bytes_limit"] if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _SHARE * whole
+    memory = limits["bytes_limit"] if limits else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _SHARE * memory
 
 
 def _clips(features: Features, text_source: str) -> Sequence[Mapping[str, np.ndarray]]:
     if features.packed:
-        here = f"text_{text_source}" in features.arrays
-        disk = Packed(*features.packed, features.clips, "" if here else text_source)
-        held = batching.streams_of(features, text_source if here else "")
-        return _Beside(disk, held) if held else disk
+        in_memory = f"text_{text_source}" in features.arrays
+        disk = Packed(*features.packed, features.clips, "" if in_memory else text_source)
+        held = batching.streams_of(features, text_source if in_memory else "")
+        return _WithHeld(disk, held) if held else disk
     host = batching.streams_of(features, text_source)
     return [{key: array[i] for key, array in host.items()} for i in range(len(features.ids))]
 
 
 def statistics(data: Streamed, counted: np.ndarray) -> feature_statistics.Statistics:
-    """The standardisation statistics of lanes, as `batching.lane_statistics` has them, in two passes over the clips.
+    """Computes the standardisation statistics of lanes, as `batches.lane_statistics`, in two passes over the clips.
 
     Args:
+      data: the clips.
       counted: (lanes, clips), above 0 for clips that count.
+
     Returns:
       stream → (mean, std), each (lanes, groups, d).
     """
@@ -200,15 +205,15 @@ def statistics(data: Streamed, counted: np.ndarray) -> feature_statistics.Statis
 def _summed(
     data: Streamed, counted: np.ndarray, means: Mapping[str, jax.Array] | None
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By stream, steps counted (lanes, groups, 1) and the sums of values, or of squares about `means`."""
-    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+    """Sums by stream: counted steps (lanes, groups, 1), and values, or squared deviations from `means`."""
+    sums: dict[str, tuple[jax.Array, jax.Array]] = {}
     for index, block in data.blocks(jax.process_index(), jax.process_count()):
         added = _block_sums(block, jnp.asarray(counted[:, index]), means)
-        found = jax.tree.map(jnp.add, found, added) if found else added
-    if not found:  # more processes than blocks
+        sums = jax.tree.map(jnp.add, sums, added) if sums else added
+    if not sums:  # more processes than blocks
         index, block = next(data.blocks())
-        found = _block_sums(block, jnp.zeros((len(counted), len(index))), means)
-    return multihost.summed(found)
+        sums = _block_sums(block, jnp.zeros((len(counted), len(index))), means)
+    return multihost.summed(sums)
 
 
 @jax.jit

@@ -93,7 +93,7 @@ def defects(tmp_path_factory):
         "good": {},
         "mute": {"hz": None},
         "digital": {"hz": 0},
-        "heard": {"picture": False},
+        "heard": {"with_video": False},
         "brief": {"seconds": 0.3},
         "slow": {"fps": 5},
         "ten": {"fps": 10},

@@ -73,7 +73,7 @@ def test_rows_are_trained_and_compared(compare, tmp_path, capsys):
     compare("--markdown", "--rows=concat,weighted_sum,lmf")
     shown = capsys.readouterr().out
     rows = [line.removeprefix("| ").split(" | ") for line in shown.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["run", "WAR", "UAR", "95 % of WAR", "WAR − first", "p", "seeds together |"]
+    assert rows[0] == ["run", "WAR", "UAR", "95 % CI of WAR", "WAR − first", "p", "seeds together |"]
     assert [r[0] for r in rows[2:5]] == ["concat", "lmf", "logistic regression, length, lead-in, loudness (of concat)"]
     assert "–" in rows[2][3]
     assert "[" in rows[3][4]
@@ -92,7 +92,7 @@ def test_values_are_compared_without_evidence_over_people(compare, tmp_path, cap
     compare("--markdown", "--rows=concat,lmf")
     shown = capsys.readouterr().out
     rows = [line.removeprefix("| ").split(" | ") for line in shown.splitlines() if line.startswith("| ")]
-    assert rows[0] == ["run", "CCC", "Pearson", "CCC − first", "fold by fold", "seeds together |"]
+    assert rows[0] == ["run", "CCC", "Pearson", "CCC − first", "per fold", "seeds together |"]
     assert [r[0] for r in rows[2:4]] == ["concat", "lmf"]
     assert len(rows[3][4].split()) == 3
     assert "Seeds together: CCC of the mean" in shown

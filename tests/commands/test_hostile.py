@@ -146,7 +146,7 @@ FILES = [
     Case("random.mp4", lambda p: p.write_bytes(np.random.default_rng(0).bytes(50_000)), NO_MEDIA),
     Case("flipped.mp4", lambda p: damaged(p, zero_middle_of_media), frames=range(8, 17), seconds=2.0),
     Case("empty.mp4", lambda p: p.touch(), "an empty file"),
-    Case("sound_only.mp4", lambda p: clips.write_mp4(p, picture=False), picture="no video stream", frames=0),
+    Case("sound_only.mp4", lambda p: clips.write_mp4(p, with_video=False), picture="no video stream", frames=0),
     Case("picture_only.mp4", lambda p: write(p, pattern(), hz=None), sound="no audio stream", seconds=0, hz=None),
     Case("one_frame.mp4", lambda p: write(p, pattern(1), hz=None), sound="no audio stream", frames=1, seconds=0,
          hz=None),

@@ -211,7 +211,7 @@ def test_runs_are_compared_by_ccc(linear, permuted, capsys):
     with flagsaver.flagsaver(markdown=True):
         evaluate.main(["evaluate", str(linear), str(permuted)])
     rows = [line.removeprefix("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line[:2] == "| "]
-    assert rows[0] == ["run", "CCC", "Pearson", "CCC − first", "fold by fold |"]
+    assert rows[0] == ["run", "CCC", "Pearson", "CCC − first", "per fold |"]
     assert [r[0] for r in rows[2:5]] == ["linear", "permuted", "ridge regression, audio (of linear)"]
     assert rows[3][3].startswith("−")
 

@@ -182,9 +182,7 @@ def test_a_finished_run_says_so_and_changes_nothing(features, undisturbed, capsy
 
 
 def test_another_configuration_is_refused_with_the_keys_that_differ(features, undisturbed):
-    with pytest.raises(
-        AvjaxError, match=r"train\.epochs: 12 there, 13 now; train\.seeds: .*; choose another --workdir"
-    ):
+    with pytest.raises(AvjaxError, match=r"train\.epochs: was 12, is 13; train\.seeds: .*; choose another --workdir"):
         train.train(settings(features, train__epochs=13, train__seeds=(1,)), undisturbed)
 
 
@@ -193,7 +191,7 @@ def test_changed_features_are_refused_and_moved_ones_are_not(features, undisturb
     synthetic.write_store(moved, synthetic.make(clips=36, speakers=3, signal=0.4))
     train.train(settings(moved), undisturbed)
     synthetic.write_store(tmp_path / "other", synthetic.make(clips=36, speakers=3, signal=0.5))
-    with pytest.raises(AvjaxError, match="the features have changed since it began"):
+    with pytest.raises(AvjaxError, match="the features have changed since it started"):
         train.train(settings(tmp_path / "other"), undisturbed)
 
 

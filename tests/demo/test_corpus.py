@@ -55,7 +55,7 @@ def test_a_clip_is_made_anew_to_the_byte_and_shows_a_talking_face(tmp_path):
     frames = video.read_frames(paths[0], count=100)
     samples = audio.read_audio(paths[0])
     assert 1.5 < len(samples) / audio.SAMPLE_RATE < 2.9
-    # Picture and sound end together, to a frame and to the padding of the sound's codec.
+    # Video and audio end together, up to a frame and the padding of the audio codec.
     assert abs(frames.times[-1] - len(samples) / audio.SAMPLE_RATE) < 0.25
     assert frames.images.shape[1:] == (224, 224, 3)
     assert audio.prosody(audio.analyse(samples)).f0_median_hz > 0
@@ -64,13 +64,13 @@ def test_a_clip_is_made_anew_to_the_byte_and_shows_a_talking_face(tmp_path):
 def test_make_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     few = corpus.plans()[:3]
     monkeypatch.setattr(corpus, "plans", lambda: few)
-    whole = corpus.clip_path(tmp_path, few[1])
-    whole.parent.mkdir(parents=True)
-    whole.write_bytes(b"made before")
-    (whole.parent / f".{few[0].name}.mp4.123.part").write_bytes(b"of a killed run")
+    existing = corpus.clip_path(tmp_path, few[1])
+    existing.parent.mkdir(parents=True)
+    existing.write_bytes(b"made before")
+    (existing.parent / f".{few[0].name}.mp4.123.part").write_bytes(b"of a killed run")
     corpus.make(tmp_path, QUIET)
-    assert whole.read_bytes() == b"made before"
-    assert sorted(p.name for p in whole.parent.iterdir()) == [".lock", *sorted(f"{p.name}.mp4" for p in few)]
+    assert existing.read_bytes() == b"made before"
+    assert sorted(p.name for p in existing.parent.iterdir()) == [".lock", *sorted(f"{p.name}.mp4" for p in few)]
 
 
 def test_two_do_not_make_it_at_once(tmp_path):
@@ -81,7 +81,7 @@ def test_two_do_not_make_it_at_once(tmp_path):
         corpus.make(tmp_path, QUIET)
 
 
-def test_a_place_that_cannot_be_written_is_a_plain_error(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_plain_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(AvjaxError, match=r"cannot be written.*AVJAX_CACHE"):
         corpus.make(tmp_path / "file" / "demo", QUIET)
@@ -98,7 +98,7 @@ def test_every_emotion_is_one_of_mafw_with_units_that_exist():
 
     assert list(corpus.EMOTIONS) == list(metadata("mafw").classes)
     assert all(set(units) <= set(face.UNITS) for units, _ in corpus.EMOTIONS.values())
-    # No two classes look and sound alike.
+    # No two classes have both the same expression and the same manner.
     assert len({(tuple(sorted(u.items())), m) for u, m in corpus.EMOTIONS.values()}) == 11
 
 
@@ -140,52 +140,52 @@ def tracker():
 
 def shapes(tracker, strengths) -> np.ndarray:
     image = face.portrait().render(strengths)
-    found = tracker.track(video.Frames(image[None], np.zeros(1)))
-    assert found.found.all()
-    return found.blendshapes[0]
+    track = tracker.track(video.Frames(image[None], np.zeros(1)))
+    assert track.present.all()
+    return track.blendshapes[0]
 
 
 @pytest.mark.parametrize("semitones", [-5.0, 0.0, 5.0])
 @pytest.mark.parametrize("rate", [2.8, 5.8])
 def test_voice_has_the_pitch_and_rate_that_were_asked_for(semitones, rate):
-    measured = said(voice.Manner(semitones, rate, 5.0))
+    measured = spoken(voice.Manner(semitones, rate, 5.0))
     assert measured.f0_median_hz == pytest.approx(175 * 2 ** (semitones / 12), rel=0.08)
     assert measured.syllables_per_second == pytest.approx(rate, rel=0.15)
 
 
 def test_voice_has_the_stress_that_was_asked_for():
-    weak, strong = (said(voice.Manner(0.0, 4.1, stress)).stress_db for stress in (1.0, 11.0))
+    weak, strong = (spoken(voice.Manner(0.0, 4.1, stress)).stress_db for stress in (1.0, 11.0))
     assert weak < 6 < 10 < strong
 
 
-def said(manner: voice.Manner) -> audio.Prosody:
+def spoken(manner: voice.Manner) -> audio.Prosody:
     speaker = voice.Speaker(pitch=175, formants=1.0, tilt=-9)
-    sound, openness = voice.speak(speaker, manner, 1.7, np.random.default_rng(3))
-    assert sound.shape == openness.shape
-    assert np.sqrt(np.mean(sound**2)) == pytest.approx(1)
+    samples, openness = voice.speak(speaker, manner, 1.7, np.random.default_rng(3))
+    assert samples.shape == openness.shape
+    assert np.sqrt(np.mean(samples**2)) == pytest.approx(1)
     assert openness.min() >= 0
     assert openness.max() <= 1
-    return audio.prosody(audio.analyse(np.pad(0.05 * sound, 2000).astype(np.float32)))
+    return audio.prosody(audio.analyse(np.pad(0.05 * samples, 2000).astype(np.float32)))
 
 
 def test_length_loudness_and_lead_in_are_drawn_without_regard_to_the_class():
     """The draws come before anything that depends on the class; what is left of it after mixing is loudness."""
     lengths, levels, labels = [], [], []
     for plan in corpus.plans():
-        sound, openness = corpus._sound(plan, np.random.default_rng([corpus._SEED, int(plan.name)]))
-        lengths.append((len(sound), np.argmax(openness > 0)))
-        levels.append(10 * np.log10(np.mean(sound**2)))
+        samples, openness = corpus._audio(plan, np.random.default_rng([corpus._SEED, int(plan.name)]))
+        lengths.append((len(samples), np.argmax(openness > 0)))
+        levels.append(10 * np.log10(np.mean(samples**2)))
         labels.append(list(corpus.EMOTIONS).index(plan.emotion))
     values = np.column_stack([lengths, levels])
     for column in values.T:
         groups = [column[np.array(labels) == c] for c in range(11)]
         assert (
-            _share_explained(groups) < 0.11
+            _variance_explained(groups) < 0.11
         )  # 10 degrees of freedom of 219 explain 0.046 by chance; 0.11 is p = 0.005
 
 
-def _share_explained(groups) -> float:
-    """Variance between groups as a share of all (eta squared)."""
+def _variance_explained(groups) -> float:
+    """Computes the proportion of variance between groups (eta squared)."""
     every = np.concatenate(groups)
     between = sum(len(g) * (g.mean() - every.mean()) ** 2 for g in groups)
     return between / np.sum((every - every.mean()) ** 2)

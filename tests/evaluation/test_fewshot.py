@@ -50,12 +50,12 @@ def plan_of(features=FEATURES, folds=FOLDS) -> lane_plans.LanePlan:
     return lane_plans.plan(features, folds, (7,), how)
 
 
-def read(found=None, features=FEATURES, folds=FOLDS, **more) -> fewshot.ClassifierOutputs:
-    return fewshot.fit(found or made(), features, plan_of(features, folds), SETTINGS | more)
+def read(representations=None, features=FEATURES, folds=FOLDS, **more) -> fewshot.ClassifierOutputs:
+    return fewshot.fit(representations or made(), features, plan_of(features, folds), SETTINGS | more)
 
 
 @pytest.fixture(scope="module")
-def whole() -> fewshot.ClassifierOutputs:
+def full() -> fewshot.ClassifierOutputs:
     return read()
 
 
@@ -74,10 +74,10 @@ def shown(cache: caches.Cache, rows: dict[str, np.ndarray], alpha, beta: float, 
     """Eqs. 2 to 4, clip by clip; `apart`: the clips are the entries, in their order."""
     out = np.zeros((len(next(iter(rows.values()))), len(cache.classes)))
     for i in range(len(out)):
-        there = [m for m in rows if rows[m][i].any()]
-        for m in there:
+        present = [m for m in rows if rows[m][i].any()]
+        for m in present:
             x = np.float64(rows[m][i])
-            out[i] += cache.text @ x / len(there)
+            out[i] += cache.text @ x / len(present)
             for j, key in enumerate(cache.keys[m]):
                 if key.any() and not (apart and i == j):
                     out[i, cache.label[j]] += alpha[m] * np.exp(-beta * (1 - x @ key))
@@ -88,35 +88,35 @@ def uar(scores: np.ndarray, label: np.ndarray) -> float:
     return float(np.mean([np.mean(scores[label == c].argmax(-1) == c) for c in np.unique(label)]))
 
 
-def clips(found, lane: int, where, streams=("video", "audio")) -> dict[str, np.ndarray]:
-    return {m: found[m][lane][where] for m in streams}
+def clips(representations, lane: int, where, streams=("video", "audio")) -> dict[str, np.ndarray]:
+    return {m: representations[m][lane][where] for m in streams}
 
 
 @pytest.mark.parametrize(("lane", "test"), [(0, slice(36, 48)), (1, slice(41, 48))])
-def test_zero_shot_and_cache_answer_as_the_equations_say(whole, lane, test):
-    cache, rows = whole.caches[lane], clips(made(), lane, test)
+def test_zero_shot_and_cache_follow_the_equations(full, lane, test):
+    cache, rows = full.caches[lane], clips(made(), lane, test)
     count = test.stop - test.start
     silent = dict.fromkeys(cache.alpha, 0.0)
-    zero, answer = shown(cache, rows, silent, 1.0), shown(cache, rows, cache.alpha, cache.beta)
-    np.testing.assert_allclose(whole.logits["both_zero"][lane][:count], zero / TEMPERATURE, atol=1e-5)
-    np.testing.assert_allclose(whole.logits["both_cache"][lane][:count], answer / TEMPERATURE, atol=1e-5)
-    assert not whole.logits["both_cache"][lane][count:].any(), "padding"
+    zero, scores = shown(cache, rows, silent, 1.0), shown(cache, rows, cache.alpha, cache.beta)
+    np.testing.assert_allclose(full.logits["both_zero"][lane][:count], zero / TEMPERATURE, atol=1e-5)
+    np.testing.assert_allclose(full.logits["both_cache"][lane][:count], scores / TEMPERATURE, atol=1e-5)
+    assert not full.logits["both_cache"][lane][count:].any(), "padding"
     alone = shown(cache, {"video": rows["video"]}, silent, 1.0)
-    np.testing.assert_allclose(whole.logits["video_zero"][lane][:count], alone / TEMPERATURE, atol=1e-5)
+    np.testing.assert_allclose(full.logits["video_zero"][lane][:count], alone / TEMPERATURE, atol=1e-5)
 
 
-def test_all_heads_of_all_lanes_are_answered(whole):
-    assert sorted(whole.logits) == sorted(HEADS)
-    assert {rows.shape for rows in whole.logits.values()} == {(2, 12, 3)}
-    assert all(np.isfinite(rows).all() for rows in whole.logits.values())
-    assert whole.about["shots"] == [12, 11]
-    assert whole.about["beta"] == [cache.beta for cache in whole.caches]
-    assert whole.about["alpha"] == [dict(cache.alpha) for cache in whole.caches]
+def test_all_heads_of_all_lanes_predict(full):
+    assert sorted(full.logits) == sorted(HEADS)
+    assert {rows.shape for rows in full.logits.values()} == {(2, 12, 3)}
+    assert all(np.isfinite(rows).all() for rows in full.logits.values())
+    assert full.record["shots"] == [12, 11]
+    assert full.record["beta"] == [cache.beta for cache in full.caches]
+    assert full.record["alpha"] == [dict(cache.alpha) for cache in full.caches]
 
 
 @pytest.mark.parametrize("lane", [0, 1])
-def test_alpha_and_beta_are_the_best_on_validation_else_leaving_one_out(whole, lane):
-    cache = whole.caches[lane]
+def test_alpha_and_beta_are_the_best_on_validation_else_leaving_one_out(full, lane):
+    cache = full.caches[lane]
     rows, label = (clips(made(), 0, slice(26, 36)), FEATURES.label[26:36]) if lane == 0 else (cache.keys, cache.label)
     scores = {}
     for beta in BETAS:
@@ -129,25 +129,25 @@ def test_alpha_and_beta_are_the_best_on_validation_else_leaving_one_out(whole, l
     assert chosen > min(scores.values())
 
 
-def test_alpha_and_beta_are_chosen_again_for_tuned_keys(whole):
+def test_alpha_and_beta_are_chosen_again_for_tuned_keys(full):
     given = read(reader="tuned", tune_steps=60, tune_rate=0.1).caches[0]
     held = clips(made(), 0, slice(26, 36)), FEATURES.label[26:36]
     chosen = caches.fit(given, held)
     assert (dict(given.alpha), given.beta) == (dict(chosen.alpha), chosen.beta)
-    assert (dict(given.alpha), given.beta) != (dict(whole.caches[0].alpha), whole.caches[0].beta)
+    assert (dict(given.alpha), given.beta) != (dict(full.caches[0].alpha), full.caches[0].beta)
 
 
-def test_entries_are_a_few_training_clips_of_each_class(whole):
-    for lane, (cache, count) in enumerate(zip(whole.caches, (26, 15), strict=True)):
-        place = np.array([IDS.index(i) for i in cache.ids])
-        assert place.max() < count
+def test_entries_are_a_few_training_clips_of_each_class(full):
+    for lane, (cache, count) in enumerate(zip(full.caches, (26, 15), strict=True)):
+        index = np.array([IDS.index(i) for i in cache.ids])
+        assert index.max() < count
         np.testing.assert_array_equal(np.bincount(cache.label), np.bincount(FEATURES.label[:count]).clip(max=4))
-        np.testing.assert_array_equal(cache.label, FEATURES.label[place])
+        np.testing.assert_array_equal(cache.label, FEATURES.label[index])
         for m, x in made().items():
-            np.testing.assert_array_equal(cache.keys[m], x[lane][place])
+            np.testing.assert_array_equal(cache.keys[m], x[lane][index])
         assert (cache.origin, cache.classes) == (fewshot.origin(made()), FEATURES.classes)
     chosen = caches.few(FEATURES.label[:26], IDS[:26], 3, 4, 7)
-    assert sorted(whole.caches[0].ids) == sorted(IDS[i] for i in chosen)
+    assert sorted(full.caches[0].ids) == sorted(IDS[i] for i in chosen)
 
 
 @pytest.mark.parametrize("reader", ["zero", "cache", "tuned"])
@@ -159,24 +159,24 @@ def test_the_answering_cache_gives_what_the_head_says(reader):
         np.testing.assert_allclose(given.logits[f"both_{reader}"][lane][: len(scores)], scores, atol=1e-5)
 
 
-def test_the_probe_is_a_logistic_regression_of_the_strength_that_validation_chose(whole):
+def test_the_probe_is_a_logistic_regression_of_the_strength_that_validation_chose(full):
     from sklearn.linear_model import LogisticRegression
 
     x, y = np.concatenate([made()[m][0] for m in ("video", "audio")], -1), FEATURES.label
     fits = [LogisticRegression(C=c, max_iter=5000).fit(x[:26], y[:26]) for c in fewshot.STRENGTHS]
     best = max(fits, key=lambda fit: uar(fit.predict_proba(x[26:36]), y[26:36]))
-    np.testing.assert_allclose(whole.logits["both_probe"][0], best.predict_log_proba(x[36:]), atol=1e-6)
+    np.testing.assert_allclose(full.logits["both_probe"][0], best.predict_log_proba(x[36:]), atol=1e-6)
     x = np.concatenate([made()[m][1] for m in ("video", "audio")], -1)
     plain = LogisticRegression(max_iter=5000).fit(x[:15], y[:15])
-    np.testing.assert_allclose(whole.logits["both_probe"][1][:7], plain.predict_log_proba(x[41:]), atol=1e-6)
+    np.testing.assert_allclose(full.logits["both_probe"][1][:7], plain.predict_log_proba(x[41:]), atol=1e-6)
 
 
 @pytest.mark.parametrize("stream", ["video", "audio"])
-def test_one_modality_alone_reads_as_beside_another(whole, stream):
+def test_one_modality_alone_reads_as_beside_another(full, stream):
     given = read({stream: made()[stream]})
     assert sorted(given.logits) == sorted(f"{stream}_{r}" for r in ("zero", "cache", "tuned", "probe"))
     for head, rows in given.logits.items():
-        np.testing.assert_array_equal(rows, whole.logits[head])
+        np.testing.assert_array_equal(rows, full.logits[head])
     assert given.caches[0].modalities == (stream,)
 
 
@@ -206,7 +206,7 @@ def training_loss(cache: caches.Cache, rows, label: np.ndarray) -> float:
     return total / len(label)
 
 
-def begun(streams=("video", "audio")):
+def initial(streams=("video", "audio")):
     rows, label = clips(made(), 0, slice(0, 26), streams), FEATURES.label[:26]
     empty = caches.empty(FEATURES.classes, FEATURES.constants["classes"], streams, "run")
     chosen = caches.few(label, IDS[:26], 3, 4, 7)
@@ -216,7 +216,7 @@ def begun(streams=("video", "audio")):
 
 
 def test_tuning_lowers_the_training_loss_and_keeps_the_rest():
-    cache, rows, label = begun()
+    cache, rows, label = initial()
     tuned = fewshot.tune(cache, rows, label, 60, 0.01)
     asked = [i for i, name in enumerate(IDS[:26]) if name not in cache.ids]  # tuned keys are no clip's features
     some = {m: x[asked] for m, x in rows.items()}
@@ -229,8 +229,8 @@ def test_tuning_lowers_the_training_loss_and_keeps_the_rest():
 
 
 def test_the_first_step_goes_against_the_slope_of_the_loss_without_ones_own_entry():
-    """Adam's first step has the sign of the gradient, found here by differences of the restated loss."""
-    cache, rows, label = begun(("video",))
+    """Adam's first step has the sign of the gradient, computed by differences of the restated loss."""
+    cache, rows, label = initial(("video",))
     cache = dataclasses.replace(cache, alpha={"video": 1.0})
     tuned = fewshot.tune(cache, rows, label, 1, 1e-3)
     moved = tuned.keys["video"] - cache.keys["video"]
@@ -245,7 +245,7 @@ def test_the_first_step_goes_against_the_slope_of_the_loss_without_ones_own_entr
 
 
 def asked_apart(cache: caches.Cache, rows, label: np.ndarray, entry: int, step: np.ndarray) -> float:
-    """The training loss with one key moved by `step`; who is an entry is told by the keys before."""
+    """The training loss with one key moved by `step`; the keys before decide which clips are entries."""
     keys, total = np.float64(cache.keys["video"]), 0.0
     moved = keys.copy()
     moved[entry] = unit(moved[entry] + step)
@@ -260,7 +260,7 @@ def asked_apart(cache: caches.Cache, rows, label: np.ndarray, entry: int, step: 
 
 
 def test_an_entry_that_lacks_a_modality_stays_without():
-    cache, rows, label = begun()
+    cache, rows, label = initial()
     cache = caches.add(cache, [IDS[3], IDS[5]], ["class0", "class1"], {m: x[[3, 5]] for m, x in rows.items()})
     tuned = fewshot.tune(cache, rows, label, 5, 0.1)
     assert not tuned.keys["audio"][tuned.ids.index(IDS[3])].any()
@@ -272,12 +272,12 @@ def test_an_entry_that_lacks_a_modality_stays_without():
 
 def poisoned(where: slice, features: bool):
     """Features and labels with others for some clips."""
-    found, label = made(), FEATURES.label.copy()
+    changed, label = made(), FEATURES.label.copy()
     label[where] = (label[where] + 1) % 3
     if features:
         for m, x in made(9).items():
-            found[m][:, where] = x[:, where]
-    return found, dataclasses.replace(FEATURES, label=label)
+            changed[m][:, where] = x[:, where]
+    return changed, dataclasses.replace(FEATURES, label=label)
 
 
 def same(a: caches.Cache, b: caches.Cache) -> None:
@@ -285,34 +285,34 @@ def same(a: caches.Cache, b: caches.Cache) -> None:
     jax.tree.map(np.testing.assert_array_equal, dict(a.keys), dict(b.keys))
 
 
-def test_test_clips_play_no_part_but_to_be_answered(whole):
+def test_test_clips_play_no_part_but_to_be_predicted(full):
     given = read(*poisoned(slice(41, 48), features=False))
-    assert differ(whole, given) == set()
-    # The first lane tests clips 36 to 40 too: their answers stay.
+    assert differ(full, given) == set()
+    # The first lane tests clips 36 to 40 too: their predictions stay.
     given = read(*poisoned(slice(41, 48), features=True))
     for lane, cache in enumerate(given.caches):
-        same(cache, whole.caches[lane])
+        same(cache, full.caches[lane])
     for head, rows in given.logits.items():
-        np.testing.assert_array_equal(rows[0, :5], whole.logits[head][0, :5])
-        assert np.abs(rows[0, 5:] - whole.logits[head][0, 5:]).max() > 1e-3
+        np.testing.assert_array_equal(rows[0, :5], full.logits[head][0, :5])
+        assert np.abs(rows[0, 5:] - full.logits[head][0, 5:]).max() > 1e-3
 
 
-def test_validation_labels_move_only_what_is_fitted(whole):
+def test_validation_labels_move_only_what_is_fitted(full):
     given = read(*poisoned(slice(26, 36), features=False))
-    assert not {head for head in differ(whole, given) if head.endswith("_zero")}
-    assert "both_cache" in differ(whole, given)
-    assert given.caches[0].ids == whole.caches[0].ids
-    jax.tree.map(np.testing.assert_array_equal, dict(given.caches[0].keys), dict(whole.caches[0].keys))
-    assert (dict(given.caches[0].alpha), given.caches[0].beta) != (dict(whole.caches[0].alpha), whole.caches[0].beta)
+    assert not {head for head in differ(full, given) if head.endswith("_zero")}
+    assert "both_cache" in differ(full, given)
+    assert given.caches[0].ids == full.caches[0].ids
+    jax.tree.map(np.testing.assert_array_equal, dict(given.caches[0].keys), dict(full.caches[0].keys))
+    assert (dict(given.caches[0].alpha), given.caches[0].beta) != (dict(full.caches[0].alpha), full.caches[0].beta)
     for head, rows in given.logits.items():
-        np.testing.assert_array_equal(rows[1], whole.logits[head][1])  # which has other clips
+        np.testing.assert_array_equal(rows[1], full.logits[head][1])  # which has other clips
 
 
-def test_a_lane_reads_the_same_alone(whole):
+def test_a_lane_reads_the_same_alone(full):
     for lane, count in ((0, 12), (1, 7)):
         given = read({m: x[lane : lane + 1] for m, x in made().items()}, folds=FOLDS[lane : lane + 1])
         for head, rows in given.logits.items():
-            np.testing.assert_allclose(rows[0], whole.logits[head][lane, :count], atol=1e-9)
+            np.testing.assert_allclose(rows[0], full.logits[head][lane, :count], atol=1e-9)
 
 
 def test_who_answers_is_said():
@@ -322,8 +322,8 @@ def test_who_answers_is_said():
     assert fewshot.described(plan_of(), settings) == f"head: 4-shot cache, alpha and beta {both}"
     for folds, how in ((FOLDS[:1], searched), (FOLDS[1:], left_out)):
         settings["reader"] = "tuned"
-        told = fewshot.described(plan_of(folds=folds), settings)
-        assert told == f"head: 4-shot cache with tuned keys, alpha and beta {how}"
+        described = fewshot.described(plan_of(folds=folds), settings)
+        assert described == f"head: 4-shot cache with tuned keys, alpha and beta {how}"
         settings["reader"] = "zero"
         assert fewshot.described(plan_of(folds=folds), settings) == "head: zero-shot"
 
@@ -331,8 +331,8 @@ def test_who_answers_is_said():
 # ---- Files, and lanes together -------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read_again(whole, tmp_path):
-    fewshot.write(tmp_path, whole, made(), FEATURES, plan_of())
+def test_what_is_written_is_read_again(full, tmp_path):
+    fewshot.write(tmp_path, full, made(), FEATURES, plan_of())
     kept = fewshot.read_representations(tmp_path)
     for m, x in made().items():
         np.testing.assert_array_equal(kept[m], x)
@@ -340,17 +340,17 @@ def test_what_is_written_is_read_again(whole, tmp_path):
     assert kept["speaker"].tolist() == FEATURES.speakers
     np.testing.assert_array_equal(kept["label"], FEATURES.label)
     assert [np.flatnonzero(row).tolist() for row in kept["tested"]] == [[*range(36, 48)], [*range(41, 48)]]
-    for cache, again in zip(whole.caches, fewshot.read_caches(tmp_path, plan_of().names), strict=True):
+    for cache, again in zip(full.caches, fewshot.read_caches(tmp_path, plan_of().names), strict=True):
         same(cache, again)
     (one,) = fewshot.read_caches(tmp_path, [("b", 7)])
-    same(one, whole.caches[1])
+    same(one, full.caches[1])
     with pytest.raises(AvjaxError, match=r"c-7\.npz"):
         fewshot.read_caches(tmp_path, [("c", 7)])
 
 
 @pytest.mark.parametrize("content", [None, b"", b"noise" * 9, b"cut"])
-def test_damaged_features_are_told(whole, tmp_path, content):
-    fewshot.write(tmp_path, whole, made(), FEATURES, plan_of())
+def test_damaged_features_are_refused(full, tmp_path, content):
+    fewshot.write(tmp_path, full, made(), FEATURES, plan_of())
     path = tmp_path / fewshot.REPRESENTATIONS
     path.write_bytes(path.read_bytes()[:-200] if content == b"cut" else content or b"")
     if content is None:
@@ -365,11 +365,11 @@ def test_features_of_two_runs_have_two_origins():
 
 
 def test_cosines_of_joined_features_are_the_means_over_lanes():
-    found = made()
-    for m, x in fewshot.joined(found).items():
+    lanes = made()
+    for m, x in fewshot.joined(lanes).items():
         assert x.shape == (48, 12)
         assert x.dtype == np.float32
-        np.testing.assert_allclose(x @ x.T, np.mean(found[m] @ found[m].transpose(0, 2, 1), 0), atol=1e-6)
+        np.testing.assert_allclose(x @ x.T, np.mean(lanes[m] @ lanes[m].transpose(0, 2, 1), 0), atol=1e-6)
         assert not x[{"video": 5, "audio": 3}[m]].any()
 
 
@@ -381,14 +381,14 @@ def test_the_mismatch_of_queries_is_measured_on_training_clips():
     """Of a run that was not trained: with and without the label, by an independent count."""
     run = prompted.Run(prompted.make(signal=1.0))
     given = (run.model, run.state, run.plan, run.data, run.features, run.represented())
-    found = fewshot.remarks(*given)["query"]
+    query = fewshot.remarks(*given)["query"]
     lanes = jax.device_get(run.plan.lanes)
-    for name, told in (("with_label", True), ("without_label", False)):
-        x, scores = run.represented(with_label=told)["video"], []
+    for name, with_label in (("with_label", True), ("without_label", False)):
+        x, scores = run.represented(with_label=with_label)["video"], []
         for lane in range(2):
             train = lanes.train[lane][lanes.train_weight[lane] > 0]
-            answers = x[lane, train] @ run.features.constants["classes"].T
-            scores.append(uar(answers, run.features.label[train]))
-        assert found[name] == pytest.approx(np.mean(scores))
+            logits = x[lane, train] @ run.features.constants["classes"].T
+            scores.append(uar(logits, run.features.label[train]))
+        assert query[name] == pytest.approx(np.mean(scores))
     silent = run.model.replace(module=run.model.module.clone(label_in_query=False))
     assert fewshot.remarks(silent, *given[1:]) == {}

@@ -48,7 +48,7 @@ def same(a: Cache, b: Cache) -> bool:
 
 
 def by_hand() -> Cache:
-    """Two classes with texts along the axes; an entry of joy, with sound alone, and two of anger."""
+    """Two classes with texts along the axes; an entry of joy, with audio alone, and two of anger."""
     base = empty(("anger", "joy"), np.eye(2), MODALITIES, "")
     keys = {"video": [[1, 0], [0, 1], [0, 0]], "audio": [[0, 1], [0, 0], [0.6, 0.8]]}
     entered = add(base, ["a", "b", "c"], ["anger", "anger", "joy"], {k: np.array(v) for k, v in keys.items()})
@@ -57,7 +57,7 @@ def by_hand() -> Cache:
 
 def test_scores_by_hand():
     clips = {"video": np.array([[0.6, 0.8], [0, 0]]), "audio": np.array([[1.0, 0], [0, 1]])}
-    # Eq. 2: both modalities; sound alone.
+    # Eq. 2: both modalities; audio alone.
     np.testing.assert_allclose(zero_shot(by_hand(), clips), [[0.8, 0.4], [0, 1]], rtol=1e-6)
     # Eqs. 3 and 4. First clip: anger by video at cosines 0.6 and 0.8 and by audio at 0, joy by audio at 0.6; second
     # clip: by audio alone, at 1 and 0.8.
@@ -93,21 +93,21 @@ def predicted(cache: Cache, features) -> list[list[float]]:
 def test_scores_against_plain_loops(rows, monkeypatch):
     monkeypatch.setattr(caching, "_ROWS", rows)
     features = lacking(np.random.default_rng(1), 5)
-    found = predict(filled(), features)
-    np.testing.assert_allclose(found, predicted(filled(), features), rtol=1e-12)
-    assert not found[3].any(), "a clip without any modality"
+    scores = predict(filled(), features)
+    np.testing.assert_allclose(scores, predicted(filled(), features), rtol=1e-12)
+    assert not scores[3].any(), "a clip without any modality"
     np.testing.assert_array_equal(predict(filled(0), features), zero_shot(filled(0), features))
 
 
 def test_a_missing_modality_leaves_the_classifier_of_the_other():
     both = filled()
-    sound = units(np.random.default_rng(1), 4, 6)
+    audio = units(np.random.default_rng(1), 4, 6)
     alone = dataclasses.replace(both, keys={"audio": both.keys["audio"]}, alpha={"audio": both.alpha["audio"]})
-    expected = predict(alone, {"audio": sound})
-    for clips in ({"audio": sound}, {"audio": sound, "video": np.zeros((4, 6))}):
+    expected = predict(alone, {"audio": audio})
+    for clips in ({"audio": audio}, {"audio": audio, "video": np.zeros((4, 6))}):
         np.testing.assert_allclose(predict(both, clips), expected, rtol=1e-12)
     silent = dataclasses.replace(both, alpha={"video": 0, "audio": both.alpha["audio"]})
-    np.testing.assert_allclose(predict(silent, {"audio": sound}), expected, rtol=1e-12)
+    np.testing.assert_allclose(predict(silent, {"audio": audio}), expected, rtol=1e-12)
 
 
 def test_clips_are_for_themselves():
@@ -170,17 +170,17 @@ def test_a_correction_of_a_correction_takes_its_place():
     assert predict(corrected, {"audio": new})[0, 2] > predict(cache, {"audio": new})[0, 2]
 
 
-SOUND = {"audio": np.eye(6)[:1]}
+AUDIO = {"audio": np.eye(6)[:1]}
 WRONG = {
-    "nearest class": (["x"], ["angre"], SOUND, "label 'angre'; did you mean 'anger'"),
-    "no class": (["x"], [7], SOUND, "expected one of anger, joy, neutral"),
+    "nearest class": (["x"], ["angre"], AUDIO, "label 'angre'; did you mean 'anger'"),
+    "no class": (["x"], [7], AUDIO, "expected one of anger, joy, neutral"),
     "twice": (["x", "x"], ["joy", "joy"], {"audio": np.eye(6)[:2]}, "'x' comes twice"),
     "nan": (["x"], ["joy"], {"audio": np.full((1, 6), np.nan)}, "length nan; expected 1"),
     "inf": (["x"], ["joy"], {"audio": np.full((1, 6), np.inf)}, "length inf; expected 1"),
     "length": (["x"], ["joy"], {"audio": 2 * np.eye(6)[:1]}, "features of audio, row 6: length 2;.*divide"),
-    "empty id": ([""], ["joy"], SOUND, "names are of 1 to 1000 characters"),
-    "long id": (["x" * 1001], ["joy"], SOUND, "names are of 1 to 1000 characters"),
-    "zero in id": (["x\0"], ["joy"], SOUND, "none of them 0"),
+    "empty id": ([""], ["joy"], AUDIO, "names are of 1 to 1000 characters"),
+    "long id": (["x" * 1001], ["joy"], AUDIO, "names are of 1 to 1000 characters"),
+    "zero in id": (["x\0"], ["joy"], AUDIO, "none of them 0"),
 }
 
 
@@ -222,10 +222,10 @@ def test_a_cache_is_consistent(match):
 
 def test_a_cache_has_a_limit():
     base, count = empty(("joy",), np.ones((1, 1)), ("audio",), ""), 16_385
-    ids, labels, sound = [f"c{i}" for i in range(count)], ["joy"] * count, np.ones((count, 1))
-    check(add(base, ids[1:], labels[1:], {"audio": sound[1:]}))
+    ids, labels, audio = [f"c{i}" for i in range(count)], ["joy"] * count, np.ones((count, 1))
+    check(add(base, ids[1:], labels[1:], {"audio": audio[1:]}))
     with pytest.raises(AvjaxError, match="entries: 16385; expected 0 to 16384"):
-        check(add(base, ids, labels, {"audio": sound}))
+        check(add(base, ids, labels, {"audio": audio}))
 
 
 # ---- Leave-one-out ------------------------------------------------------------------------------------------------
@@ -243,8 +243,8 @@ def test_votes_apart_are_removing_each(rows, monkeypatch):
     cache = filled()
     own = np.stack([*cache.keys.values()]).astype(np.float64)
     votes = caching._votes(cache, own, (cache.beta,), apart=True)[0]
-    found = caching.combined(zero_shot(cache, cache.keys), votes, np.array([*cache.alpha.values()]))
-    np.testing.assert_allclose(found, leave_one_out(cache), rtol=1e-12, atol=1e-15)
+    scores = caching.combined(zero_shot(cache, cache.keys), votes, np.array([*cache.alpha.values()]))
+    np.testing.assert_allclose(scores, leave_one_out(cache), rtol=1e-12, atol=1e-15)
 
 
 # ---- Alpha and beta -----------------------------------------------------------------------------------------------
@@ -293,10 +293,10 @@ def test_fit_takes_the_best_of_its_grid(held_out, noise, monkeypatch):
         return round(-recall, 9), round(entropy, 9), choice
 
     best = min(itertools.product(itertools.product(caching.ALPHAS, repeat=2), caching.BETAS), key=cost)
-    found = fit(cache, (features, label) if held_out else None)
-    assert (tuple(found.alpha.values()), found.beta) == best
+    fitted = fit(cache, (features, label) if held_out else None)
+    assert (tuple(fitted.alpha.values()), fitted.beta) == best
     assert scored(*best)[0] >= scored((0, 0), 1.375)[0], "never worse than the texts alone"
-    assert same(dataclasses.replace(found, alpha=cache.alpha, beta=cache.beta), cache)
+    assert same(dataclasses.replace(fitted, alpha=cache.alpha, beta=cache.beta), cache)
 
 
 def test_fit_helps_where_the_cache_knows_more_than_the_texts():
@@ -309,15 +309,15 @@ def test_fit_helps_where_the_cache_knows_more_than_the_texts():
 def test_fit_prefers_the_smaller_of_equals():
     # Nothing votes, so that all of the grid is one.
     cache = empty(CLASSES, np.eye(3), MODALITIES, "")
-    found = fit(cache, ({"audio": np.eye(3)}, np.arange(3)))
-    assert (dict(found.alpha), found.beta) == ({"video": 0, "audio": 0}, caching.BETAS[0])
+    fitted = fit(cache, ({"audio": np.eye(3)}, np.arange(3)))
+    assert (dict(fitted.alpha), fitted.beta) == ({"video": 0, "audio": 0}, caching.BETAS[0])
 
 
 def test_held_out_labels_choose_alpha_and_beta_and_nothing_else():
     cache, (features, label, _) = learnt(noise=1.0), task(1, 40, 1.0)
     for poisoned in (label, (label + 1) % 3):
-        found = fit(cache, (features, poisoned))
-        assert same(dataclasses.replace(found, alpha=cache.alpha, beta=cache.beta), cache)
+        fitted = fit(cache, (features, poisoned))
+        assert same(dataclasses.replace(fitted, alpha=cache.alpha, beta=cache.beta), cache)
     wild = {m: -v for m, v in features.items()}
     assert same(fit(fit(cache, (wild, (label + 1) % 3))), fit(cache)), "a fit begins anew"
 

@@ -58,15 +58,15 @@ def npy(array: np.ndarray) -> bytes:
 
 KEYS = np.stack(list(filled().keys.values()))
 HOSTILE = {
-    "pickle": (lambda: packed(ids=np.array([Trap()] * 9, object)), "no cache that can be read.*allow_pickle"),
+    "pickle": (lambda: packed(ids=np.array([Trap()] * 9, object)), "not a readable cache.*allow_pickle"),
     "truncated": (lambda: packed()[:-200], "BadZipFile"),
     "half": (lambda: packed()[: len(packed()) // 2], "BadZipFile"),
     "damaged": (lambda: packed().replace(KEYS.tobytes(), (KEYS * 0.9).tobytes()), "CRC"),
     "empty": (lambda: b"", "BadZipFile"),
     "text": (lambda: b"a,b\n1,2\n", "BadZipFile"),
     "npy": (lambda: npy(np.eye(3)), "BadZipFile"),
-    "other npz": (lambda: packed(format=None), "is no 'avjax cache 1'"),
-    "other format": (lambda: packed(format=np.array("avjax cache 2")), "is no 'avjax cache 1'"),
+    "other npz": (lambda: packed(format=None), "not 'avjax cache 1'"),
+    "other format": (lambda: packed(format=np.array("avjax cache 2")), "not 'avjax cache 1'"),
     "missing": (lambda: packed(label=None), "label is missing or of another kind"),
     "dtype": (lambda: packed(keys=np.float64(KEYS)), "keys is missing or of another kind"),
     "axes": (lambda: packed(keys=KEYS[0]), "keys is missing or of another kind"),
@@ -116,8 +116,8 @@ def test_a_file_that_is_not_there_or_cannot_be_written(tmp_path):
 
 
 def test_every_truncation_is_refused(tmp_path):
-    whole, path = packed(), tmp_path / "cache.npz"
-    for size in range(0, len(whole), 97):
-        path.write_bytes(whole[:size])
+    content, path = packed(), tmp_path / "cache.npz"
+    for size in range(0, len(content), 97):
+        path.write_bytes(content[:size])
         with pytest.raises(AvjaxError):
             load(path)

@@ -22,7 +22,7 @@ PROTOCOL = config.settings("configs/etg_folder.py").protocol
 
 @pytest.fixture(scope="module")
 def measured():
-    """Made-up answers over lanes with unequal test parts: (features, plan, rows, metrics)."""
+    """Made-up predictions over lanes with unequal test parts: (features, plan, rows, metrics)."""
     features = synthetic.make(clips=30, speakers=3)
     ids = features.ids
     folds = [Fold("a", tuple(ids[10:]), tuple(ids[:10])), Fold("b", tuple(ids[:23]), tuple(ids[23:]))]
@@ -69,20 +69,22 @@ def test_predictions_are_plain_arrays_of_real_clips(measured, tmp_path):
 
 def test_scores_can_be_made_again_from_the_predictions(measured):
     _, _, rows, metrics = measured
-    answer = rows["logits_fusion"].argmax(-1)
+    predicted = rows["logits_fusion"].argmax(-1)
     for fold in metrics["folds"]:
         chosen = (rows["fold"] == fold["fold"]) & (rows["seed"] == fold["seed"])
-        assert fold["war"] == pytest.approx(accuracy_score(rows["label"][chosen], answer[chosen]), abs=1e-12)
-        assert fold["uar"] == pytest.approx(balanced_accuracy_score(rows["label"][chosen], answer[chosen]), abs=1e-12)
+        assert fold["war"] == pytest.approx(accuracy_score(rows["label"][chosen], predicted[chosen]), abs=1e-12)
+        assert fold["uar"] == pytest.approx(
+            balanced_accuracy_score(rows["label"][chosen], predicted[chosen]), abs=1e-12
+        )
     for key in ("war", "uar"):
         scores = [f[key] for f in metrics["folds"]]
         assert metrics["mean"][key] == pytest.approx(np.mean(scores))
         assert metrics["std"][key] == pytest.approx(np.std(scores))
-    assert metrics["pooled"]["war"] == pytest.approx(accuracy_score(rows["label"], answer))
+    assert metrics["pooled"]["war"] == pytest.approx(accuracy_score(rows["label"], predicted))
     assert metrics["pooled"] | {"f1": metrics["f1"]["weighted"]} == metrics["heads"]["fusion"]
     other = balanced_accuracy_score(rows["label"], rows["logits_audio"].argmax(-1))
     assert metrics["heads"]["audio"]["uar"] == pytest.approx(other)
-    assert metrics["f1"]["macro"] == pytest.approx(f1_score(rows["label"], answer, average="macro"))
+    assert metrics["f1"]["macro"] == pytest.approx(f1_score(rows["label"], predicted, average="macro"))
     assert np.sum(metrics["confusion"]) == len(rows["label"])
 
 
@@ -108,7 +110,7 @@ def test_examples_show_tested_clips_once_with_their_answer(measured):
     assert results.examples(features, rows, "constant") == []
 
 
-# ---- Values, and yes or no ----------------------------------------------------------------------------------------
+# ---- Regression and multi-label -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[synthetic.values, synthetic.questions], ids=["regression", "multilabel"])
@@ -121,8 +123,8 @@ def other(request):
     noise = rng.normal(size=(2, 2, 12, 3)).astype(np.float32)
     logits = {h: features.label[None, :12] + 0.6 * v - 0.5 for h, v in zip(("chosen", "video"), noise, strict=True)}
     rows = results.predictions(features, plan, logits)
-    about = {"best_epoch": [3, 4], "head": ["video", "audio"]}
-    return features, rows, results.measure(features, plan, rows, about, "how", {})
+    lanes = {"best_epoch": [3, 4], "head": ["video", "audio"]}
+    return features, rows, results.measure(features, plan, rows, lanes, "how", {})
 
 
 def test_other_tasks_are_measured_by_their_own_scores(other):
@@ -221,8 +223,8 @@ def test_the_yardstick_of_values_is_ridge_regression():
         train, test = who != speaker, who == speaker
         mean, std = pooled[train].mean(0), pooled[train].std(0)
         model = Ridge(1.0).fit((pooled[train] - mean) / std, features.label[train])
-        answer = model.predict((pooled[test] - mean) / std)
-        errors.append(np.sqrt(np.square(answer - features.label[test]).mean(0)).mean())
+        predicted = model.predict((pooled[test] - mean) / std)
+        errors.append(np.sqrt(np.square(predicted - features.label[test]).mean(0)).mean())
     assert ours["mean"]["rmse"] == pytest.approx(np.mean(errors), rel=1e-3)
     assert ours["mean"]["ccc"] > 0.9
 
@@ -242,7 +244,7 @@ def test_seeds_together_are_the_mean_of_their_probabilities(measured):
     for fold in metrics["together"]["folds"]:
         chosen = rows["fold"] == fold["fold"]
         seeds = [chosen & (rows["seed"] == s) for s in (42, 43)]
-        shares = [np.exp(v := rows["logits_fusion"][c]) / np.exp(v).sum(-1, keepdims=True) for c in seeds]
-        right = np.mean(shares, 0).argmax(-1) == rows["label"][seeds[0]]
+        probabilities = [np.exp(v := rows["logits_fusion"][c]) / np.exp(v).sum(-1, keepdims=True) for c in seeds]
+        right = np.mean(probabilities, 0).argmax(-1) == rows["label"][seeds[0]]
         assert fold["war"] == pytest.approx(right.mean())
     assert [f["fold"] for f in metrics["together"]["folds"]] == ["a", "b"]

@@ -1,4 +1,4 @@
-"""Intervals and paired tests: hand-made predictions whose answer is known."""
+"""Intervals and paired tests: hand-made predictions with known results."""
 
 import numpy as np
 import pytest
@@ -24,10 +24,10 @@ def rows(right, speakers=None, seeds: int = 1) -> dict[str, np.ndarray]:
 
 def test_units_are_speakers_where_known_and_seeds_are_averaged():
     speakers = np.array(["a", "b", "b", "a"])
-    found = significance.units(rows(np.array([[1, 0], [1, 1], [0, 0], [1, 1]], bool), speakers, seeds=2))
-    assert (found.kind, found.names) == ("speaker", ("a", "b"))
-    np.testing.assert_allclose(found.right, [1.5, 1.0])
-    np.testing.assert_allclose(found.count, [2, 2])
+    units = significance.units(rows(np.array([[1, 0], [1, 1], [0, 0], [1, 1]], bool), speakers, seeds=2))
+    assert (units.kind, units.names) == ("speaker", ("a", "b"))
+    np.testing.assert_allclose(units.right, [1.5, 1.0])
+    np.testing.assert_allclose(units.count, [2, 2])
     assert significance.units(rows([True, False])).kind == "clip"
     assert significance.units(rows([True, False], np.array(["a", "a"]))).kind == "clip", "one speaker is no sample"
 
@@ -51,16 +51,16 @@ def test_a_paired_difference_has_the_p_of_all_exchanges():
     speakers = np.repeat(list("abcdef"), 4)
     first = np.tile([1, 1, 0, 0], 6) > 0
     ours = np.tile([1, 1, 1, 0], 6) > 0
-    found = significance.evidence(*(significance.units(rows(r, speakers)) for r in (ours, first)))
-    assert found.p == pytest.approx(2 / 64)
-    assert found.difference == pytest.approx((0.25, 0.25, 0.25))
+    evidence = significance.evidence(*(significance.units(rows(r, speakers)) for r in (ours, first)))
+    assert evidence.p == pytest.approx(2 / 64)
+    assert evidence.difference == pytest.approx((0.25, 0.25, 0.25))
     same = significance.evidence(*(significance.units(rows(first, speakers)) for _ in range(2)))
     assert same.p == 1
     assert same.difference == (0, 0, 0)
 
 
 def test_other_clips_cannot_be_compared():
-    with pytest.raises(AvjaxError, match="predicted other clips"):
+    with pytest.raises(AvjaxError, match="tested on different clips"):
         significance.evidence(significance.units(rows([True] * 4)), significance.units(rows([True] * 5)))
 
 

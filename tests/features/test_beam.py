@@ -43,7 +43,7 @@ fsspec.register_implementation("gs", Cloud, clobber=True)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Films with and without audio, a sound, and a file that is neither."""
+    """Films with and without audio, an audio file, and a file that is neither."""
     root = tmp_path_factory.mktemp("data") / "R"
     rows = [(f"c{i}.mp4", ("sad", "angry")[i % 2]) for i in range(5)]
     for i, (name, _) in enumerate(rows):
@@ -142,16 +142,16 @@ def test_store_and_media_may_be_on_cloud_storage(data, local, tmp_path):
     (bucket / "media").mkdir(parents=True)
     for path in data.iterdir():
         (bucket / "media" / path.name).write_bytes(path.read_bytes())
-    there = {"PYTHONPATH": f"{tmp_path / 'site'}:{REPOSITORY}", "CLOUD": str(tmp_path / "cloud"),
+    environment_of_cloud = {"PYTHONPATH": f"{tmp_path / 'site'}:{REPOSITORY}", "CLOUD": str(tmp_path / "cloud"),
              "AVJAX_CACHE": str(paths.cache())}  # fmt: skip
-    extract(data, "gs://bucket/F", "--runner=DirectRunner", "--media=gs://bucket/media", **there)
+    extract(data, "gs://bucket/F", "--runner=DirectRunner", "--media=gs://bucket/media", **environment_of_cloud)
     assert not list(data.parent.glob("F*"))
     assert entry(bucket / "F")["content"] == entry(local)["content"]
     assert examples_hash(bucket / "F") == examples_hash(local)
     trained = subprocess.run(
         [sys.executable, "-m", "avjax.train", "--config", "configs/fusion_folder.py:concat", "--config.train.epochs=1",
          "--config.data.features=gs://bucket/F", "--config.protocol.fold_count=2", f"--workdir={tmp_path / 'W'}"],
-        cwd=REPOSITORY, env=os.environ | there, capture_output=True, text=True,
+        cwd=REPOSITORY, env=os.environ | environment_of_cloud, capture_output=True, text=True,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[-2000:]
     assert json.loads((tmp_path / "W/metrics.json").read_text())["counts"]["used"] == 6
@@ -159,7 +159,7 @@ def test_store_and_media_may_be_on_cloud_storage(data, local, tmp_path):
 
 def test_a_machine_that_would_make_other_features_is_refused(tmp_path):
     with pytest.raises(AvjaxError, match="would make audio otherwise"):
-        beam._Held(str(tmp_path), presets.PRESETS["lite"], {"audio": "of another version"})
+        beam._SharedExtractor(str(tmp_path), presets.PRESETS["lite"], {"audio": "of another version"})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One clip → its features: what is lacking is empty and said, a part has its own clock, keys follow what matters."""
+"""One clip → its features: missing modalities are empty, a part has its own clock, keys follow what matters."""
 
 import dataclasses
 import os
@@ -31,12 +31,12 @@ class Everywhere:
     """A tracker that finds the same face in all frames but the second."""
 
     def track(self, frames, before=None) -> Faces:
-        found = faces._empty(len(frames.times), several=0)
-        found.found[:] = True
-        found.boxes[:] = (4, 4, 24, 24)
+        track = faces._empty(len(frames.times), several=0)
+        track.present[:] = True
+        track.boxes[:] = (4, 4, 24, 24)
         if before is None:
-            found.found[1:2], found.boxes[1:2] = False, 0
-        return found
+            track.present[1:2], track.boxes[1:2] = False, 0
+        return track
 
 
 def measure(path, tracker=None, staged=None, wanted=(), settings=LITE, **columns):
@@ -49,15 +49,15 @@ def measure(path, tracker=None, staged=None, wanted=(), settings=LITE, **columns
     return (made, raw) if wanted else made
 
 
-def piled(pile):
-    """All that is on a pile."""
-    return np.concatenate(list(pile.blocks(7)))
+def spooled(spool):
+    """All arrays of a spool."""
+    return np.concatenate(list(spool.blocks(7)))
 
 
 WITH_FACES = dataclasses.replace(LITE, image=presets.Encoding("any"))
 
 
-def test_clip_with_picture_and_sound(tmp_path):
+def test_clip_with_video_and_audio(tmp_path):
     made = measure(clips.write_mp4(tmp_path / "a.mp4", seconds=2, hz=150))
     video, audio = made["video"], made["audio"]
     t, s = len(video["video"]), len(audio["audio"])
@@ -74,7 +74,7 @@ def test_clip_with_picture_and_sound(tmp_path):
     assert audio["why"] == ""
 
 
-def test_what_a_clip_lacks_has_no_steps_of_the_usual_width_and_is_said(tmp_path):
+def test_a_missing_modality_has_no_steps_of_the_usual_width_and_a_reason(tmp_path):
     full = measure(clips.write_mp4(tmp_path / "a.mp4"))
     mute = measure(clips.write_mp4(tmp_path / "b.mp4", hz=None))
     blind = measure(clips.write_wav(tmp_path / "c.wav"))
@@ -112,7 +112,7 @@ def test_part_of_a_file_is_on_its_own_clock(tmp_path):
     assert record["speaker"] == ""
 
 
-def test_separate_sound_takes_the_place_of_the_one_in_the_file(tmp_path):
+def test_separate_audio_replaces_that_of_the_file(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", hz=150)
     made = measure(path, audio=clips.write_wav(tmp_path / "a.wav", hz=300))
     assert made["audio"]["prosody"][0] == pytest.approx(300, rel=0.02)
@@ -141,36 +141,36 @@ def test_source_key_changes_with_the_file_and_the_part(tmp_path):
 
 def test_what_encoders_are_given(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
-    made, raw = measure(path, Everywhere(), wanted=("image", "sound"), settings=WITH_FACES)
-    found = made["video"]["video_mask"]
-    assert found.sum() == LITE.frames - 1
-    assert piled(raw.pictures).shape == (found.sum(), 256, 256, 3)
+    made, raw = measure(path, Everywhere(), wanted=("image", "speech"), settings=WITH_FACES)
+    present = made["video"]["video_mask"]
+    assert present.sum() == LITE.frames - 1
+    assert spooled(raw.images).shape == (present.sum(), 256, 256, 3)
     first, last = made["audio"]["inside"]
     assert len(raw.samples) == last - first > 1.8 * 16000
     assert measure(path, Everywhere(), wanted=("image",), settings=WITH_FACES)[1].samples is None
-    assert measure(path, NoFace(), wanted=("image",), settings=WITH_FACES)[1].pictures is None
+    assert measure(path, NoFace(), wanted=("image",), settings=WITH_FACES)[1].images is None
     silent = clips.write_mp4(tmp_path / "b.mp4", hz=0)
-    assert measure(silent, wanted=("sound",))[1].samples is None
+    assert measure(silent, wanted=("speech",))[1].samples is None
 
 
-def test_each_second_frame_is_encoded_where_the_preset_says_so(tmp_path):
+def test_every_second_frame_is_encoded(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
     half = dataclasses.replace(LITE, image=presets.Encoding("any", every=2))
     made, raw = measure(path, Everywhere(), wanted=("image",), settings=half)
-    _, whole = measure(path, Everywhere(), wanted=("image",), settings=WITH_FACES)
+    _, full = measure(path, Everywhere(), wanted=("image",), settings=WITH_FACES)
     shown = np.flatnonzero(made["video"]["video_mask"]) % 2 == 0
-    np.testing.assert_array_equal(piled(raw.pictures), piled(whole.pictures)[shown])
-    assert raw.pictures.count == LITE.frames // 2
+    np.testing.assert_array_equal(spooled(raw.images), spooled(full.images)[shown])
+    assert raw.images.count == LITE.frames // 2
 
 
-def test_whole_frames_are_given_where_the_preset_says_so(tmp_path):
+def test_full_frames_are_encoded(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=2)
-    whole = dataclasses.replace(LITE, image=presets.Encoding("any", sees="frame", side=24, every=2))
-    _, raw = measure(path, NoFace(), wanted=("image",), settings=whole)
+    full = dataclasses.replace(LITE, image=presets.Encoding("any", sees="frame", side=24, every=2))
+    _, raw = measure(path, NoFace(), wanted=("image",), settings=full)
     frames = video.read_frames(path, count=LITE.frames).images[::2]
-    np.testing.assert_array_equal(piled(raw.pictures), video.shrunk(frames, 24))
-    assert min(raw.pictures.shape[:2]) == 24
-    assert clip_features.seen(np.zeros(LITE.frames, bool), whole).all()
+    np.testing.assert_array_equal(spooled(raw.images), video.shrunk(frames, 24))
+    assert min(raw.images.shape[:2]) == 24
+    assert clip_features.seen(np.zeros(LITE.frames, bool), full).all()
 
 
 EVERY_FRAME = dataclasses.replace(
@@ -183,7 +183,7 @@ def test_every_frame_of_a_clip_comes_block_by_block(tmp_path):
     made, raw = measure(path, Everywhere(), wanted=("image",), settings=EVERY_FRAME)
     assert made["video"]["video"].shape[0] == 40  # ten a second, in blocks of 16
     assert made["video"]["video_mask"].tolist() == [True, False] + 38 * [True]
-    assert raw.pictures.count == 39
+    assert raw.images.count == 39
     short = dataclasses.replace(EVERY_FRAME, max_seconds=1.5)
     assert len(measure(path, Everywhere(), settings=short)["video"]["times"]) == 15
     assert len(measure(path, Everywhere(), settings=short, start=3.0)["video"]["times"]) == 10
@@ -199,7 +199,7 @@ def test_flow_of_a_pair_is_that_of_its_two_frames_alone(tmp_path, window, stride
     frames, box = video.read_frames(path, count=40), np.array([[4, 4, 24, 24]], np.float32)
     ends = face_video.flow_ends(made["video"]["video_mask"], settings)
     assert ends.tolist() == [i for i in range(window, 40) if i % stride == 0 and i != 1]
-    flows = piled(raw.flows)
+    flows = spooled(raw.flows)
     assert len(flows) == len(ends)
     for k in (0, len(ends) // 2, len(ends) - 1):
         pair = [
@@ -208,19 +208,19 @@ def test_flow_of_a_pair_is_that_of_its_two_frames_alone(tmp_path, window, stride
         ]
         np.testing.assert_array_equal(flows[k], flow.dis(*pair)[0].astype(np.float16))
     pairs = dataclasses.replace(settings, flow=dataclasses.replace(settings.flow, source="an encoder"))
-    given = piled(measure(path, Everywhere(), wanted=("flow",), settings=pairs)[1].flows)
+    given = spooled(measure(path, Everywhere(), wanted=("flow",), settings=pairs)[1].flows)
     np.testing.assert_array_equal(given[k], np.concatenate(pair))
 
 
 def test_what_is_staged_is_not_measured_again(tmp_path):
     path = clips.write_mp4(tmp_path / "a.mp4", seconds=4)
-    everything = ("image", "flow", "sound")
+    everything = ("image", "flow", "speech")
     made, raw = measure(path, Everywhere(), wanted=everything, settings=EVERY_FRAME)
     again, same = measure(path, "none is needed", made, everything, EVERY_FRAME)
     assert again["video"] is made["video"]
     assert again["audio"] is made["audio"]
-    np.testing.assert_array_equal(piled(raw.pictures), piled(same.pictures))
-    np.testing.assert_array_equal(piled(raw.flows), piled(same.flows))
+    np.testing.assert_array_equal(spooled(raw.images), spooled(same.images))
+    np.testing.assert_array_equal(spooled(raw.flows), spooled(same.flows))
     np.testing.assert_array_equal(raw.samples, same.samples)
     path.unlink()
     assert measure(path, staged=made)["video"] is made["video"], "without need, no file is opened"
@@ -228,23 +228,23 @@ def test_what_is_staged_is_not_measured_again(tmp_path):
 
 def test_each_frame_holds_the_last_flow_that_ended():
     encoded = np.array([[9.0], [1], [2]])  # of no motion, then two flows
-    found = np.array([True, True, True, False, True])
-    steps = encode.of_flow(encoded, found, np.array([1, 3]))["steps"]
+    present = np.array([True, True, True, False, True])
+    steps = encode.of_flow(encoded, present, np.array([1, 3]))["steps"]
     assert steps.dtype == np.float16
     assert steps[:, 0].tolist() == [9, 1, 1, 0, 2]
-    assert encode.of_flow(encoded[:1], found[:2], np.zeros(0, int))["steps"][:, 0].tolist() == [9, 9]
+    assert encode.of_flow(encoded[:1], present[:2], np.zeros(0, int))["steps"][:, 0].tolist() == [9, 9]
 
 
-def test_encoded_frames_and_sound_as_they_are_staged():
-    found = np.array([True, False, True])
-    made = encode.of_frames(np.array([[1.0, 2.0], [3.0, 4.0]]), found)["steps"]
+def test_encoded_frames_and_audio_as_they_are_staged():
+    present = np.array([True, False, True])
+    made = encode.of_frames(np.array([[1.0, 2.0], [3.0, 4.0]]), present)["steps"]
     assert made.dtype == np.float16
     np.testing.assert_array_equal(made, [[1, 2], [0, 0], [3, 4]])
     steps = np.arange(12.0)[:, None]
-    np.testing.assert_array_equal(encode.of_sound(steps, 0.24, 0)["steps"], steps)
+    np.testing.assert_array_equal(encode.of_speech(steps, 0.24, 0)["steps"], steps)
     # 50 steps a second to 10: means of five, and of the two that are left
-    np.testing.assert_array_equal(encode.of_sound(steps, 0.24, 10)["steps"], [[2], [7], [10.5]])
-    assert encode.of_sound(np.zeros((0, 4)), 0.0, 10)["steps"].shape == (0, 4)
+    np.testing.assert_array_equal(encode.of_speech(steps, 0.24, 10)["steps"], [[2], [7], [10.5]])
+    assert encode.of_speech(np.zeros((0, 4)), 0.0, 10)["steps"].shape == (0, 4)
 
 
 def test_streams_of_a_preset_with_encoders(tmp_path):
@@ -253,7 +253,7 @@ def test_streams_of_a_preset_with_encoders(tmp_path):
     text = {s: np.zeros((1, 4), np.float16) for s in clip_features.TEXTS}
     encoded = {
         "image": {"steps": np.ones((frames, 3), np.float16)},
-        "sound": {"steps": np.ones((5, 2), np.float16)},
+        "speech": {"steps": np.ones((5, 2), np.float16)},
     }
     half = dataclasses.replace(LITE, image=presets.Encoding("any", every=2))
     some = clip_features.example(
@@ -303,16 +303,16 @@ def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
     changes = {
         "frames": (7, {"video", "image", "flow"}),
         "steps_per_second": (7, {"audio"}),
-        "max_seconds": (7, {"audio", "flow", "sound"}),
+        "max_seconds": (7, {"audio", "flow", "speech"}),
         "image": (presets.Encoding("a"), {"image"}),
         "flow": (presets.Flow("a", presets.Encoding("a")), {"flow"}),
-        "sound": (presets.Encoding("a"), {"sound"}),
+        "speech": (presets.Encoding("a"), {"speech"}),
         "window": (presets.Window(), {"window"}),
         "text": (presets.Encoding("a"), {"text"}),
         "max_tokens": (7, {"text"}),
         "face": (False, set()),
-        "raw": (True, {"image", "sound", "text"}),
-        "random": (True, set()),  # the weights' provenance says it
+        "raw": (True, {"image", "speech", "text"}),
+        "random": (True, set()),  # it is in the provenance of the weights
     }
     assert changes.keys() == {f.name for f in dataclasses.fields(presets.Preset)}
     for setting, (value, touched) in changes.items():
@@ -325,7 +325,7 @@ def test_provenance_names_what_a_feature_depends_on_and_nothing_else():
         if provenance.described(f, EVERY_FRAME)
         != provenance.described(f, dataclasses.replace(EVERY_FRAME, max_seconds=7))
     }
-    assert changed == {"video", "audio", "image", "flow", "sound"}, "of every frame, those up to there"
+    assert changed == {"video", "audio", "image", "flow", "speech"}, "of every frame, those up to there"
     assert provenance.described("text", LITE, sha256="abc")["weights"] == {"sha256": "abc"}
     with pytest.raises(AvjaxError, match="preset is 'light'; choose one of lite, open, etg"):
         presets.preset("light")
@@ -340,14 +340,14 @@ def test_sentences_of_a_clip():
     width = len(clip_features.faces.AU_NAMES)
     still = {"au": np.zeros((4, width), np.float32), "video_mask": np.ones(4, bool), "why": np.array("")}
     spoken = {"prosody": np.array([200, 4, 0], np.float32), "seconds": np.array(2.5), "why": np.array("faint")}
-    known = clip_features.facts(still, spoken)
-    assert (known.seconds, known.why) == (2.5, {"video": "", "audio": "faint"})
-    made = clip_features.describe(known, "Oh no.", 100.0)
+    facts = clip_features.facts(still, spoken)
+    assert (facts.seconds, facts.why) == (2.5, {"video": "", "audio": "faint"})
+    made = clip_features.describe(facts, "Oh no.", 100.0)
     assert tuple(made) == template.SOURCES
     assert "Oh no" in made["both"]
     assert "high" in made["both"]
-    assert "low" in clip_features.describe(known, None, 400.0)["audio"]
-    silent = dataclasses.replace(known, prosody=np.zeros(3, np.float32))
+    assert "low" in clip_features.describe(facts, None, 400.0)["audio"]
+    silent = dataclasses.replace(facts, prosody=np.zeros(3, np.float32))
     assert clip_features.describe(silent, None, None)["audio"] == ""
 
 

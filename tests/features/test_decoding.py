@@ -20,9 +20,9 @@ PRESETS = ("lite", "deiii_lite", "open", "avtca_112")
 def measured(clip, preset, tracker, scratch):
     settings = presets.PRESETS[preset]
     instruments = clip_features.Instruments(settings, tracker, Stopwatch(), scratch)
-    wanted = {"image", "flow", "sound"}
+    wanted = {"image", "flow", "speech"}
     made, raw = clip_features.measure(clip, instruments, wanted=wanted)
-    assert bool(raw.pictures) == bool(settings.image)
+    assert bool(raw.images) == bool(settings.image)
     assert bool(raw.flows) == bool(settings.flow)
     return made
 
@@ -39,10 +39,10 @@ def frames_in(path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_clip_is_decoded_once(tmp_path, monkeypatch, preset):
     path = clips.write_mp4(tmp_path / "clip.mp4", seconds=2.5, fps=25)
-    there = frames_in(path)
+    in_file = frames_in(path)
     counts = clips.count_decoding(monkeypatch)
     made = measured(Clip("c", path, "sad"), preset, Boxes((4, 4, 40, 40)), tmp_path)
-    assert counts == there | {"video passes": 1, "audio passes": 1}
+    assert counts == in_file | {"video passes": 1, "audio passes": 1}
     assert not made["video"]["why"]
     assert not made["audio"]["why"]
 
@@ -50,11 +50,11 @@ def test_a_clip_is_decoded_once(tmp_path, monkeypatch, preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_real_clip_is_decoded_once(java_sed, tmp_path, monkeypatch, preset):
     path = min((java_sed / "mp4").glob("*.mp4"), key=lambda path: path.stat().st_size)
-    there = frames_in(path)
+    in_file = frames_in(path)
     counts = clips.count_decoding(monkeypatch)
     with faces.FaceTracker(clip_features.landmarker()) as tracker:
         made = measured(Clip("c", path, "sad"), preset, tracker, tmp_path)
-    assert counts == there | {"video passes": 1, "audio passes": 1}
+    assert counts == in_file | {"video passes": 1, "audio passes": 1}
     assert made["video"]["video_mask"].any()
 
 
@@ -77,7 +77,7 @@ def test_what_is_staged_is_not_decoded_again(tmp_path, monkeypatch):
 
 def test_damaged_packets_cost_a_second_pass_and_nothing_else(tmp_path, monkeypatch):
     clip = Clip("c", clips.write_mp4(tmp_path / "clip.mp4", seconds=4), "sad")
-    whole = measured(clip, "avtca_112", Boxes((4, 4, 40, 40)), tmp_path)
+    undamaged = measured(clip, "avtca_112", Boxes((4, 4, 40, 40)), tmp_path)
     frames = video._frames
 
     def damaged(container, stream):
@@ -89,5 +89,5 @@ def test_damaged_packets_cost_a_second_pass_and_nothing_else(tmp_path, monkeypat
     made = measured(clip, "avtca_112", Boxes((4, 4, 40, 40)), tmp_path)
     assert (counts["video"], counts["video passes"]) == (60, 2)
     assert counts["audio passes"] == 1
-    assert made["video"]["times"][0] >= 1 > whole["video"]["times"][0]
-    np.testing.assert_array_equal(made["audio"]["audio"], whole["audio"]["audio"])
+    assert made["video"]["times"][0] >= 1 > undamaged["video"]["times"][0]
+    np.testing.assert_array_equal(made["audio"]["audio"], undamaged["audio"]["audio"])

@@ -92,22 +92,22 @@ def leftovers(out):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(data, store) of one whole extraction; not to be changed."""
+def extracted(tmp_path_factory):
+    """(data, store) of one complete extraction; not to be changed."""
     root = tmp_path_factory.mktemp("whole")
     data = write_data(root / "data")
     return data, run(data, root / "F", processes=2)
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    """(data, store) as `whole`, to be changed."""
-    return tuple(shutil.copytree(source, tmp_path / source.name) for source in whole)
+def copied(extracted, tmp_path):
+    """(data, store) as `extracted`, to be changed."""
+    return tuple(shutil.copytree(source, tmp_path / source.name) for source in extracted)
 
 
 @pytest.mark.budget(12)
-def test_unusable_files_are_quarantined_and_what_lacks_is_kept_and_counted(whole):
-    _, out = whole
+def test_unusable_files_are_quarantined_and_incomplete_clips_are_kept_and_counted(extracted):
+    _, out = extracted
     quarantined = {i: row["reason"] for i, row in table(out / "quarantine.csv").items()}
     assert list(quarantined) == ["unlabelled", "no", "empty", "broken"]
     assert quarantined["unlabelled"] == "no label"
@@ -116,14 +116,14 @@ def test_unusable_files_are_quarantined_and_what_lacks_is_kept_and_counted(whole
     assert quarantined["empty"] == "an empty file"
     loaded = stores.load(out, "lite")
     assert loaded.ids == USED
-    # Of drawn patterns none has a face; `mute` has no sound either, and is kept for its picture.
+    # Synthetic patterns have no face; `mute` has no audio either, and is kept for its video.
     assert loaded.counts == {"used": 7, "quarantined": 4, "masked_audio": 1, "masked_video": 7}
     assert [i for i, m in zip(loaded.ids, loaded.masks["audio"], strict=True) if not m.any()] == ["mute"]
     assert not leftovers(out)
 
 
-def test_sound_and_part_of_a_clip_are_its_own(whole):
-    records = decoded(whole[1])
+def test_audio_and_part_of_a_clip_are_its_own(extracted):
+    records = decoded(extracted[1])
     assert records["apart"]["/prosody"][0] == pytest.approx(250, rel=0.02)
     assert records["part"]["/prosody"][0] == pytest.approx(300, rel=0.02)
     assert records["part"]["/duration"] == pytest.approx(0.5, abs=0.02)
@@ -135,8 +135,8 @@ def test_sound_and_part_of_a_clip_are_its_own(whole):
     assert b"Oh no, not again" in records["c0"]["/sentence/both"]
 
 
-def test_provenance_stands_beside_what_it_made(whole):
-    _, out = whole
+def test_provenance_stands_beside_what_it_made(extracted):
+    _, out = extracted
     records = {p.stem: json.loads(p.read_text()) for p in (out / "provenance").iterdir()}
     assert sorted(r["feature"] for r in records.values()) == ["audio", "text", "video"]
     for path in out.glob("staged/**/*.npz"):
@@ -222,7 +222,7 @@ def test_edited_rows_outlive_the_absence_of_their_clip(copied, capsys):
     assert decoded(out)["c1"]["/sentence/both"] == b"She is over the moon."
 
 
-def test_only_text_needs_a_whole_run_first(tmp_path):
+def test_only_text_needs_a_full_run_first(tmp_path):
     with pytest.raises(AvjaxError, match="run without --only first"):
         run(tmp_path, tmp_path / "F", only_text=True)
 
@@ -267,16 +267,16 @@ def test_no_usable_clip_at_all(tmp_path):
     assert list(table(tmp_path / "F/quarantine.csv")) == ["a"]
 
 
-def test_missing_media_packages_are_named(whole, tmp_path, monkeypatch):
+def test_missing_media_packages_are_named(extracted, tmp_path, monkeypatch):
     monkeypatch.setattr(requirements, "PACKAGES", ("av", "no_such_package"))
     with pytest.raises(
         AvjaxError, match=r"extraction needs no_such_package; install with: pip install 'avjax\[media\]'"
     ):
-        run(whole[0], tmp_path / "F")
+        run(extracted[0], tmp_path / "F")
 
 
-def test_clip_that_takes_too_long_is_quarantined(whole, tmp_path):
-    data = shutil.copytree(whole[0], tmp_path / "data")
+def test_clip_that_takes_too_long_is_quarantined(extracted, tmp_path):
+    data = shutil.copytree(extracted[0], tmp_path / "data")
     write_table(data, ROWS[:1])
     with pytest.raises(AvjaxError, match=r"no clip of folder can be used; c0: took longer than 0\.001 s"):
         run(data, tmp_path / "F", clip_seconds=0.001)
@@ -290,10 +290,10 @@ def test_mafw_miniature(tmp_path):
     for name in names[:-1]:
         shutil.copy(one, data / f"data/clips/{name}.mp4")
     for fold, part in itertools.product(range(5), ("train", "test")):
-        place = data / f"Train & Test Set/single/no_caption/set_{fold + 1}"
-        place.mkdir(parents=True, exist_ok=True)
+        folder = data / f"Train & Test Set/single/no_caption/set_{fold + 1}"
+        folder.mkdir(parents=True, exist_ok=True)
         chosen = [i for i in range(11) if (i % 5 == fold) == (part == "test")]
-        (place / f"{part}.txt").write_text("".join(f"{names[i]}.mp4 {classes[i]}\r\n" for i in chosen))
+        (folder / f"{part}.txt").write_text("".join(f"{names[i]}.mp4 {classes[i]}\r\n" for i in chosen))
     options = extraction.Options(processes=1)
     out = extraction.extract("mafw", "lite", root=str(data), out=str(tmp_path / "F"), options=options)
     loaded = stores.load(out, "lite")
@@ -309,27 +309,27 @@ def test_mafw_miniature(tmp_path):
 
 # ---- kill -9 ---------------------------------------------------------------------------------------------------------
 
-MOMENTS = {
+STAGES = {
     "media": lambda out: next(out.glob("staged/*/video-*.npz"), None),
     "text": lambda out: next(out.glob("staged/*/text-*.npz"), None),
     "packing": lambda out: next(out.glob("tfds/*/*/incomplete*"), None),
 }
 
 
-def kill_at(moment, data, out, scratch):
-    """Starts an extraction, kills its parent process at the moment, and waits for the workers to be gone."""
+def kill_at(stage, data, out, scratch):
+    """Starts an extraction, kills its parent process at the stage, and waits until its workers are gone."""
     process = start(data, out, scratch)
     try:
-        while not MOMENTS[moment](out) and process.poll() is None:
+        while not STAGES[stage](out) and process.poll() is None:
             time.sleep(0.0005)
         children = descendants(process.pid)
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == -9, f"the run ended before it could be killed during {moment}"
+    assert process.returncode == -9, f"the run ended before it could be killed during {stage}"
     end = time.monotonic() + 5
     while any(map(alive, children)):
-        assert time.monotonic() < end, f"workers outlived the run that was killed during {moment}"
+        assert time.monotonic() < end, f"workers outlived the run that was killed during {stage}"
         time.sleep(0.02)
 
 
@@ -347,10 +347,10 @@ def descendants(pid):
             parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
-    found = [pid]
-    for parent in found:
-        found += [child for child, its in parents.items() if its == parent]
-    return found[1:]
+    pids = [pid]
+    for parent in pids:
+        pids += [child for child, its in parents.items() if its == parent]
+    return pids[1:]
 
 
 def alive(pid):
@@ -360,11 +360,11 @@ def alive(pid):
         return False
 
 
-def kill_and_compare(moments, data, undisturbed, tmp_path):
+def kill_and_compare(stages, data, undisturbed, tmp_path):
     out, scratch = tmp_path / "killed", tmp_path / "scratch"
     scratch.mkdir()
-    for moment in moments:
-        kill_at(moment, data, out, scratch)
+    for stage in stages:
+        kill_at(stage, data, out, scratch)
         with pytest.raises(AvjaxError, match="no finished feature store"):
             stores.load(out, "lite")
     assert start(data, out, scratch).wait() == 0
@@ -377,13 +377,13 @@ def kill_and_compare(moments, data, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_during_media_it_goes_on(whole, tmp_path):
-    kill_and_compare(["media"], *whole, tmp_path)
+def test_killed_during_media_it_goes_on(extracted, tmp_path):
+    kill_and_compare(["media"], *extracted, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_at_every_stage_it_goes_on(whole, tmp_path):
-    data, out = (shutil.copytree(source, tmp_path / source.name) for source in whole)
+def test_killed_at_every_stage_it_goes_on(extracted, tmp_path):
+    data, out = (shutil.copytree(source, tmp_path / source.name) for source in extracted)
     if (REAL / "java_sed_open/labels.csv").is_file():
         real = sorted((REAL / "java_sed_open/mp4").glob("*.mp4"))[:4]
         for path in real:

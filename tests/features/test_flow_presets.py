@@ -33,7 +33,7 @@ STREAMS = ("video", "flow", "audio")
 @pytest.fixture(scope="module")
 def flowing(tiny, tmp_path_factory):  # noqa: F811
     """Presets of the small encoders: with DIS flow, and with that of a small Perceiver."""
-    mover = tmp_path_factory.mktemp("flow") / "mover"
+    flow_encoder = tmp_path_factory.mktemp("flow") / "mover"
     config = transformers.PerceiverConfig(
         train_size=[24, 36],
         num_latents=4,
@@ -44,13 +44,13 @@ def flowing(tiny, tmp_path_factory):  # noqa: F811
         num_cross_attention_heads=1,
     )
     torch.manual_seed(0)
-    transformers.PerceiverForOpticalFlow(config).save_pretrained(mover)
+    transformers.PerceiverForOpticalFlow(config).save_pretrained(flow_encoder)
     image = dataclasses.replace(tiny.image, every=1, side=48)
     base = dataclasses.replace(tiny, frames=0, image=image, face=False, max_seconds=1.2)
     return {
         "dis": dataclasses.replace(base, flow=presets.Flow("dis", image, side=48)),
-        "moved": dataclasses.replace(base, flow=presets.Flow(str(mover), image, side=40, window=2, stride=2)),
-        "grid": dataclasses.replace(base, image=None, face=True, sound=None, flow=presets.Flow("dis", None, side=48)),
+        "moved": dataclasses.replace(base, flow=presets.Flow(str(flow_encoder), image, side=40, window=2, stride=2)),
+        "grid": dataclasses.replace(base, image=None, face=True, speech=None, flow=presets.Flow("dis", None, side=48)),
     }
 
 
@@ -79,7 +79,7 @@ EITHER = pytest.mark.parametrize("name", ["dis", "moved"])
 
 @pytest.mark.thorough
 @EITHER
-def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
+def test_every_frame_has_a_step_of_video_and_flow(packed, name):
     out, made = packed(name)
     assert len(made) == 7
     assert not (out / "scratch").exists()
@@ -99,15 +99,15 @@ def test_every_frame_has_a_step_of_picture_and_flow(packed, name):
 
 
 @pytest.mark.thorough
-def test_the_store_gives_flow_to_those_who_ask(packed):
+def test_the_store_loads_flow(packed):
     out, made = packed("dis")
-    whole = stores.load(out, "dis")
-    assert whole.arrays["flow"].shape[0] == 7
-    row = whole.ids.index(next(i for i in whole.ids if "/" in i))
-    steps = made[whole.ids[row]]["flow"]
-    np.testing.assert_array_equal(whole.arrays["flow"][row, : len(steps)], steps)
-    assert whole.masks["flow"][row].sum() == len(steps)
-    assert not whole.random
+    full = stores.load(out, "dis")
+    assert full.arrays["flow"].shape[0] == 7
+    row = full.ids.index(next(i for i in full.ids if "/" in i))
+    steps = made[full.ids[row]]["flow"]
+    np.testing.assert_array_equal(full.arrays["flow"][row, : len(steps)], steps)
+    assert full.masks["flow"][row].sum() == len(steps)
+    assert not full.random
 
 
 @pytest.mark.thorough
@@ -163,10 +163,10 @@ def test_a_grid_of_flow_stands_beside_the_measurements_of_every_frame(packed):
 
 @pytest.mark.thorough
 def test_a_grid_of_flow_is_the_same_when_it_is_taken_up_again(packed, data, tmp_path):  # noqa: F811
-    whole, made = packed("grid")
+    full, made = packed("grid")
     out = tmp_path / "F"
-    shutil.copytree(whole / "staged", out / "staged")
-    shutil.copytree(whole / "provenance", out / "provenance")
+    shutil.copytree(full / "staged", out / "staged")
+    shutil.copytree(full / "provenance", out / "provenance")
     grids = [p for p in out.glob("staged/*/flow-*") if np.load(p)["steps"].shape[1] == 147]
     assert len(grids) == 7
     for path in grids[::2]:
@@ -177,22 +177,22 @@ def test_a_grid_of_flow_is_the_same_when_it_is_taken_up_again(packed, data, tmp_
         np.testing.assert_array_equal(again[clip_id]["flow"], clip["flow"])
 
 
-def test_what_a_grid_stages_is_of_the_whole_clip_whatever_its_blocks(tmp_path, flowing, monkeypatch):
+def test_a_staged_grid_is_of_the_full_clip_whatever_its_blocks(tmp_path, flowing, monkeypatch):
     rng = np.random.default_rng(0)
     flows = (
         rng.normal(size=(10, 48, 48, 2)).astype(np.float16) * np.arange(1, 11, dtype=np.float16)[:, None, None, None]
     )
-    store, settings, found = stores.Store(tmp_path), flowing["grid"], np.ones(11, bool)
+    store, settings, present = stores.Store(tmp_path), flowing["grid"], np.ones(11, bool)
     context = encode.Context(settings, store, Stopwatch(), encode.Loader(random=True))
     stage = encode.FlowGrid(context, face_landmarker="abc")
 
-    def staged(name, flows, found=found):
-        pile = None
+    def staged(name, flows, present=present):
+        spool = None
         if flows is not None:
-            pile = Spool.create(tmp_path / "room", flows.shape[1:], "float16")
-            pile.add(flows)
-        stage.add(encode.Unencoded(name, stage.key, Raw(flows=pile), found))
-        assert not pile or not pile.path.exists()
+            spool = Spool.create(tmp_path / "room", flows.shape[1:], "float16")
+            spool.add(flows)
+        stage.add(encode.Unencoded(name, stage.key, Raw(flows=spool), present))
+        assert not spool or not spool.path.exists()
         return store.get(name, "flow", stage.key)["steps"]
 
     made = staged("a", flows)
@@ -205,12 +205,12 @@ def test_what_a_grid_stages_is_of_the_whole_clip_whatever_its_blocks(tmp_path, f
 
 
 @pytest.mark.thorough
-def test_a_mover_is_asked_for_the_flow_of_the_pairs(data, tmp_path, monkeypatch):  # noqa: F811
+def test_the_flow_encoder_computes_the_flow_of_the_pairs(data, tmp_path, monkeypatch):  # noqa: F811
     asked = []
 
-    def moved(mover, first, second, *, batch):
+    def moved(flow_encoder, first, second, *, batch):
         assert batch == 1, "on a CPU"
-        asked.append((mover.provenance["source"], first.shape, second.shape))
+        asked.append((flow_encoder.provenance["source"], first.shape, second.shape))
         return np.full((*first.shape[:3], 2), np.float32(len(asked)))
 
     monkeypatch.setattr(perceiver, "optical_flow", moved)
@@ -230,7 +230,7 @@ def _read(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["emoasst", "deiii_dis"])
-def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so(name, data, tmp_path, monkeypatch):  # noqa: F811
+def test_random_weights_of_the_true_size_run_end_to_end_and_mark_every_result(name, data, tmp_path, monkeypatch):  # noqa: F811
     from rich.console import Console
 
     fetch = weights.fetch
@@ -244,7 +244,7 @@ def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so
     extraction.extract("folder", name, root=str(data), out=str(out), random=True, options=options)
     assert stores.load(out, name).random
     encoded = [
-        r for r in map(_read, (out / "provenance").iterdir()) if r["feature"] in ("image", "flow", "sound", "text")
+        r for r in map(_read, (out / "provenance").iterdir()) if r["feature"] in ("image", "flow", "speech", "text")
     ]
     assert len(encoded) == (3 if name == "emoasst" else 4)
     assert {r["weights"]["sha256"] for r in encoded} == {"random, seed 0"}
@@ -263,8 +263,8 @@ def test_random_weights_of_the_true_size_run_end_to_end_and_every_result_says_so
     assert "RANDOM WEIGHTS" in (workdir / "report.html").read_text()
     run = runs.read_run(workdir)
     clip = prediction.find_clips([str(data / "faceless.mp4")])
-    (answer,), rejected = prediction.predict(run, clip, Console(quiet=True))
+    (row,), rejected = prediction.predict(run, clip, Console(quiet=True))
     assert not rejected
-    assert "RANDOM WEIGHTS" in prediction_tables.as_json(run, [answer], [])
+    assert "RANDOM WEIGHTS" in prediction_tables.as_json(run, [row], [])
     want = prediction.probabilities(run, stores.load(out, name))[stores.load(out, name).ids.index("faceless")]
-    np.testing.assert_allclose(list(answer.scores.values()), want, atol=1e-5)
+    np.testing.assert_allclose(list(row.scores.values()), want, atol=1e-5)

@@ -46,8 +46,8 @@ def write_encoders(root, vit, wav2vec2, bert):
     transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(root / "image")
     size = {"height": vit.image_size, "width": vit.image_size}
     (root / "image" / "preprocessor_config.json").write_text(json.dumps({"size": size}))
-    transformers.AutoModel.from_config(wav2vec2).save_pretrained(root / "sound")
-    (root / "sound" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
+    transformers.AutoModel.from_config(wav2vec2).save_pretrained(root / "speech")
+    (root / "speech" / "preprocessor_config.json").write_text(json.dumps({"do_normalize": True}))
     transformers.AutoModel.from_config(bert).save_pretrained(root / "text")
     write_tokenizer(root / "text")
 
@@ -58,14 +58,14 @@ def tiny(tmp_path_factory):
     root = tmp_path_factory.mktemp("encoders")
     common = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
     vit = transformers.ViTConfig(image_size=32, patch_size=8, **common)
-    sound = transformers.Wav2Vec2Config(
+    wav2vec2 = transformers.Wav2Vec2Config(
         conv_dim=[8] * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, **common
     )
-    write_encoders(root, vit, sound, transformers.BertConfig(vocab_size=8, max_position_embeddings=64, **common))
+    write_encoders(root, vit, wav2vec2, transformers.BertConfig(vocab_size=8, max_position_embeddings=64, **common))
     return presets.Preset(
         frames=6,
         image=presets.Encoding(str(root / "image"), pool="first", every=2),
-        sound=presets.Encoding(str(root / "sound"), layer=1, per_second=10),
+        speech=presets.Encoding(str(root / "speech"), layer=1, per_second=10),
         text=presets.Encoding(str(root / "text")),
         max_tokens=32,
     )
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Three clips with a face, one that is mute, one without a face, one of sound alone, one that is silent."""
+    """Three clips with a face, one without audio, one without a face, one of audio alone, one that is silent."""
     root = tmp_path_factory.mktemp("data")
     plans = corpus.plans()[:3]
     for plan in plans:
@@ -141,10 +141,10 @@ def test_time_and_precision_are_recorded(packed):
     assert all(0 < seconds < timings["seconds"] * 2 for seconds in timings["spent"].values())
     records = [json.loads(p.read_text()) for p in (out / "provenance").iterdir()]
     measured = {r["feature"]: r["measured"] for r in records if "measured" in r}
-    assert measured.keys() == {"image", "sound", "text"}
-    for about in measured.values():
-        assert about["stored"] == "float16"
-        assert 0.99999 < about["cosine_to_float32"]["least"] <= about["cosine_to_float32"]["mean"] <= 1 + 1e-9
+    assert measured.keys() == {"image", "speech", "text"}
+    for noted in measured.values():
+        assert noted["stored"] == "float16"
+        assert 0.99999 < noted["cosine_to_float32"]["least"] <= noted["cosine_to_float32"]["mean"] <= 1 + 1e-9
 
 
 @pytest.mark.thorough
@@ -158,7 +158,7 @@ def test_accelerators_get_batches_and_clips_the_same_features(packed, data, pres
     monkeypatch.setattr(encode, "_joined", lambda group, rows: seen.append((len(group), rows)) or real(group, rows))
     together = extract(data, tmp_path / "F")
     assert {rows for _, rows in seen} == {2, 6}, (
-        "every batch of an encoder has the same rows: two clips, of three pictures or one sound each"
+        "every batch of an encoder has the same rows: two clips, of three images or one audio signal each"
     )
     assert {clips for clips, _ in seen} == {1, 2}
     for clip_id, clip in alone.items():
@@ -167,7 +167,7 @@ def test_accelerators_get_batches_and_clips_the_same_features(packed, data, pres
 
 
 @pytest.mark.thorough
-def test_a_lower_precision_is_told(preset, data, tmp_path, monkeypatch):
+def test_a_lower_precision_is_recorded(preset, data, tmp_path, monkeypatch):
     monkeypatch.setattr("avjax.encoders.loading.default_dtype", lambda: "bfloat16")
     extract(data, tmp_path / "F")
     records = [json.loads(p.read_text()) for p in (tmp_path / "F" / "provenance").iterdir()]
@@ -189,7 +189,7 @@ def test_another_encoder_is_added_without_measuring_again(packed, data, preset, 
 
 @pytest.fixture
 def window(tiny, monkeypatch):
-    preset = clip_features.dataclasses.replace(tiny, image=None, sound=None, window=presets.Window(side=16))
+    preset = clip_features.dataclasses.replace(tiny, image=None, speech=None, window=presets.Window(side=16))
     monkeypatch.setitem(presets.PRESETS, "window", preset)
 
 
@@ -202,7 +202,7 @@ def measured(packed, tmp_path_factory):
     return root
 
 
-def test_a_window_is_packed_as_pictures(measured, data, window):
+def test_a_window_is_packed_as_images(measured, data, window):
     extract(data, measured, "window")
     loaded = stores.load(measured, "window")
     assert (loaded.arrays["video"].shape, loaded.arrays["video"].dtype) == ((7, 15, 16, 16, 3), np.uint8)
@@ -230,7 +230,7 @@ def test_a_window_is_taken_up_again(measured, data, window):
 
 
 @pytest.mark.thorough
-def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, preset, tmp_path):
+def test_a_new_clip_is_predicted_from_the_features_of_training(packed, data, preset, tmp_path):
     from rich.console import Console
 
     out, _ = packed
@@ -247,13 +247,13 @@ def test_a_new_clip_is_answered_from_the_features_of_training(packed, data, pres
     train.train(settings, tmp_path / "W")
     run = runs.read_run(tmp_path / "W")
     stored = prediction.probabilities(run, stores.load(out, "tiny"))
-    found = prediction.find_clips([str(data / "voice.wav"), str(data / "faceless.mp4")])
-    answers, rejected = prediction.predict(run, found, Console(quiet=True))
+    new_clips = prediction.find_clips([str(data / "voice.wav"), str(data / "faceless.mp4")])
+    predictions, rejected = prediction.predict(run, new_clips, Console(quiet=True))
     assert not rejected
     ids = stores.load(out, "tiny").ids
-    for clip_id, answer in zip(("voice", "faceless"), answers, strict=True):
+    for clip_id, row in zip(("voice", "faceless"), predictions, strict=True):
         want = stored[ids.index(clip_id)]
-        np.testing.assert_allclose(list(answer.scores.values()), want, atol=1e-6)
+        np.testing.assert_allclose(list(row.scores.values()), want, atol=1e-6)
 
 
 KILLED = """
@@ -269,7 +269,7 @@ if __name__ == "__main__":
 def test_kill_while_encoding_loses_nothing(packed, data, preset, tmp_path):
     import pickle
 
-    whole, _ = packed
+    uninterrupted, _ = packed
     out = tmp_path / "F"
     (tmp_path / "preset").write_bytes(pickle.dumps(preset))
     (tmp_path / "main.py").write_text(KILLED)
@@ -283,14 +283,14 @@ def test_kill_while_encoding_loses_nothing(packed, data, preset, tmp_path):
     assert list(out.glob("staged/*/image-*.npz"))
     assert not (out / "index.json").exists(), "it was too late to kill it"
     extract(data, out)
-    contents = [stores.read_index(f)["presets"]["tiny"]["content"] for f in (whole, out)]
+    contents = [stores.read_index(f)["presets"]["tiny"]["content"] for f in (uninterrupted, out)]
     assert contents[0] == contents[1]
 
 
 @pytest.mark.slow
 def test_preset_etg_at_true_size_from_a_local_folder(data, tmp_path, monkeypatch):
     """No network: the three encoders of the paper, of random weights, as a user would put them there."""
-    names = {"image": "vit_b16", "sound": "data2vec_audio", "text": "distilbert"}
+    names = {"image": "vit_b16", "speech": "data2vec_audio", "text": "distilbert"}
     bert = transformers.DistilBertConfig()
     write_encoders(tmp_path, transformers.ViTConfig(), transformers.Data2VecAudioConfig(), bert)
     for feature, name in names.items():

@@ -1,4 +1,4 @@
-"""Emotion prompts: the words of the figure, what fits into an encoder, and the features that are made of them."""
+"""Emotion prompts: the texts of the figure, the limit of an encoder, and the features made from them."""
 
 import dataclasses
 
@@ -16,14 +16,14 @@ from avjax.features import presets, prompts
 from avjax.text import prompt_templates
 from tests import synthetic
 
-SAID = "Oh, me too."
+TRANSCRIPT = "Oh, me too."
 
 
 # ---- Words ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_six_formats_of_the_figure():
-    assert prompt_templates.prompts("joy", SAID, "Rachel", "female") == (
+    assert prompt_templates.prompts("joy", TRANSCRIPT, "Rachel", "female") == (
         "A joy video.",
         "A joy woman is speaking.",
         "The speaker has a joy face.",
@@ -34,9 +34,9 @@ def test_the_six_formats_of_the_figure():
 
 
 def test_a_man():
-    found = prompt_templates.prompts("anger", SAID, "Ross", "male")
-    assert found[1] == "A anger man is speaking."
-    assert found[3] == "He is saying “Oh, me too.” with a anger emotion."
+    texts = prompt_templates.prompts("anger", TRANSCRIPT, "Ross", "male")
+    assert texts[1] == "A anger man is speaking."
+    assert texts[3] == "He is saying “Oh, me too.” with a anger emotion."
 
 
 def test_what_is_unknown_leaves_no_gap():
@@ -54,7 +54,7 @@ def test_what_is_unknown_leaves_no_gap():
     )
 
 
-def test_words_that_look_like_places_are_words():
+def test_words_that_look_like_placeholders_are_words():
     assert prompt_templates.prompts("joy", "{label} {0}", "{they}", "male")[3:5] == (
         "He is saying “{label} {0}” with a joy emotion.",
         "{they} is joy in this video.",
@@ -64,11 +64,11 @@ def test_words_that_look_like_places_are_words():
 def test_a_class_is_named_by_formats_one_and_three():
     assert prompt_templates.of_class("fear") == ("A fear video.", "The speaker has a fear face.")
     assert prompt_templates.of_class("fear") == tuple(
-        prompt_templates.prompts("fear", SAID, "Joey", "male")[i] for i in (0, 2)
+        prompt_templates.prompts("fear", TRANSCRIPT, "Joey", "male")[i] for i in (0, 2)
     )
 
 
-def test_another_gender_is_told():
+def test_another_gender_is_an_error():
     with pytest.raises(AvjaxError, match=r"gender is 'f'; choose one of female, male, None"):
         prompt_templates.prompts("joy", gender="f")
 
@@ -76,7 +76,7 @@ def test_another_gender_is_told():
 def test_genders_come_from_the_table(tmp_path):
     rows = ["a.wav,joy,Female", "b.wav,joy,male", "c.wav,joy,", "d.wav,joy,f"]
     for row in rows:
-        (tmp_path / row.split(",")[0]).write_bytes(b"sound")
+        (tmp_path / row.split(",")[0]).write_bytes(b"audio")
     (tmp_path / "labels.csv").write_text("\n".join(["file,label,gender", *rows]))
     corpus = folder.index(tmp_path)
     assert [(clip.id, clip.gender) for clip in corpus.clips] == [("a", "female"), ("b", "male"), ("c", None)]
@@ -97,11 +97,11 @@ def words_of(text: str) -> int:
 def test_words_are_left_out_at_the_end_until_all_prompts_fit():
     long = " ".join(f"w{i}" for i in range(50))
     # "They are saying “…” with a joy emotion." has eight words beside those said: more than any other.
-    found = prompts.fitted(clip_saying(long), words_of, 20)
+    texts = prompts.fitted(clip_saying(long), words_of, 20)
     kept = " ".join(f"w{i}" for i in range(13))
-    assert found == prompt_templates.prompts("joy", kept, "Phoebe")
-    assert max(map(words_of, found)) == 20
-    assert prompts.fitted(clip_saying(kept), words_of, 20) == found
+    assert texts == prompt_templates.prompts("joy", kept, "Phoebe")
+    assert max(map(words_of, texts)) == 20
+    assert prompts.fitted(clip_saying(kept), words_of, 20) == texts
     assert prompts.fitted(clip_saying(None), words_of, 20) == prompt_templates.prompts("joy", None, "Phoebe")
     assert prompts.fitted(clip_saying(long), words_of, 3) == prompt_templates.prompts("joy", None, "Phoebe")
 
@@ -114,9 +114,9 @@ def test_labels_and_the_end_token_stay_within_the_limit_of_encoders(preset, rand
     encoder = encoding.Loader(random)(settings.text)
     long, limit = "supercalifragilistic " * 90, settings.max_tokens
     _, *joy, end = encoder.tokenize(["joy"])[0][0].tolist()
-    found = prompts.fitted(clip_saying(long), prompts._counter(encoder), limit)
-    assert "supercalifragilistic" in found[3]
-    rows = [row[real].tolist() for row, real in zip(*encoder.tokenize(found, limit), strict=True)]
+    texts = prompts.fitted(clip_saying(long), prompts._counter(encoder), limit)
+    assert "supercalifragilistic" in texts[3]
+    rows = [row[real].tolist() for row, real in zip(*encoder.tokenize(texts, limit), strict=True)]
     assert max(map(len, rows)) <= limit
     for row in rows:
         assert row[-1] == end
@@ -145,7 +145,7 @@ class Tokenizer:
 
 
 class Encoder:
-    """A vector for each word, told by its letters; notes what it is asked."""
+    """A vector for each word, made from its letters; records the texts that it is given."""
 
     width, tokenizer = 3, Tokenizer()
 
@@ -157,8 +157,8 @@ class Encoder:
         rows = [text.split()[:limit] for text in texts]
         mask = np.arange(max(map(len, rows)))[None] < np.array([len(row) for row in rows])[:, None]
         ids = np.zeros((*mask.shape, 3), np.float32)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = [vector(word) for word in row]
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = [vector(word) for word in row]
         return ids, mask
 
     def __call__(self, ids, mask):
@@ -187,13 +187,13 @@ def encoder(monkeypatch, tmp_path) -> Encoder:
     return fake
 
 
-def told(**more):
-    """Six clips, of which the first and the third say something."""
+def talking(**more):
+    """Six clips, of which the first and the third have a transcript."""
     made = synthetic.make(6)
     words, people = ("Oh, me too.", None, "No!", None, None, None), ("female", None, "male", None, "male", "female")
-    about = zip(made.clips, words, people, strict=True)
+    changes = zip(made.clips, words, people, strict=True)
     return dataclasses.replace(
-        made, clips=[dataclasses.replace(c, transcript=t, gender=g) for c, t, g in about], **more
+        made, clips=[dataclasses.replace(c, transcript=t, gender=g) for c, t, g in changes], **more
     )
 
 
@@ -202,69 +202,69 @@ def attached(features, **more):
 
 
 def test_features_get_prompts_utterances_and_classes(encoder):
-    features = told()
-    found = attached(features)
-    assert found.arrays["prompts"].shape == (6, 6, 3)
-    assert found.masks["prompts"].all()
+    features = talking()
+    result = attached(features)
+    assert result.arrays["prompts"].shape == (6, 6, 3)
+    assert result.masks["prompts"].all()
     for i, clip in enumerate(features.clips):
         texts = prompt_templates.prompts(clip.label, clip.transcript, clip.speaker, clip.gender)
-        np.testing.assert_array_equal(found.arrays["prompts"][i], np.stack([mean(t) for t in texts]))
-    assert found.sentences["utterance"] == ["Oh, me too.", "", "No!", "", "", ""]
-    assert found.masks["text_utterance"].tolist() == [[True], [False], [True], [False], [False], [False]]
+        np.testing.assert_array_equal(result.arrays["prompts"][i], np.stack([mean(t) for t in texts]))
+    assert result.sentences["utterance"] == ["Oh, me too.", "", "No!", "", "", ""]
+    assert result.masks["text_utterance"].tolist() == [[True], [False], [True], [False], [False], [False]]
     nothing = np.zeros(3)
     spoken = [mean("Oh, me too."), nothing, mean("No!"), nothing, nothing, nothing]
-    np.testing.assert_array_equal(found.arrays["text_utterance"][:, 0], spoken)
-    for name, row in zip(features.classes, found.constants["classes"], strict=True):
+    np.testing.assert_array_equal(result.arrays["text_utterance"][:, 0], spoken)
+    for name, row in zip(features.classes, result.constants["classes"], strict=True):
         both = np.mean([unit(mean(t)) for t in prompt_templates.of_class(name)], 0)
         np.testing.assert_allclose(row, unit(both), atol=1e-6)
-    assert all(v.dtype == np.float32 for v in (found.arrays["prompts"], found.constants["classes"]))
-    assert features.arrays.keys() < found.arrays.keys()
+    assert all(v.dtype == np.float32 for v in (result.arrays["prompts"], result.constants["classes"]))
+    assert features.arrays.keys() < result.arrays.keys()
     assert "prompts" not in features.arrays, "what is given stays as it is"
 
 
 def test_each_text_is_encoded_once_and_kept(encoder, tmp_path):
-    first = attached(told())
+    first = attached(talking())
     asked = list(encoder.asked)
     assert len(asked) == len(set(asked)) > 10
     (kept,) = (tmp_path / "prompts").iterdir()
-    again = attached(told())
+    again = attached(talking())
     assert encoder.asked == asked
     np.testing.assert_array_equal(again.arrays["prompts"], first.arrays["prompts"])
     encoder.provenance = {"source": "another"}
-    attached(told())
+    attached(talking())
     assert len(encoder.asked) == 2 * len(asked)
     assert len(list((tmp_path / "prompts").iterdir())) == 2
     assert kept.is_file()
 
 
 def test_utterances_of_new_clips_are_those_of_the_data(encoder):
-    found = told()
-    whole, alone = attached(found), prompts.attach_utterances(found, "lite", False, Console(quiet=True))
+    features = talking()
+    full, alone = attached(features), prompts.attach_utterances(features, "lite", False, Console(quiet=True))
     name = f"text_{prompts.UTTERANCE}"
-    assert alone.arrays.keys() == found.arrays.keys() | {name}
-    np.testing.assert_array_equal(alone.arrays[name], whole.arrays[name])
-    np.testing.assert_array_equal(alone.masks[name], whole.masks[name])
-    assert alone.sentences[prompts.UTTERANCE] == [clip.transcript or "" for clip in found.clips]
-    silent = dataclasses.replace(found, clips=[dataclasses.replace(c, transcript=None) for c in found.clips])
+    assert alone.arrays.keys() == features.arrays.keys() | {name}
+    np.testing.assert_array_equal(alone.arrays[name], full.arrays[name])
+    np.testing.assert_array_equal(alone.masks[name], full.masks[name])
+    assert alone.sentences[prompts.UTTERANCE] == [clip.transcript or "" for clip in features.clips]
+    silent = dataclasses.replace(features, clips=[dataclasses.replace(c, transcript=None) for c in features.clips])
     assert not prompts.attach_utterances(silent, "lite", False, Console(quiet=True)).masks[name].any()
 
 
-def test_a_kept_file_that_is_damaged_is_told(encoder, tmp_path):
-    attached(told())
+def test_a_damaged_cache_file_is_an_error(encoder, tmp_path):
+    attached(talking())
     (kept,) = (tmp_path / "prompts").iterdir()
     kept.write_bytes(kept.read_bytes()[:50])
     with pytest.raises(AvjaxError, match=r"prompts/\w+\.npz: .*delete it"):
-        attached(told())
+        attached(talking())
 
 
 def test_the_encoder_is_that_of_the_preset(encoder, monkeypatch):
     asked = []
     monkeypatch.setattr(encoding, "Loader", lambda random: lambda wanted: asked.append((wanted, random)) or encoder)
-    attached(told())
-    attached(told(), prompts__preset="emoasst", weights__random=True)
+    attached(talking())
+    attached(talking(), prompts__preset="emoasst", weights__random=True)
     assert asked == [(presets.preset("lite").text, False), (presets.preset("emoasst").text, True)]
     with pytest.raises(AvjaxError, match="preset is 'none'"):
-        attached(told(), prompts__preset="none")
+        attached(talking(), prompts__preset="none")
 
 
 def test_other_tasks_have_no_prompts(encoder):
@@ -274,16 +274,16 @@ def test_other_tasks_have_no_prompts(encoder):
 
 @pytest.mark.weights
 def test_real_prompts_tell_the_classes_apart(monkeypatch, tmp_path):
-    """The kept files are made anew; prompts of one label are nearer to it than to others."""
+    """Without cached files, prompts of one label are nearer to it than to others."""
     fetched = weights.fetch("minilm")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "minilm").symlink_to(fetched if fetched.is_dir() else fetched.parent)
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path))
     names = ("anger", "joy", "sadness")
-    made = told()
+    made = talking()
     clips = [dataclasses.replace(c, label=names[y]) for c, y in zip(made.clips, made.label, strict=True)]
-    found = attached(dataclasses.replace(made, classes=names, clips=clips))
-    vectors = found.arrays["prompts"] / np.linalg.norm(found.arrays["prompts"], axis=-1, keepdims=True)
-    nearest = (vectors @ found.constants["classes"].T).argmax(-1)
+    result = attached(dataclasses.replace(made, classes=names, clips=clips))
+    vectors = result.arrays["prompts"] / np.linalg.norm(result.arrays["prompts"], axis=-1, keepdims=True)
+    nearest = (vectors @ result.constants["classes"].T).argmax(-1)
     assert np.mean(nearest == made.label[:, None]) > 0.9
-    assert found.arrays["text_utterance"].shape == (6, 1, 384)
+    assert result.arrays["text_utterance"].shape == (6, 1, 384)

@@ -26,16 +26,16 @@ def corpus(count=4, labels=("angry", "sad"), **changes):
 
 
 def example(clip, steps=3):
-    """A packed record; clip 1 has neither picture nor text of its own."""
+    """A packed record; clip 1 has neither video nor text."""
     rng = np.random.default_rng(int(clip.id[-1]))
     t = 0 if clip.id.endswith("1") else steps
-    picture = {"video": rng.normal(size=(t, 5)).astype(np.float32), "video_mask": np.arange(t) != 1,
+    video_features = {"video": rng.normal(size=(t, 5)).astype(np.float32), "video_mask": np.arange(t) != 1,
                "au": np.ones((t, 2), np.float32), "times": np.arange(t) / 2}  # fmt: skip
-    sound = {"audio": rng.normal(size=(7, 4)).astype(np.float32), "audio_mask": np.arange(7) < 6,
+    audio_features = {"audio": rng.normal(size=(7, 4)).astype(np.float32), "audio_mask": np.arange(7) < 6,
              "prosody": np.array([200, 4, 0], np.float32), "seconds": np.array(2.5),
              "surface": np.array((0.1, -20), np.float32)}  # fmt: skip
     text = {s: rng.normal(size=(t, 6)).astype(np.float32) for s in clip_features.TEXTS}
-    staged = {"video": picture, "audio": sound, "text": text}
+    staged = {"video": video_features, "audio": audio_features, "text": text}
     return clip_features.example(
         clip, presets.PRESETS["lite"], staged, {s: f"{s} of {clip.id}: “é”" for s in clip_features.TEXTS}
     )
@@ -46,8 +46,8 @@ def pack(root, data=None, preset="lite", make=example):
     with stores.Store(root, data.name).locked() as store:
         keys = {c.id: {feature: (feature[0], "s") for feature in ("video", "audio", "text")} for c in data.clips}
         recipe = stores.recipe(data, data.clips, keys)
-        about = {"rejected": (), "keys": keys, "made_by": {}}
-        store.pack(data, data.clips, preset, [lambda: map(make, data.clips)], recipe, about)
+        entries = {"rejected": (), "keys": keys, "made_by": {}}
+        store.pack(data, data.clips, preset, [lambda: map(make, data.clips)], recipe, entries)
         assert store.is_packed(preset, recipe)
         assert not store.is_packed(preset, "other")
     return stores.read_index(root)["presets"][preset]["content"]
@@ -85,29 +85,29 @@ def test_packed_view_gives_back_what_was_packed(tmp_path):
     assert not leftovers(tmp_path)
 
 
-def with_pictures(clip):
-    """A packed record of raw pictures, whose second one is masked."""
+def with_images(clip):
+    """A packed record of raw images, whose second one is masked."""
     made = example(clip)
     rng = np.random.default_rng(int(clip.id[-1]))
     t = 0 if clip.id.endswith("1") else 3
-    pictures = rng.integers(0, 256, (t, 4, 5, 3), np.uint8)
-    return made | {"video": pictures, "video_mask": np.arange(t) != 1}
+    images = rng.integers(0, 256, (t, 4, 5, 3), np.uint8)
+    return made | {"video": images, "video_mask": np.arange(t) != 1}
 
 
-def test_pictures_stay_bytes(tmp_path):
-    pack(tmp_path, make=with_pictures)
+def test_images_stay_bytes(tmp_path):
+    pack(tmp_path, make=with_images)
     loaded = stores.load(tmp_path, "lite")
     video, mask = loaded.arrays["video"], loaded.masks["video"]
     assert (video.shape, video.dtype) == ((4, 3, 4, 5, 3), np.uint8)
     assert mask.tolist() == [[True, False, True], 3 * [False], [True, False, True], [True, False, True]]
     for i, clip in enumerate(corpus().clips):
-        np.testing.assert_array_equal(video[i][mask[i]], with_pictures(clip)["video"][[0, 2][: mask[i].sum()]])
+        np.testing.assert_array_equal(video[i][mask[i]], with_images(clip)["video"][[0, 2][: mask[i].sum()]])
     assert not video[~mask].any(), "zeros where masked"
     record = next(r for r in tfds.read(tmp_path, "folder", "lite") if r["clip_id"] == b"sub/clip 2")
     assert record["video"].dtype == np.uint8
 
 
-def test_dense_keeps_pictures_and_makes_all_else_float32():
+def test_dense_keeps_images_and_makes_all_else_float32():
     masks = [np.array([True, False]), np.zeros(0, bool)]
     for given, dtype in ((np.uint8, np.uint8), (np.float16, np.float32), (np.float64, np.float32)):
         steps = [np.arange(6).reshape(2, 3).astype(given), np.zeros((0, 3), given)]
@@ -173,7 +173,7 @@ def test_no_tensorflow(tmp_path):
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
-def test_load_says_what_is_missing(tmp_path):
+def test_load_names_what_is_missing(tmp_path):
     with pytest.raises(AvjaxError, match=r"no finished feature store .*avjax\.extract .*--out"):
         stores.load(tmp_path, "lite")
     pack(tmp_path)
@@ -216,15 +216,15 @@ def test_presets_of_a_store_agree_about_its_clips(tmp_path):
         stores.Store(tmp_path).read_measured("lite")
 
 
-def test_recipe_sees_data_and_ingredients_but_not_places():
+def test_recipe_depends_on_data_and_ingredients_but_not_on_paths():
     data = corpus()
-    here = stores.recipe(data, data.clips, [1])
+    original = stores.recipe(data, data.clips, [1])
     moved = [Clip(**vars(c) | {"path": "/elsewhere"}) for c in data.clips]
-    assert stores.recipe(data, moved, [1]) == here
-    assert stores.recipe(data, data.clips, [2]) != here
-    assert stores.recipe(data, data.clips[:-1], [1]) != here
+    assert stores.recipe(data, moved, [1]) == original
+    assert stores.recipe(data, data.clips, [2]) != original
+    assert stores.recipe(data, data.clips[:-1], [1]) != original
     relabelled = corpus(labels=("sad", "angry"))
-    assert stores.recipe(relabelled, relabelled.clips, [1]) != here
+    assert stores.recipe(relabelled, relabelled.clips, [1]) != original
 
 
 def test_a_store_has_one_writer_and_one_data_set(tmp_path):
@@ -281,7 +281,7 @@ def test_staged_files(tmp_path):
     assert all(f.parent.parent == tmp_path / "staged" for f in files)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, os.strerror(28))
 
@@ -319,16 +319,16 @@ def test_tables(tmp_path):
         store.read_table("t.csv", columns)
 
 
-def test_default_place(tmp_path, monkeypatch):
+def test_default_path(tmp_path, monkeypatch):
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path))
-    assert stores.place("mafw") == tmp_path / "features/mafw"
-    assert stores.place("mafw", "~/F").name == "F"
-    assert stores.place("mafw", "~/F").is_absolute()
+    assert stores.path_of("mafw") == tmp_path / "features/mafw"
+    assert stores.path_of("mafw", "~/F").name == "F"
+    assert stores.path_of("mafw", "~/F").is_absolute()
 
 
-def test_folders_do_not_share_a_default_place(monkeypatch):
+def test_folders_do_not_share_a_default_path(monkeypatch):
     monkeypatch.setenv("AVJAX_CACHE", "/somewhere")
-    assert stores.place("mafw") == pathlib.Path("/somewhere/features/mafw")
-    assert stores.place("folder", "F") == pathlib.Path("F")
+    assert stores.path_of("mafw") == pathlib.Path("/somewhere/features/mafw")
+    assert stores.path_of("folder", "F") == pathlib.Path("F")
     with pytest.raises(AvjaxError, match="no feature store named"):
-        stores.place("folder")
+        stores.path_of("folder")

@@ -132,7 +132,7 @@ def test_caches_of_other_runs_and_damaged_ones_are_refused(whole, tmp_path):
     with pytest.raises(AvjaxError, match=r"mine\.npz: a cache of another run than W"):
         adaptation.opened(path, workdir, run)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(AvjaxError, match=r"mine\.npz: is no cache that can be read"):
+    with pytest.raises(AvjaxError, match=r"mine\.npz: not a readable cache"):
         adaptation.opened(path, workdir, run)
     with pytest.raises(AvjaxError, match=r"gone\.npz"):
         adaptation.taught(tmp_path / "gone.npz", run)
@@ -401,7 +401,7 @@ def test_a_corrected_clip_is_answered_by_its_label(trained, tmp_path):
     damaged = tmp_path / "damaged.npz"
     damaged.write_bytes(before[:-100])
     for arguments in ((*run[:-1], damaged), ("avjax.predict", "--workdir", workdir, "--cache", damaged, clip)):
-        assert "damaged.npz: is no cache that can be read" in command(*arguments, code=2).stderr
+        assert "damaged.npz: not a readable cache" in command(*arguments, code=2).stderr
     assert damaged.read_bytes() == before[:-100]
 
 

@@ -1,4 +1,4 @@
-"""Sound comes out at 16 kHz on the clip's clock, and its features describe the speaker, not the recording's edges."""
+"""Audio is read at 16 kHz on the clip's clock, and its features describe the speaker, not the recording's edges."""
 
 import av
 import numpy as np
@@ -28,14 +28,14 @@ def syllables(per_second: int, count: int, loud: int = 0, gain: float = 1.0) -> 
     return voice(count * length / RATE) * np.concatenate([bump * g for g in gains]) * 0.3
 
 
-def write(path, samples, rate, codec="pcm_s16le", format="s16", begin=0.0, picture=False):  # noqa: PLR0913 - a file has as many properties
-    """Writes (channels, n) samples in [-1, 1]; `begin` seconds after a picture where there is one."""
+def write(path, samples, rate, codec="pcm_s16le", format="s16", begin=0.0, with_video=False):  # noqa: PLR0913 - a file has as many properties
+    """Writes (channels, n) samples in [-1, 1], which begin `begin` seconds after the video if there is one."""
     samples = np.atleast_2d(samples)
     scale, offset, dtype = {"s16": (32767, 0, np.int16), "u8": (127, 128, np.uint8), "fltp": (1, 0, np.float32)}[format]
     data = (samples * scale + offset).astype(dtype)
     layout = "mono" if len(samples) == 1 else "stereo"
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=10) if picture else None
+        video = container.add_stream("libx264", rate=10) if with_video else None
         stream = container.add_stream(codec, rate=rate, layout=layout)
         if video:
             video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
@@ -64,7 +64,7 @@ def loudest_hertz(samples: np.ndarray) -> float:
         ("clip.mkv", 48000, "aac", "fltp", 1),
     ],
 )
-def test_any_sound_comes_at_16_khz_mono(tmp_path, name, rate, codec, format, channels):
+def test_any_audio_is_read_at_16_khz_mono(tmp_path, name, rate, codec, format, channels):
     tone = np.tile(sine(440, 2.0, rate), (channels, 1))
     samples = audio.read_audio(write(tmp_path / name, tone, rate, codec, format))
     assert samples.dtype == np.float32
@@ -92,8 +92,8 @@ def test_stereo_is_mixed_down(tmp_path):
 def test_a_part(tmp_path):
     path = write(tmp_path / "two.wav", np.concatenate([sine(300, 5.0), sine(800, 5.0)]), RATE)
     part = audio.read_audio(path, start=4.0, end=6.0)
-    whole = audio.read_audio(path)
-    np.testing.assert_allclose(part, whole[4 * RATE : 6 * RATE], atol=1e-6)
+    full = audio.read_audio(path)
+    np.testing.assert_allclose(part, full[4 * RATE : 6 * RATE], atol=1e-6)
     assert len(audio.read_audio(path, audio.Sampling(max_seconds=1.5))) == 1.5 * RATE
     assert len(audio.read_audio(path, audio.Sampling(max_seconds=3.0), start=9.5)) == 0.5 * RATE
     assert len(audio.read_audio(path, audio.Sampling(max_seconds=3.0), start=1.0, end=1.25)) == 0.25 * RATE
@@ -101,13 +101,13 @@ def test_a_part(tmp_path):
 
 def test_another_rate(tmp_path):
     path = write(tmp_path / "two.wav", np.concatenate([sine(300, 2.0, 44100), sine(800, 2.0, 44100)]), 44100)
-    whole = audio.read_audio(path, audio.Sampling(22050))
-    assert whole.dtype == np.float32
-    assert len(whole) == pytest.approx(4 * 22050, abs=32)
+    full = audio.read_audio(path, audio.Sampling(22050))
+    assert full.dtype == np.float32
+    assert len(full) == pytest.approx(4 * 22050, abs=32)
     part = audio.read_audio(path, audio.Sampling(22050), start=1.5, end=3.0)
     assert len(part) == 1.5 * 22050
-    np.testing.assert_allclose(part[2000:], whole[33075 : 33075 + len(part)][2000:], atol=1e-3)
-    tones = [np.abs(np.fft.rfft(half)).argmax() * 22050 / len(half) for half in (whole[:44100], whole[44100:])]
+    np.testing.assert_allclose(part[2000:], full[33075 : 33075 + len(part)][2000:], atol=1e-3)
+    tones = [np.abs(np.fft.rfft(half)).argmax() * 22050 / len(half) for half in (full[:44100], full[44100:])]
     np.testing.assert_allclose(tones, [300, 800], atol=1)
     assert len(audio.read_audio(path, audio.Sampling(8000, 1.0))) == 8000
 
@@ -127,8 +127,8 @@ def test_two_rates_are_of_one_pass_and_as_each_alone(tmp_path, monkeypatch):
     assert [len(samples) for samples in audio.read_audio_parts(path, samplings, start=9.0)] == [0, 0]
 
 
-def test_sound_that_begins_late_stays_on_the_clock(tmp_path):
-    path = write(tmp_path / "late.mkv", sine(440, 1.0), RATE, begin=0.7, picture=True)
+def test_audio_that_begins_late_stays_on_the_clock(tmp_path):
+    path = write(tmp_path / "late.mkv", sine(440, 1.0), RATE, begin=0.7, with_video=True)
     samples = audio.read_audio(path)
     begin = np.flatnonzero(np.abs(samples) > 0.1)[0] / RATE
     assert begin == pytest.approx(0.7, abs=0.01)
@@ -165,7 +165,7 @@ def test_a_stream_that_changes_its_channels_is_read_on(tmp_path):
     assert np.sqrt(np.mean(samples[-RATE // 2 : -RATE // 4] ** 2)) > 0.3
 
 
-def test_no_sound_is_unusable(tmp_path):
+def test_no_audio_is_unusable(tmp_path):
     for name, content in {"empty.wav": b"", "noise.mp3": np.random.default_rng(0).bytes(5000)}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnusableMedia):
@@ -174,7 +174,7 @@ def test_no_sound_is_unusable(tmp_path):
         audio.read_audio(write(tmp_path / "short.wav", sine(100, 0.5), RATE), start=2.0)
 
 
-def test_a_silent_film_has_no_sound(tmp_path):
+def test_a_silent_film_has_no_audio(tmp_path):
     with av.open(str(tmp_path / "film.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
@@ -215,9 +215,9 @@ def test_names_match_columns_and_scales():
 
 
 def test_lead_in_length_is_no_feature():
-    sound = syllables(4, 8)
+    speech = syllables(4, 8)
     silence = np.zeros(RATE // 2, np.float32)
-    bare, framed = (audio.analyse(s) for s in (sound, np.concatenate([silence, sound, silence])))
+    bare, framed = (audio.analyse(s) for s in (speech, np.concatenate([silence, speech, silence])))
     a, b = audio.acoustic(bare), audio.acoustic(framed)
     assert 8 <= (~b.mask).sum() <= 10  # ten steps of silence, less those that the first and last window reach into
     assert not b.features[~b.mask].any()

@@ -1,4 +1,4 @@
-"""Faces: the policy on plain boxes, the crops on plain pictures, the landmarker on real clips."""
+"""Faces: tracking on plain boxes, crops of plain images, the landmarker on real clips."""
 
 import numpy as np
 import pytest
@@ -19,9 +19,9 @@ def boxes(*per_frame):
 
 def made(images, rows, blendshapes=None):
     """Faces with the given boxes; a row of None is a frame without a face."""
-    found = np.array([row is not None for row in rows])
+    present = np.array([row is not None for row in rows])
     return f.Faces(
-        found=found,
+        present=present,
         boxes=np.array([row or (0, 0, 0, 0) for row in rows], np.float32),
         blendshapes=np.zeros((len(images), 52), np.float32) if blendshapes is None else blendshapes,
         pose=np.zeros((len(images), 6), np.float32),
@@ -30,7 +30,7 @@ def made(images, rows, blendshapes=None):
 
 
 def crops(frames, faces, **options):
-    return f.crops(frames, faces.found, faces.boxes, **options)
+    return f.crops(frames, faces.present, faces.boxes, **options)
 
 
 def test_the_largest_face_comes_first():
@@ -76,7 +76,7 @@ def test_a_tall_box_is_not_stretched():
     assert (lit.any(1).sum(), lit.any(0).sum()) == (40, 20)
 
 
-def test_beyond_the_picture_its_edge_is_repeated():
+def test_beyond_the_image_its_edge_is_repeated():
     image = np.full((50, 50, 3), 40, np.uint8)
     image[:, :5] = 200
     crop = crops(Frames(image[None], np.zeros(1)), made(image[None], [box(-20, 10, 30)]), size=30, margin=0.0)[0]
@@ -93,7 +93,7 @@ def test_a_frame_without_a_face_is_zero():
 
 
 def coloured():
-    """A picture (40, 60) whose columns count in red, and its rows in green."""
+    """Returns an image (40, 60) whose columns are numbered in red and whose rows in green."""
     y, x = np.mgrid[:40, :60].astype(np.uint8)
     return np.stack([x, y, np.full_like(x, 200)], -1)
 
@@ -114,10 +114,10 @@ def test_a_box_is_cut_out_as_it_is():
     assert tall[-1, 0, 1] >= 37, "stretched to a square"
 
 
-def test_a_box_that_reaches_past_the_picture_is_clamped_to_it():
+def test_a_box_that_extends_beyond_the_image_is_clamped_to_it():
     np.testing.assert_array_equal(boxed((-10, -5, 10, 10)), boxed((0, 0, 10, 10)))
     np.testing.assert_array_equal(boxed((50, 30, 75, 99)), coloured()[30:, 50:])
-    assert not boxed((-20, 0, -5, 10)).any(), "beside the picture is nothing"
+    assert not boxed((-20, 0, -5, 10)).any(), "nothing is beside the image"
 
 
 def test_a_box_that_is_not_clamped_counts_from_the_far_side():
@@ -171,7 +171,7 @@ def test_every_unit_reads_real_blendshapes():
     assert all(set(names) <= set(f.BLENDSHAPES) for names in f.AU_BLENDSHAPES.values())
 
 
-def test_a_missing_model_says_so(tmp_path):
+def test_a_missing_model_is_a_clear_error(tmp_path):
     with pytest.raises(AvjaxError, match=r"nowhere.task: no such file"):
         f.FaceTracker(tmp_path / "nowhere.task")
 
@@ -187,14 +187,14 @@ def clip(java_sed, name, count=6):
 
 
 def equal(a: f.Faces, b: f.Faces) -> bool:
-    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("found", "boxes", "blendshapes", "pose"))
+    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("present", "boxes", "blendshapes", "pose"))
 
 
 @pytest.mark.weights
 def test_a_real_face(tracker, java_sed):
     frames = clip(java_sed, "01-01-01")
     faces = tracker.track(frames)
-    assert faces.found.all()
+    assert faces.present.all()
     assert faces.several == 0
     assert faces.blendshapes.shape == (6, 52)
     assert faces.blendshapes.max() <= 1
@@ -219,8 +219,8 @@ def test_a_clip_never_influences_another(tracker, java_sed):
 def test_a_smile_is_seen(tracker, java_sed):
     happy, neutral = (tracker.track(clip(java_sed, name)) for name in ("02-01-03", "02-01-01"))
     smile = f.AU_NAMES.index("AU12")
-    assert np.percentile(f.action_units(happy.blendshapes, happy.found)[:, smile], 90) > 2
-    assert np.percentile(f.action_units(neutral.blendshapes, neutral.found)[:, smile], 90) < 1
+    assert np.percentile(f.action_units(happy.blendshapes, happy.present)[:, smile], 90) > 2
+    assert np.percentile(f.action_units(neutral.blendshapes, neutral.present)[:, smile], 90) < 1
 
 
 @pytest.mark.weights
@@ -228,11 +228,11 @@ def test_frames_without_a_face_are_zero(tracker, java_sed):
     frames = clip(java_sed, "01-01-01")
     frames.images[2] = 0
     faces = tracker.track(frames)
-    assert faces.found.tolist() == [True, True, False, True, True, True]
+    assert faces.present.tolist() == [True, True, False, True, True, True]
     for rows in (faces.boxes, faces.blendshapes, faces.pose):
         assert not rows[2].any()
     nothing = tracker.track(Frames(np.zeros((2, 64, 64, 3), np.uint8), np.arange(2.0)))
-    assert not nothing.found.any()
+    assert not nothing.present.any()
 
 
 @pytest.mark.weights

@@ -15,8 +15,8 @@ def texture(seed=0, side=96):
     return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 2), None, 0, 255, cv2.NORM_MINMAX)
 
 
-def shifted(picture, x, y):
-    return np.roll(picture, (y, x), (0, 1))
+def shifted(image, x, y):
+    return np.roll(image, (y, x), (0, 1))
 
 
 @pytest.mark.parametrize(("x", "y"), [(3, 0), (0, 3), (-2, 4), (0, 0)])
@@ -40,14 +40,14 @@ def test_a_pairs_flow_does_not_depend_on_the_others():
 
 
 def test_flows_end_at_each_stride_th_frame_that_shows_the_face_and_has_one_a_window_before():
-    found = np.ones(12, bool)
-    assert flow.ends(found, 1, 1).tolist() == list(range(1, 12))
-    assert flow.ends(found, 5, 1).tolist() == list(range(5, 12))
-    assert flow.ends(found, 3, 3).tolist() == [3, 6, 9]
-    assert flow.ends(found, 1, 5).tolist() == [5, 10]
-    assert flow.ends(found[:3], 7, 7).tolist() == []
-    found[6] = False
-    assert flow.ends(found, 3, 3).tolist() == [3, 9]
+    present = np.ones(12, bool)
+    assert flow.ends(present, 1, 1).tolist() == list(range(1, 12))
+    assert flow.ends(present, 5, 1).tolist() == list(range(5, 12))
+    assert flow.ends(present, 3, 3).tolist() == [3, 6, 9]
+    assert flow.ends(present, 1, 5).tolist() == [5, 10]
+    assert flow.ends(present[:3], 7, 7).tolist() == []
+    present[6] = False
+    assert flow.ends(present, 3, 3).tolist() == [3, 9]
     assert flow.held(np.array([3, 9]), 12).tolist() == 3 * [-1] + 6 * [0] + 3 * [1]
     assert flow.held(np.zeros(0, int), 2).tolist() == [-1, -1]
 
@@ -114,10 +114,10 @@ def test_a_grid_is_that_of_plain_means_and_stays_within_one(sides, cells):
     assert np.abs(made).max() <= 1
     vectors = flows.astype(np.float64) / 4.004
     strength = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    whole = np.concatenate([vectors / np.maximum(strength, 1), np.minimum(strength, 1)], -1)
+    clipped = np.concatenate([vectors / np.maximum(strength, 1), np.minimum(strength, 1)], -1)
     rows, columns = (np.linspace(0, side, cells + 1).astype(int) for side in sides)
     want = [
-        whole[:, rows[i] : rows[i + 1], columns[j] : columns[j + 1]].mean((1, 2))
+        clipped[:, rows[i] : rows[i + 1], columns[j] : columns[j + 1]].mean((1, 2))
         for i in range(cells)
         for j in range(cells)
     ]

@@ -1,4 +1,4 @@
-"""Frames are the ones asked for, whatever the container says. The number of a frame is written in its picture."""
+"""Frames are those requested, whatever the container states. Each frame shows its own number."""
 
 from contextlib import suppress
 from fractions import Fraction
@@ -16,7 +16,7 @@ CELL = 16  # pixels; large enough for the code to survive compression
 
 
 def numbered(number: int, height: int = 64) -> np.ndarray:
-    """A picture whose columns are the bits of `number`; the upper half is inverted, so that up and down differ."""
+    """Returns an image with the bits of `number` as columns; its upper half is inverted to tell up from down."""
     bits = (number >> np.arange(BITS)) & 1
     lower = np.repeat(bits, CELL) * 255
     halves = np.stack([255 - lower] * (height // 2) + [lower] * (height - height // 2))
@@ -24,7 +24,7 @@ def numbered(number: int, height: int = 64) -> np.ndarray:
 
 
 def numbers(frames: video.Frames) -> list[int]:
-    """Reads the frame numbers back, and checks that each picture is upright."""
+    """Reads the frame numbers back, and checks that each frame is upright."""
     cells = frames.images[..., 0].reshape(len(frames.images), -1, BITS, CELL).mean(3) > 127
     upper, lower = cells[:, 8], cells[:, -8]
     np.testing.assert_array_equal(upper, ~lower)
@@ -88,7 +88,7 @@ def test_indices_in_any_order_with_repeats(clip):
     assert numbers(video.read_frames(clip, indices=[29, 3, 3, 0])) == [29, 3, 3, 0]
 
 
-def test_an_index_past_the_end_says_how_many_there_are(clip):
+def test_an_index_past_the_end_is_an_error_that_counts_the_frames(clip):
     with pytest.raises(UnusableMedia, match="frames 0 to 29"):
         video.read_frames(clip, indices=[3, 30])
 
@@ -143,12 +143,12 @@ def test_choices_share_a_pass(clip, monkeypatch):
     decoded = clips.count_decoding(monkeypatch)
     choices = {"all": video.every_frame, "few": video.spread(3), "none": lambda times, over: np.zeros(0, int)}
     for blocks in video.passes(clip, choices):
-        found = [(name, numbers(frames)) for name, frames in blocks]
-    assert found == [("all", [*range(16)]), ("all", [*range(16, 30)]), ("few", [5, 15, 25])]
+        blocks_read = [(name, numbers(frames)) for name, frames in blocks]
+    assert blocks_read == [("all", [*range(16)]), ("all", [*range(16, 30)]), ("few", [5, 15, 25])]
     assert decoded == {"video": 30, "video passes": 1}
 
 
-def test_without_whole_packets_a_second_pass_corrects_the_first(clip, monkeypatch):
+def test_if_packets_are_incomplete_a_second_pass_corrects_the_first(clip, monkeypatch):
     # Of every fifth packet no frame comes.
     frames = video._frames
     monkeypatch.setattr(video, "_frames", lambda *of: (f for i, f in enumerate(frames(*of)) if i % 5))
@@ -166,17 +166,17 @@ def test_a_late_part_is_sought_exactly(tmp_path, suffix):
     assert numbers(video.read_frames(path, count=99, start=6.0, end=7.0)) == list(range(begin, begin + 25))
     assert numbers(frames) == [begin, begin + 1, begin + 2]
     assert frames.times[0] == pytest.approx(6.0, abs=0.041)
-    whole = video.read_frames(path, count=999)
-    assert numbers(whole) == list(range(200))
-    np.testing.assert_array_equal(whole.images[begin], frames.images[0])
+    full = video.read_frames(path, count=999)
+    assert numbers(full) == list(range(200))
+    np.testing.assert_array_equal(full.images[begin], frames.images[0])
 
 
 def test_jumbled_timestamps_do_not_end_a_part_early(tmp_path):
     path = write(tmp_path / "jumbled.avi", 60)  # AVI keeps no timestamps of frames that are shown later than decoded
-    whole = video.read_frames(path, count=99)
-    for end in whole.times[20:40]:
+    full = video.read_frames(path, count=99)
+    for end in full.times[20:40]:
         part = video.read_frames(path, count=99, end=end)
-        assert numbers(part) == list(range(np.searchsorted(whole.times, end)))
+        assert numbers(part) == list(range(np.searchsorted(full.times, end)))
 
 
 def test_a_part_without_frames_is_unusable(clip):
@@ -241,7 +241,7 @@ def test_an_error_between_packets(clip, error, frames):
         assert len(list(video.decoded(Faulty(container, error), container.streams.video[0]))) == frames
 
 
-def test_a_picture_of_unknown_codec_is_none(tmp_path):
+def test_video_of_an_unknown_codec_is_no_video(tmp_path):
     path = write(tmp_path / "unknown.mkv", 5)
     path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XYZ"))
     with pytest.raises(UnusableMedia, match="no video stream"):
@@ -252,9 +252,9 @@ def test_a_picture_of_unknown_codec_is_none(tmp_path):
 def test_damage_ends_in_frames_or_unusable_media(tmp_path, suffix):
     rng = np.random.default_rng(1)
     path = write(tmp_path / f"victim.{suffix}", 40)
-    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    full = np.frombuffer(path.read_bytes(), np.uint8)
     for flips in [1, 10, 100] * 3:
-        data = whole.copy()
+        data = full.copy()
         data[rng.integers(len(data), size=flips)] = rng.integers(256, size=flips)
         path.write_bytes(data[: rng.integers(len(data))].tobytes())
         with suppress(UnusableMedia):
@@ -270,10 +270,10 @@ def test_a_size_that_changes_midway_keeps_the_first(tmp_path):
     assert numbers(frames) == [*range(10), *range(10)]
 
 
-def test_a_cover_picture_is_no_video(tmp_path):
+def test_cover_art_is_no_video(tmp_path):
     path = tmp_path / "song.mp3"
     with av.open(str(path), "w") as container:
-        sound = container.add_stream("mp3", rate=44100, layout="mono")
+        audio = container.add_stream("mp3", rate=44100, layout="mono")
         cover = container.add_stream("mjpeg")
         cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
         cover.disposition = av.stream.Disposition.attached_pic
@@ -282,8 +282,8 @@ def test_a_cover_picture_is_no_video(tmp_path):
         container.mux(cover.encode())
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 44100
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode())
+        container.mux(audio.encode(frame))
+        container.mux(audio.encode())
     with pytest.raises(UnusableMedia, match="no video stream"):
         video.read_frames(path, count=1)
 
@@ -316,8 +316,8 @@ def test_what_is_no_video_is_unusable(tmp_path):
             video.read_frames(tmp_path / name, count=1)
 
 
-def test_sound_alone_has_no_picture(tmp_path):
-    path = tmp_path / "sound.wav"
+def test_audio_alone_has_no_video(tmp_path):
+    path = tmp_path / "voice.wav"
     write_silence(path)
     with pytest.raises(UnusableMedia, match="no video stream"):
         video.read_frames(path, count=1)

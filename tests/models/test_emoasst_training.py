@@ -66,8 +66,8 @@ def test_the_sound_learns_at_a_tenth_of_the_rate():
     for path, step in found.items():
         if "frame/attention/query" in path or "frame/attention/key" in path or "decoder" in path:
             continue
-        of_sound = path.split("/")[0] in ("aa", "project_audio", "express_audio")
-        assert step == pytest.approx(1e-4 if of_sound else 1e-3, rel=0.02), path
+        of_speech = path.split("/")[0] in ("aa", "project_audio", "express_audio")
+        assert step == pytest.approx(1e-4 if of_speech else 1e-3, rel=0.02), path
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_begins_as_the_core_on_the_features_of_the_encoders(preset):
 
 def encodings(preset: str):
     chosen = presets.preset(preset)
-    return chosen.image, chosen.sound, chosen.text
+    return chosen.image, chosen.speech, chosen.text
 
 
 def test_only_what_is_trained_is_a_parameter():
@@ -342,7 +342,7 @@ def test_lora_trains_less_than_two_percent(preset):
     """Of the encoders at their true sizes, which need not be at hand."""
     chosen, how = presets.preset(preset), lora.Tuning(lora=LoraSettings())
     trained = total = 0
-    for stream, e in (("video", chosen.image), ("audio", chosen.sound), ("text", chosen.text)):
+    for stream, e in (("video", chosen.image), ("audio", chosen.speech), ("text", chosen.text)):
         family, module, _ = encoders.architecture(e.source, layer=e.layer, dtype="float32")
         shapes = family.shapes(module.config)
         begun = jax.eval_shape(lambda key, stream=stream, shapes=shapes: lora.init_params(key, how, stream, shapes),

@@ -62,9 +62,9 @@ def test_a_clip_gets_the_same_in_a_larger_batch_and_another_under_another_key():
 @pytest.mark.thorough
 def test_draws_are_uniform_and_fair():
     angles, flips = draws(4000)
-    shares, _ = np.histogram(angles, np.linspace(-10, 10, 5))
-    assert shares.sum() == 4000
-    assert np.abs(shares / 4000 - 0.25).max() < 0.03
+    counts, _ = np.histogram(angles, np.linspace(-10, 10, 5))
+    assert counts.sum() == 4000
+    assert np.abs(counts / 4000 - 0.25).max() < 0.03
     assert abs(flips.mean() - 0.5) < 0.03
     assert abs(np.corrcoef(angles, flips)[0, 1]) < 0.05
     assert not draws(100, flip=0.0)[1].any()
@@ -99,5 +99,5 @@ def test_nothing_is_compiled_again_for_other_clips_and_keys():
 
 @pytest.mark.parametrize("frames", [NOISE[0], NOISE / np.float32(255)])
 def test_what_are_no_clips_of_bytes_is_refused(frames):
-    with pytest.raises(AvjaxError, match=r"frames to augment are .*; give uint8 frames \(clip, frame"):
+    with pytest.raises(AvjaxError, match=r"frames to augment are .*; expected uint8 images \(clip, frame"):
         augment.augment(frames, KEY)

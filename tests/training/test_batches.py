@@ -228,7 +228,7 @@ def test_batches_keep_the_order_and_fill_up_with_weight_zero():
 
 
 def talking(features):
-    """Ten clips as two conversations, of which the first is told backwards, and two clips alone."""
+    """Ten clips as two conversations, of which the first is in reverse order, and two clips alone."""
     turns = [("d0", 3 - i) if i < 4 else ("d1", i) if i < 8 else (None, None) for i in range(10)]
     clips = [dataclasses.replace(c, dialogue=d, turn=t) for c, (d, t) in zip(features.clips, turns, strict=True)]
     return dataclasses.replace(features, clips=clips)

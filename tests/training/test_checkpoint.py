@@ -18,7 +18,7 @@ def state(seed: int = 0) -> dict:
         "params": {
             "layer": {"kernel": jnp.asarray(rng.normal(size=(2, 30, 50)), jnp.float32), "bias": jnp.zeros((2, 3))}
         },
-        "moments": (jnp.uint32(seed), {"mu": jnp.ones((2, 4), jnp.bfloat16)}),
+        "opt_state": (jnp.uint32(seed), {"mu": jnp.ones((2, 4), jnp.bfloat16)}),
         "stopped": jnp.array([True, False]),
     }
 
@@ -51,10 +51,10 @@ def test_the_newest_comes_back_and_two_are_kept(tmp_path):
     saved(tmp_path / "c", 1, 2, 3)
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["2", "3"]
     with Checkpoints(tmp_path / "c") as checkpoints:
-        epoch, found = checkpoints.restore(state())
+        epoch, restored = checkpoints.restore(state())
     assert epoch == 3
-    equal(found, state(3))
-    assert found["moments"][1]["mu"].dtype == jnp.bfloat16
+    equal(restored, state(3))
+    assert restored["opt_state"][1]["mu"].dtype == jnp.bfloat16
 
 
 def test_nothing_saved_is_nothing_restored(tmp_path):
@@ -66,14 +66,14 @@ def test_nothing_saved_is_nothing_restored(tmp_path):
 def test_a_damaged_newest_one_is_passed_over_with_a_warning(tmp_path, spoil):
     saved(tmp_path / "c", 1, 2)
     spoil(tmp_path / "c" / "2")
-    said = []
-    with Checkpoints(tmp_path / "c", said.append) as checkpoints:
-        epoch, found = checkpoints.restore(state())
+    warnings = []
+    with Checkpoints(tmp_path / "c", warnings.append) as checkpoints:
+        epoch, restored = checkpoints.restore(state())
         assert epoch == 1
-        equal(found, state(1))
+        equal(restored, state(1))
         checkpoints.save(2, state(2))  # its number is free again
-    assert len(said) == 1
-    assert "2 cannot be used" in said[0]
+    assert len(warnings) == 1
+    assert "2 cannot be used" in warnings[0]
     assert (tmp_path / "damaged" / "c-2").is_dir()
     with Checkpoints(tmp_path / "c") as checkpoints:
         assert checkpoints.restore(state())[0] == 2
@@ -94,7 +94,7 @@ def test_what_is_written_wrong_is_noticed_when_it_is_read_back(tmp_path, monkeyp
     monkeypatch.setattr(checkpoint, "digests", lambda tree: digests(jax.tree.map(lambda v: v + v, tree)))
     checkpoints.save(1, state(1))
     monkeypatch.setattr(checkpoint, "digests", digests)
-    with pytest.raises(AvjaxError, match=r"was not written as it should be .* goes on from the checkpoint before"):
+    with pytest.raises(AvjaxError, match=r"was not written correctly .* resumes from the checkpoint before"):
         checkpoints.save(2, state(2))
 
 
@@ -109,16 +109,16 @@ def test_a_digest_tells_values_places_and_types_apart():
         jnp.zeros((4, 5)),
         -jnp.zeros((4, 5)),
     ]
-    found = [checkpoint.digests({"x": v})["/x"] for v in [x, *others]]
-    assert len(set(found)) == len(found)
-    assert checkpoint.digests({"x": np.asarray(x)})["/x"] == found[0]
+    digests = [checkpoint.digests({"x": v})["/x"] for v in [x, *others]]
+    assert len(set(digests)) == len(digests)
+    assert checkpoint.digests({"x": np.asarray(x)})["/x"] == digests[0]
 
 
 def test_parts_are_read_alone_and_checked(tmp_path):
     saved(tmp_path / "c", 1)
-    found = checkpoint.read(tmp_path / "c", "params", "stopped")
-    equal(found["params"], state(1)["params"])
-    assert set(found) == {"params", "stopped"}
+    restored = checkpoint.read(tmp_path / "c", "params", "stopped")
+    equal(restored["params"], state(1)["params"])
+    assert set(restored) == {"params", "stopped"}
     damage(tmp_path / "c" / "1")
     with pytest.raises(AvjaxError, match="no checkpoint can be read"):
         checkpoint.read(tmp_path / "c", "params")
@@ -129,6 +129,6 @@ def test_a_state_that_is_refused_is_kept(tmp_path):
     with refused, checkpoint.kept_if_refused(tmp_path / checkpoint.REFUSED, 4, state(4)):
         raise AvjaxError("the loss is bad")
     with Checkpoints(tmp_path / checkpoint.REFUSED) as kept:
-        epoch, found = kept.restore(state())
+        epoch, restored = kept.restore(state())
     assert epoch == 4
-    equal(found, state(4))
+    equal(restored, state(4))

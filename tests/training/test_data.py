@@ -1,4 +1,4 @@
-"""Which data a configuration trains on: those it names, else those at the default place, else the demo corpus."""
+"""Which data a configuration trains on: those it names, else those at the default path, else the demo corpus."""
 
 import pytest
 from rich.console import Console
@@ -36,27 +36,27 @@ def asked(monkeypatch):
 
 
 def obtain(**changes) -> str:
-    """What was said, after obtaining features."""
+    """Returns what was printed while features were obtained."""
     console = Console(record=True, width=100, quiet=False)
     data.obtain(configs.settings("configs/etg_mafw.py", **changes), console)
     return console.export_text()
 
 
 def test_demo_corpus_stands_in_where_nothing_is_named_or_found(home, asked):
-    said = obtain()
-    root = corpus.place()
+    output = obtain()
+    root = corpus.folder()
     assert asked == ["demo", ("demo", str(root), str(root / "features"))]
-    assert "demo corpus (synthetic), not MAFW" in said
-    assert "--config.data.root" in said
+    assert "demo corpus (synthetic), not MAFW" in output
+    assert "--config.data.root" in output
     obtain()
     assert asked[2:] == ["demo"]  # what is extracted is not extracted again
 
 
 def test_data_at_the_default_place_are_extracted(home, asked):
     (home / "avjax_data" / "mafw").mkdir(parents=True)
-    said = obtain()
+    output = obtain()
     assert asked == [("mafw", "", str(paths.cache() / "features" / "mafw"))]
-    assert "demo" not in said
+    assert "demo" not in output
 
 
 def test_random_weights_are_asked_for_by_their_key(home, asked):

@@ -1,4 +1,4 @@
-"""Runs that are killed and told to stop at random moments end as the undisturbed one does, to the bit."""
+"""Runs that are killed or stopped at random times end bit-identical to the undisturbed run."""
 
 import contextlib
 import json
@@ -47,12 +47,12 @@ def start(mode: str, features: pathlib.Path, workdir: pathlib.Path) -> subproces
         )
 
 
-def said(workdir: pathlib.Path) -> str:
+def output(workdir: pathlib.Path) -> str:
     return (workdir.parent / "log").read_text()
 
 
 def wait_for(text: str, process: subprocess.Popen, workdir: pathlib.Path) -> None:
-    while text not in said(workdir) and process.poll() is None:
+    while text not in output(workdir) and process.poll() is None:
         time.sleep(0.02)
 
 
@@ -87,9 +87,9 @@ def finish(mode: str, features, workdir: pathlib.Path) -> float:
     """Runs to the end; gives the seconds from the protocol to it."""
     process = start(mode, features, workdir)
     wait_for("protocol: ", process, workdir)
-    begun = time.monotonic()
-    assert process.wait(500) == 0, said(workdir)
-    return time.monotonic() - begun
+    begin = time.monotonic()
+    assert process.wait(500) == 0, output(workdir)
+    return time.monotonic() - begin
 
 
 def left(workdir: pathlib.Path) -> set[str]:
@@ -115,10 +115,10 @@ def check_equal(one: pathlib.Path, other: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_random_kills_and_stops(mode, features, tmp_path):
-    whole, cut = tmp_path / "one" / "whole", tmp_path / "other" / "cut"
-    for workdir in (whole, cut):
+    full, cut = tmp_path / "one" / "whole", tmp_path / "other" / "cut"
+    for workdir in (full, cut):
         workdir.parent.mkdir()
-    seconds = finish(mode, features, whole)
+    seconds = finish(mode, features, full)
     rng = random.Random(0)
     events = rng.sample([signal.SIGKILL] * KILLS + [signal.SIGTERM] * TERMS, KILLS + TERMS)
     ended = []
@@ -126,8 +126,8 @@ def test_random_kills_and_stops(mode, features, tmp_path):
         # Most fall within the epochs; as the run goes on from where it was, later ones meet its end and its report.
         status = stop(mode, features, cut, how, rng.uniform(0, seconds / 8))
         ended.append((how.name, status))
-        if how == signal.SIGTERM and "told to stop" in said(cut):
+        if how == signal.SIGTERM and "told to stop" in output(cut):
             assert status == 128 + signal.SIGTERM
     finish(mode, features, cut)
-    check_equal(cut, whole)
+    check_equal(cut, full)
     print(mode, f"undisturbed {seconds:.1f} s;", ended)

@@ -1,4 +1,4 @@
-"""Heads among which validation chooses, and attention for pictures."""
+"""Heads among which validation selects, and attention for plots."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from tests.training.test_loop import SMALL, Run, equal, settings
 
 
 class Heads(nn.Module):
-    """A head for the sound and one for the picture; attention is no number where a step is not real."""
+    """A head for audio and one for video; attention is NaN where a step is padding."""
 
     classes: int = 3
 
@@ -25,8 +25,8 @@ class Heads(nn.Module):
     def __call__(self, batch, train: bool = False) -> Output:
         logits = {s: nn.Dense(self.classes)(masked_mean(batch[s], batch[f"{s}_mask"])) for s in ("audio", "video")}
         real = batch["video_mask"][:, :, None] & batch["audio_mask"][:, None, :]
-        place = jnp.arange(real.shape[1])[:, None] + 100 * jnp.arange(real.shape[2])[None]
-        return Output(logits, {}, {"video": jnp.where(real, place[None], jnp.nan)})
+        position = jnp.arange(real.shape[1])[:, None] + 100 * jnp.arange(real.shape[2])[None]
+        return Output(logits, {}, {"video": jnp.where(real, position[None], jnp.nan)})
 
 
 def of_heads(output, batch, prior):
@@ -45,7 +45,7 @@ PARTS = {"train": slice(0, 36), "deaf": slice(36, 48), "blind": slice(48, 60), "
 
 
 def halves():
-    """Clips whose picture says nothing in one part, and whose sound says nothing in another."""
+    """Clips with uninformative video in one part, and uninformative audio in another."""
     made = synthetic.make(clips=72, signal=2.0)
     for part, stream in (("deaf", "audio"), ("blind", "video")):
         made.arrays[stream][PARTS[part]] = made.arrays[stream][PARTS["train"]][:12]
@@ -148,10 +148,10 @@ def test_without_a_choice_the_first_head_predicts():
 def test_attention_is_shown_of_real_steps_alone():
     features = halves()
     run = run_heads(features)
-    lanes = run.plan.lanes.replace(test=run.plan.lanes.test.at[:, 1].set(3).at[:, 2].set(5))  # no sound; no picture
-    found = loop.attention(HEADS, run.state, run.plan.replace(lanes=lanes), run.data)
-    assert [clip for clip, _ in found] == [60, 3, 5]
-    for clip, maps in found:
+    lanes = run.plan.lanes.replace(test=run.plan.lanes.test.at[:, 1].set(3).at[:, 2].set(5))  # no audio; no video
+    by_clip = loop.attention(HEADS, run.state, run.plan.replace(lanes=lanes), run.data)
+    assert [clip for clip, _ in by_clip] == [60, 3, 5]
+    for clip, maps in by_clip:
         t, s = (int(features.masks[stream][clip].sum()) for stream in ("video", "audio"))
         assert maps.keys() == {"video"}
         np.testing.assert_array_equal(maps["video"], np.arange(t)[:, None] + 100 * np.arange(s)[None])
@@ -161,9 +161,9 @@ def test_attention_is_shown_of_real_steps_alone():
 # ---- Values -------------------------------------------------------------------------------------------------------
 
 
-def concordance(label: np.ndarray, answer: np.ndarray) -> float:
+def concordance(label: np.ndarray, prediction: np.ndarray) -> float:
     """The mean CCC of columns, in float64 (Lin 1989)."""
-    x, y = answer.astype(np.float64), label.astype(np.float64)
+    x, y = prediction.astype(np.float64), label.astype(np.float64)
     shared = 2 * np.mean((x - x.mean(0)) * (y - y.mean(0)), 0)
     return float(np.mean(shared / (x.var(0) + y.var(0) + (x.mean(0) - y.mean(0)) ** 2)))
 
@@ -178,8 +178,8 @@ def test_values_are_validated_as_one_set_however_many_batches_it_takes():
     run.check()
     state = jax.tree.map(lambda v: v[0], run.state)
     batch = batches.gather(run.data, state.stats, jnp.arange(60, 150), jnp.ones(90))
-    answer = model.module.apply({"params": state.params}, batch).logits["fusion"]
-    expected = concordance(features.label[60:], np.asarray(answer))
+    prediction = model.module.apply({"params": state.params}, batch).logits["fusion"]
+    expected = concordance(features.label[60:], np.asarray(prediction))
     assert run.rows[-1].keys() >= {"val_ccc", "val_pearson", "val_rmse"}
     assert run.rows[-1]["val_ccc"] == pytest.approx(expected, abs=1e-4)
     assert run.rows[-1]["val_loss"] == pytest.approx(1 - expected, abs=1e-4)

@@ -37,7 +37,7 @@ TRAIN, VAL, TEST = slice(0, 26), slice(26, 36), slice(36, 48)
 
 
 class Small(nn.Module):
-    """Reads the sound and the text of a clip."""
+    """Reads the audio and the text of a clip."""
 
     classes: int = 3
 
@@ -89,7 +89,7 @@ class Run:
         first = self.done + 1 - self.config.train.epochs_per_call
         history.check_finite(self.sums, self.plan, self.features.ids, first, self.config.train.batch_size)
 
-    def answers(self) -> np.ndarray:
+    def predictions(self) -> np.ndarray:
         return np.asarray(self.trainer.predict(self.state, self.plan.lanes, self.data)["fusion"])
 
 
@@ -107,7 +107,7 @@ def equal(a, b) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole() -> Run:
+def full() -> Run:
     return Run().call(2)
 
 
@@ -116,14 +116,14 @@ def whole() -> Run:
 
 @pytest.mark.budget(12)
 @pytest.mark.parametrize("lane", [1, 2])
-def test_a_lane_gives_the_same_numbers_as_the_run_alone(whole, lane):
-    (fold, seed), fold_at = whole.plan.names[lane], lane // 2
+def test_a_lane_gives_the_same_numbers_as_the_run_alone(full, lane):
+    (fold, seed), fold_at = full.plan.names[lane], lane // 2
     alone = Run(folds=FOLDS[fold_at : fold_at + 1], seeds=(seed,)).call(2)
     assert alone.plan.names == [(fold, seed)]
-    ours = jax.tree.map(lambda v: v[lane], whole.state)
+    ours = jax.tree.map(lambda v: v[lane], full.state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], atol=2e-5), ours, alone.state)
-    np.testing.assert_allclose(whole.answers()[lane], alone.answers()[0], atol=2e-5)
-    mine = [r for r in whole.rows if (r["fold"], r["seed"]) == (fold, seed)]
+    np.testing.assert_allclose(full.predictions()[lane], alone.predictions()[0], atol=2e-5)
+    mine = [r for r in full.rows if (r["fold"], r["seed"]) == (fold, seed)]
     assert len(mine) == len(alone.rows) == 8
     for row, other in zip(mine, alone.rows, strict=True):
         assert row.keys() == other.keys()
@@ -131,15 +131,15 @@ def test_a_lane_gives_the_same_numbers_as_the_run_alone(whole, lane):
         assert row["val_uar"] == pytest.approx(other["val_uar"], abs=1e-6)
 
 
-def test_batches_of_padding_alone_make_no_step(whole):
+def test_batches_of_padding_alone_make_no_step(full):
     # Batches of 8: 26 clips make 4 steps an epoch, 9 clips 2, though they are padded to 4.
-    assert whole.state.step.tolist() == [8 * 4, 8 * 4, 8 * 2, 8 * 2]
+    assert full.state.step.tolist() == [8 * 4, 8 * 4, 8 * 2, 8 * 2]
 
 
-def test_seeds_differ_and_the_planted_signal_is_learnt(whole):
-    kernels = np.asarray(whole.state.params["Dense_0"]["kernel"])
+def test_seeds_differ_and_the_planted_signal_is_learnt(full):
+    kernels = np.asarray(full.state.params["Dense_0"]["kernel"])
     assert np.abs(kernels[0] - kernels[1]).max() > 0.05
-    assert whole.rows[-4]["train_loss"] < 0.7 * whole.rows[0]["train_loss"]
+    assert full.rows[-4]["train_loss"] < 0.7 * full.rows[0]["train_loss"]
 
 
 def test_nothing_is_traced_again():
@@ -159,21 +159,21 @@ def test_nothing_is_traced_again():
 # ---- Selection ----------------------------------------------------------------------------------------------------
 
 
-def test_the_best_epoch_is_the_one_with_the_best_validation_uar_then_loss(whole):
-    for lane, name in enumerate(whole.plan.names):
-        rows = [r for r in whole.rows if (r["fold"], r["seed"]) == name]
+def test_the_best_epoch_is_the_one_with_the_best_validation_uar_then_loss(full):
+    for lane, name in enumerate(full.plan.names):
+        rows = [r for r in full.rows if (r["fold"], r["seed"]) == name]
         best = max(rows, key=lambda r: (r["val_uar"], -r["val_loss"]))
-        assert int(whole.state.best_epoch[lane]) == best["epoch"]
-        assert float(whole.state.best_score[lane]) == pytest.approx(best["val_uar"])
-    assert set(whole.state.best_epoch.tolist()) != {8}
+        assert int(full.state.best_epoch[lane]) == best["epoch"]
+        assert float(full.state.best_score[lane]) == pytest.approx(best["val_uar"])
+    assert set(full.state.best_epoch.tolist()) != {8}
 
 
-def test_predictions_are_by_the_best_parameters(whole):
-    lane = int(jnp.argmin(whole.state.best_epoch))  # not the last epoch
-    state = jax.tree.map(lambda v: v[lane], whole.state)
-    batch = batches.gather(whole.data, state.stats, jnp.arange(36, 48), jnp.ones(12))
+def test_predictions_are_by_the_best_parameters(full):
+    lane = int(jnp.argmin(full.state.best_epoch))  # not the last epoch
+    state = jax.tree.map(lambda v: v[lane], full.state)
+    batch = batches.gather(full.data, state.stats, jnp.arange(36, 48), jnp.ones(12))
     expected = SMALL.module.apply(state.best, batch).logits["fusion"]
-    np.testing.assert_allclose(whole.answers()[lane], expected, atol=1e-5)
+    np.testing.assert_allclose(full.predictions()[lane], expected, atol=1e-5)
 
 
 def test_the_last_epoch_is_taken_where_asked_for():
@@ -185,17 +185,17 @@ def test_the_last_epoch_is_taken_where_asked_for():
 
 
 @pytest.mark.parametrize("value", [1e30, np.nan])
-def test_test_clips_play_no_part(whole, value):
+def test_test_clips_play_no_part(full, value):
     spoilt = Run(poisoned(TEST, value, labels=True)).call(2)
-    equal(spoilt.state, whole.state)
-    assert spoilt.rows == whole.rows
+    equal(spoilt.state, full.state)
+    assert spoilt.rows == full.rows
 
 
-def test_validation_clips_do_not_train(whole):
+def test_validation_clips_do_not_train(full):
     spoilt = Run(poisoned(VAL, 3.0, labels=True)).call(2)
-    equal(spoilt.state.params, whole.state.params)
-    equal(spoilt.state.stats, whole.state.stats)
-    assert [r["val_loss"] for r in spoilt.rows] != [r["val_loss"] for r in whole.rows]
+    equal(spoilt.state.params, full.state.params)
+    equal(spoilt.state.stats, full.state.stats)
+    assert [r["val_loss"] for r in spoilt.rows] != [r["val_loss"] for r in full.rows]
 
 
 # ---- Early stopping -----------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_a_stopped_lane_keeps_its_state_while_the_others_go_on():
 # ---- Resuming -----------------------------------------------------------------------------------------------------
 
 
-def test_restored_run_goes_on_bit_for_bit(whole, tmp_path):
+def test_restored_run_goes_on_bit_for_bit(full, tmp_path):
     run = Run().call()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(run.state) is None
@@ -234,8 +234,8 @@ def test_restored_run_goes_on_bit_for_bit(whole, tmp_path):
         fresh.done, fresh.state = checkpoints.restore(fresh.state)
     assert fresh.done == 4
     fresh.call()
-    equal(fresh.state, whole.state)
-    equal(run.state, whole.state)
+    equal(fresh.state, full.state)
+    equal(run.state, full.state)
     before = fresh.trainer.epochs._cache_size()
     fresh.call()
     assert fresh.trainer.epochs._cache_size() == before
@@ -293,8 +293,8 @@ def test_a_gradient_that_is_not_finite_is_found_though_the_loss_is():
         run.check()
 
 
-def test_finite_runs_pass(whole):
-    assert whole.check() is None
+def test_finite_runs_pass(full):
+    assert full.check() is None
 
 
 # ---- Small and uneven sets ----------------------------------------------------------------------------------------
@@ -304,8 +304,8 @@ def test_one_class_to_train_on_nothing_to_validate_on_and_one_clip_to_test_on():
     one = [i for i, y in zip(IDS, FEATURES.label, strict=True) if y == 1]
     run = Run(folds=[Fold("one", tuple(one), tuple(IDS[:1]))], protocol__validation=0.0).call(2)
     run.check()
-    assert run.answers().shape == (2, 1, 3)
-    assert set(run.answers().argmax(-1).ravel().tolist()) == {1}
+    assert run.predictions().shape == (2, 1, 3)
+    assert set(run.predictions().argmax(-1).ravel().tolist()) == {1}
     assert set(run.state.best_epoch.tolist()) == {8}  # the last one
     assert not any("val_uar" in r for r in run.rows)
 
@@ -316,8 +316,8 @@ def recalls(imbalance: str, folds, features) -> np.ndarray:
     run = Run(features, folds, (1,), SMALL.replace(module=Small(2), loss=loss), protocol__select="last").call(2)
     run.check()
     label = features.label[np.asarray(run.plan.lanes.test[0])]
-    answer = np.argmax(run.answers()[0], -1)
-    return np.array([(answer[label == c] == c).mean() for c in range(2)])
+    predicted = np.argmax(run.predictions()[0], -1)
+    return np.array([(predicted[label == c] == c).mean() for c in range(2)])
 
 
 @pytest.mark.thorough
@@ -337,7 +337,7 @@ def test_options_against_imbalance_raise_the_recall_of_a_rare_class():
 
 
 class Talk(nn.Module):
-    """Reads a turn's sound and the mean of its conversation's."""
+    """Reads a turn's audio and the mean of its conversation's."""
 
     classes: int = 3
 
@@ -352,7 +352,7 @@ class Talk(nn.Module):
 TALK = Model(module=Talk(), loss=small_loss, heads=("fusion",), streams=("audio",), turns=True)
 
 
-def told(dialogue):
+def with_dialogues(dialogue):
     clips = [dataclasses.replace(c, dialogue=dialogue(i), turn=i) for i, c in enumerate(FEATURES.clips)]
     return dataclasses.replace(FEATURES, clips=clips)
 
@@ -360,22 +360,22 @@ def told(dialogue):
 def run_talk(features) -> tuple[Run, dict[str, np.ndarray]]:
     run = Run(features, model=TALK).call(2)
     run.check()
-    rows = results.predictions(features, run.plan, {"fusion": run.answers()})
+    rows = results.predictions(features, run.plan, {"fusion": run.predictions()})
     return run, rows
 
 
 @pytest.mark.budget(8)
 def test_conversations_are_trained_and_every_test_clip_is_answered_once():
-    run, rows = run_talk(told(lambda i: f"d{i // 5}"))
+    run, rows = run_talk(with_dialogues(lambda i: f"d{i // 5}"))
     assert run.rows[-1]["train_loss"] < run.rows[0]["train_loss"]
     assert sorted(rows["clip_id"]) == sorted(IDS[TEST] * 4)
-    apart = run_talk(told(lambda i: None))[1]
+    apart = run_talk(with_dialogues(lambda i: None))[1]
     order, other = (np.lexsort((r["seed"], r["fold"], r["clip_id"])) for r in (rows, apart))
     assert np.abs(rows["logits_fusion"][order] - apart["logits_fusion"][other]).max() > 1e-3, "context is read"
 
 
 def test_a_model_of_conversations_answers_a_clip_alone():
-    run, rows = run_talk(told(lambda i: None))
+    run, rows = run_talk(with_dialogues(lambda i: None))
     read = loop.read_clips(TALK, lambda output, _: output.logits["fusion"])
     logits = np.asarray(read(run.state.best, run.state.best_head, run.state.stats, run.data))
     first = (rows["fold"] == "long") & (rows["seed"] == 1)

@@ -59,18 +59,18 @@ def start(
     arguments = ["--config", CONFIG, "--workdir", str(workdir), *(f"--config.{k}={v}" for k, v in chosen.items())]
     workdir.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "avjax.train", *arguments]
-    with (workdir.parent / f"said.{process}").open("w") as out:
+    with (workdir.parent / f"output.{process}").open("w") as out:
         return subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
 
 
-def said(workdir: pathlib.Path, process: int) -> str:
-    return (workdir.parent / f"said.{process}").read_text()
+def output(workdir: pathlib.Path, process: int) -> str:
+    return (workdir.parent / f"output.{process}").read_text()
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -81,7 +81,7 @@ def rows(workdir: pathlib.Path) -> list[dict]:
 def alone(features, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("alone") / "W"
     process = start(features, workdir, 0, 1, free_port(), **{"mesh.preset": "single"})
-    assert process.wait(300) == 0, said(workdir, 0)
+    assert process.wait(300) == 0, output(workdir, 0)
     return workdir
 
 
@@ -94,14 +94,14 @@ def test_two_processes_make_the_run_of_one(preset, mode, features, alone, tmp_pa
     port, workdir = free_port(), tmp_path / "W"
     keys = {"mesh.preset": preset, "data.mode": mode}
     both = [start(features, workdir, i, 2, port, **keys) for i in range(2)]
-    assert [p.wait(400) for p in both] == [0, 0], said(workdir, 0) + said(workdir, 1)
-    assert "in 2 processes" in said(workdir, 0)
-    assert "epoch" not in said(workdir, 1)  # one speaks
+    assert [p.wait(400) for p in both] == [0, 0], output(workdir, 0) + output(workdir, 1)
+    assert "in 2 processes" in output(workdir, 0)
+    assert "epoch" not in output(workdir, 1)  # only one prints
     for ours, one in zip(rows(workdir), rows(alone), strict=True):
         np.testing.assert_allclose(ours["train_loss"], one["train_loss"], rtol=1e-4)
     with np.load(workdir / "predictions.npz") as ours, np.load(alone / "predictions.npz") as one:
         assert set(ours.files) == set(one.files)
-    # What two processes have saved is here in one, to the bit: the digests that they took say so.
+    # One process restores bit for bit what two have saved: the digests are those that they computed.
     like = fresh_state(features)
     warned = []
     with Checkpoints(workdir / "checkpoints", warned.append) as checkpoints:
@@ -115,10 +115,10 @@ def fresh_state(features: pathlib.Path) -> loop.State:
     from avjax.features import store
 
     chosen = config.settings(CONFIG, model__width=8, train__batch_size=8, train__seeds=(42,))
-    found = store.load(features, chosen.preset, "folder")
-    plan = lane_plans.plan(found, folds(found, chosen.protocol)[0], (42,), chosen.protocol)
-    data = batches.resident(found, "both", chosen.protocol.standardise)
-    return loop.make(models.build(chosen.model, len(found.classes)), chosen).init(plan.lanes, data)
+    loaded = store.load(features, chosen.preset, "folder")
+    plan = lane_plans.plan(loaded, folds(loaded, chosen.protocol)[0], (42,), chosen.protocol)
+    data = batches.resident(loaded, "both", chosen.protocol.standardise)
+    return loop.make(models.build(chosen.model, len(loaded.classes)), chosen).init(plan.lanes, data)
 
 
 @pytest.mark.slow
@@ -128,8 +128,8 @@ def test_a_run_of_two_processes_goes_on_as_one(features, tmp_path):
     both = [start(features, workdir, i, 2, port, **{"train.epochs": 200}) for i in range(2)]
     wait_for(both, workdir, "epoch 2/")
     both[1].send_signal(signal.SIGTERM)
-    assert [p.wait(120) for p in both] == [143, 143], said(workdir, 0) + said(workdir, 1)
-    assert "stopped on request; the state after epoch" in said(workdir, 0)
+    assert [p.wait(120) for p in both] == [143, 143], output(workdir, 0) + output(workdir, 1)
+    assert "stopped on request; the state after epoch" in output(workdir, 0)
     process = start(features, workdir, 0, 1, port, **{"train.epochs": 200, "mesh.preset": "single"})
     assert wait_for([process], workdir, "going on after epoch")
     process.kill()
@@ -137,9 +137,9 @@ def test_a_run_of_two_processes_goes_on_as_one(features, tmp_path):
 
 
 def wait_for(processes: list[subprocess.Popen], workdir: pathlib.Path, text: str) -> bool:
-    while text not in said(workdir, 0) and all(p.poll() is None for p in processes):
+    while text not in output(workdir, 0) and all(p.poll() is None for p in processes):
         time.sleep(0.1)
-    return text in said(workdir, 0)
+    return text in output(workdir, 0)
 
 
 @pytest.mark.slow
@@ -155,8 +155,8 @@ def test_a_lost_process_is_named(lost, features, tmp_path):
         both[1].kill()
         both[1].wait()
     assert status != 0
-    assert "process 1 of 2" in said(workdir, 0)
-    assert "goes on from the last checkpoint" in said(workdir, 0)
+    assert "process 1 of 2" in output(workdir, 0)
+    assert "goes on from the last checkpoint" in output(workdir, 0)
 
 
 @pytest.mark.slow
@@ -167,8 +167,8 @@ def test_a_process_that_refuses_takes_the_others_with_it(features, tmp_path):
     both = [start(features, workdir, i, 2, port, **keys[i]) for i in range(2)]
     assert both[1].wait(120) == 2
     assert both[0].wait(120) != 0
-    assert "process 1 of 2" in said(workdir, 0)
-    assert "has ended: mesh: data 3 takes 3 devices" in said(workdir, 0)
+    assert "process 1 of 2" in output(workdir, 0)
+    assert "has ended: mesh: data 3 takes 3 devices" in output(workdir, 0)
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_process_that_never_comes_is_waited_for_so_long(features, tmp_path):
     workdir = tmp_path / "W"
     process = start(features, workdir, 0, 2, free_port(), **{"processes.wait": 5})
     assert process.wait(120) != 0
-    assert "did not all join within 5 s" in said(workdir, 0)
+    assert "did not all join within 5 s" in output(workdir, 0)
     assert not workdir.exists()
 
 

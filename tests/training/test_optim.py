@@ -17,7 +17,7 @@ def settings(**changes) -> TrainSettings:
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    # Shares 0, 0.1, 0.2, 0.6, 1 of the run; warm-up ends at 0.2, and 0.6 is halfway down.
+    # Fractions 0, 0.1, 0.2, 0.6, 1 of the run; warm-up ends at 0.2, and 0.6 is halfway down.
     [
         ({}, [0.0, 0.05, 0.1, 0.05, 0.0]),
         ({"schedule": "constant"}, [0.0, 0.05, 0.1, 0.1, 0.1]),

@@ -32,15 +32,15 @@ PATHS = (
 
 
 def test_layers_decay_towards_the_input_by_hand():
-    found = optim.factors(settings(layer_decay=0.5), PATHS)
+    factors = optim.factors(settings(layer_decay=0.5), PATHS)
     # Video has two blocks, audio one.
-    assert found == dict(zip(PATHS, (1, 0.125, 0.25, 0.5, 1, 0.25, 0.5), strict=True))
+    assert factors == dict(zip(PATHS, (1, 0.125, 0.25, 0.5, 1, 0.25, 0.5), strict=True))
 
 
 def test_the_first_rate_that_is_found_counts_and_multiplies_the_decay():
     rates = (("^video/.*kernel", 0.1), ("^video/", 0.0), ("kernel$", 10.0))
-    found = optim.factors(settings(rates=rates), PATHS)
-    assert list(found.values()) == [10, 0.1, 0.1, 0, 0, 1, 1]
+    factors = optim.factors(settings(rates=rates), PATHS)
+    assert list(factors.values()) == [10, 0.1, 0.1, 0, 0, 1, 1]
     both = optim.factors(settings(rates=rates, layer_decay=0.5), PATHS)
     assert [round(v, 6) for v in both.values()] == [10, 0.0125, 0.025, 0, 0, 0.25, 0.5]
 
@@ -48,7 +48,7 @@ def test_the_first_rate_that_is_found_counts_and_multiplies_the_decay():
 @pytest.mark.parametrize(
     ("changes", "paths", "message"),
     [
-        ({"rates": (("^vidio/", 0.1),)}, PATHS, r"train\.rates: '\^vidio/' is found in no path .* core/head_fusion"),
+        ({"rates": (("^vidio/", 0.1),)}, PATHS, r"train\.rates: '\^vidio/' matches no path .* core/head_fusion"),
         ({"layer_decay": 0.9}, PATHS[:1], r"train\.layer_decay is 0\.9, but no block of an encoder is trained"),
     ],
 )
@@ -98,7 +98,7 @@ def test_clip_norm_0_clips_nothing():
 
 
 class Plain(nn.Module):
-    """Reads the sound and a constant, which both count in the gradient."""
+    """Reads the audio and a constant, which both count in the gradient."""
 
     keeps: bool = False
     rate: float = 0.0
@@ -127,8 +127,8 @@ def test_a_batch_is_cut_and_what_is_filled_in_weighs_nothing():
         "shift": np.ones((5, 2)),
         "pretrained": {"kernel": np.ones((5, 3))},
     }
-    rows, whole = optim.cut(batch, 2)
-    assert whole.keys() == {"shift", "pretrained"}
+    rows, shared = optim.cut(batch, 2)
+    assert shared.keys() == {"shift", "pretrained"}
     assert {k: v.shape for k, v in rows.items()} == {
         "audio": (2, 3, 2), "audio_mask": (2, 3, 2), "label": (2, 3), "weight": (2, 3)}  # fmt: skip
     np.testing.assert_array_equal(rows["weight"], [[1, 1, 1], [1, 1, 0]])
@@ -143,17 +143,17 @@ FEATURES = dataclasses.replace(synthetic.make(signal=0.5), constants={"shift": n
 def test_updates_are_those_of_whole_batches():
     """26 and 9 clips in batches of 8: pieces of 3 and 3 and 2 clips, and batches that padding fills up."""
     common = {"features": FEATURES, "model": PLAIN, "seeds": (1,), "train__epochs_per_call": 2}
-    whole, cut = (Run(**common, train__accumulate=k).call() for k in (1, 3))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.state.params, cut.state.params)
+    full, cut = (Run(**common, train__accumulate=k).call() for k in (1, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), full.state.params, cut.state.params)
     for name in ("train_terms", "train_gradient"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), whole.sums[name], cut.sums[name])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), full.sums[name], cut.sums[name])
 
 
 @pytest.mark.thorough
 def test_updates_from_disk_are_those_of_whole_batches():
     made = (chosen(train__accumulate=k) for k in (1, 3))
-    whole, cut = (Streamed(features=FEATURES, model=PLAIN, made=one).train() for one in made)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), whole.state.params, cut.state.params)
+    full, cut = (Streamed(features=FEATURES, model=PLAIN, made=one).train() for one in made)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), full.state.params, cut.state.params)
 
 
 def test_pieces_draw_different_dropout():

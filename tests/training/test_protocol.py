@@ -45,9 +45,9 @@ def official(features, *folds):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"train": "abc", "test": "cd"}, "1 clips are in train and in test, such as c"),
-        ({"train": "ab", "val": "cd", "test": "cd"}, "2 clips are in val and in test, such as c"),
-        ({"train": "abc", "val": "c", "test": "d"}, "1 clips are in train and in val, such as c"),
+        ({"train": "abc", "test": "cd"}, "1 clips are in both train and test, such as c"),
+        ({"train": "ab", "val": "cd", "test": "cd"}, "2 clips are in both val and test, such as c"),
+        ({"train": "abc", "val": "c", "test": "d"}, "1 clips are in both train and val, such as c"),
     ],
     ids=["trained on", "chosen by", "trained and chosen"],
 )
@@ -82,8 +82,8 @@ def test_a_random_split_of_known_speakers_must_be_asked_for_and_is_stamped(featu
         protocol.folds(features, asked(folds="stratified", fold_count=5))
     config = asked(folds="stratified", fold_count=5, allow_speaker_overlap=True)
     folds, name = protocol.folds(features, config)
-    says = text(name, lane_plans.plan(features, folds, (42,), config), config)
-    assert says.startswith(
+    described = text(name, lane_plans.plan(features, folds, (42,), config), config)
+    assert described.startswith(
         "SPEAKERS OVERLAP: up to 3 speakers of a fold are in training and in test; 5 stratified folds"
     )
 
@@ -98,8 +98,8 @@ def test_a_division_of_the_data_set_itself_is_stamped_and_not_refused(features):
     ids = features.ids
     mixed = official(features, Fold("official", tuple(ids[:20]), tuple(ids[20:])))
     folds, name = protocol.folds(mixed, asked())
-    says = text(name, lane_plans.plan(mixed, folds, (42,), asked()), asked())
-    assert says.startswith("SPEAKERS OVERLAP: up to 3 speakers")
+    described = text(name, lane_plans.plan(mixed, folds, (42,), asked()), asked())
+    assert described.startswith("SPEAKERS OVERLAP: up to 3 speakers")
 
 
 def test_disjoint_speakers_are_not_stamped(features):

@@ -1,4 +1,4 @@
-"""A run on a mesh is the run on one device: every preset and system, the places of arrays, the sizes of meshes."""
+"""A run on a mesh equals the run on one device: every preset and system, sharding of arrays, sizes of meshes."""
 
 import json
 import os
@@ -32,7 +32,8 @@ SHARED = {
 }
 DEVICES = {"single": 1}
 MARKS = {"etg_aver": [pytest.mark.thorough, pytest.mark.budget(150)]}
-# Of the answers' spread, behind two updates: Adam's first ones are as large where a gradient is rounding alone.
+# Of the predictions' standard deviation, after two updates: Adam's first ones do not depend on the gradient's size, and
+# so are as large where it is rounding alone.
 CLOSE = {"avt_ca": 1e-2}
 
 
@@ -49,7 +50,7 @@ def trained(system: str, presets: Iterable[str]) -> dict[str, dict]:
 
 
 @pytest.mark.budget(35)
-def test_lanes_and_parameters_shared_out_make_the_same_two_steps():
+def test_sharded_lanes_and_parameters_make_the_same_two_steps():
     check_steps("etg_aver", ["single", "lane × fsdp × tensor"])
 
 
@@ -59,16 +60,16 @@ def test_every_mesh_makes_the_same_two_steps(system):
 
 
 def check_steps(system: str, presets: Iterable[str]) -> None:
-    found = trained(system, presets)
-    assert [*found] == [*presets]
-    alone = found["single"]
+    runs = trained(system, presets)
+    assert [*runs] == [*presets]
+    alone = runs["single"]
     assert np.shape(alone["losses"]) == (8, 2)
-    for preset, row in found.items():
+    for preset, row in runs.items():
         assert row["devices"] == DEVICES.get(preset, 8)
         assert row["shared"] == SHARED[preset]
         np.testing.assert_allclose(row["losses"], alone["losses"], rtol=1e-4)
-        spread = np.std(alone["answers"])
-        np.testing.assert_allclose(row["answers"], alone["answers"], atol=CLOSE.get(system, 1e-3) * spread)
+        spread = np.std(alone["predictions"])
+        np.testing.assert_allclose(row["predictions"], alone["predictions"], atol=CLOSE.get(system, 1e-3) * spread)
 
 
 @pytest.mark.parametrize(
@@ -95,24 +96,24 @@ def test_sizes_of_meshes(preset, given, devices, processes, lanes, batch, expect
 
 
 @pytest.mark.parametrize(
-    ("preset", "given", "devices", "processes", "says"),
+    ("preset", "given", "devices", "processes", "message"),
     [
         ("ddp", {}, 8, 1, "mesh.preset is 'ddp'; choose one of auto, single, dp"),
-        ("dp", {"data": 16}, 8, 1, "data 16 takes 16 devices, and at most 8 are to be used"),
-        ("single", {}, 8, 2, "one device takes 1 devices, and all 8 are to be used"),
-        ("auto", {"lane": 4}, 8, 1, "splits lanes, 5, over 4 devices; these must divide it"),
+        ("dp", {"data": 16}, 8, 1, "data 16 takes 16 devices, but at most 8 can be used"),
+        ("single", {}, 8, 2, "one device takes 1 devices, but all 8 must be used"),
+        ("auto", {"lane": 4}, 8, 1, "splits lanes = 5 over 4 devices, which must divide it"),
         (
             "auto",
             {"data": 2, "fsdp": 2, "tensor": 2},
             8,
             1,
-            "XLA's partitioner errs where all of data, fsdp and tensor",
+            "XLA's partitioner gives wrong results with all of data, fsdp and tensor",
         ),
-        ("dp", {}, 5, 1, "splits train.batch_size, 8, over 5 devices"),
+        ("dp", {}, 5, 1, "splits train.batch_size = 8 over 5 devices"),
     ],
 )
-def test_meshes_that_do_not_fit(preset, given, devices, processes, says):
-    with pytest.raises(AvjaxError, match=says):
+def test_meshes_that_do_not_fit(preset, given, devices, processes, message):
+    with pytest.raises(AvjaxError, match=message):
         sharding.mesh_sizes(MeshSettings(preset=preset, **given), devices, processes, 5, 8)
 
 
@@ -136,12 +137,12 @@ def test_rules(family, path, axes, spec):
 
 
 def test_an_array_in_another_place_is_named():
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     mesh = jax.make_mesh((1,), ("lane",), axis_types=(jax.sharding.AxisType.Auto,))
-    tree = {"a": {"kernel": jax.device_put(np.ones(4, np.float32), here)}}
-    sharding.check(tree, {"a": {"kernel": here}})
+    tree = {"a": {"kernel": jax.device_put(np.ones(4, np.float32), device)}}
+    sharding.check(tree, {"a": {"kernel": device}})
     asked = jax.sharding.NamedSharding(mesh, P("lane"), memory_kind="unpinned_host")
-    with pytest.raises(AvjaxError, match=r"/a/kernel .* is placed by .* as asked"):
+    with pytest.raises(AvjaxError, match=r"/a/kernel .* has the sharding .* as asked"):
         sharding.check(tree, {"a": {"kernel": asked}})
 
 
@@ -155,14 +156,14 @@ def test_a_dry_run_tells_parameters_memory_and_work(capsys):
     plan = lane_plans.plan(made, [fold], (1, 2), config.protocol)
     data = batches.resident(made, "both", "train")
     figures = dry_run.show(model, config, sharding.ALONE, plan, data, Console(width=200))
-    told = capsys.readouterr().out
-    assert "fuse/query/kernel" in told
-    assert "(2, 16, 16)" in told
-    assert f"Total: {2 * figures['parameters']:,}" in told
-    assert "nothing was trained" in told
+    output = capsys.readouterr().out
+    assert "fuse/query/kernel" in output
+    assert "(2, 16, 16)" in output
+    assert f"Total: {2 * figures['parameters']:,}" in output
+    assert "nothing was trained" in output
     assert figures["lanes"] == 2
-    assert f"2 lanes of {figures['parameters']:,} parameters" in told
-    # Four arrays of each parameter: it, the best so far, and Adam's two moments.
+    assert f"2 lanes of {figures['parameters']:,} parameters" in output
+    # Four arrays of each parameter: itself, the best so far, and Adam's two averages.
     assert figures["state_bytes"] > 4 * 4 * 2 * figures["parameters"]
     # A matrix of 16 × 16 meets each clip at least three times: forward, and twice backward.
     assert figures["flops"] > 2 * 8 * 3 * 2 * 16 * 16

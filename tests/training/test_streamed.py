@@ -19,16 +19,16 @@ from avjax.features.packed import Packed
 from avjax.training import batches, history, loop, streamed_batches, streamed_loop
 from avjax.training import lanes as lane_plans
 from tests import synthetic
-from tests.training.test_loop import FOLDS, SMALL, TALK, settings, told
+from tests.training.test_loop import FOLDS, SMALL, TALK, settings, with_dialogues
 
 FEATURES = synthetic.make(signal=0.5)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    place = tmp_path_factory.mktemp("store")
-    synthetic.write_store(place, FEATURES)
-    return place
+    root = tmp_path_factory.mktemp("store")
+    synthetic.write_store(root, FEATURES)
+    return root
 
 
 def chosen(mode: str = "streamed", **more):
@@ -56,7 +56,7 @@ class Run:
             self.rows += history.epoch_rows(sums, self.plan.names, epoch, self.model)
         return self
 
-    def answers(self) -> dict[str, np.ndarray]:
+    def predictions(self) -> dict[str, np.ndarray]:
         return jax.device_get(self.trainer.predict(self.state, self.plan.lanes, self.data))
 
 
@@ -69,37 +69,37 @@ def equal(a, b) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole() -> Run:
+def full() -> Run:
     return Run().train()
 
 
 @pytest.mark.budget(10)
-def test_streamed_and_resident_training_give_equal_parameters(whole):
+def test_streamed_and_resident_training_give_equal_parameters(full):
     resident = Run(made=chosen("resident")).train()
     assert isinstance(resident.data, batches.Resident)
-    near(whole.state.stats, resident.state.stats)
-    near(whole.state.params, resident.state.params)
-    near(whole.state.best, resident.state.best)
-    equal(whole.state.best_epoch, resident.state.best_epoch)
-    near(whole.answers(), resident.answers())
-    for ours, theirs in zip(whole.rows, resident.rows, strict=True):
+    near(full.state.stats, resident.state.stats)
+    near(full.state.params, resident.state.params)
+    near(full.state.best, resident.state.best)
+    equal(full.state.best_epoch, resident.state.best_epoch)
+    near(full.predictions(), resident.predictions())
+    for ours, theirs in zip(full.rows, resident.rows, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 @pytest.mark.thorough
 def test_conversations_stream_too():
-    features = told(lambda i: f"dialogue {i // 4}")
+    features = with_dialogues(lambda i: f"dialogue {i // 4}")
     runs = [Run(features, chosen(mode), model=TALK).train(last=1) for mode in ("streamed", "resident")]
     near(*(run.state.params for run in runs))
-    near(*(run.answers() for run in runs))
+    near(*(run.predictions() for run in runs))
 
 
-def test_from_disk_is_as_from_memory(root, whole):
+def test_from_disk_is_as_from_memory(root, full):
     features = store.load(root, "lite", on_disk=True)
     assert not features.arrays
     again = Run(dataclasses.replace(features, clips=FEATURES.clips)).train()
-    equal(again.state.params, whole.state.params)
-    equal(again.answers(), whole.answers())
+    equal(again.state.params, full.state.params)
+    equal(again.predictions(), full.predictions())
 
 
 def test_packed_clips_are_those_of_the_whole_set(root):
@@ -120,10 +120,10 @@ def test_what_is_in_memory_stands_beside_the_clips_on_disk(root):
     rng = np.random.default_rng(0)
     held = {name: rng.normal(size=(48, n, 5)).astype(np.float32) for name, n in (("prompts", 6), ("text_constant", 1))}
     masks = {name: np.ones(array.shape[:2], bool) for name, array in held.items()}
-    left, whole = (store.load(root, "lite", on_disk=on_disk) for on_disk in (True, False))
-    left, whole = (dataclasses.replace(f, arrays=f.arrays | held, masks=f.masks | masks) for f in (left, whole))
-    for source, texts in (("constant", held["text_constant"]), ("audio", whole.arrays["text_audio"])):
-        disk, memory = (streamed_batches.choose(f, chosen(model__text_source=source)) for f in (left, whole))
+    left, loaded = (store.load(root, "lite", on_disk=on_disk) for on_disk in (True, False))
+    left, loaded = (dataclasses.replace(f, arrays=f.arrays | held, masks=f.masks | masks) for f in (left, loaded))
+    for source, texts in (("constant", held["text_constant"]), ("audio", loaded.arrays["text_audio"])):
+        disk, memory = (streamed_batches.choose(f, chosen(model__text_source=source)) for f in (left, loaded))
         index = np.array([[3, 0], [47, 3]])
         equal(disk.rows(index), memory.rows(index))
         np.testing.assert_array_equal(disk.rows(index)["prompts"], held["prompts"][index])
@@ -137,38 +137,38 @@ class Killed(Exception):
 
 @pytest.mark.budget(8)
 @pytest.mark.parametrize("steps", [3, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 5))])
-def test_cut_within_an_epoch_it_goes_on_bit_for_bit(tmp_path, whole, steps):
+def test_cut_within_an_epoch_it_goes_on_bit_for_bit(tmp_path, full, steps):
     """Killed after so many steps; what it had written then is all that the next run knows."""
-    said = []
+    lines = []
 
     def die(line: str) -> None:
-        said.append(line)
-        if len(said) == steps:
+        lines.append(line)
+        if len(lines) == steps:
             raise Killed
 
     with pytest.raises(Killed):
         Run(workdir=tmp_path, say=die).train()
-    count = int(re.search(r"step (\d+) of (\d+)", said[-1])[2])
+    count = int(re.search(r"step (\d+) of (\d+)", lines[-1])[2])
     epoch = 1 + (steps - 1) // count
-    resumed = Run(workdir=tmp_path, say=said.append)
+    resumed = Run(workdir=tmp_path, say=lines.append)
     if epoch > 1:
         resumed.state = Run().train(last=epoch - 1).state  # as the checkpoint of the whole epoch has it
-    del said[:]
+    del lines[:]
     resumed.train(first=epoch)
-    assert len(said) == 2 * count - steps, "steps made before are not made again"
-    equal(resumed.state.params, whole.state.params)
-    equal(resumed.answers(), whole.answers())
-    per_epoch = len(whole.plan.names)
-    assert resumed.rows == whole.rows[(epoch - 1) * per_epoch :]
+    assert len(lines) == 2 * count - steps, "steps made before are not made again"
+    equal(resumed.state.params, full.state.params)
+    equal(resumed.predictions(), full.predictions())
+    per_epoch = len(full.plan.names)
+    assert resumed.rows == full.rows[(epoch - 1) * per_epoch :]
 
 
 @pytest.mark.thorough
 def test_a_checkpoint_of_another_epoch_is_not_taken(tmp_path):
     Run(workdir=tmp_path).train(last=1)
-    said = []
-    later = Run(workdir=tmp_path, say=said.append)
+    lines = []
+    later = Run(workdir=tmp_path, say=lines.append)
     later.train(first=2)
-    assert said[0].startswith("epoch 2/2, step 1 of")
+    assert lines[0].startswith("epoch 2/2, step 1 of")
 
 
 def test_size_decides_and_can_be_overruled(monkeypatch, root):
@@ -192,7 +192,9 @@ def test_features_that_a_model_cannot_read_are_named():
     ):
         loop.check_streams(flow, data, "lite")
     seeing = dataclasses.replace(SMALL, streams=("audio", "video"), frame_stream="video")
-    with pytest.raises(AvjaxError, match="the model reads frames as video, the features of preset 'lite' are feature"):
+    with pytest.raises(
+        AvjaxError, match="the model reads raw frames as video, the features of preset 'lite' are feature"
+    ):
         loop.check_streams(seeing, data, "lite")
     loop.check_streams(SMALL, data, "lite")
 
@@ -236,8 +238,8 @@ def test_killed_within_an_epoch_a_command_ends_as_if_undisturbed(root, tmp_path)
     assert json.loads((tmp_path / "whole/metrics.json").read_text())["task"] == "single"
 
 
-def attention_maps(features, mode: str, **augment: float) -> Run:
-    """AVT-CA on raw pictures, after an epoch."""
+def frame_run(features, mode: str, **augment: float) -> Run:
+    """AVT-CA on raw frames, after an epoch."""
     changes = {f"train__augment__{key}": value for key, value in augment.items()} | {"model__settings__width": 16}
     changes |= {"data__mode": mode, "train__epochs": 1, "train__batch_size": 8}
     made = config.settings("configs/avtca_folder.py", **changes)
@@ -248,13 +250,13 @@ def attention_maps(features, mode: str, **augment: float) -> Run:
 
 @pytest.mark.slow
 def test_raw_pictures_stream_with_the_same_augmentation():
-    pictures = np.random.default_rng(0).integers(0, 256, (48, 3, 8, 8, 3)).astype(np.uint8)
-    arrays = {"video": pictures, "audio": FEATURES.arrays["audio"]}
+    frames = np.random.default_rng(0).integers(0, 256, (48, 3, 8, 8, 3)).astype(np.uint8)
+    arrays = {"video": frames, "audio": FEATURES.arrays["audio"]}
     masks = {"video": np.ones((48, 3), bool), "audio": FEATURES.masks["audio"]}
     features = dataclasses.replace(FEATURES, arrays=arrays, masks=masks)
-    streamed, resident = (attention_maps(features, mode) for mode in ("streamed", "resident"))
+    streamed, resident = (frame_run(features, mode) for mode in ("streamed", "resident"))
     assert streamed.data.rows(np.arange(2))["video"].dtype == np.uint8
     near(streamed.state.params, resident.state.params)
-    still = attention_maps(features, "resident", degrees=0.0, flip=0.0)
+    still = frame_run(features, "resident", degrees=0.0, flip=0.0)
     apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), resident.state.params, still.state.params)
-    assert max(jax.tree.leaves(apart)) > 1e-4, "pictures are turned and mirrored"
+    assert max(jax.tree.leaves(apart)) > 1e-4, "frames are rotated and mirrored"

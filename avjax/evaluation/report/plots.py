@@ -1,4 +1,4 @@
-"""The frames of a report. The same numbers give the same bytes: no dates, no screen, no global state."""
+"""The plots of a report. The same numbers give the same bytes: no dates, no display, no global state."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Perceptually uniform, and reversed so that deeper means more, as in the paper's Fig. 2.
+# Perceptually uniform, and reversed so that darker means more, as in the paper's Fig. 2.
 _COLOURS = "magma_r"
-_EMPTY = "#f6f6f4"  # cells without a clip stand back
+_EMPTY = "#f6f6f4"  # cells without clips
 _INK, _FAINT, _BLUE, _ORANGE = "#1f2430", "#6b7280", "#2563a8", "#c2570c"
 
 
 def confusion_figure(
     confusion: Sequence[Sequence[float]], classes: Sequence[str], title: str, path: Path, *, note: str = ""
 ) -> None:
-    """Draws a confusion matrix as PNG: cells show the percentage of their row, and the count below it.
+    """Plots a confusion matrix as PNG: cells show the percentage of their row, and the count below it.
 
     Args:
       confusion: (C, C) counts, rows = true class.
       classes: the C names.
-      title: followed by WAR and UAR of the matrix.
+      title: of the plot; WAR and UAR of the matrix are shown below it.
       path: of the PNG.
       note: small print below, such as the protocol.
+
     Raises:
       AvjaxError: the matrix does not fit the classes, or holds negative or non-finite counts.
     """
@@ -46,10 +47,10 @@ def confusion_figure(
     figure = _figure(side + 0.6, side + 0.3)
     axes = figure.add_subplot()
     support = counts.sum(1, keepdims=True)
-    share = np.divide(counts, support, out=np.zeros_like(counts), where=support > 0)
+    rate = np.divide(counts, support, out=np.zeros_like(counts), where=support > 0)
     axes.set_facecolor(_EMPTY)
-    picture = axes.imshow(np.ma.masked_equal(share, 0), cmap=_COLOURS, vmin=0, vmax=1)
-    _label_cells(axes, counts, share, picture.cmap)
+    image = axes.imshow(np.ma.masked_equal(rate, 0), cmap=_COLOURS, vmin=0, vmax=1)
+    _label_cells(axes, counts, rate, image.cmap)
     _name_classes(axes, classes, support[:, 0])
     axes.set_title(title, fontsize=12, fontweight="bold", pad=24)
     scores = f"WAR {100 * metrics.war(counts):.1f} %   ·   UAR {100 * metrics.uar(counts):.1f} %"
@@ -59,19 +60,20 @@ def confusion_figure(
 
 
 def curves_figure(history: Sequence[Mapping[str, Any]], path: Path, *, note: str = "") -> None:
-    """Draws loss and the validation score over the epochs as PNG.
+    """Plots loss and validation score over the epochs as PNG.
 
     Args:
       history: per epoch `epoch`, `train_loss`, and, where the protocol has a validation set, `val_loss` and the score
-        that validation picks by (0–1), each the mean over folds and seeds. Without validation only the training loss
-        is drawn.
+        that validation selects by (0–1), each the mean over folds and seeds. Without validation only the training loss
+        is plotted.
       path: of the PNG.
       note: small print below, such as the data and the protocol.
+
     Raises:
       AvjaxError: the history is empty.
     """
     if not history:
-        raise AvjaxError("no epochs to draw: expected a history with at least one")
+        raise AvjaxError("no epochs to plot: expected a history with at least one")
     panels = [("loss", [("train_loss", "training", _BLUE, 1), ("val_loss", "validation", _ORANGE, 1)])]
     for score, name in {scoring.picks: scoring.names[scoring.picks] for scoring in SCORINGS.values()}.items():
         if _series(history, f"val_{score}")[0]:
@@ -85,23 +87,22 @@ def curves_figure(history: Sequence[Mapping[str, Any]], path: Path, *, note: str
 
 
 def scatter_figure(
-    label: np.ndarray, answer: np.ndarray, names: Sequence[str], title: str, path: Path, *, note: str = ""
+    label: np.ndarray, prediction: np.ndarray, names: Sequence[str], title: str, path: Path, *, note: str = ""
 ) -> None:
-    """Draws answers over labels as PNG, one panel per value, with the line where both are equal.
+    """Plots predictions against labels as PNG, one panel per target value, with the identity line.
 
-    Args:
-      label, answer: (n, r) of the r values `names`; title, path, note: as in `confusion_figure`.
+    `label` and `prediction` are (n, r) of the r values `names`; title, path and note are as for `confusion_figure`.
     """
     figure = _figure(3.4 * len(names), 3.9)
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for i, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        x, y = label[:, i], answer[:, i]
+        x, y = label[:, i], prediction[:, i]
         ends = float(min(x.min(), y.min())), float(max(x.max(), y.max()))
         axes.plot(ends, ends, color=_FAINT, linewidth=1)
         axes.scatter(x, y, s=9, alpha=0.5, color=_BLUE, linewidths=0)
         scored = metrics.scoring_sums(x[:, None], y[:, None], np.ones(len(x)))
         axes.set_title(f"{name}: CCC {100 * metrics.ccc(scored)[0]:.1f}", fontsize=10)
-        axes.set(xlabel="label", ylabel="answer")
+        axes.set(xlabel="label", ylabel="prediction")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=12, fontweight="bold")
     figure.supxlabel(textwrap.fill(note, 50 * len(names)), fontsize=8, color=_FAINT)
@@ -109,20 +110,19 @@ def scatter_figure(
 
 
 def labels_figure(tables: np.ndarray, names: Sequence[str], title: str, path: Path, *, note: str = "") -> None:
-    """Draws the recall of yes and of no to each label as PNG.
+    """Plots the recall of positive and of negative clips of each label as PNG.
 
-    Args:
-      tables: (c, 2, 2) counts of the c labels `names`, rows = truth, no first; title, path, note: as in
-        `confusion_figure`.
+    `tables` are (c, 2, 2) counts of the c labels `names`, rows = truth, negatives first; title, path and note are as
+    for `confusion_figure`.
     """
     figure = _figure(6.4, 1.4 + 0.5 * len(names))
     axes = figure.add_subplot()
     recall = 100 * tables.diagonal(axis1=-2, axis2=-1) / np.maximum(tables.sum(-1), 1)
-    for shift, column, called, colour in ((-0.2, 1, "yes", _ORANGE), (0.2, 0, "no", _BLUE)):
+    for shift, column, called, colour in ((-0.2, 1, "positive", _ORANGE), (0.2, 0, "negative", _BLUE)):
         axes.barh(np.arange(len(names)) + shift, recall[:, column], 0.36, color=colour, label=called)
     axes.set_yticks(range(len(names)), [f"{n} ({t[1].sum():.0f})" for n, t in zip(names, tables, strict=True)])
     axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="found, %", ylabel="label (clips that have it)")
+    axes.set(xlim=(0, 100), xlabel="recall, %", ylabel="label (positive clips)")
     axes.legend(frameon=False)
     axes.set_title(title, fontsize=12, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
@@ -131,10 +131,9 @@ def labels_figure(tables: np.ndarray, names: Sequence[str], title: str, path: Pa
 
 
 def adaptation_figure(points: Sequence[Mapping[str, Any]], title: str, path: Path, *, note: str = "") -> None:
-    """Draws what labelled clips of a person bring: a thin line for each person, their mean with its spread over people.
+    """Plots UAR over labelled clips of a person: a thin line for each person, and mean ± std over people.
 
-    Args:
-      points: in the order of `shots`, each with `mean`, `std` and `uar` by person, shares of 1.
+    `points` are in the order of `shots`, each with `mean`, `std` and `uar` by person, between 0 and 1.
     """
     figure = _figure(6.4, 4.4)
     axes = figure.add_subplot()
@@ -148,26 +147,25 @@ def adaptation_figure(points: Sequence[Mapping[str, Any]], title: str, path: Pat
         axes.annotate(f"{y:.1f}", (x, y), (0, 7), textcoords="offset points", ha="center", color=_INK, fontsize=9)
     axes.set_xticks(shots)
     axes.set_xlabel("labelled clips per class of a person not seen in training")
-    axes.set_ylabel("UAR of the person's other clips, %")
+    axes.set_ylabel("UAR on the person's other clips, %")
     axes.set_title(title, fontsize=12, fontweight="bold")
     figure.supxlabel(textwrap.fill(note, 95), fontsize=8, color=_FAINT)
     _save(figure, path)
 
 
 def predictions_figure(metrics: Mapping[str, Any], rows: Mapping[str, np.ndarray], title: str, workdir: Path) -> None:
-    """Draws the answers of a run in the way of its task into `workdir`, under the name of `page.PREDICTIONS`.
+    """Plots the predictions of a run in `workdir`, in the form of its task and under the name in `page.PREDICTIONS`.
 
-    Args:
-      metrics: content of metrics.json; rows: of predictions.npz.
+    `metrics` is the content of metrics.json, `rows` that of predictions.npz.
     """
     classes, note = metrics["classes"], f"{metrics['dataset']} · {metrics['protocol']}"
-    answer = next(v for k, v in rows.items() if k.startswith("logits_"))
+    prediction = next(v for k, v in rows.items() if k.startswith("logits_"))
     if metrics["task"] in ONE_CLASS:
         confusion_figure(metrics["confusion"], classes, title, workdir / "confusion.png", note=note)
     elif metrics["task"] == "regression":
-        scatter_figure(rows["label"], answer, classes, title, workdir / "scatter.png", note=note)
+        scatter_figure(rows["label"], prediction, classes, title, workdir / "scatter.png", note=note)
     else:
-        tables = SCORINGS["multilabel"].count(rows["label"], answer)
+        tables = SCORINGS["multilabel"].count(rows["label"], prediction)
         labels_figure(tables, classes, title, workdir / "labels.png", note=note)
 
 
@@ -179,50 +177,48 @@ def attention_figure(
     *,
     note: str = "",
 ) -> None:
-    """Draws attention between streams as heat maps (DE-III, Figure 2) as PNG: one row per clip, brighter is stronger.
+    """Plots attention between streams as heat maps (DE-III, Figure 2) as PNG: one row per clip, brighter is stronger.
 
-    Args:
-      clips: each with `name` and, by the names of `streams`, weights (q, k) of its real steps.
-      streams: (name, stream that asks: horizontal, stream that answers: vertical).
-      title, path, note: as in `confusion_figure`.
+    `clips` have a `name` and, by the names of `streams`, weights (q, k) of their real steps; `streams` are (name, query
+    stream: horizontal, key stream: vertical). Title, path and note are as for `confusion_figure`.
     """
     figure = _figure(4.2 * len(streams), 2.6 * len(clips) + 0.9)
     panels = figure.subplots(len(clips), len(streams), squeeze=False)
     for clip, row in zip(clips, panels, strict=True):
-        for (name, asks, answers), axes in zip(streams, row, strict=True):
+        for (name, query, key), axes in zip(streams, row, strict=True):
             if clip[name].size:
                 axes.imshow(clip[name].T, cmap="magma", aspect="auto", origin="lower", interpolation="nearest")
-            axes.set(xlabel=f"step of {asks}, asking", ylabel=f"step of {answers}")
+            axes.set(xlabel=f"{query} step (query)", ylabel=f"{key} step (key)")
             axes.set_title(clip["name"], fontsize=9, color=_INK)
             axes.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=12, fontweight="bold")
-    note = f"{note}. Each map has a colour scale of its own."
+    note = f"{note}. Each map has its own colour scale."
     figure.supxlabel(textwrap.fill(note, 60 * len(streams)), fontsize=8, color=_FAINT)
     _save(figure, path)
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An own figure instead of pyplot's: nothing is left open, and no backend of the user's is touched."""
+    """Makes a figure without pyplot: nothing is left open, and the user's backend is not touched."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # The program's version is the only thing that would change from one machine to the next.
+    # Without the program's version, which differs from machine to machine.
     figure.savefig(path, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.15)
 
 
-def _label_cells(axes: Axes, counts: np.ndarray, share: np.ndarray, cmap: Any) -> None:
+def _label_cells(axes: Axes, counts: np.ndarray, rate: np.ndarray, cmap: Any) -> None:
     for row, column in zip(*np.nonzero(counts), strict=True):
         where = {"xy": (column, row), "textcoords": "offset points", "ha": "center"}
-        where["color"] = _ink(cmap(share[row, column]))
-        axes.annotate(f"{100 * share[row, column]:.0f}", xytext=(0, -1), fontsize=10, **where)
+        where["color"] = _ink(cmap(rate[row, column]))
+        axes.annotate(f"{100 * rate[row, column]:.0f}", xytext=(0, -1), fontsize=10, **where)
         axes.annotate(f"{counts[row, column]:.0f}", xytext=(0, -11), fontsize=6.5, **where)
 
 
 def _name_classes(axes: Axes, classes: Sequence[str], support: np.ndarray) -> None:
-    """Class names on both axes, the number of clips beside the true ones, and a white grid between the cells."""
+    """Names the classes on both axes, with the number of clips of the true ones, and draws a white grid."""
     rows = [f"{name} ({count:.0f})" for name, count in zip(classes, support, strict=True)]
     axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(classes)), rows)
@@ -236,7 +232,7 @@ def _name_classes(axes: Axes, classes: Sequence[str], support: np.ndarray) -> No
 
 
 def _ink(background: Sequence[float]) -> str:
-    """Black or white, whichever contrasts more with `background` (RGB 0–1) by WCAG 2's relative luminance."""
+    """Returns black or white, whichever contrasts more with `background` (RGB 0–1) by WCAG 2's relative luminance."""
     rgb = np.asarray(background[:3])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ (0.2126, 0.7152, 0.0722)
@@ -244,9 +240,9 @@ def _ink(background: Sequence[float]) -> str:
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Epochs and values of `key` where it was measured."""
-    known = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
-    return [epoch for epoch, _ in known], [value for _, value in known]
+    """Returns epochs and values of `key` where it was measured."""
+    measured = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+    return [epoch for epoch, _ in measured], [value for _, value in measured]
 
 
 def _draw_lines(axes: Axes, history: Sequence[Mapping[str, Any]], lines: list[tuple[str, str, str, float]]) -> None:
@@ -256,7 +252,7 @@ def _draw_lines(axes: Axes, history: Sequence[Mapping[str, Any]], lines: list[tu
     for key, label, colour, scale in lines:
         epochs, values = _series(history, key)
         if epochs:
-            marker = "o" if len(epochs) == 1 else None  # a single point is no line
+            marker = "o" if len(epochs) == 1 else None  # a line needs two points
             axes.plot(epochs, np.multiply(values, scale), color=colour, label=label, linewidth=1.8, marker=marker)
             drawn += 1
     if drawn > 1:

@@ -1,6 +1,6 @@
-"""Runs as tables: one run fold by fold, and several runs side by side without comparing what cannot be compared.
+"""Tables of runs: one run by fold, and several runs side by side, with differences only where runs are comparable.
 
-`metrics` is always the content of a run's `metrics.json`: scores between 0 and 1, shown here as percent.
+`metrics` is always the content of a run's `metrics.json`: scores between 0 and 1, which tables show in percent.
 """
 
 from __future__ import annotations
@@ -21,46 +21,45 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, Any]
 
-EVIDENCE_COLUMNS = ("run", "WAR", "UAR", "95 % of WAR", "WAR − first", "p")
+EVIDENCE_COLUMNS = ("run", "WAR", "UAR", "95 % CI of WAR", "WAR − first", "p")
 TOGETHER = "seeds together"
 EVIDENCE_NOTE = (
-    "95 %: bootstrap over speakers (clips where speakers are unknown); p: paired permutation test over the same, not "
-    "corrected for the number of rows. A clip counts by the share of seeds that are right."
+    "95 % CI: bootstrap over speakers (clips where speakers are unknown). p: paired permutation test over the same "
+    "units, not corrected for multiple comparisons. Correctness is averaged over seeds within each clip."
 )
-TOGETHER_NOTE = "Seeds together: {} of the mean of their predictions (of classes, of their probabilities)."
-# Below so many folds an interval of the mean is wider than any difference worth reporting.
+TOGETHER_NOTE = "Seeds together: {} of the mean prediction of all seeds (of classes, of the mean probabilities)."
+# With fewer folds, an interval of the mean is wider than any difference worth reporting.
 ENOUGH_FOLDS = 6
 _MARK = "†"
 
 
 def scores(metrics: Metrics) -> dict[str, str]:
-    """The two scores of the run's task that stand in tables: key → how it is called."""
+    """Returns the two scores of the run's task that tables show: key → name."""
     return dict([*SCORINGS[metrics["task"]].names.items()][:2])
 
 
 def run_columns(metrics: Metrics) -> tuple[str, ...]:
-    """The columns of `run_rows`."""
+    """Returns the columns of `run_rows`."""
     return ("fold", "seed", "train", "val", "test", "epoch", *scores(metrics).values())
 
 
 def reference_columns(metrics: Metrics) -> tuple[str, ...]:
-    """The columns of `reference_rows`."""
+    """Returns the columns of `reference_rows`."""
     first, *_ = names = [*scores(metrics).values()]
     way = "ridge" if metrics["task"] == "regression" else "logistic"
-    return (f"{way} regression on pooled features", *names, f"{first}, run − reference")
+    return (f"{way} regression on pooled features", *names, f"{first}, run − baseline")
 
 
 def compare_columns(metrics: Metrics) -> tuple[str, ...]:
-    """The columns of `compare_table` without evidence."""
+    """Returns the columns of `compare_table` without evidence."""
     first, *_ = names = [*scores(metrics).values()]
-    return ("run", *names, f"{first} − first", "fold by fold")
+    return ("run", *names, f"{first} − first", "per fold")
 
 
 def run_table(metrics: Metrics, title: str) -> Table:
-    """One row per fold and seed, then the summary rows; protocol and counts in the caption.
+    """Returns a table of one row per fold and seed, then the summary rows; the caption has protocol and counts.
 
-    Returns:
-      A `rich.table.Table` with the columns `run_columns`.
+    Its columns are `run_columns`.
     """
     columns = run_columns(metrics)
     blank = ("",) * (len(columns) - 3)
@@ -70,42 +69,38 @@ def run_table(metrics: Metrics, title: str) -> Table:
 
 
 def reference_table(metrics: Metrics) -> Table:
-    """The references that the run computed beside itself on the same clips and folds.
-
-    Returns:
-      A `rich.table.Table` with the columns `reference_columns`.
-    """
+    """Returns a table of the baselines on the same clips and folds, with the columns `reference_columns`."""
     note = interval_note(len({fold["fold"] for fold in metrics["folds"]}))
     return _rich_table(reference_columns(metrics), [reference_rows(metrics)], "", [note])
 
 
 def of_run(metrics: Metrics, title: str) -> list[Table]:
-    """All tables of a run."""
+    """Returns all tables of a run."""
     values = [value_table(metrics)] if value_rows(metrics) else []
     heads = [head_table([(title, metrics)])] if "beta" in metrics["folds"][0] else []
     return [run_table(metrics, title), *values, *heads, reference_table(metrics)]
 
 
 def head_columns(metrics: Metrics) -> tuple[str, ...]:
-    """The columns of `head_rows`."""
+    """Returns the columns of `head_rows`."""
     return ("head, pooled", *scores(metrics).values(), *(["weighted F1"] if metrics["task"] in ONE_CLASS else []))
 
 
 def head_rows(metrics: Metrics) -> list[tuple[str, ...]]:
-    """One row per head, or classifier that reads the features: its scores over all folds and seeds."""
+    """Returns one row per head, or classifier on features, with its scores over all folds and seeds."""
     keys = [*scores(metrics), *(["f1"] if metrics["task"] in ONE_CLASS else [])]
     return [(head, *(percent(scored[key]) for key in keys)) for head, scored in metrics["heads"].items()]
 
 
 def head_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
-    """The heads of runs below each other, with a column for the run.
+    """Returns a table of the heads of all runs, with a column for the run.
 
     Raises:
       AvjaxError: the runs are of different tasks.
     """
     first = runs[0][1]
     if apart := [name for name, metrics in runs if metrics["task"] != first["task"]]:
-        raise AvjaxError(f"{', '.join(apart)}: another task than {runs[0][0]}; show their heads apart")
+        raise AvjaxError(f"{', '.join(apart)}: another task than {runs[0][0]}; show their heads separately")
     sections = [[(name, *row) for row in head_rows(metrics)] for name, metrics in runs]
     notes = [f"{name}: {_setting(metrics)}" for name, metrics in runs]
     notes += [note for _, metrics in runs for note in query_notes(metrics)]
@@ -113,36 +108,36 @@ def head_table(runs: Sequence[tuple[str, Metrics]]) -> Table:
 
 
 def query_notes(metrics: Metrics) -> list[str]:
-    """What became of features in training that were asked for with their label, where there are such."""
+    """Notes how much queries with the label help on training clips, for runs that train with such queries."""
     if "query" not in metrics:
         return []
-    labelled, plain = (percent(metrics["query"][key]) for key in ("with_label", "without_label"))
+    with_label, without = map(percent, metrics["query"].values())
     return [
-        "In training the query names the label, and nowhere else: zero-shot UAR of video on training clips is "
-        f"{labelled} with it and {plain} without."
+        "Queries contain the label in training only: zero-shot UAR of the video on training clips is "
+        f"{with_label} with the label and {without} without it."
     ]
 
 
 def value_rows(metrics: Metrics) -> list[tuple[str, ...]]:
-    """One row per value or label of a task that has such: its name and all its scores over all folds; else none."""
+    """Returns one row per target value or label, with its name and all its scores over all folds; none for classes."""
     return [
         (name, *(f"{score:.3f}" for score in scored.values())) for name, scored in metrics.get("values", {}).items()
     ]
 
 
 def value_table(metrics: Metrics) -> Table:
-    """`value_rows` as a `rich.table.Table`."""
+    """Returns `value_rows` as a table."""
     return _rich_table(value_columns(metrics), [value_rows(metrics)], "", ["All folds and seeds pooled."])
 
 
 def value_columns(metrics: Metrics) -> tuple[str, ...]:
-    """The columns of `value_rows`."""
+    """Returns the columns of `value_rows`."""
     scoring = SCORINGS[metrics["task"]]
     return ("pooled", *scoring.names.values())
 
 
 def reference_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
-    """One row of `reference_columns` per reference; the difference is over their folds, seeds averaged."""
+    """Returns one row of `reference_columns` per baseline; the difference is over its folds, seeds averaged."""
     first, *_ = keys = [*scores(metrics)]
     return [
         (
@@ -155,17 +150,19 @@ def reference_rows(metrics: Metrics) -> list[tuple[str, str, str, str]]:
 
 
 def compare_table(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Evidence] | None = None) -> Table:
-    """One row per run: name, WAR and UAR (mean ± std over folds and seeds), WAR difference to the first run in points.
+    """Returns a table of runs: name, WAR and UAR (mean ± std over folds and seeds), WAR difference to the first run.
 
-    Differences are paired: seeds are averaged within each fold, then folds are subtracted. A run on another data set,
-    protocol or selection of folds or clips is marked and gets no difference.
+    Differences are in points and paired: seeds are averaged within each fold, then folds are subtracted. A run on
+    another data set, protocol, or selection of folds or clips is marked and has no difference.
 
     Args:
-      runs: (name, metrics), the one to compare with first.
-      evidence: by name, for intervals and tests over people in place of folds; a run may lack it.
+      runs: (name, metrics), first the run to compare with.
+      evidence: by name, for intervals and tests over people instead of folds; a run may lack it.
+
     Returns:
-      A `rich.table.Table` with the columns `compare_columns`, or, given evidence, `EVIDENCE_COLUMNS`; behind them
-      `TOGETHER`, if a run has several seeds.
+      A table with the columns `compare_columns`, or, given evidence, `EVIDENCE_COLUMNS`; then `TOGETHER`, if a run has
+      several seeds.
+
     Raises:
       AvjaxError: there is no run.
     """
@@ -174,7 +171,7 @@ def compare_table(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Ev
 
 
 def compare_markdown(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Evidence] | None = None) -> str:
-    """`compare_table` as Markdown: the setting, the table, and the notes as a list. Ends with a newline."""
+    """Returns `compare_table` as Markdown: the setting, the table, and the notes as a list; ends with a newline."""
     columns, rows, notes = _compared(runs, evidence)
     lines = [
         f"**{plain(_setting(runs[0][1]))}**",
@@ -189,7 +186,7 @@ def compare_markdown(runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str,
 
 
 def run_rows(metrics: Metrics) -> list[tuple[str, ...]]:
-    """One row of `run_columns` per fold and seed; beside its epoch the head that validation chose, where it does."""
+    """Returns one row of `run_columns` per fold and seed, with the head beside the epoch if validation selected it."""
     return [
         (
             *(str(fold[key]) for key in ("fold", "seed", "n_train", "n_val", "n_test")),
@@ -201,7 +198,7 @@ def run_rows(metrics: Metrics) -> list[tuple[str, ...]]:
 
 
 def summary_rows(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """(name, score, score): mean ± std, pooled, of all seeds' mean answer, and of classes what needs no model."""
+    """Returns (name, score, score): mean ± std, pooled, seeds together, and of classes chance and majority class."""
     together, keys = metrics.get("together"), [*scores(metrics)]
     rows = [
         ("mean ± std" if len(metrics["folds"]) > 1 else "single run", *(spread(metrics, key) for key in keys)),
@@ -221,7 +218,7 @@ def _without_model(metrics: Metrics) -> list[tuple[str, str, str]]:
 
 
 def run_notes(metrics: Metrics) -> list[str]:
-    """What has to be said beside the scores: clips used and left out, and whether speakers are shared."""
+    """Returns the notes to the scores: clips used and left out, whether speakers overlap, and sentiment measures."""
     counts = metrics["counts"]
     return [
         f"{counts['used']} clips used, {counts['quarantined']} quarantined; "
@@ -231,32 +228,32 @@ def run_notes(metrics: Metrics) -> list[str]:
     ]
 
 
-def _sentiment(found: Mapping[str, float] | None) -> list[str]:
-    """The measures of a sentiment (`avjax.tasks.metrics.sentiment`), where there is one."""
-    if not found:
+def _sentiment(measures: Mapping[str, float] | None) -> list[str]:
+    """Notes the measures of sentiment (`avjax.tasks.metrics.sentiment`), where there are any."""
+    if not measures:
         return []
-    shares = {k: percent(v) for k, v in found.items()}
+    p = {k: percent(v) for k, v in measures.items()}
     return [
-        f"Sentiment, pooled: accuracy of two {shares['acc2_has0']} (0 counts as positive), {shares['acc2_non0']} "
-        f"(without 0), weighted F1 {shares['f1_has0']}, {shares['f1_non0']}; of five {shares['acc5']}, of seven "
-        f"{shares['acc7']}; mean absolute error {found['mae']:.3f}, correlation {found['corr']:.3f}."
+        f"Sentiment, pooled: two-class accuracy {p['acc2_has0']} with 0 as positive, {p['acc2_non0']} without 0; "
+        f"weighted F1 {p['f1_has0']} and {p['f1_non0']}; five-class accuracy {p['acc5']}, seven-class accuracy "
+        f"{p['acc7']}; mean absolute error {measures['mae']:.3f}, Pearson correlation {measures['corr']:.3f}."
     ]
 
 
 def fold_differences(folds: Sequence[Metrics], reference: Sequence[Metrics], key: str = "war") -> dict[str, float]:
-    """A score of `folds` minus that of `reference` in points, fold by fold; seeds are averaged within their fold first.
+    """Subtracts a score of `reference` from that of `folds` by fold; seeds are averaged within their fold first.
 
-    Args:
-      folds, reference: dicts with "fold" and the score `key` (0–1); both must have the same folds.
+    `folds` and `reference` are dicts with "fold" and the score `key` (0–1); both must have the same folds.
+
     Returns:
-      Fold → difference, in the order of `reference`.
+      Fold → difference in points, in the order of `reference`.
     """
     ours, theirs = _by_fold(folds, key), _by_fold(reference, key)
     return {fold: 100 * (ours[fold] - war) for fold, war in theirs.items()}
 
 
 def difference(differences: Sequence[float]) -> str:
-    """Mean difference in points, with its 95 % interval (Student's t over folds) from `ENOUGH_FOLDS` folds on."""
+    """Formats the mean difference in points, from `ENOUGH_FOLDS` folds with its 95 % interval (Student's t)."""
     count = len(differences)
     mean = sum(differences) / count
     if count < ENOUGH_FOLDS:
@@ -269,24 +266,24 @@ def difference(differences: Sequence[float]) -> str:
 
 
 def interval_note(folds: int) -> str:
-    """Says what may be read out of `difference` over so many folds."""
+    """Notes how to read `difference` over so many folds."""
     if folds < ENOUGH_FOLDS:
-        return f"With {folds} fold{'s' * (folds > 1)} an interval of a difference is uninformative: none is given."
-    return f"Brackets: 95 % interval over {folds} folds; folds share training clips, so it is rather too narrow."
+        return f"With {folds} fold{'s' * (folds > 1)}, an interval of the difference is uninformative; none is given."
+    return f"Brackets: 95 % interval over {folds} folds; folds share training clips, so it is somewhat too narrow."
 
 
 def percent(score: float) -> str:
-    """A score between 0 and 1 as percent with one decimal."""
+    """Formats a score between 0 and 1 as percent with one decimal."""
     return f"{100 * score:.1f}"
 
 
 def points(difference: float) -> str:
-    """A difference in percentage points with its sign, a true minus, and no negative zero."""
+    """Formats a difference in percentage points with its sign, a true minus, and no negative zero."""
     return f"{round(difference, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def spread(scores: Metrics, key: str) -> str:
-    """Mean ± standard deviation of one score; the mean alone where there is one fold and nothing to spread."""
+    """Formats the mean ± standard deviation of a score over folds and seeds; of a single one the mean alone."""
     mean = percent(scores["mean"][key])
     return f"{mean} ± {percent(scores['std'][key])}" if len(scores["folds"]) > 1 else mean
 
@@ -296,7 +293,7 @@ def _speakers(folds: Iterable[Metrics]) -> str:
     if overlaps == {0}:
         return "No speaker is in both training and test."
     if None in overlaps:
-        return "The speakers are unknown: training and test may share them."
+        return "Speakers are unknown: training and test may share some."
     return (
         f"NOT speaker-independent: up to {max(overlaps)} speakers are in both training and test; "
         "the scores say little about people outside the training set."
@@ -306,7 +303,7 @@ def _speakers(folds: Iterable[Metrics]) -> str:
 def _compared(
     runs: Sequence[tuple[str, Metrics]], evidence: Mapping[str, Evidence] | None
 ) -> tuple[Sequence[str], list[tuple[str, ...]], list[str]]:
-    """Columns, rows, and the notes below them."""
+    """Returns columns, rows, and the notes below them."""
     if not runs:
         raise AvjaxError("no runs to compare: expected at least one (name, metrics)")
     first = runs[0][1]
@@ -317,7 +314,7 @@ def _compared(
         reasons = _mismatch(metrics, first)
         if reasons:
             tested = evidence is not None and name in evidence and evidence[name].difference is not None
-            verdict = "stands here under another protocol than" if tested else "cannot be compared with"
+            verdict = "has another protocol than" if tested else "cannot be compared with"
             notes.append(f"{_MARK} {name} {verdict} {runs[0][0]}: {'; '.join(reasons)}.")
         paired = not reasons and position > 0
         differences = [*fold_differences(metrics["folds"], first["folds"], keys[0]).values()] if paired else []
@@ -329,43 +326,43 @@ def _compared(
     together = [m["together"] if m.get("together") and keys[0] in m["mean"] else None for _, m in runs]
     if not any(together):
         return columns, rows, notes
-    rows = [(*row, spread(found, keys[0]) if found else "–") for row, found in zip(rows, together, strict=True)]
+    rows = [(*row, spread(scored, keys[0]) if scored else "–") for row, scored in zip(rows, together, strict=True)]
     return (*columns, TOGETHER), rows, [*notes, TOGETHER_NOTE.format(called[0])]
 
 
-def _evidence(found: Evidence | None, differences: Sequence[float]) -> tuple[str, str, str]:
-    """The last three of `EVIDENCE_COLUMNS`; without evidence the mean difference over folds alone."""
-    if found is None:
+def _evidence(evidence: Evidence | None, differences: Sequence[float]) -> tuple[str, str, str]:
+    """Formats the last three of `EVIDENCE_COLUMNS`; without evidence only the mean difference over folds."""
+    if evidence is None:
         return "–", points(sum(differences) / len(differences)) if differences else "–", "–"
-    interval = "–".join(percent(bound) for bound in found.interval)
-    if found.difference is None:
+    interval = "–".join(percent(bound) for bound in evidence.interval)
+    if evidence.difference is None:
         return interval, "–", "–"
-    mean, low, high = (points(100 * value) for value in found.difference)
-    return interval, f"{mean} [{low}, {high}]", f"{found.p:.4f}" if found.p < 0.001 else f"{found.p:.3f}"
+    mean, low, high = (points(100 * value) for value in evidence.difference)
+    return interval, f"{mean} [{low}, {high}]", f"{evidence.p:.4f}" if evidence.p < 0.001 else f"{evidence.p:.3f}"
 
 
 def _mismatch(metrics: Metrics, first: Metrics) -> list[str]:
-    """Why scores of the two runs are not about the same thing; empty when they are."""
+    """Lists the reasons why scores of two runs cannot be compared; empty where they can."""
     named = {"dataset": "data set", "protocol": "protocol", "task": "task"}
     ours, theirs = ({key: _but_heads(m[key]) for key in named} for m in (metrics, first))
     reasons = [f"{what} {_apart(ours[key], theirs[key])}" for key, what in named.items() if ours[key] != theirs[key]]
     if metrics["classes"] != first["classes"]:
-        reasons.append("other classes")
+        reasons.append("different classes")
     tested, expected = ({fold["fold"]: fold["n_test"] for fold in m["folds"]} for m in (metrics, first))
     if not reasons and tested.keys() != expected.keys():
         return [f"folds {', '.join(tested)}, not {', '.join(expected)}"]
     if not reasons and tested != expected:
-        return [f"{sum(tested.values())} test clips, not {sum(expected.values())}, or cut otherwise"]
+        return [f"{sum(tested.values())} test clips, not {sum(expected.values())}, or split differently"]
     return reasons
 
 
 def _but_heads(protocol: str) -> str:
-    """A protocol without which of its heads a model answers with: others have one."""
+    """Removes the selection of the head from a protocol: other models have one head."""
     return "; ".join(part for part in protocol.split("; ") if not part.startswith("head: "))
 
 
 def _apart(ours: str, theirs: str) -> str:
-    """What two lists of things, joined by semicolons, do not share."""
+    """Describes how two lists, joined by semicolons, differ."""
     ours, theirs = ours.split("; "), theirs.split("; ")
     more, less = ("; ".join(x for x in a if x not in b) for a, b in ((ours, theirs), (theirs, ours)))
     return f"{more}, not {less}" if more and less else f"with {more}" if more else f"without {less}"
@@ -376,10 +373,10 @@ def _setting(metrics: Metrics) -> str:
 
 
 def _by_fold(folds: Iterable[Metrics], key: str) -> dict[str, float]:
-    found = defaultdict(list)
+    by_fold = defaultdict(list)
     for fold in folds:
-        found[fold["fold"]].append(fold[key])
-    return {fold: sum(values) / len(values) for fold, values in found.items()}
+        by_fold[fold["fold"]].append(fold[key])
+    return {fold: sum(values) / len(values) for fold, values in by_fold.items()}
 
 
 def _rich_table(
@@ -388,7 +385,7 @@ def _rich_table(
     from rich.table import Table
     from rich.text import Text
 
-    # Text, not markup: a name such as "etg[lite]" is to be shown, not obeyed.
+    # Text, not markup: a name such as "etg[lite]" must be shown as it is.
     table = Table(title=Text(title), caption=Text("\n".join(notes)), caption_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
@@ -400,10 +397,10 @@ def _rich_table(
 
 
 def markdown_row(cells: Iterable[str]) -> str:
-    """A row of a Markdown table."""
+    """Formats a row of a Markdown table."""
     return f"| {' | '.join(map(plain, cells))} |"
 
 
 def plain(text: str) -> str:
-    """Text that Markdown shows as it is: no cell ends early, no emphasis or tag begins."""
+    """Escapes text so that Markdown shows it as it is: no cell ends early, no emphasis or tag starts."""
     return re.sub(r"([\\`*_|<\[])", r"\\\1", " ".join(text.split()))

@@ -1,16 +1,16 @@
-r"""Features that somebody else has measured: tables of them → a corpus and one packed preset of the feature store.
+r"""Precomputed features: tables → a corpus and one packed preset of the feature store.
 
 A configuration describes them under `tables` (`Description`), in plain values:
 
     "tables": {
-        "files": {"face": {"path": "face.csv", "key": "name"}, "sound": {"path": "sound_{split}.npz", "key": "id"}},
-        "streams": {"video": ("face:AU01_r..AU45_c",), "audio": ("sound:mfcc",)},
+        "files": {"face": {"path": "face.csv", "key": "name"}, "voice": {"path": "voice_{split}.npz", "key": "id"}},
+        "streams": {"video": ("face:AU01_r..AU45_c",), "audio": ("voice:mfcc",)},
         "facts": {"label": {"of": "face:emotion"}, "speaker": {"of": "key", "pattern": r"(\d+)_.*"}},
         "splits": (("train", "train"), ("dev", "val"), ("test", "test"))}
 
-All that it can say: `avjax.features.tables.description`. The files that are read: `avjax.features.tables.readers`, and
-those that others publish: `openface`, `mmsa` and `mosei` beside it. Rows of different files meet by their keys. What
-cannot be used is counted and has its reason in `quarantine.csv`.
+All options: `avjax.features.tables.description`. File types: `avjax.features.tables.readers`; published formats:
+`openface`, `mmsa` and `mosei` beside it. Rows of different files are joined by their keys. Rejected rows are counted
+and listed with reasons in `quarantine.csv`.
 """
 
 import dataclasses
@@ -38,70 +38,70 @@ from avjax.utils import paths as assets
 from avjax.utils.storage import sha256
 from avjax.utils.tables import number
 
-CODE_VERSION = 1  # raised when a change of code changes what is packed
-TEXT_SOURCE = "given"  # by which `model.text_source` names the stream `text`
+CODE_VERSION = 1  # incremented when a change of code changes what is packed
+TEXT_SOURCE = "given"  # the name of the stream `text` for `model.text_source`
 
 
 def obtain(settings: Settings) -> stores.Features:
-    """Gives the features that `tables` describes; the store is made first, or again where a file has changed.
+    """Loads the features that `tables` describes; makes the store first, or again if a file has changed.
 
     Raises:
-      AvjaxError: no data are there and no store either, or see `make`.
+      AvjaxError: there are neither data nor a store, or see `make`.
     """
-    place = stores.place(settings.dataset, settings.data.features)
+    store = stores.path_of(settings.dataset, settings.data.features)
     root = assets.data_root(settings.dataset, settings.data.root)
     if root.is_dir():
-        make(settings.dataset, settings.preset, Description.of(settings.tables), root, place)
-    elif settings.data.root or not stores.is_finished(place, settings.preset, settings.dataset):
+        make(settings.dataset, settings.preset, Description.of(settings.tables), root, store)
+    elif settings.data.root or not stores.is_finished(store, settings.preset, settings.dataset):
         raise AvjaxError(f"{root}: no such folder; set --config.data.root to where the {settings.dataset} tables are")
-    return stores.load(place, settings.preset, settings.dataset)
+    return stores.load(store, settings.preset, settings.dataset)
 
 
-def make(name: str, preset: str, description: Description, root: Path, place: Path) -> None:
-    """Packs tables into the feature store at `place`, unless it was made of the same description and files.
+def make(name: str, preset: str, description: Description, root: Path, folder: Path) -> None:
+    """Packs tables into the feature store at `folder`, unless it was made from the same description and files.
 
     Raises:
       AvjaxError: see `read`; or the store holds another data set or cannot be written.
     """
     if not re.fullmatch("[a-z][a-z0-9_]*(:[a-z0-9_]+)?", name):
         raise AvjaxError(f"dataset is {name!r}; expected small letters, digits and underscores, and perhaps :target")
-    with stores.Store(place, name).locked() as store:
+    with stores.Store(folder, name).locked() as store:
         sources = {path: _sha256(root, path) for path in _all_paths(description, root)}
-        about = {"code": CODE_VERSION, "description": dataclasses.asdict(description), "sources": sources}
-        recipe = hashlib.sha256(json.dumps([tfds.VERSION, about]).encode()).hexdigest()
+        inputs = {"code": CODE_VERSION, "description": dataclasses.asdict(description), "sources": sources}
+        recipe = hashlib.sha256(json.dumps([tfds.VERSION, inputs]).encode()).hexdigest()
         if store.is_packed(preset, recipe):
             return
         corpus, steps = read(name, description, root)
         store.write_table("quarantine.csv", ("clip_id", "reason"), corpus.rejected)
-        made_by = {s: store.record({"feature": s, **about}) for s in description.streams}
+        made_by = {s: store.record({"feature": s, **inputs}) for s in description.streams}
         parts = [lambda: map(_example, corpus.clips, steps)]
         store.pack(corpus, corpus.clips, preset, parts, recipe, {"rejected": corpus.rejected, "made_by": made_by})
 
 
 def _all_paths(description: Description, root: Path) -> list[str]:
-    """The files to be read, without the entry in them."""
+    """Returns the files to be read, without entries in them."""
     names = description.used
     names = [*names, *(other for n in names if (other := description.files[n].keys_of()))]
     paths = dict.fromkeys(
-        found
+        path_read
         for name in names
         for path in description.paths(name).values()
-        for found in _read_for(root, path.partition("#")[0], description.files[name].form)
+        for path_read in _read_for(root, path.partition("#")[0], description.files[name].form)
     )
     return list(paths)
 
 
 def _read_for(root: Path, path: str, form: Format) -> list[str]:
-    """The files that are read for a path of a description."""
+    """Returns the files that are read for a path of a description."""
     if "{key}" in path:
         return _of_clips(root, path)
     beside = [Path(path).with_name(name).as_posix() for name in form.beside]
     return [path, *(other for other in beside if (root / other).is_file())]
 
 
-def _of_clips(root: Path, path: str) -> list[str]:
-    places = [place for place in readers.each(root, path).values() if readers.inside(root, place)]
-    return [file.relative_to(root).as_posix() for place in places for file in readers.files_of(place)]
+def _of_clips(root: Path, pattern: str) -> list[str]:
+    paths = [path for path in readers.each(root, pattern).values() if readers.inside(root, path)]
+    return [file.relative_to(root).as_posix() for path in paths for file in readers.files_of(path)]
 
 
 def _sha256(root: Path, path: str) -> str:
@@ -112,12 +112,12 @@ def _sha256(root: Path, path: str) -> str:
 
 # A stream (or a key) → steps (n, d) float32 and their mask (n,).
 Steps = dict[str, tuple[np.ndarray, np.ndarray]]
-# (place, format, header) → what a file holds.
+# (path, format, header) → the content of a file.
 Load = Callable[[Path, str, bool], object]
 
 
 def _example(clip: Clip, steps: Steps) -> dict[str, object]:
-    """The record of a clip in the packed view, as `avjax.features.clip.example`, without what only media can tell."""
+    """Makes the record of a clip in the packed view, as `avjax.features.clip.example` without media measurements."""
     streams = {s: steps[s] for s in steps if s != "text"}
     text = {TEXT_SOURCE: steps["text"][0][steps["text"][1]]} if "text" in steps else {}
     return {
@@ -133,10 +133,13 @@ def _example(clip: Clip, steps: Steps) -> dict[str, object]:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A file that was read, or one for each clip.
+    """The rows of a file, or of one file per clip.
 
-    `columns` → one value per row; `row` key → its number; `split` key → its word, if any; `broken` key → why its file
-    cannot be read.
+    Attributes:
+      columns: column → one value per row.
+      row: key → its row number.
+      split: key → the word of its split, if any.
+      broken: key → why its file cannot be read.
     """
 
     columns: Mapping[str, Sequence]
@@ -148,14 +151,15 @@ class _Table:
 def read(name: str, description: Description, root: Path) -> tuple[Corpus, list[Steps]]:
     """Reads all tables and joins their rows.
 
-    A row is rejected with a reason where a stream or the label of its key is missing, a number is not finite, a fact
-    is not as described, or the file that it has to itself cannot be read.
+    A row is rejected with a reason if a stream or the label of its key is missing, a number is not finite, a fact does
+    not fit its description, or its own file cannot be read.
 
     Returns:
       the corpus (clips in the order of their keys in the files), and the streams of each clip.
+
     Raises:
-      AvjaxError: a file is missing, cannot be read or has no such column, a key stands in it twice, two clips have one
-        id or one turn, or no row can be used.
+      AvjaxError: a file is missing, cannot be read or lacks a column, a key occurs in it twice, two clips have the same
+        id or the same turn, or no row can be used.
     """
     load = functools.cache(_load)
     tables = {n: _table(description, n, root, load) for n in description.used}
@@ -178,8 +182,8 @@ def read(name: str, description: Description, root: Path) -> tuple[Corpus, list[
 
 
 def _task(description: Description, clips: Sequence[Clip]) -> Task:
-    if description.values:
-        return Task(description.task, tuple(description.values))
+    if description.targets:
+        return Task(description.task, tuple(description.targets))
     named = tuple(dict.fromkeys(name for _, name in description.facts["label"].names))
     return Task("single", named or tuple(sorted({c.label for c in clips})))
 
@@ -190,12 +194,12 @@ def _check_unique(what: str, values: Iterable) -> None:
 
 
 def _clip(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[Clip | None, str]:
-    """The clip of a key, or why it cannot be used."""
+    """Returns the clip of a key, or why it cannot be used."""
     if broken := [table.broken[key] for table in tables.values() if key in table.broken]:
         return None, broken[0]
     facts, reason = _facts(description, tables, key)
-    if not reason and description.values:
-        facts["label"], reason = _values(description, tables, key)
+    if not reason and description.targets:
+        facts["label"], reason = _targets(description, tables, key)
     if reason:
         return None, reason
     split, turn = facts["split"], facts.get("turn")
@@ -209,15 +213,15 @@ def _clip(description: Description, tables: Mapping[str, _Table], key: str) -> t
     return Clip(path=Path(), **facts), ""
 
 
-def _values(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[tuple[float, ...], str]:
-    found = {name: _fact(fact, tables, key) for name, fact in description.values.items()}
-    if reasons := [f"{name} {reason}" for name, (_, reason) in found.items() if reason]:
+def _targets(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[tuple[float, ...], str]:
+    targets = {name: _fact(fact, tables, key) for name, fact in description.targets.items()}
+    if reasons := [f"{name} {reason}" for name, (_, reason) in targets.items() if reason]:
         return (), reasons[0]
-    return labels.numbers(description.task, {name: text for name, (text, _) in found.items()})
+    return labels.numbers(description.task, {name: text for name, (text, _) in targets.items()})
 
 
 def _facts(description: Description, tables: Mapping[str, _Table], key: str) -> tuple[dict[str, object], str]:
-    """What is known of a key, None where a cell is empty, and why something cannot be known ("" if all can)."""
+    """Returns the facts of a key, None for empty cells, and why one of them cannot be read ("" if all can)."""
     words = {t.split[key] for t in tables.values() if key in t.split}
     if len(words) > 1:
         return {}, f"is in the splits {' and '.join(sorted(words))}"
@@ -240,17 +244,17 @@ def _fact(fact: Fact, tables: Mapping[str, _Table], key: str) -> tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class _Stream:
-    """What a `reference` names: the columns `picked` of a table, side by side; a row is made when it is asked for."""
+    """A `reference` to columns `picked` of a table, which are concatenated row by row on demand."""
 
     reference: str
     file: File
     table: _Table
     picked: Sequence[Sequence[np.ndarray]]
     count: Sequence[int] | None  # steps of each row, or None for all
-    there: Sequence[np.ndarray] | None  # which steps of each row there are, or None for all
+    valid: Sequence[np.ndarray] | None  # which steps of each row there are, or None for all
 
     def row(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """The steps (n, d) of a key and their mask."""
+        """Returns the steps (n, d) of a key and their mask."""
         at = self.table.row[key]
         parts = [np.atleast_2d(column[at]) for column in self.picked]
         x = parts[0] if len(parts) == 1 else np.concatenate(parts, -1)
@@ -258,13 +262,13 @@ class _Stream:
             x = x[: self.count[at]]
         if self.file.missing == "zeros":
             x = np.where(np.isfinite(x), x, 0)
-        if self.there is not None:
-            return x, self.there[at]
+        if self.valid is not None:
+            return x, self.valid[at]
         return x, x.any(-1) if self.file.padding == "zeros" else np.ones(len(x), bool)
 
 
 def _steps(streams: Mapping[str, Sequence[_Stream]], key: str) -> tuple[Steps, str]:
-    """The streams of a key, or why it cannot be used."""
+    """Returns the streams of a key, or why it cannot be used."""
     steps = {}
     for name, parts in streams.items():
         if lacking := [part.reference for part in parts if key not in part.table.row]:
@@ -308,7 +312,7 @@ def _counts(reference: str, column: Sequence) -> list[int]:
 
 
 def _range(columns: Mapping[str, Sequence], file: str, reference: str) -> list[str]:
-    """The names from `first` to `last` in "first..last", or the one name."""
+    """Returns the names from `first` to `last` in "first..last", or the single name."""
     first, _, last = reference.partition("..")
     for name in filter(None, (first, last)):
         _column(columns, file, name)
@@ -324,7 +328,7 @@ def _column(columns: Mapping[str, Sequence], file: str, name: str) -> Sequence:
 
 
 def _numbers(column: Sequence) -> Sequence[np.ndarray]:
-    """Rows as float32, without a copy where they are; text that is no number, and what is too large, is not finite."""
+    """Converts rows to float32, without a copy if they are; text that is no number, and overflows, are not finite."""
     with np.errstate(over="ignore"):
         if all(isinstance(v, str) for v in column):
             return np.array([number(v) for v in column]).astype(np.float32)
@@ -333,7 +337,7 @@ def _numbers(column: Sequence) -> Sequence[np.ndarray]:
 
 
 def _table(description: Description, name: str, root: Path, load: Load) -> _Table:
-    """Reads a file, or its files for all splits, and gives its rows their keys."""
+    """Reads a file, or its files for all splits, and assigns the keys of its rows."""
     file = description.files[name]
     columns, words, keys, broken = _columns(description, name, root, load)
     own = words
@@ -366,11 +370,14 @@ Rows = tuple[dict[str, Sequence], list[str], list[str], dict[str, str]]
 
 
 def _columns(description: Description, name: str, root: Path, load: Load) -> Rows:
-    """The columns of a file, those of all splits one after the other."""
+    """Reads the columns of a file, those of all splits concatenated."""
     file, paths = description.files[name], description.paths(name)
-    whole = "{key}" not in file.path
+    per_split = "{key}" not in file.path
     broken: dict[str, str] = {}
-    parts = {w: _read(root, p, file, load) if whole else _clips(root, p, file, load, broken) for w, p in paths.items()}
+    parts = {
+        w: _read_columns(root, p, file, load) if per_split else _clips(root, p, file, load, broken)
+        for w, p in paths.items()
+    }
     first = next(iter(parts.values()))
     for word, part in parts.items():
         if list(part) != list(first):
@@ -380,41 +387,41 @@ def _columns(description: Description, name: str, root: Path, load: Load) -> Row
         raise AvjaxError(f"{name}: no rows in {', '.join(paths.values())}")
     columns = {c: [row for part in parts.values() for row in part[c]] for c in first}
     numbered = [f"{word}-{i}".strip("-") for word, count in counts.items() for i in range(count)]
-    return columns, words, numbered if whole else columns["*"], broken
+    return columns, words, numbered if per_split else columns["*"], broken
 
 
-def _load(place: Path, form: str, header: bool) -> object:
-    return FORMATS[form].read(place) if form else readers.load(place, header)
+def _load(path: Path, form: str, header: bool) -> object:
+    return FORMATS[form].read(path) if form else readers.load(path, header)
 
 
-def _read(root: Path, path: str, file: File, load: Load) -> dict[str, Sequence]:
-    """Column → one value per row of one file."""
+def _read_columns(root: Path, path: str, file: File, load: Load) -> dict[str, Sequence]:
+    """Reads one file: column → one value per row."""
     path, _, entry = path.partition("#")
-    place = root / path
-    value = readers.entry(place, load(place, file.format, file.header), entry)
-    columns = _by_name(place, value) if file.key == "*" else dict(value)
+    location = root / path
+    value = readers.entry(location, load(location, file.format, file.header), entry)
+    columns = _by_name(location, value) if file.key == "*" else dict(value)
     if len(lengths := {len(c) if isinstance(c, list | tuple) or np.ndim(c) else -1 for c in columns.values()}) > 1:
-        raise AvjaxError(f"{place}: arrays of {', '.join(map(str, sorted(lengths)))} rows; expected as many in each")
+        raise AvjaxError(f"{location}: arrays of {', '.join(map(str, sorted(lengths)))} rows; expected as many in each")
     return columns
 
 
-def _by_name(place: Path, value: Mapping[str, object]) -> dict[str, list]:
-    """The columns of a file whose names are the keys, "*" among them."""
+def _by_name(path: Path, value: Mapping[str, object]) -> dict[str, list]:
+    """Returns the columns of a file whose names are the keys, with the keys as column "*"."""
     rows = [row if isinstance(row, Mapping) else {"value": row} for row in value.values()]
     if any(row.keys() != rows[0].keys() for row in rows):
-        raise AvjaxError(f"{place}: its entries do not all have {', '.join(map(str, rows[0]))}")
+        raise AvjaxError(f"{path}: its entries do not all have {', '.join(map(str, rows[0]))}")
     return {"*": list(value)} | {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
 def _clips(root: Path, path: str, file: File, load: Load, broken: dict[str, str]) -> dict[str, list]:
-    """The columns of one file for each clip, "*" for the keys; those that cannot be read go into `broken`."""
+    """Reads the columns of one file per clip, "*" for the keys; adds unreadable files to `broken`."""
     path, _, entry = path.partition("#")
     rows = {}
-    for key, place in readers.each(root, path).items():
+    for key, location in readers.each(root, path).items():
         try:
-            if not readers.inside(root, place):
-                raise AvjaxError(f"{place}: lies outside the data folder")
-            value = readers.entry(place, load(place, file.format, file.header), entry)
+            if not readers.inside(root, location):
+                raise AvjaxError(f"{location}: lies outside the data folder")
+            value = readers.entry(location, load(location, file.format, file.header), entry)
             rows[key] = {name: _of_steps(column) for name, column in value.items()}
         except AvjaxError as error:
             broken[key] = str(error)
@@ -429,6 +436,6 @@ def _clips(root: Path, path: str, file: File, load: Load, broken: dict[str, str]
 
 
 def _of_steps(column: object) -> object:
-    """The texts of a table whose rows are steps as numbers (steps, 1)."""
+    """Converts the texts of a table whose rows are steps to numbers (steps, 1)."""
     texts = isinstance(column, tuple)
     return np.array([number(text) for text in column], np.float32)[:, None] if texts else column

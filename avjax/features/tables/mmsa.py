@@ -12,17 +12,19 @@ _COLUMNS = ("id", "raw_text", "text", "audio", "vision", "regression_labels")
 
 
 def mmsa(path: Path) -> dict[str, list]:
-    """The utterances of all three parts of a pickle of MMSA, column → one value for each.
+    """Reads the utterances of all three parts of a pickle of MMSA: column → one value per utterance.
 
     Returns:
       id ("video$_$clip"), part ("train", "valid", "test"), raw_text, text (steps, 768), audio (steps, 74), vision
-      (steps, 35), regression_labels, and what else all parts have; of an unaligned file also audio_lengths and
+      (steps, 35), regression_labels, and other columns that all parts have; for unaligned files also audio_lengths and
       vision_lengths in steps. Arrays are those of the file, not copies.
+
     Raises:
-      AvjaxError: as `pickles.load`; or a part or a column is missing, columns are of unequal length, or an id is none.
+      AvjaxError: as `safe_pickle.load`; or a part or a column is missing, columns differ in length, or an id is
+        malformed.
     """
-    found = safe_pickle.load(path)
-    parts = {part: found.get(part) for part in PARTS} if isinstance(found, dict) else {}
+    content = safe_pickle.load(path)
+    parts = {part: content.get(part) for part in PARTS} if isinstance(content, dict) else {}
     if missing := [part for part in PARTS if not isinstance(parts.get(part), dict)]:
         raise AvjaxError(f"{path}: no {', '.join(missing)} in it; expected the three parts of MMSA")
     for part, columns in parts.items():

@@ -8,7 +8,7 @@ import numpy as np
 from avjax.errors import AvjaxError
 from avjax.utils import tables
 
-# The action units whose intensity OpenFace gives, 0 to 5; of one more it says only whether it is there.
+# The action units with an intensity in OpenFace, 0 to 5; one more is only marked as present.
 UNITS = tuple(f"AU{n:02d}" for n in (1, 2, 4, 5, 6, 7, 9, 10, 12, 14, 15, 17, 20, 23, 25, 26, 45))
 PRESENT = (*UNITS[:-1], "AU28", "AU45")
 _POSE = ("pose_Tx", "pose_Ty", "pose_Tz", "pose_Rx", "pose_Ry", "pose_Rz")
@@ -16,12 +16,13 @@ _CONFIDENT = 0.5
 
 
 def openface(path: Path) -> dict[str, np.ndarray]:
-    """One clip's table of OpenFace 2; of several faces the one with the highest mean confidence is followed.
+    """Reads one clip's table of OpenFace 2; of several faces the one with the highest mean confidence is selected.
 
     Returns:
       timestamp (t,) seconds, confidence (t,), au (t, 17) intensities of `UNITS`, present (t, 18) of `PRESENT`, pose
-      (t, 6): mm and radians; mask (t,): success, a confidence of 0.5 and more, and no value that is no finite number
-      (such values are 0). Frames without a row of that face are no steps.
+      (t, 6): mm and radians; mask (t,): success, a confidence of at least 0.5, and only finite values (others become
+      0). Frames without a row of that face are no steps.
+
     Raises:
       AvjaxError: it is no table, has no frame, or lacks a column.
     """
@@ -53,7 +54,7 @@ def _floats(columns: Iterable[Sequence[str]]) -> np.ndarray:
 
 
 def _followed(faces: Sequence[str], confidence: np.ndarray) -> np.ndarray:
-    """Which rows are of the face with the highest mean confidence, the first of equals."""
+    """Returns which rows are of the face with the highest mean confidence, the first of equals."""
     faces = np.array([face.strip() for face in faces])
     means = {face: np.nan_to_num(confidence[faces == face]).mean() for face in dict.fromkeys(faces.tolist())}
     return faces == max(means, key=means.get)

@@ -1,4 +1,4 @@
-"""Files that hold tables or arrays → columns or arrays by name: CSV, .npy, .npz, HDF5 and pickles."""
+"""Reads files of tables or arrays as columns or arrays by name: CSV, .npy, .npz, HDF5 and pickles."""
 
 import glob
 import os
@@ -17,15 +17,18 @@ _CSV = (".csv", ".tsv", ".txt")
 
 
 def load(path: Path, header: bool = True) -> object:
-    """What a file holds, by its ending.
+    """Reads a file according to its suffix.
 
     Args:
+      path: the file, or a folder of .npy.
       header: whether the first line of a CSV file names the columns.
+
     Returns:
-      of CSV column → texts; of .npz, .h5 and pickles what is in them; of an .npy, and of a folder of such for each
-      frame, "value" → (steps, d).
+      for CSV column → texts; for .npz, .h5 and pickles their content; for an .npy, or a folder with one .npy per frame,
+      "value" → (steps, d).
+
     Raises:
-      AvjaxError: its ending is none of these, or it cannot be read.
+      AvjaxError: its suffix is none of these, or it cannot be read.
     """
     if path.is_dir() or path.suffix == ".npy":
         return {"value": np.atleast_2d(frames(path))}
@@ -37,7 +40,7 @@ def load(path: Path, header: bool = True) -> object:
 
 
 def each(root: Path, path: str) -> dict[str, Path]:
-    """The files, or folders, that fit `path` below `root`, by what stands in them in the place of `{key}`.
+    """Returns the files or folders below `root` that match `path`, by their text for `{key}`.
 
     Raises:
       AvjaxError: `path` leads out of the root, or has more than one `{key}`.
@@ -46,27 +49,27 @@ def each(root: Path, path: str) -> dict[str, Path]:
     if "{key}" in after or Path(path).is_absolute() or ".." in Path(path).parts:
         raise AvjaxError(f"path is {path!r}; expected one {{key}}, below the data root")
     name = re.compile(re.escape(before) + r"([^/.][^/]*)" + re.escape(after))
-    found = sorted(root.glob(glob.escape(before) + "*" + glob.escape(after)))
-    matches = {p: name.fullmatch(p.relative_to(root).as_posix()) for p in found}
+    paths = sorted(root.glob(glob.escape(before) + "*" + glob.escape(after)))
+    matches = {p: name.fullmatch(p.relative_to(root).as_posix()) for p in paths}
     return {match[1]: p for p, match in matches.items() if match}
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files of `path`: itself, or the arrays of a folder in the order of their names."""
+    """Returns the files of `path`: itself, or the arrays of a folder in the order of their names."""
     return sorted(path.glob("*.npy")) if path.is_dir() else [path]
 
 
 def inside(root: Path, path: Path) -> bool:
-    """Whether all files of `path`, links followed, lie below `root`."""
-    whole = Path(os.path.realpath(root))
-    return all(Path(os.path.realpath(p)).is_relative_to(whole) for p in (path, *files_of(path)))
+    """Returns whether all files of `path`, with links resolved, are below `root`."""
+    folder = Path(os.path.realpath(root))
+    return all(Path(os.path.realpath(p)).is_relative_to(folder) for p in (path, *files_of(path)))
 
 
 def frames(path: Path) -> np.ndarray:
-    """The array of an .npy, or those of a folder's .npy, one above the other in the order of their names.
+    """Reads the array of an .npy, or those of a folder's .npy, concatenated in the order of their names.
 
     Raises:
-      AvjaxError: there is none, it is not one of numbers, or the frames are not (d,) or (1, d) with one d.
+      AvjaxError: there is none, it has no numbers, or the frames are not (d,) or (1, d) with one d.
     """
     arrays = [_npy(file) for file in files_of(path)]
     if not path.is_dir():
@@ -88,18 +91,18 @@ def _npy(path: Path) -> np.ndarray:
     return array
 
 
-def entry(place: Path, value: object, path: str) -> Mapping[str, object]:
-    """The entry b of the entry a of `value`, which `place` holds, for "a/b".
+def entry(location: Path, value: object, path: str) -> Mapping[str, object]:
+    """Returns the entry b of the entry a of `value`, the content of the file `location`, for "a/b".
 
     Raises:
       AvjaxError: there is no such entry, or it holds no arrays by name.
     """
     for name in filter(None, path.split("/")):
         if not isinstance(value, Mapping) or name not in value:
-            raise AvjaxError(f"{place}: no entry {name!r} in it")
+            raise AvjaxError(f"{location}: no entry {name!r} in it")
         value = value[name]
     if not isinstance(value, Mapping):
-        raise AvjaxError(f"{place}: holds {type(value).__name__}; expected arrays by name")
+        raise AvjaxError(f"{location}: holds {type(value).__name__}; expected arrays by name")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: what they show, that it can be read, and that they repeat to the byte."""
+"""Plots of a run: what they show, that it can be read, and that they repeat to the byte."""
 
 import numpy as np
 import pytest
@@ -26,11 +26,11 @@ def texts(axes) -> list[str]:
 def test_confusion_figure_shows_shares_counts_scores_and_protocol(tmp_path, figures):
     plots.confusion_figure(CONFUSION, CLASSES, "My run", tmp_path / "c.png", note="leave one speaker out")
     (axes,) = figures[0].axes
-    said = texts(axes)
-    assert {"60", "80", "75", "6", "8", "15"} <= set(said)  # row percentages and counts of the diagonal
-    assert len(said) == 2 * 8 + 1  # eight cells hold clips; an empty one holds no text
+    shown = texts(axes)
+    assert {"60", "80", "75", "6", "8", "15"} <= set(shown)  # row percentages and counts of the diagonal
+    assert len(shown) == 2 * 8 + 1  # eight cells hold clips; an empty one holds no text
     assert axes.get_title() == "My run"
-    assert "WAR 72.5 %   ·   UAR 71.7 %" in said
+    assert "WAR 72.5 %   ·   UAR 71.7 %" in shown
     assert figures[0].get_supxlabel() == "leave one speaker out"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["anger (10)", "joy (10)", "neutral (20)"]
     assert [label.get_text() for label in axes.get_xticklabels()] == CLASSES
@@ -119,7 +119,7 @@ def test_attention_is_drawn_clip_by_clip_and_a_missing_stream_is_empty(tmp_path,
     first, second, *empty = figures[0].axes
     np.testing.assert_array_equal(first.images[0].get_array(), weights.T)  # who asks runs to the right
     np.testing.assert_array_equal(second.images[0].get_array(), weights)
-    assert (first.get_xlabel(), first.get_ylabel()) == ("step of video, asking", "step of audio")
+    assert (first.get_xlabel(), first.get_ylabel()) == ("video step (query)", "audio step (key)")
     assert [len(axes.images) for axes in empty] == [0, 0]
     assert [axes.get_title() for axes in figures[0].axes] == ["a (joy)", "a (joy)", "b (anger)", "b (anger)"]
     assert figures[0].get_supxlabel().startswith("how. ")
@@ -138,9 +138,9 @@ def test_pictures_of_other_tasks_repeat_to_the_byte(tmp_path):
 
 @pytest.mark.parametrize("task", list(page.PREDICTIONS))
 def test_each_task_has_its_picture_of_answers(tmp_path, task):
-    answers = {"regression": TRUTH, "multilabel": TRUTH > 0.5}
-    metrics = values_run(task) if task in answers else run(classes=["a", "b"])
-    metrics, label = metrics | {"confusion": [[5, 5], [5, 5]]}, answers.get(task, np.array([0, 1] * 10))
+    labels = {"regression": TRUTH, "multilabel": TRUTH > 0.5}
+    metrics = values_run(task) if task in labels else run(classes=["a", "b"])
+    metrics, label = metrics | {"confusion": [[5, 5], [5, 5]]}, labels.get(task, np.array([0, 1] * 10))
     plots.predictions_figure(metrics, {"label": label, "logits_fusion": GUESS}, "t", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [page.PREDICTIONS[task]]
 

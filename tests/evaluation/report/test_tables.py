@@ -1,4 +1,4 @@
-"""Reports: numbers in, honest tables, pictures and a page that stands alone out."""
+"""Reports: tables that compare only what is comparable, plots, and a self-contained page."""
 
 import copy
 import json
@@ -42,14 +42,14 @@ def test_one_lane_has_no_spread():
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "says"),
-    [((0, 2, 1), "NOT speaker-independent: up to 2 speakers"), ((None, None, None), "The speakers are unknown")],
+    ("overlaps", "warning"),
+    [((0, 2, 1), "NOT speaker-independent: up to 2 speakers"), ((None, None, None), "Speakers are unknown")],
 )
-def test_shared_or_unknown_speakers_are_said_aloud(overlaps, says, tmp_path):
+def test_shared_or_unknown_speakers_are_said_aloud(overlaps, warning, tmp_path):
     folds = [fold(str(i), 0, 0.5, 0.5, speaker_overlap=overlap) for i, overlap in enumerate(overlaps, 1)]
     metrics = run() | summary(folds)
-    assert says in shown(tables.run_table(metrics, "r"))
-    assert f'<p class="warning">{says}' in rendered(tmp_path, metrics)
+    assert warning in shown(tables.run_table(metrics, "r"))
+    assert f'<p class="warning">{warning}' in rendered(tmp_path, metrics)
 
 
 def test_a_class_that_never_occurs_does_not_count_for_the_majority_uar():
@@ -66,7 +66,7 @@ def test_compare_pairs_folds_after_averaging_seeds():
         assert text.count("leave one speaker out") == 1
         assert lines_with(text, "a", "70.0 ± 8.2", "60.0 ± 8.2", "–")
         assert lines_with(text, "b", "71.3", "+1.3", "+5.0 −1.0 +0.0")
-        assert "With 3 folds an interval of a difference is uninformative" in text
+        assert "With 3 folds, an interval of the difference is uninformative" in text
         assert tables._MARK not in text
 
 
@@ -104,7 +104,7 @@ def test_interval_from_six_folds_on():
         (run(protocol="random"), "protocol random, not leave one speaker out"),
         (run(protocol="leave one speaker out; aided"), "protocol with aided."),
         (run(dataset="DFEW"), "data set DFEW, not demo"),
-        (run(classes=["a", "b", "c"]), "other classes"),
+        (run(classes=["a", "b", "c"]), "different classes"),
         (run(wars=(0.7, 0.8)), "folds 1, 2, not 1, 2, 3"),
         (run() | summary([fold(str(i), 0, 0.9, 0.9, n_test=9) for i in (1, 2, 3)]), "27 test clips, not 24"),
     ],
@@ -121,7 +121,7 @@ def test_what_was_tested_under_another_protocol_keeps_its_difference():
     evidence = {"first": Evidence((0.6, 0.8)), "aided": Evidence((0.7, 0.9), (0.1, 0.05, 0.15), 0.01)}
     first, aided = run(protocol="leave one out; plain; last epoch"), run(protocol="leave one out; last epoch", gain=0.1)
     text = tables.compare_markdown([("first", first), ("aided", aided)], evidence)
-    assert "- † aided stands here under another protocol than first: protocol without plain." in text
+    assert "- † aided has another protocol than first: protocol without plain." in text
     assert lines_with(text, "| aided † |", "70.0–90.0 | +10.0 \\[+5.0, +15.0] | 0.010")
 
 
@@ -187,7 +187,7 @@ def test_each_value_has_a_row(task, columns, first):
 def test_values_are_compared_by_ccc_and_with_ridge_regression():
     first, other = values_run(), values_run(gain=0.05)
     text = tables.compare_markdown([("a", first), ("b", other), ("c", run())])
-    assert lines_with(text, "| run | CCC | Pearson | CCC − first | fold by fold |")
+    assert lines_with(text, "| run | CCC | Pearson | CCC − first | per fold |")
     assert lines_with(text, "| b | 70.0 ± 5.0 | 80.0 ± 5.0 | +5.0 | +5.0 +5.0 |")
     assert lines_with(text, "| c † | – | – | – | – |")
     assert "c cannot be compared with a: " in text
@@ -216,8 +216,8 @@ def rendered(root, metrics: dict, **options) -> str:
 
 def test_page_tells_the_whole_run(tmp_path):
     text = rendered(tmp_path, run())
-    for said in ("leave one speaker out", "40 clips used", "70.0", "± 8.2", "No speaker is in both", "fusion"):
-        assert said in text
+    for words in ("leave one speaker out", "40 clips used", "70.0", "± 8.2", "No speaker is in both", "fusion"):
+        assert words in text
     assert re.search(r"audio\+video</th><td>65\.0 ± 8\.2</td><td>60\.0 ± 8\.2</td><td>\+5\.0<", text)
     assert re.search(r"model\.width</th><td>768<", text)
     assert re.search(r"seeds</th><td>\[0, 1\]<", text)
@@ -227,20 +227,23 @@ def test_page_tells_the_whole_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "expected"),
     [
-        ("regression", ["<dt>CCC, %</dt>", "ridge regression on pooled features", "CCC and Pearson times 100"]),
-        ("multilabel", ["<dt>weighted accuracy, %</dt>", "logistic regression on pooled", "Means over the labels."]),
+        ("regression", ["<dt>CCC, %</dt>", "ridge regression on pooled features", "CCC and Pearson correlation × 100"]),
+        (
+            "multilabel",
+            ["<dt>weighted accuracy, %</dt>", "logistic regression on pooled", "Scores are averaged over the labels."],
+        ),
     ],
 )
-def test_page_of_another_task_shows_its_answers_and_each_value(tmp_path, task, said):
+def test_page_of_another_task_shows_its_predictions_and_each_value(tmp_path, task, expected):
     metrics = values_run(task)
     workdir(tmp_path, metrics)
-    (tmp_path / page.PREDICTIONS[task]).write_bytes(b"\x89PNG answers")
+    (tmp_path / page.PREDICTIONS[task]).write_bytes(b"\x89PNG predictions")
     text = page.write_report(tmp_path).read_text()
-    for words in (*said, "valence, arousal", "7 (video)", "<h2>Predictions</h2>", "0.661", "0.772"):
+    for words in (*expected, "valence, arousal", "7 (video)", "<h2>Predictions</h2>", "0.661", "0.772"):
         assert words in text
-    assert "data:image/png;base64,iVBORyBhbn" in text  # "\x89PNG an"
+    assert "data:image/png;base64,iVBORyBwcm" in text  # "\x89PNG pr"
     assert "majority" not in text
     assert "Attention" not in text
     (tmp_path / "attention.png").write_bytes(b"\x89PNG maps")

@@ -190,8 +190,8 @@ def numbers(task, root, **facts):
     for clip in CLIPS:
         np.save(root / "face" / f"{clip}.npy", np.ones((2, 2)))
     plain = described("face/{key}.npy", "face:value") | {"facts": {}, "task": task}
-    values = {"joy": {"of": "labels:joy"}, "grief": {"of": "labels:grief"}}
-    return plain | {"values": {name: fact | facts for name, fact in values.items()}}
+    targets = {"joy": {"of": "labels:joy"}, "grief": {"of": "labels:grief"}}
+    return plain | {"targets": {name: fact | facts for name, fact in targets.items()}}
 
 
 @pytest.mark.parametrize(
@@ -211,9 +211,9 @@ def test_labels_may_be_numbers(root, task, facts, wanted):
     np.testing.assert_array_equal(features.label, wanted)
 
 
-def test_values_may_be_pairs(root):
+def test_targets_may_be_pairs(root):
     plain = numbers("regression", root)
-    assert join.Description.of(plain | {"values": tuple(plain["values"].items())}) == join.Description.of(plain)
+    assert join.Description.of(plain | {"targets": tuple(plain["targets"].items())}) == join.Description.of(plain)
 
 
 @pytest.mark.parametrize(
@@ -236,13 +236,13 @@ def test_numbers_that_are_no_label_reject_the_row(root, task, row, reason):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"facts": {"label": {"of": "labels:emotion"}}}, "the fact label or values, not both"),
-        ({"values": {}}, "the fact label or values, not both"),
+        ({"facts": {"label": {"of": "labels:emotion"}}}, "the fact label or targets, not both"),
+        ({"targets": {}}, "the fact label or targets, not both"),
         ({"task": "single"}, r"tables\.task: 'single' is unknown; expected regression, multilabel, soft"),
-        ({"values": {"joy": {"of": "lables:joy"}}}, "'lables' is unknown; expected face, labels"),
+        ({"targets": {"joy": {"of": "lables:joy"}}}, "'lables' is unknown; expected face, labels"),
     ],
 )
-def test_values_that_do_not_fit_are_clear_errors(root, entries, message):
+def test_targets_that_do_not_fit_are_clear_errors(root, entries, message):
     with pytest.raises(AvjaxError, match=message):
         join.Description.of(numbers("regression", root) | entries)
 

@@ -20,8 +20,8 @@ from tests.conftest import REAL
 
 EMOTIONS = ("sad", "angry", "sad", "happy")
 PLAIN = {
-    "files": {"face": {"path": "face.csv", "key": "name"}, "sound": {"path": "sound.npz", "key": "id"}},
-    "streams": {"video": ("face:AU1..AU3",), "audio": ("sound:mfcc",)},
+    "files": {"face": {"path": "face.csv", "key": "name"}, "voice": {"path": "voice.npz", "key": "id"}},
+    "streams": {"video": ("face:AU1..AU3",), "audio": ("voice:mfcc",)},
     "facts": {
         "label": {"of": "face:emotion"},
         "speaker": {"of": "key", "pattern": r"(s\d+)_.*"},
@@ -32,7 +32,7 @@ IDS = tuple(f"s{i % 2}_{i}" for i in range(4))
 
 
 def changed(where: str = "", **entries):
-    """`PLAIN` with entries put in at a dotted place."""
+    """Returns `PLAIN` with entries added at a dotted key."""
     plain = json.loads(json.dumps(PLAIN))
     at = plain
     for part in filter(None, where.split(".")):
@@ -48,10 +48,10 @@ def write_csv(path, rows, separator=","):
 
 @pytest.fixture
 def root(tmp_path):
-    """face.csv of four clips; sound.npz of the same in another order."""
+    """face.csv of four clips; voice.npz of the same in another order."""
     rows = [(i, e, n, 2 * n, -n) for n, (i, e) in enumerate(zip(IDS, EMOTIONS, strict=True), 1)]
     write_csv(tmp_path / "face.csv", [("name", "emotion", "AU1", "AU2", "AU3"), *rows], ";")
-    np.savez(tmp_path / "sound.npz", id=np.array(IDS[::-1]), mfcc=np.arange(4 * 2 * 5.0).reshape(4, 2, 5)[::-1])
+    np.savez(tmp_path / "voice.npz", id=np.array(IDS[::-1]), mfcc=np.arange(4 * 2 * 5.0).reshape(4, 2, 5)[::-1])
     return tmp_path
 
 
@@ -76,7 +76,7 @@ def test_rows_of_two_files_meet_by_key(root):
 
 
 def test_several_references_are_put_side_by_side(root):
-    _, steps = read(root, changed("streams", video=("face:AU3", "face:AU1..AU2"), audio=("sound:mfcc", "sound:mfcc")))
+    _, steps = read(root, changed("streams", video=("face:AU3", "face:AU1..AU2"), audio=("voice:mfcc", "voice:mfcc")))
     np.testing.assert_array_equal(steps["s1_1"]["video"][0], [[-2, 2, 4]])
     assert steps["s1_1"]["audio"][0].shape == (2, 10)
 
@@ -97,33 +97,33 @@ def columns(root, file, value):
 def test_arrays_by_clip_may_be_of_unequal_length(root, file):
     columns(root, file, {i: np.full((n, 2), n) for n, i in enumerate(IDS, 1)})
     path = file if file.endswith(".npz") else f"{file}#deep/er"
-    _, steps = read(root, changed("files.sound", path=path, key="*") | {"streams": {"audio": ("sound:value",)}})
+    _, steps = read(root, changed("files.voice", path=path, key="*") | {"streams": {"audio": ("voice:value",)}})
     assert [len(steps[i]["audio"][1]) for i in IDS] == [1, 2, 3, 4]
     assert steps["s1_3"]["audio"][0].tolist() == [[4, 4]] * 4
 
 
 def test_clips_of_a_pickle_may_have_arrays_by_name(root):
     (root / "a.pkl").write_bytes(pickle.dumps({i: {"x": np.ones(2), "label": "sad"} for i in IDS}))
-    plain = changed("files.sound", path="a.pkl", key="*") | {"streams": {"audio": ("sound:x",)}}
-    plain["facts"] = {"label": {"of": "sound:label"}}
+    plain = changed("files.voice", path="a.pkl", key="*") | {"streams": {"audio": ("voice:x",)}}
+    plain["facts"] = {"label": {"of": "voice:label"}}
     assert [c.label for c in read(root, plain)[0].clips] == ["sad"] * 4
 
 
 def test_a_hostile_pickle_is_refused(root):
     (root / "a.pkl").write_bytes(b"cos\nsystem\n(Vtrue\ntR.")
     with pytest.raises(AvjaxError, match=r"a\.pkl: refused: os\.system"):
-        read(root, changed("files.sound", path="a.pkl"))
+        read(root, changed("files.voice", path="a.pkl"))
 
 
 def test_keys_may_stand_in_another_file_of_the_same_rows(root):
     write_csv(root / "names.txt", [[f"03-{i}"] for i in IDS])
-    np.savez(root / "sound.npz", mfcc=np.arange(4.0))
-    plain = changed("files.sound", key="names:0", pattern=r"03-(.*)")
+    np.savez(root / "voice.npz", mfcc=np.arange(4.0))
+    plain = changed("files.voice", key="names:0", pattern=r"03-(.*)")
     plain["files"]["names"] = {"path": "names.txt", "header": False}
     _, steps = read(root, plain)
     assert [s["audio"][0].item() for s in steps.values()] == [0, 1, 2, 3]
     write_csv(root / "names.txt", [["03-s0_0"]])
-    with pytest.raises(AvjaxError, match=r"sound: rows \{'': 4\}, but \{'': 1\} in names:0"):
+    with pytest.raises(AvjaxError, match=r"voice: rows \{'': 4\}, but \{'': 1\} in names:0"):
         read(root, plain)
 
 
@@ -176,7 +176,7 @@ def test_rows_that_cannot_be_used_are_counted_with_their_reasons(root):
     assert rejections(root) == {
         "s1_1": "video has 2 values that are no finite numbers",
         "s0_2": "no label",
-        "s1_9": "audio has no row in sound:mfcc",
+        "s1_9": "audio has no row in voice:mfcc",
         "s7_1": "fold is 's7'; expected one of s0, s1",
         "s1_3": "label has no row in face",
     }
@@ -218,8 +218,8 @@ def test_a_row_in_two_splits_or_with_an_odd_turn_is_rejected(tmp_path):
 
 
 def test_parts_of_a_stream_with_other_numbers_of_steps_reject_the_row(root):
-    with pytest.raises(AvjaxError, match="audio has 2 in sound:mfcc, 1 in face:AU1 steps"):
-        read(root, changed("streams", audio=("sound:mfcc", "face:AU1")))
+    with pytest.raises(AvjaxError, match="audio has 2 in voice:mfcc, 1 in face:AU1 steps"):
+        read(root, changed("streams", audio=("voice:mfcc", "face:AU1")))
 
 
 @pytest.mark.parametrize(
@@ -229,11 +229,11 @@ def test_parts_of_a_stream_with_other_numbers_of_steps_reject_the_row(root):
         ("files.face", {"key": "emotion"}, "face: 1 keys stand there twice, such as 'sad'"),
         ("files.face", {"pattern": "(x.*)"}, r"face: 's0_0' is no key; expected \(x"),
         ("files.face", {"pth": "x"}, "unexpected keyword argument 'pth'"),
-        ("files.sound", {"path": "sound.mat"}, r"sound\.mat: expected \.csv, \.tsv, \.txt, \.npz, \.h5, \.pkl"),
-        ("files.sound", {"key": "nmes:0"}, "'nmes' is unknown; expected face, sound"),
+        ("files.voice", {"path": "voice.mat"}, r"voice\.mat: expected \.csv, \.tsv, \.txt, \.npz, \.h5, \.pkl"),
+        ("files.voice", {"key": "nmes:0"}, "'nmes' is unknown; expected face, voice"),
         ("streams", {"video": ("face:AU1..AU9",)}, "no column 'AU9' in face; it has name, emotion, AU1, AU2, AU3"),
-        ("streams", {"video": ("fce:AU1",)}, "'fce' is unknown; expected face, sound"),
-        ("streams", {"sound": ("sound:mfcc",)}, "'sound' is unknown; expected video, flow, audio, text"),
+        ("streams", {"video": ("fce:AU1",)}, "'fce' is unknown; expected face, voice"),
+        ("streams", {"voice": ("voice:mfcc",)}, "'voice' is unknown; expected video, flow, audio, text"),
         ("facts", {"actor": {"of": "key"}}, "'actor' is unknown; expected label, id"),
         ("facts", {"turn": {"of": "key"}}, "dialogue and turn both or neither"),
         ("facts", {"id": {"of": "face:emotion"}}, "1 times two clips have one id, such as sad"),
@@ -242,12 +242,12 @@ def test_parts_of_a_stream_with_other_numbers_of_steps_reject_the_row(root):
     ],
 )
 def test_descriptions_that_do_not_fit_are_clear_errors(root, where, entries, message):
-    (root / "sound.mat").touch()
+    (root / "voice.mat").touch()
     with pytest.raises(AvjaxError, match=message):
         join.make("mine", "tables", join.Description.of(changed(where, **entries)), root, root / "F")
 
 
-def test_two_turns_at_one_place_are_an_error(tmp_path):
+def test_two_equal_turns_are_an_error(tmp_path):
     plain = conversation(tmp_path)
     plain["facts"]["turn"] = {"of": "words:said", "pattern": r".*_.*?(\d)"}
     np.savez(tmp_path / "words_eval.npz", words=np.ones((1, 3, 2)), said=np.array(["d1_2"]), score=np.ones(1))
@@ -263,23 +263,23 @@ def test_two_turns_at_one_place_are_an_error(tmp_path):
         ("face.csv", b"name,AU1,AU1\n", "two columns have one name"),
         ("face.csv", b"name,AU1\ns0_0,1\ns0_1\n", "line 3: 1 cells; expected 2"),
         ("face.csv", b"name,\xff\n", "line 1: not UTF-8; save the table as UTF-8"),
-        ("sound.npz", b"PK\x03\x04 cut", "expected an .npz of numbers and text"),
-        ("sound.h5", b"no hdf", "expected an HDF5 file"),
-        ("sound.pkl", pickle.dumps([1]), "holds list; expected arrays by name"),
-        ("sound.pkl", pickle.dumps({"id": np.array(IDS), "mfcc": np.ones((3, 2))}), "arrays of 3, 4 rows"),
-        ("sound.pkl", pickle.dumps({"id": np.array(IDS), "mfcc": np.ones((4, 2, 2, 2))}), r"expected \(d,\) or"),
-        ("sound.pkl", pickle.dumps({"id": np.array(IDS), "mfcc": np.ones(4, complex)}), "expected numbers"),
+        ("voice.npz", b"PK\x03\x04 cut", "expected an .npz of numbers and text"),
+        ("voice.h5", b"no hdf", "expected an HDF5 file"),
+        ("voice.pkl", pickle.dumps([1]), "holds list; expected arrays by name"),
+        ("voice.pkl", pickle.dumps({"id": np.array(IDS), "mfcc": np.ones((3, 2))}), "arrays of 3, 4 rows"),
+        ("voice.pkl", pickle.dumps({"id": np.array(IDS), "mfcc": np.ones((4, 2, 2, 2))}), r"expected \(d,\) or"),
+        ("voice.pkl", pickle.dumps({"id": np.array(IDS), "mfcc": np.ones(4, complex)}), "expected numbers"),
     ],
 )
 def test_files_that_are_no_tables_are_clear_errors(root, file, content, message):
     (root / file).write_bytes(content)
-    plain = PLAIN if file == "face.csv" else changed("files.sound", path=file)
+    plain = PLAIN if file == "face.csv" else changed("files.voice", path=file)
     with pytest.raises(AvjaxError, match=message):
         read(root, plain)
 
 
 def test_arrays_of_objects_in_an_npz_are_not_unpickled(root):
-    np.savez(root / "sound.npz", id=np.array(IDS), mfcc=np.array([{}] * 4, object), allow_pickle=True)
+    np.savez(root / "voice.npz", id=np.array(IDS), mfcc=np.array([{}] * 4, object), allow_pickle=True)
     with pytest.raises(AvjaxError, match=r"expected an \.npz of numbers and text"):
         read(root)
 
@@ -378,7 +378,7 @@ def test_mmmo_beats_the_majority_with_masked_padding(cache):
     assert scores["audio+video"] > 0.55
 
 
-def test_without_data_and_without_a_store_it_says_where_to_look(cache, monkeypatch):
+def test_without_data_and_without_a_store_the_error_names_the_folder(cache, monkeypatch):
     monkeypatch.setenv("AVJAX_DATA", str(cache))
     with pytest.raises(AvjaxError, match=r"mmmo: no such folder; set --config\.data\.root"):
         obtained(configs.settings("configs/mmmo.py"))

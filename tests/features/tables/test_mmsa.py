@@ -22,12 +22,12 @@ def test_the_parts_of_an_mmsa_file_are_rows_of_one_table(tmp_path):
     path = tmp_path / "aligned_50.pkl"
     parts = {"train": part("a$_$0", "a$_$1") | {"more": [1, 2]}, "valid": part("b$_$0"), "test": part("c$_$5")}
     path.write_bytes(pickle.dumps(parts))
-    found = mmsa.mmsa(path)
-    assert found["id"] == ["a$_$0", "a$_$1", "b$_$0", "c$_$5"]
-    assert found["part"] == ["train", "train", "valid", "test"]
-    assert {len(column) for column in found.values()} == {4}
-    assert "more" not in found
-    assert found["audio"][3].shape == (3, 2)
+    columns = mmsa.mmsa(path)
+    assert columns["id"] == ["a$_$0", "a$_$1", "b$_$0", "c$_$5"]
+    assert columns["part"] == ["train", "train", "valid", "test"]
+    assert {len(column) for column in columns.values()} == {4}
+    assert "more" not in columns
+    assert columns["audio"][3].shape == (3, 2)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_an_aligned_file(root):
     assert features.counts["quarantined"] == 0
 
 
-def test_of_an_unaligned_file_lengths_say_how_many_steps_there_are(root):
+def test_lengths_of_an_unaligned_file_limit_its_steps(root):
     write_mmsa(root, "unaligned_50.pkl", {"text": 5, "audio": 9, "vision": 7})
     features = obtained(root, "unaligned")
     shapes = {name: array.shape[1] for name, array in features.arrays.items()}
@@ -86,21 +86,21 @@ def test_of_an_unaligned_file_lengths_say_how_many_steps_there_are(root):
 def test_training_measures_sentiment_as_the_field_does(root, tmp_path, capsys):
     write_mmsa(root, "aligned_50.pkl", dict.fromkeys(WIDTHS, 5))
     workdir = train.train(configs.settings(SPEC, data__root=str(root), **TRAINING), tmp_path / "W")
-    found = json.loads((workdir / "metrics.json").read_text())
+    result = json.loads((workdir / "metrics.json").read_text())
     with np.load(workdir / "predictions.npz") as rows:
         y, x = rows["label"][:, 0].astype(float), rows["logits_fusion"][:, 0].astype(float)
-    assert found["dataset"] == "mosei:sentiment"
-    assert found["folds"][0]["speaker_overlap"] is None
-    assert set(found["sentiment"]) == {
+    assert result["dataset"] == "mosei:sentiment"
+    assert result["folds"][0]["speaker_overlap"] is None
+    assert set(result["sentiment"]) == {
         *("acc2_has0", "acc2_non0", "f1_has0", "f1_non0"),
         *("acc5", "acc7", "mae", "corr"),
     }
-    assert found["sentiment"]["acc2_has0"] == pytest.approx(np.mean((y >= 0) == (x >= 0)))
-    assert found["sentiment"]["acc7"] == pytest.approx(np.mean(np.round(y.clip(-3, 3)) == np.round(x.clip(-3, 3))))
-    assert found["sentiment"]["mae"] == pytest.approx(np.mean(np.abs(y - x)))
-    said = f"mean absolute error {found['sentiment']['mae']:.3f}"
-    assert said in (workdir / "report.html").read_text()
-    assert "Sentiment, pooled: accuracy of two" in " ".join(capsys.readouterr().out.split())
+    assert result["sentiment"]["acc2_has0"] == pytest.approx(np.mean((y >= 0) == (x >= 0)))
+    assert result["sentiment"]["acc7"] == pytest.approx(np.mean(np.round(y.clip(-3, 3)) == np.round(x.clip(-3, 3))))
+    assert result["sentiment"]["mae"] == pytest.approx(np.mean(np.abs(y - x)))
+    expected = f"mean absolute error {result['sentiment']['mae']:.3f}"
+    assert expected in (workdir / "report.html").read_text()
+    assert "Sentiment, pooled: two-class accuracy" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- The SDK ------------------------------------------------------------------------------------------------------
@@ -123,21 +123,21 @@ def ticks(count, step):
 
 
 def write_sdk(root, videos=("va", "vb", "vc", "vd", "-4", "stray")):
-    """Two utterances of each video, 0 to 2 and 2 to 4 s, the later first; sound 50, picture 10 steps a second."""
+    """Two utterances of each video, 0 to 2 and 2 to 4 s, the later first; audio at 50, video at 10 steps per second."""
     rng = np.random.default_rng(0)
     label = np.array([[1, 0, 2 / 3, 0, 0, 0, 0], [-2, 0.5, 0, 0, 0, 0, 1 / 3]])
     write_sequence(root / "CMU_MOSEI_Labels.csd", "All Labels", {v: (label, [(2.0, 4.0), (0.0, 2.0)]) for v in videos})
-    sound = {v: (rng.normal(size=(200, 74)), ticks(200, 0.02)) for v in videos}
-    sound["va"][0][:, 0] = np.arange(200)
-    sound["vb"][0][7, 1] = -np.inf
-    del sound["vc"]
-    write_sequence(root / "CMU_MOSEI_COVAREP.csd", "COVAREP", sound)
-    picture = {v: (np.full((40, 35), 1.0) * np.arange(1, 41)[:, None], ticks(40, 0.1)) for v in videos}
-    write_sequence(root / "CMU_MOSEI_VisualFacet42.csd", "FACET 4.2", picture)
+    audio = {v: (rng.normal(size=(200, 74)), ticks(200, 0.02)) for v in videos}
+    audio["va"][0][:, 0] = np.arange(200)
+    audio["vb"][0][7, 1] = -np.inf
+    del audio["vc"]
+    write_sequence(root / "CMU_MOSEI_COVAREP.csd", "COVAREP", audio)
+    video = {v: (np.full((40, 35), 1.0) * np.arange(1, 41)[:, None], ticks(40, 0.1)) for v in videos}
+    write_sequence(root / "CMU_MOSEI_VisualFacet42.csd", "FACET 4.2", video)
     words = {v: (rng.normal(size=(4, 300)), ticks(4, 1.0)) for v in videos}
     write_sequence(root / "CMU_MOSEI_TimestampedWordVectors.csd", "glove_vectors", words)
-    said = {v: (np.array([[b"well"], [b"sp"], [b"good"], [b"bye"]]), ticks(4, 1.0)) for v in videos}
-    write_sequence(root / "CMU_MOSEI_TimestampedWords.csd", "words", said)
+    words_said = {v: (np.array([[b"well"], [b"sp"], [b"good"], [b"bye"]]), ticks(4, 1.0)) for v in videos}
+    write_sequence(root / "CMU_MOSEI_TimestampedWords.csd", "words", words_said)
     lists = "".join(f"standard_{part}_fold = {list(names)!r}\n" for part, names in FOLDS.items())
     (root / "cmu_mosei_std_folds.py").write_text(f"import nothing_of_that_name\n{lists}")
 
@@ -161,15 +161,15 @@ def test_an_utterance_is_an_interval_of_the_labels(root):
 
 def test_steps_are_those_of_the_interval_in_at_most_fifty_windows(root):
     write_sdk(root)
-    found = mosei.read(root / "CMU_MOSEI_Labels.csd")
-    at = found["id"].index("va$_$1")
-    # 100 steps of sound in two seconds, two in each window.
-    np.testing.assert_allclose(found["audio"][at][:, 0], 100.5 + 2 * np.arange(50))
-    assert found["vision"][at][:, 0].tolist() == list(range(21, 41))
-    assert found["text"][at].shape == (2, 300)
-    assert found["audio"][found["id"].index("vc$_$0")].shape == (0, 74)
-    assert all(np.isfinite(x).all() for x in found["audio"])
-    assert (found["audio"][found["id"].index("vb$_$0")][3, 1]) == pytest.approx(_kept(root, "vb", 6)[1] / 2, rel=1e-6)
+    result = mosei.read(root / "CMU_MOSEI_Labels.csd")
+    at = result["id"].index("va$_$1")
+    # 100 steps of audio in two seconds, two in each window.
+    np.testing.assert_allclose(result["audio"][at][:, 0], 100.5 + 2 * np.arange(50))
+    assert result["vision"][at][:, 0].tolist() == list(range(21, 41))
+    assert result["text"][at].shape == (2, 300)
+    assert result["audio"][result["id"].index("vc$_$0")].shape == (0, 74)
+    assert all(np.isfinite(x).all() for x in result["audio"])
+    assert (result["audio"][result["id"].index("vb$_$0")][3, 1]) == pytest.approx(_kept(root, "vb", 6)[1] / 2, rel=1e-6)
 
 
 def _kept(root, video, step):
@@ -182,8 +182,8 @@ def test_windows_without_a_step_are_none(root):
     with h5py.File(root / "CMU_MOSEI_COVAREP.csd", "a") as file:
         times = file["COVAREP/data/va/intervals"]
         times[:100] = times[:100] / 2  # all in the first second of the first utterance
-    found = mosei.read(root / "CMU_MOSEI_Labels.csd")
-    np.testing.assert_allclose(found["audio"][found["id"].index("va$_$0")][:, 0], 1.5 + 4 * np.arange(25))
+    result = mosei.read(root / "CMU_MOSEI_Labels.csd")
+    np.testing.assert_allclose(result["audio"][result["id"].index("va$_$0")][:, 0], 1.5 + 4 * np.arange(25))
 
 
 def test_openface_and_no_words_will_do(root):
@@ -202,10 +202,10 @@ def test_openface_and_no_words_will_do(root):
 def test_emotions_are_trained(root, tmp_path):
     write_sdk(root)
     config = configs.settings(f"{SPEC}:emotions,audio", data__root=str(root), **TRAINING)
-    found = json.loads((train.train(config, tmp_path / "W") / "metrics.json").read_text())
-    assert list(found["values"]) == list(mosei.EMOTIONS)
-    assert all(set(scores) == {"wa", "f1"} for scores in found["values"].values())
-    assert "sentiment" not in found
+    result = json.loads((train.train(config, tmp_path / "W") / "metrics.json").read_text())
+    assert list(result["values"]) == list(mosei.EMOTIONS)
+    assert all(set(scores) == {"wa", "f1"} for scores in result["values"].values())
+    assert "sentiment" not in result
 
 
 @pytest.mark.parametrize("name", ["cmu_mosei_std_folds.py", "CMU_MOSEI_COVAREP.csd", "CMU_MOSEI_VisualFacet42.csd"])

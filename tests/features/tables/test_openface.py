@@ -27,35 +27,35 @@ def test_a_real_table_of_openface():
     path = REAL / "openface_pyfeat_csv/OpenFace_Test.csv"
     if not path.is_file():
         pytest.skip(f"{path} is not there (set AVJAX_TEST_DATA)")
-    found = openface.openface(path)
+    table = openface.openface(path)
     shapes = {"timestamp": (100,), "confidence": (100,), "au": (100, 17), "present": (100, 18), "pose": (100, 6)}
-    assert {name: array.shape for name, array in found.items()} == shapes | {"mask": (100,)}
-    assert found["mask"].all()
-    assert 0 < found["au"].max() <= 5
-    assert set(np.unique(found["present"])) == {0, 1}
+    assert {name: array.shape for name, array in table.items()} == shapes | {"mask": (100,)}
+    assert table["mask"].all()
+    assert 0 < table["au"].max() <= 5
+    assert set(np.unique(table["present"])) == {0, 1}
     with path.open() as file:
         names, first = ([cell.strip() for cell in next(file).split(",")] for _ in range(2))
     cells = dict(zip(names, map(float, first), strict=True))
-    assert found["au"][0, 4] == np.float32(cells["AU06_r"])
-    assert found["present"][0, 16] == cells["AU28_c"]
-    assert found["pose"][0, 2] == np.float32(cells["pose_Tz"])
+    assert table["au"][0, 4] == np.float32(cells["AU06_r"])
+    assert table["present"][0, 16] == cells["AU28_c"]
+    assert table["pose"][0, 2] == np.float32(cells["pose_Tz"])
 
 
 @pytest.mark.parametrize("glue", [",", ", "])
 def test_frames_without_a_face_are_masked(tmp_path, glue):
     rows = [{"AU12_r": 2.5}, {"success": 0}, {"confidence": 0.49}, {"AU01_r": "-nan(ind)", "AU12_r": 1}, {"AU28_c": 1}]
-    found = openface.openface(write_openface(tmp_path / "a.csv", rows, glue=glue))
-    assert found["mask"].tolist() == [True, False, False, False, True]
-    assert found["au"][:, openface.UNITS.index("AU12")].tolist() == [2.5, 0, 0, 1, 0]
-    assert found["present"][4].nonzero()[0].tolist() == [16]
-    assert np.isfinite(found["au"]).all()
+    table = openface.openface(write_openface(tmp_path / "a.csv", rows, glue=glue))
+    assert table["mask"].tolist() == [True, False, False, False, True]
+    assert table["au"][:, openface.UNITS.index("AU12")].tolist() == [2.5, 0, 0, 1, 0]
+    assert table["present"][4].nonzero()[0].tolist() == [16]
+    assert np.isfinite(table["au"]).all()
 
 
 def test_of_several_faces_the_surest_is_followed(tmp_path):
     faces = [{"face_id": f, "confidence": c, "AU12_r": f + 1} for f, c in ((0, 0.6), (1, 0.9), (0, 0.99), (1, 0.8))]
-    found = openface.openface(write_openface(tmp_path / "a.csv", faces, ("face_id", *HEADER)))
-    np.testing.assert_allclose(found["confidence"], [0.9, 0.8])
-    assert found["au"].max(-1).tolist() == [2, 2]
+    table = openface.openface(write_openface(tmp_path / "a.csv", faces, ("face_id", *HEADER)))
+    np.testing.assert_allclose(table["confidence"], [0.9, 0.8])
+    assert table["au"].max(-1).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
