@@ -23,6 +23,7 @@ def with_variants(config: ConfigDict, names: str, table: Mapping[str, Mapping[st
 
     Args:
       table: variant → {dotted key: value}.
+
     Raises:
       AvjaxError: a variant is unknown.
     """
@@ -86,6 +87,7 @@ def typed(config: ConfigDict, of: type[Part] | None = None) -> Settings | Extrac
 
     Args:
       of: `Settings` or `ExtractSettings`, where a command takes one of them alone.
+
     Raises:
       AvjaxError: a value does not fit, or the configuration is that of another command.
     """

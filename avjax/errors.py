@@ -21,6 +21,7 @@ def choose(what: str, got: object, choices: Iterable[object]) -> None:
 
     Args:
       what: the key, flag or kind of name that the value stands for, as the user writes it.
+
     Raises:
       AvjaxError: it is none; the message names the nearest, and all of them.
     """

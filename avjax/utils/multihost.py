@@ -50,6 +50,7 @@ def join(settings: ProcessSettings) -> None:
     Args:
       settings: `wait`, seconds for all to join; `patience`, seconds without a sign of life, or behind the others, until
         a process is given up.
+
     Raises:
       AvjaxError: they did not all join in time.
     """

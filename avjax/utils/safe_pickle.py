@@ -46,6 +46,7 @@ def load(path: Path) -> object:
     Returns:
       the value; arrays are `np.ndarray`s in this machine's byte order, not to be written to where they are the file's
       own bytes; those of objects hold plain values; byte strings of Python 2 are text (Latin-1), a bytearray is bytes.
+
     Raises:
       AvjaxError: there is no such file, it is larger than `MOST_BYTES`, holds anything else (the message names it), is
         nested too deeply or in itself, or is no whole pickle.
@@ -84,6 +85,7 @@ def unpickle(file: BinaryIO, size: int, admitted: Admitted, refer: Callable[[obj
       file: at its beginning, of `size` bytes.
       admitted: the only names that it may use; they arrive as `Call`.
       refer: persistent id → the object outside the file; None refuses all such.
+
     Raises:
       Refused: it asks for anything else.
       BROKEN: it is no whole pickle.

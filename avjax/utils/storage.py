@@ -103,6 +103,7 @@ def only_writer(folder: Path, otherwise: str) -> Iterator[None]:
 
     Args:
       otherwise: what a user can do where that fails, for the error.
+
     Raises:
       AvjaxError: another process holds it, or it cannot be written.
     """

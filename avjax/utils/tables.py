@@ -31,6 +31,7 @@ def read(
       hint: what to do where there is no such file.
       raw: columns, such as names of files, that need not be UTF-8: other bytes come as lone surrogates.
       name, cell: text of the header → name of the column, text of a cell → its value.
+
     Raises:
       AvjaxError: there is no such file, it is empty, not UTF-8 or not CSV, or lacks a column.
     """

@@ -43,6 +43,7 @@ def each(
     Args:
       function: what it raises becomes a Failure; an UnusableMedia speaks for itself.
       setup: called once in each process with `arguments`.
+
     Raises:
       AvjaxError: `function` raised one, `setup` raised anything, or the processes die without an item: no item is to
         blame, and the others would fare no better.

@@ -106,5 +106,5 @@ def test_training_with_a_root_that_is_not_mafw_names_what_is_missing(tmp_path):
     command = [sys.executable, "-m", "avjax.train", "--config", "configs/etg_mafw.py", f"--config.data.root={tmp_path}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "no MAFW here; missing: data/clips" in done.stderr
+    assert "no MAFW; missing: data/clips" in done.stderr
     assert "Traceback" not in done.stderr

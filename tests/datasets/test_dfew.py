@@ -130,12 +130,12 @@ def test_lists_without_their_first_class_still_say_where_they_begin(tmp_path):
 def test_a_layout_that_is_not_dfew(tmp_path):
     write(tmp_path)
     listed(tmp_path, 4, "test").unlink()
-    with pytest.raises(AvjaxError, match=r"no DFEW here; missing: .*test\(single-labeled\)/set_4\.csv\. Set --config"):
+    with pytest.raises(AvjaxError, match=r"no DFEW; missing: .*test\(single-labeled\)/set_4\.csv\. Set --config"):
         registry.index("dfew", str(tmp_path))
     (tmp_path / "Clip/original").rename(tmp_path / "Clip/clip_224x224_16f")
-    with pytest.raises(AvjaxError, match=r"has frames alone .*; the films of Clip/original are needed"):
+    with pytest.raises(AvjaxError, match=r"has only frames .*; the videos of Clip/original are needed"):
         registry.index("dfew", str(tmp_path))
-    with pytest.raises(AvjaxError, match=r"no DFEW here; missing: Clip/original, .*set_1\.csv"):
+    with pytest.raises(AvjaxError, match=r"no DFEW; missing: Clip/original, .*set_1\.csv"):
         registry.index("dfew", str(tmp_path / "Clip"))
 
 

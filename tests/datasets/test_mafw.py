@@ -67,7 +67,7 @@ def test_compound_emotions(tmp_path):
     corpus = registry.index("mafw:compound", str(tmp_path))
     assert (corpus.name, corpus.task.classes, len(COMPOUND)) == ("mafw:compound", tuple(COMPOUND), 43)
     assert [c.label for c in corpus.clips] == COMPOUND * 2
-    with pytest.raises(AvjaxError, match=r"no MAFW here; missing: Train & Test Set/single/no_caption/set_1/train\.txt"):
+    with pytest.raises(AvjaxError, match=r"no MAFW; missing: Train & Test Set/single/no_caption/set_1/train\.txt"):
         registry.index("mafw", str(tmp_path))
 
 
@@ -149,7 +149,7 @@ def test_mafw_missing_parts_are_all_named(mafw):
     (mafw / "data/clips").rename(mafw / "data/klips")
     with pytest.raises(AvjaxError, match=r"missing: data/clips, .*set_4/test\.txt\. Set --config\.data\.root"):
         registry.index("mafw", str(mafw))
-    with pytest.raises(AvjaxError, match=r"no MAFW here; missing: data/clips, .*set_1/train"):
+    with pytest.raises(AvjaxError, match=r"no MAFW; missing: data/clips, .*set_1/train"):
         registry.index("mafw", str(mafw / "data"))
 
 

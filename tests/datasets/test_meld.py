@@ -143,7 +143,7 @@ def test_the_published_counts(tmp_path):
             ),
             "line 2: not UTF-8",
         ),
-        (lambda root: write(root, "dev", []), "none of its rows has a film"),
+        (lambda root: write(root, "dev", []), "none of its rows has a video"),
     ],
 )
 def test_what_is_wrong_is_said(meld, spoil, message):

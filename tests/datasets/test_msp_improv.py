@@ -143,7 +143,7 @@ def test_nothing_that_can_be_used(msp):
     ):
         registry.index("msp_improv", str(msp))
     write(msp / "Labels/Evalution.txt")
-    with pytest.raises(AvjaxError, match=r"Evalution\.txt: rates no film, and there is none; set --config.data.root"):
+    with pytest.raises(AvjaxError, match=r"Evalution\.txt: rates no video, and there is none; set --config.data.root"):
         registry.index("msp_improv", str(msp))
 
 
