@@ -22,8 +22,8 @@ def main(_: list[str]) -> None:
     from avjax.utils import storage
 
     cli.use_compile_cache()
-    out = storage.place(OUT.value)
-    bundle.write(storage.place(WORKDIR.value), out, FOLD.value, SEED.value)
+    out = storage.as_path(OUT.value)
+    bundle.write(storage.as_path(WORKDIR.value), out, FOLD.value, SEED.value)
     says = storage.read_json(out / "provenance.json")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {says['run']}, {len(says['lanes'])} of {says['lanes_of_run']} lanes, {size / 1e6:.1f} MB")

@@ -30,7 +30,7 @@ DRY_RUN = flags.DEFINE_bool(
 
 def main(_: list[str]) -> None:
     settings = configs.typed(CONFIG.value, Settings)
-    train(settings, storage.place(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
+    train(settings, storage.as_path(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
 
 
 def train(settings: Settings, workdir: Path | None = None, dry: bool = False) -> Path | None:
