@@ -29,16 +29,17 @@ DRY_RUN = flags.DEFINE_bool(
 
 
 def main(_: list[str]) -> None:
+    """Runs the command."""
     settings = configs.typed(CONFIG.value, Settings)
     train(settings, storage.as_path(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
 
 
 def train(settings: Settings, workdir: Path | None = None, dry: bool = False) -> Path | None:
-    """Trains what `settings` say in `workdir` and returns the run directory; a `dry` run writes nothing, gives None.
+    """Trains as `settings` specify and returns the run directory; a `dry` run writes nothing and returns None.
 
     Raises:
-      AvjaxError: something in the settings, the features or the run directory does not fit.
-      Stopped: SIGTERM came; what was done is kept.
+      AvjaxError: the settings, the features or the run directory do not match.
+      Stopped: SIGTERM was received; completed epochs are saved.
     """
     import jax
     import numpy as np
@@ -64,12 +65,12 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
     from avjax.utils import multihost
     from avjax.utils.storage import write_text
 
-    # Before anything is read or waited for.
+    # Checked before anything is read or waited for.
     models.check(settings.model)
     data.check(settings)
     multihost.join(settings.processes)
     console = Console(markup=False, quiet=not multihost.is_writer())
-    say = functools.partial(console.print, soft_wrap=True)  # lines stay whole in a log; tables keep to the terminal
+    say = functools.partial(console.print, soft_wrap=True)  # lines are not wrapped in a log; tables fit the terminal
     cli.use_compile_cache()
 
     # ---- Features -------------------------------------------------------------------------------------------------
@@ -83,18 +84,18 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
         f"without face {counts['masked_video']}")  # fmt: skip
 
     # ---- Protocol and model ---------------------------------------------------------------------------------------
-    # Before the directory is claimed: what is refused here is to be fixed and started again in the same one.
+    # Done before the directory is claimed, so that a refused run can be fixed and started again in the same directory.
     folds, folds_name = protocol.folds(features, settings.protocol)
     model = models.build(settings.model, len(features.classes), features.task)
     plan = lane_plans.plan(features, folds, settings.train.seeds, settings.protocol, model.turns)
-    place = sharding.place(settings, len(plan.names))
+    placement = sharding.placement(settings, len(plan.names))
     protocol_text = protocol.protocol_text(folds_name, plan, settings.protocol, model, features.random)
     protocol_text += predictor.described(model, plan, getattr(settings.model, "settings", {}))
-    clips = streamed_batches.choose(features, settings, model.constants, place)
+    clips = streamed_batches.choose(features, settings, model.constants, placement)
     streamed = isinstance(clips, streamed_batches.Streamed)
     loop.check_streams(model, clips.resident(np.arange(1)) if streamed else clips, settings.preset)
     if dry:
-        dry_run.show(model, settings, place, plan, clips, console)
+        dry_run.show(model, settings, placement, plan, clips, console)
         return None
 
     # ---- Run directory --------------------------------------------------------------------------------------------
@@ -115,15 +116,15 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
 
         # ---- State ------------------------------------------------------------------------------------------------
         if streamed:
-            trainer = streamed_loop.make(model, settings, workdir, say, place, cli.stop_requested)
+            trainer = streamed_loop.make(model, settings, workdir, say, placement, cli.stop_requested)
         else:
-            trainer = loop.make(model, settings, place)
-        lanes = place.put_lanes(plan.lanes)
+            trainer = loop.make(model, settings, placement)
+        lanes = placement.put_lanes(plan.lanes)
         state = trainer.init(lanes, clips)
-        if place.mesh:
-            sharding.check(state, place.of_state(state))
+        if placement.mesh:
+            sharding.check(state, placement.of_state(state))
         size = sum(v.size for v in jax.tree.leaves(state.params)) // len(plan.names)
-        say(f"{len(plan.names)} lanes of {size:,} parameters on {sharding.described(place)}"
+        say(f"{len(plan.names)} lanes of {size:,} parameters on {sharding.described(placement)}"
             + (", streamed" if streamed else ""))  # fmt: skip
 
         # ---- Epochs -----------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
             log = run_directory.Log(workdir, done, multihost.is_writer())
             if done:
                 say(f"going on after epoch {done}")
-            while done < settings.train.epochs and not place.read(state.stopped).all():
+            while done < settings.train.epochs and not placement.read(state.stopped).all():
                 cli.heed_interrupts()
                 start = time.perf_counter()
                 multihost.reached(f"epoch {done + 1}")
@@ -153,7 +154,7 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
         # ---- Test and report --------------------------------------------------------------------------------------
         logits = jax.device_get(trainer.predict(state, lanes, clips))
         cli.heed_interrupts()
-        state, clips = place.read(state), streamed_batches.on_one_device(clips)
+        state, clips = placement.read(state), streamed_batches.on_one_device(clips)
         if multihost.is_writer():
             trained = finish_run.Trained(settings, model, features, plan, clips, state, logits, log.rows, protocol_text)
             epath.Path(workdir / streamed_loop.FOLDER).rmtree(missing_ok=True)

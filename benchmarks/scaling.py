@@ -214,7 +214,7 @@ def compiled(case: Case, preset: str, clips: int) -> dict[str, Any]:
     lanes = count if preset == "lanes" else 1
     batch = clips * count // lanes
     config = configs.settings(case.config, **case.settings, mesh__preset=preset, train__batch_size=batch)
-    model, place = models.build(config.model, CLASSES), sharding.place(config, lanes)
+    model, place = models.build(config.model, CLASSES), sharding.placement(config, lanes)
     step = compile_step(model, config, place, _plan(lanes), _clips(case, config, model))
     return {
         "preset": preset,

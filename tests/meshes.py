@@ -65,17 +65,17 @@ def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
     model = models.build(config.model, len(made.classes))
     fold = Fold("one", tuple(ids[:16]), tuple(ids[20:]), tuple(ids[16:20]))
     plan = lane_plans.plan(made, [fold], config.train.seeds, config.protocol, model.turns)
-    place = sharding.place(config, len(plan.names))
-    clips, lanes = streamed_batches.choose(made, config, model.constants, place), place.put_lanes(plan.lanes)
-    trainer = loop.make(model, config, place)
+    placement = sharding.placement(config, len(plan.names))
+    clips, lanes = streamed_batches.choose(made, config, model.constants, placement), placement.put_lanes(plan.lanes)
+    trainer = loop.make(model, config, placement)
     state = trainer.init(lanes, clips)
-    if place.mesh:
-        sharding.check(state, place.of_state(state))
+    if placement.mesh:
+        sharding.check(state, placement.of_state(state))
     state, sums = trainer.epochs(state, lanes, clips, np.int32(1))
-    if place.mesh:
-        sharding.check(state, place.of_state(state))
+    if placement.mesh:
+        sharding.check(state, placement.of_state(state))
     losses = sum(np.asarray(v)[:, 0] for v in sums["train_terms"].values())  # (lanes, steps)
-    specs = [leaf.sharding.spec for leaf in jax.tree.leaves((state.params, state.opt_state)) if place.mesh]
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves((state.params, state.opt_state)) if placement.mesh]
     shared = {axis for spec in specs for axes in spec for axis in sharding._names(axes)}
     logits = jax.device_get(trainer.predict(state, lanes, clips))
     answers = np.concatenate([v.ravel() for v in jax.tree.leaves(logits)])
@@ -83,7 +83,7 @@ def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
         "losses": losses.tolist(),
         "answers": answers.tolist(),
         "shared": sorted(shared),
-        "devices": place.mesh.size if place.mesh else 1,
+        "devices": placement.mesh.size if placement.mesh else 1,
     }
 
 

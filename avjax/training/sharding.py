@@ -175,7 +175,7 @@ class Placement:
 ALONE = Placement()
 
 
-def place(settings: Settings, lanes: int) -> Placement:
+def placement(settings: Settings, lanes: int) -> Placement:
     """Where a run with so many lanes puts its arrays.
 
     Raises:
@@ -197,7 +197,7 @@ def mesh_sizes(settings: MeshSettings, devices: int, processes: int, lanes: int,
       settings: sizes in them that are not 0 stand in the place of the preset's.
       lanes: of the run; batch: clips of a training batch.
     Raises:
-      AvjaxError: as `place`.
+      AvjaxError: as `placement`.
     """
     given = {axis: size for axis in AXES if (size := getattr(settings, axis))}
     sizes = dict.fromkeys(AXES, 1) | (given or _preset(settings.preset, devices, processes, lanes, batch))

@@ -121,7 +121,7 @@ def test_runs_killed_and_interrupted_in_turn_end_as_if_undisturbed(features, und
     stop(features, tmp_path, "epoch 5/")
     said = stop(features, tmp_path, "epoch 8/", signal.SIGINT)
     assert "going on after epoch" in said
-    assert "interrupted; the same command goes on from here" in said
+    assert "interrupted; the same command continues from this state" in said
     said = run(features, tmp_path)
     assert "going on after epoch" in said
     assert "epoch 3/" not in said

@@ -125,7 +125,7 @@ def test_local_passes_signals_on_and_waits(box, sent, status, said):
     got, lines, messages = run.ended()
     assert got == status
     assert {f"[0] {said}", f"[1] {said}"} <= set(lines)
-    assert f"passing SIG{sent} on to all processes" in messages
+    assert f"forwarding SIG{sent} to all processes" in messages
 
 
 @needs_proc
