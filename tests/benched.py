@@ -34,6 +34,6 @@ def committed(name: str, key: Sequence[str]) -> list[dict[str, str]]:
     if not path.is_file():
         pytest.skip("results are in a checkout")
     with path.open() as file:
-        found = list(csv.DictReader(file))
-    assert len({tuple(row[column] for column in key) for row in found}) == len(found)
-    return found
+        rows = list(csv.DictReader(file))
+    assert len({tuple(row[column] for column in key) for row in rows}) == len(rows)
+    return rows

@@ -1,4 +1,4 @@
-"""Tiny media files for tests: a drawn pattern and a sine, no face and no speech."""
+"""Tiny media files for tests: a synthetic pattern and a sine, no face and no speech."""
 
 import collections
 import pathlib
@@ -10,20 +10,20 @@ import numpy as np
 RATE = 16000
 
 
-def write_mp4(path: pathlib.Path, *, seconds=1.0, picture=True, hz=220.0, fps=10) -> pathlib.Path:
-    """Writes `seconds` of a moving pattern (if `picture`) with a sine of `hz` (silence at 0, no audio at None)."""
+def write_mp4(path: pathlib.Path, *, seconds=1.0, with_video=True, hz=220.0, fps=10) -> pathlib.Path:
+    """Writes `seconds` of a moving pattern (if `with_video`) with a sine of `hz` (silence at 0, no audio at None)."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         streams = []
-        if picture:
+        if with_video:
             video = container.add_stream("mpeg4", rate=fps)
             video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
-            streams.append((video, _pictures(round(seconds * fps))))
+            streams.append((video, _frames(round(seconds * fps))))
         if hz is not None:
             audio = container.add_stream("aac", rate=RATE, layout="mono")
-            streams.append((audio, _sound(seconds, hz)))
+            streams.append((audio, _audio(seconds, hz)))
         for stream, frames in streams:
             for frame in frames:
                 container.mux(stream.encode(frame))
@@ -42,7 +42,7 @@ def _sine(seconds: float, hz: float) -> np.ndarray:
     return (8000 * np.sin(2 * np.pi * hz * np.arange(round(seconds * RATE)) / RATE)).astype(np.int16)
 
 
-def _pictures(count: int):
+def _frames(count: int):
     import av
 
     y, x = np.mgrid[:64, :96]
@@ -53,7 +53,7 @@ def _pictures(count: int):
         yield frame
 
 
-def _sound(seconds: float, hz: float):
+def _audio(seconds: float, hz: float):
     import av
 
     samples = _sine(seconds, hz)

@@ -36,7 +36,7 @@ class Command:
 
 def blocks(text: str, language: str) -> list[str]:
     """The fenced blocks of a language."""
-    return [content for found, content in FENCE.findall(text) if found == language]
+    return [content for fence, content in FENCE.findall(text) if fence == language]
 
 
 def commands(script: str) -> Iterator[Command]:
@@ -123,10 +123,10 @@ def check_launcher(script: str, words: Sequence[str]) -> None:
     """Compares the options of a launcher with those that its `case` knows; what follows `--` is the module's."""
     text = (ROOT / script).read_text()
     labels = re.findall(r"^ *((?:-h \| )?--\w+(?: \|(?: \\\n)? *--\w+)*)\)", text, re.M)
-    known = set(re.findall(r"--\w+", " ".join(labels)))
+    known_flags = set(re.findall(r"--\w+", " ".join(labels)))
     at = words.index("--") if "--" in words else len(words)
     own = [word.partition("=")[0] for word in words[:at] if word.startswith("--")]
-    assert set(own) <= known, f"{script} does not know {set(own) - known}"
+    assert set(own) <= known_flags, f"{script} does not know {set(own) - known_flags}"
     if words[at + 1 :]:
         module = next((b for a, b in itertools.pairwise(words[:at]) if a == "--module"), "avjax.train")
         check_module(module, words[at + 1 :])

@@ -1,4 +1,4 @@
-"""Where the launchers are, and a place to run them in that no cluster can be reached from."""
+"""Paths of the launchers, and a sandbox to run them in from which no cluster can be reached."""
 
 import json
 import pathlib
@@ -24,9 +24,9 @@ with open({calls!r}, "a") as file:
 
 
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
-PLACE = ["n", "--zone=z"]
-DESCRIBE = [*QUEUED, "describe", *PLACE, "--format=value(state.state)"]
-DELETE = [*QUEUED, "delete", *PLACE, "--force", "--quiet"]
+LOCATION = ["n", "--zone=z"]
+DESCRIBE = [*QUEUED, "describe", *LOCATION, "--format=value(state.state)"]
+DELETE = [*QUEUED, "delete", *LOCATION, "--force", "--quiet"]
 ALL = ["--node=all", "--worker=all"]
 SRUN = ["srun", "--kill-on-bad-exit=1", "--label"]
 needs_launchers = pytest.mark.skipif(not LAUNCH.is_dir(), reason="launchers are in a checkout")
@@ -90,7 +90,7 @@ def ask(*more: str, type: str = "v5litepod-16", version: str = "v2-alpha-tpuv5-l
     return [
         *QUEUED,
         "create",
-        *PLACE,
+        *LOCATION,
         *nodes,
         *ours,
         f"--accelerator-type={type}",

@@ -16,7 +16,7 @@ from tests import prompted, synthetic
 
 MESHES = {
     **{preset: {} for preset in ("single", "dp", "fsdp", "tp", "lanes")},
-    # By sizes, which stand in the place of the preset's.
+    # By sizes, which replace those of the preset.
     "lane × fsdp × tensor": {"lane": 2, "fsdp": 2, "tensor": 2},
     "data × tensor": {"data": 2, "tensor": 4},
     "data × fsdp": {"data": 4, "fsdp": 2},
@@ -30,7 +30,7 @@ SYSTEMS = {
         {"model__settings__width": 16, "model__settings__heads": 8, "model__settings__output": 16}
         | {f"model__settings__depths__{stream}": 1 for stream in ("audio", "video", "flow")},
     ),
-    # Not turned: turned pictures are rounded to whole numbers, so that a last bit may move a pixel by a whole step.
+    # Not rotated: rotated images are rounded to integers, so that a last bit may change a pixel by a whole step.
     "avt_ca": (
         "configs/avtca_folder.py",
         {"model__settings__width": 16, "model__settings__heads": 8, "train__augment__degrees": 0.0},
@@ -44,7 +44,7 @@ def features(system: str):
     both = {name: dict(part) for name, part in (("arrays", made.arrays), ("masks", made.masks))}
     for part in both.values():
         part["flow"] = part["video"]
-    if system == "avt_ca":  # reads pictures
+    if system == "avt_ca":  # reads images
         shape = (*made.masks["video"].shape, 32, 32, 3)
         both["arrays"]["video"] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     return dataclasses.replace(made, **both)
@@ -78,10 +78,10 @@ def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
     specs = [leaf.sharding.spec for leaf in jax.tree.leaves((state.params, state.opt_state)) if placement.mesh]
     shared = {axis for spec in specs for axes in spec for axis in sharding._names(axes)}
     logits = jax.device_get(trainer.predict(state, lanes, clips))
-    answers = np.concatenate([v.ravel() for v in jax.tree.leaves(logits)])
+    predictions = np.concatenate([v.ravel() for v in jax.tree.leaves(logits)])
     return {
         "losses": losses.tolist(),
-        "answers": answers.tolist(),
+        "predictions": predictions.tolist(),
         "shared": sorted(shared),
         "devices": placement.mesh.size if placement.mesh else 1,
     }

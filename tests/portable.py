@@ -102,7 +102,7 @@ def streams_of(run: runs.Run, clips: Features, multiple: int = 1) -> dict[str, n
 
 
 def recalled(few: Features, sizes: tuple[int, ...]) -> runs.Run:
-    """EmoAsst of two lanes, whose caches have so many entries, the first of them without sound."""
+    """Makes EmoAsst of two lanes, whose caches have so many entries, the first of them without audio."""
     rng, width = np.random.default_rng(2), few.arrays["text_both"].shape[-1]
     unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)  # noqa: E731
     text = unit(rng.normal(size=(len(few.classes), width)))
@@ -130,13 +130,13 @@ def finished(run: runs.Run, config, workdir: pathlib.Path, **made_by: str) -> pa
     lanes = [{"fold": fold, "seed": seed} | lane for fold, seed in run.lanes]
     scores = {key: {"war": 0.5, "uar": 0.5} for key in ("mean", "std", "pooled")}
     counts = {"used": 7, "quarantined": 0, "masked_audio": 0, "masked_video": 0}
-    about = {"dataset": run.dataset, "protocol": run.protocol, "task": "single", "classes": list(run.classes)}
+    description = {"dataset": run.dataset, "protocol": run.protocol, "task": "single", "classes": list(run.classes)}
     confusion = np.eye(len(run.classes), dtype=int).tolist()
-    named = {f"text_{run.text_source}" if s == "text" else s: found for s, found in run.streams.items()}
+    named = {f"text_{run.text_source}" if s == "text" else s: steps for s, steps in run.streams.items()}
     features = {"content": "made up", "made_by": made_by, "random": run.random, "streams": named}
     files = {
         "config": config.to_dict() | {"data": {"features": str(workdir / "F")}},
-        "metrics": about | scores | {"counts": counts, "folds": lanes, "confusion": confusion, "reference": {}},
+        "metrics": description | scores | {"counts": counts, "folds": lanes, "confusion": confusion, "reference": {}},
         "environment": run_directory.environment() | {"features": features},
         "protocol": {"dataset": "folder", "folds": lanes},
     }

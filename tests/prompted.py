@@ -27,11 +27,11 @@ def make(**more) -> Features:
     rng, width = np.random.default_rng(1), synthetic.SIZES["text"][1]
     classes = np.eye(len(made.classes), width, dtype=np.float32)
     prompts = classes[made.label][:, None] + 0.2 * rng.normal(size=(len(made.ids), 6, width)).astype(np.float32)
-    there = np.ones(prompts.shape[:2], bool)
+    present = np.ones(prompts.shape[:2], bool)
     return dataclasses.replace(
         made,
         arrays=made.arrays | {"prompts": prompts},
-        masks=made.masks | {"prompts": there},
+        masks=made.masks | {"prompts": present},
         constants={"classes": classes},
     )
 

@@ -52,7 +52,7 @@ def blocks(kind: str) -> list[tuple[str, str]]:
 
 
 def apply(tree: pathlib.Path, name: str, diff: str) -> None:
-    """Replaces the one place of a file that has a diff's old lines by its new ones; indentation counts."""
+    """Replaces the only occurrence of a diff's old lines in a file by its new lines; indentation counts."""
     lines = diff.splitlines(keepends=True)
     old, new = ("".join(line[1:] for line in lines if line[0] in f" {sign}") for sign in "-+")
     text = (tree / name).read_text()

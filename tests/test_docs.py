@@ -161,14 +161,14 @@ def test_python_blocks_import_what_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_words_are_those_of_the_field(page):
-    assert [found[0] for found in _NEVER.finditer(prose(page.read_text()))] == []
+    assert [hit[0] for hit in _NEVER.finditer(prose(page.read_text()))] == []
 
 
 def test_words_that_are_never_written_are_found():
     text = (
         "A picture is at hand; `picture`; we answered.\n```\npicture\n```\n## One vocabulary\nmend\n## Next\nmended\n"
     )
-    assert [found[0] for found in _NEVER.finditer(prose(text))] == ["picture", "at hand", "answered", "mended"]
+    assert [hit[0] for hit in _NEVER.finditer(prose(text))] == ["picture", "at hand", "answered", "mended"]
 
 
 def test_the_citation_is_of_this_version():

@@ -68,7 +68,7 @@ def settings(variants: str = "finetune", preset: str = "tiny_raw", **more):
 
 
 def features(clips: int = 12, preset: str = "tiny_raw", seed: int = 0, noise: float = 0.1) -> Features:
-    """Clips of three classes that tell in brightness, sound and words; clip 3 lacks sound, 5 a face, 7 its sentence."""
+    """Clips of three classes that show in brightness, audio and words; clip 3 lacks audio, 5 a face, 7 its sentence."""
     rng = np.random.default_rng(seed)
     made = synthetic.make(clips, seed=seed)
     label = made.label
@@ -77,11 +77,11 @@ def features(clips: int = 12, preset: str = "tiny_raw", seed: int = 0, noise: fl
     bright = 60 + 60 * label[:, None, None, None, None] + 100 * noise * rng.normal(size=(clips, 3, 16, 16, 3))
     width = 1 if preset == "tiny_waves" else 6
     tone = np.sin(np.arange(masks["audio"].shape[1])[None] * (0.2 + 0.3 * label[:, None]))[..., None]
-    sound = tone + noise * rng.normal(size=(*masks["audio"].shape, width))
+    audio = tone + noise * rng.normal(size=(*masks["audio"].shape, width))
     words = np.where(rng.random((*masks["text"].shape, 1)) < noise, 9, 10 + label[:, None, None])
     arrays = {
         "video": np.where(masks["video"][..., None, None, None], bright.clip(0, 255), 0).astype(np.uint8),
-        "audio": np.where(masks["audio"][..., None], sound, 0).astype(np.float32),
+        "audio": np.where(masks["audio"][..., None], audio, 0).astype(np.float32),
     }
     text = np.where(masks["text"][..., None], words, 0).astype(np.int32)
     names = [name for name in made.arrays if name.startswith("text_")]

@@ -1,4 +1,4 @@
-"""A small finished run for tests: drawn clips and sines, extracted and trained once for all that ask."""
+"""A small finished run for tests: synthetic clips and sines, extracted and trained once for all tests."""
 
 import csv
 import pathlib
@@ -12,14 +12,14 @@ CLASSES = ("deep", "high", "middle")
 
 
 def make(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, pathlib.Path]:
-    """(data, store, run directory) of 2 folds × 2 seeds on 9 clips, one without audio, one without picture."""
+    """Makes (data, store, run directory) of 2 folds × 2 seeds on 9 clips, one without audio, one without video."""
     with once.folder(tmp_path_factory, "tiny_run") as root:
         if not run_directory.is_finished(root / "W"):
             _write_data(root / "R")
             options = extraction.Options(processes=1)
             extraction.extract("folder", "lite", root=str(root / "R"), out=str(root / "F"), options=options)
             settings = config.settings(
-                "configs/fusion_folder.py:concat",  # which is compiled soonest
+                "configs/fusion_folder.py:concat",  # compiles fastest
                 data__features=str(root / "F"),
                 protocol__fold_count=2,
                 model__settings__width=16,

@@ -84,11 +84,11 @@ def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
     for i in range(2, 23):
         shutil.copy(one, root / f"data/clips/{i:05d}.mp4")
     for fold in range(5):
-        place = root / f"Train & Test Set/single/no_caption/set_{fold + 1}"
-        place.mkdir(parents=True)
+        folder = root / f"Train & Test Set/single/no_caption/set_{fold + 1}"
+        folder.mkdir(parents=True)
         for part in ("train", "test"):
             chosen = [i for i in range(22) if (i % 5 == fold) == (part == "test")]
-            (place / f"{part}.txt").write_text("".join(f"{i + 1:05d}.mp4 {classes[i % 11]}\n" for i in chosen))
+            (folder / f"{part}.txt").write_text("".join(f"{i + 1:05d}.mp4 {classes[i % 11]}\n" for i in chosen))
     out, workdir = tmp_path / "F", tmp_path / "W"
     flags = [f"--config.data.root={root}", f"--config.data.features={out}", "--config.train.epochs=2"]
     printed = python("avjax.train", "--config", "configs/etg_mafw.py", *flags, "--workdir", workdir)

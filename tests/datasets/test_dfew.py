@@ -109,16 +109,16 @@ def relabel(root, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "numbers"),
     [
         (lambda label: "0" if label == "1" else label, "0, 2, 3, 4, 5, 6, 7"),
         (lambda label: "2" if label in "17" else label, "2, 3, 4, 5, 6"),
         (lambda label: CLASSES[int(label) - 1], "angry, disgust, fear, happy, neutral, sad, surprise"),
     ],
 )
-def test_labels_whose_first_number_is_not_clear(tmp_path, change, found):
+def test_labels_whose_first_number_is_not_clear(tmp_path, change, numbers):
     relabel(write(tmp_path), change)
-    with pytest.raises(AvjaxError, match=rf"labels are {found}; expected 1 to 7 \(official\) or 0 to 6 \(S2D\)"):
+    with pytest.raises(AvjaxError, match=rf"labels are {numbers}; expected 1 to 7 \(official\) or 0 to 6 \(S2D\)"):
         registry.index("dfew", str(tmp_path))
 
 

@@ -124,7 +124,7 @@ def test_folder_says_what_is_wrong_with_its_table(folder, table, message):
 
 def test_folder_with_values(folder, tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/classes.txt").write_text("of no use here")
+    (tmp_path / "data/classes.txt").write_text("not used")
     corpus = folder("value:valence;FILE; Value:Arousal ;speaker\n0.5;a.mp4;-1e-2;ann\n1;b.mp4; 0 ;ben\n")
     assert (corpus.task.kind, corpus.task.classes, corpus.rejected) == ("regression", ("valence", "arousal"), ())
     assert [(c.id, c.label, c.speaker) for c in corpus.clips] == [("a", (0.5, -0.01), "ann"), ("b", (1.0, 0.0), "ben")]

@@ -76,10 +76,10 @@ def test_lists_with_captions_say_the_same_as_those_without(tmp_path, name, folde
     classes = list(metadata(name).classes)
     write(tmp_path / "plain", classes, f"{folder}/no_caption")
     write(tmp_path / "captioned", classes, f"{folder}/with_caption", captioned)
-    plain, found = (registry.index(name, str(tmp_path / kind)) for kind in ("plain", "captioned"))
-    assert [(c.id, c.label) for c in found.clips] == [(c.id, c.label) for c in plain.clips]
-    assert found.folds == plain.folds
-    assert {c.transcript for c in found.clips} == {None}, "a caption is never an input"
+    plain, from_captioned = (registry.index(name, str(tmp_path / kind)) for kind in ("plain", "captioned"))
+    assert [(c.id, c.label) for c in from_captioned.clips] == [(c.id, c.label) for c in plain.clips]
+    assert from_captioned.folds == plain.folds
+    assert {c.transcript for c in from_captioned.clips} == {None}, "a caption is never an input"
 
 
 def test_captions_beside_plain_lists_must_agree(mafw):
@@ -97,7 +97,7 @@ def test_captions_beside_plain_lists_must_agree(mafw):
         with pytest.raises(AvjaxError, match=rf"with_caption/set_2/test\.txt: {message}"):
             registry.index("mafw", str(mafw))
     path.unlink()
-    assert registry.index("mafw", str(mafw)) == before, "a list that is not there says nothing"
+    assert registry.index("mafw", str(mafw)) == before, "a missing list is ignored"
 
 
 def test_class_names_with_capital_letters(tmp_path):

@@ -41,7 +41,7 @@ def line(name, values="A:2.4; V:2.6; D:3.0;"):
 
 @pytest.fixture
 def msp(tmp_path):
-    """Films and sounds in folders of their own, and what lies beside them; the second pair's films are MP4."""
+    """Makes videos and audio in separate folders, and unrelated files; the second pair's videos are MP4."""
     for pair, folder, name in turns():
         write(tmp_path / "Video" / folder / f"MSP-{name}.{'mp4' if pair == 2 else 'avi'}")
         write(tmp_path / "Audio" / folder / f"MSP-{name}.wav")
@@ -57,11 +57,11 @@ def test_values_of_all_turns(msp):
     corpus = registry.index("msp_improv", str(msp))
     assert (corpus.name, corpus.task.kind, corpus.task.classes) == ("msp_improv", "regression", VALUES)
     assert (len(corpus.clips), corpus.rejected, corpus.folds) == (24, (), ())
-    name, place = "MSP-IMPROV-S01A-F02-P-FM01", "session2/S01A/P/"
+    name, subfolder = "MSP-IMPROV-S01A-F02-P-FM01", "session2/S01A/P/"
     (clip,) = [c for c in corpus.clips if c.id == name]
     assert clip.label == pytest.approx((0.4, 0.65, 0.5))
-    film, sound = msp / f"Video/{place}{name}.mp4", msp / f"Audio/{place}{name}.wav"
-    assert clip == Clip(name, film, clip.label, sound, "F02", fold="2", gender="female")
+    film, wav = msp / f"Video/{subfolder}{name}.mp4", msp / f"Audio/{subfolder}{name}.wav"
+    assert clip == Clip(name, film, clip.label, wav, "F02", fold="2", gender="female")
     assert Counter((c.speaker, c.gender) for c in corpus.clips if c.fold == "6") == {
         ("F06", "female"): 2,
         ("M06", "male"): 2,

@@ -17,7 +17,7 @@ from tests.launching import (
     DESCRIBE,
     LAUNCH,
     LOCAL,
-    PLACE,
+    LOCATION,
     QUEUED,
     SLURM,
     SRUN,
@@ -238,7 +238,7 @@ def test_tpu_setup_installs_the_wheel_on_all_workers(box):
     wheel = copied[4 + 1]
     assert pathlib.Path(wheel).name.startswith("avjax-0")
     assert copied == [*QUEUED, "scp", wheel, "n:", "--zone=z", *ALL]
-    assert installed[:-1] == [*QUEUED, "ssh", *PLACE, *ALL]
+    assert installed[:-1] == [*QUEUED, "ssh", *LOCATION, *ALL]
     last = shell_words(installed[-1].rpartition("&& ")[2])
     assert last[-1] == f"./{pathlib.Path(wheel).name}[tpu,gcs]"
     given = box.printed(
@@ -253,14 +253,14 @@ def test_tpu_other_dry_runs(box):
     def printed(*arguments):
         return box.printed(TPU, *arguments, "--name=n", "--zone=z", "--project=p", "--dry_run")
 
-    place = [*PLACE, "--project=p"]
+    location = [*LOCATION, "--project=p"]
     tail = "--command=tail -n 100 -F avjax_run/log"
-    assert printed("logs") == [[*QUEUED, "ssh", *place, "--node=0", "--worker=0", tail]]
-    assert printed("logs", "--worker=3", "--node=1") == [[*QUEUED, "ssh", *place, "--node=1", "--worker=3", tail]]
-    assert printed("delete") == [[*QUEUED, "delete", *place, "--force", "--quiet"]]
+    assert printed("logs") == [[*QUEUED, "ssh", *location, "--node=0", "--worker=0", tail]]
+    assert printed("logs", "--worker=3", "--node=1") == [[*QUEUED, "ssh", *location, "--node=1", "--worker=3", tail]]
+    assert printed("delete") == [[*QUEUED, "delete", *location, "--force", "--quiet"]]
     state, workers = printed("status")
-    assert state == [*QUEUED, "describe", *place, "--format=value(state.state)"]
-    assert workers[:-1] == [*QUEUED, "ssh", *place, *ALL]
+    assert state == [*QUEUED, "describe", *location, "--format=value(state.state)"]
+    assert workers[:-1] == [*QUEUED, "ssh", *location, *ALL]
 
 
 def test_tpu_resume_dry_run(box):
@@ -354,9 +354,9 @@ def test_jobset_of_gpus_says_where_process_0_is(jobsets):
     jobset = jobsets["gpu"]
     (job,) = jobset["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    there = {variable["name"]: variable for variable in container["env"]}
+    variables = {variable["name"]: variable for variable in container["env"]}
     name, (port,) = jobset["metadata"]["name"], container["ports"]
-    assert there["AVJAX_COORDINATOR"]["value"] == f"{name}-{job['name']}-0-0.{name}:{port['containerPort']}"
-    assert there["AVJAX_PROCESSES"]["value"] == str(job["template"]["spec"]["completions"])
-    index = there["AVJAX_PROCESS"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert variables["AVJAX_COORDINATOR"]["value"] == f"{name}-{job['name']}-0-0.{name}:{port['containerPort']}"
+    assert variables["AVJAX_PROCESSES"]["value"] == str(job["template"]["spec"]["completions"])
+    index = variables["AVJAX_PROCESS"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"

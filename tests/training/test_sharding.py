@@ -67,8 +67,8 @@ def check_steps(system: str, presets: Iterable[str]) -> None:
         assert row["devices"] == DEVICES.get(preset, 8)
         assert row["shared"] == SHARED[preset]
         np.testing.assert_allclose(row["losses"], alone["losses"], rtol=1e-4)
-        spread = np.std(alone["answers"])
-        np.testing.assert_allclose(row["answers"], alone["answers"], atol=CLOSE.get(system, 1e-3) * spread)
+        spread = np.std(alone["predictions"])
+        np.testing.assert_allclose(row["predictions"], alone["predictions"], atol=CLOSE.get(system, 1e-3) * spread)
 
 
 @pytest.mark.parametrize(

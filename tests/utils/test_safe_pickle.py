@@ -155,11 +155,11 @@ def test_a_name_is_refused_before_what_stands_ahead_of_it_runs(tmp_path, monkeyp
         (b"(ios\nsystem\n.", "the opcode INST"),
         (b"cnumpy\ndtype\n(dS'__code__'\nI1\nsb.", "a change of a function"),
         (b"cnumpy\nndarray\n(tR.", "a call of numpy.ndarray"),
-        # The memo's place 4 000 000 000.
+        # Index 4 000 000 000 of the memo.
         (b"\x80\x02Nr" + struct.pack("<I", 4_000_000_000) + b".", "index 4000000000 of the memo"),
         # Attributes of a module by a dotted name.
         (b"\x80\x04\x8c\x05numpy\x8c\x0bdtype.mro()\x93.", r"numpy.dtype.mro\(\)"),
-        # A dtype that says it is no object and is one: bytes would become pointers.
+        # A dtype that claims not to be an object dtype: bytes would become pointers.
         (
             b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I1\nt"
             + DTYPE % b"O8"
