@@ -39,7 +39,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 @dataclasses.dataclass(frozen=True)
 class Arrow:
-    """An import: the modules at both ends, dotted, and the line it stands on."""
+    """An import: the importing and the imported module, and the line."""
 
     source: str
     target: str
@@ -47,7 +47,7 @@ class Arrow:
 
     @property
     def rooms(self) -> tuple[str, str]:
-        """The rooms at both ends."""
+        """Returns the rooms of both modules."""
         return room(self.source), room(self.target)
 
     def __str__(self) -> str:

@@ -64,7 +64,7 @@ def _audio(seconds: float, hz: float):
 
 
 def count_decoding(monkeypatch) -> collections.Counter:
-    """What is decoded from now on: "video" and "audio" frames, and "video passes" and "audio passes" that gave them."""
+    """Counts what is decoded from now on: "video" and "audio" frames, and their "video passes" and "audio passes"."""
     from avjax.media import video
 
     counts, frames = collections.Counter(), video._frames

@@ -41,7 +41,7 @@ def _keep_programs(folder: pathlib.Path) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compiles the programs of quick tests, and of the commands that they start, without optimising: in half the time.
+    """Compiles the programs of quick tests, and of their commands, without optimisation: in half the time.
 
     Thorough and slow tests run them as users do.
     """
@@ -61,6 +61,6 @@ def java_sed() -> pathlib.Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """A process cannot hold the compiled programs of all test files: each file's go with it."""
+    """Clears compiled programs after each test file: a process cannot hold those of all files."""
     yield
     jax.clear_caches()

@@ -18,7 +18,7 @@ from tests import exported
 
 def main() -> None:
     commands = import_all()
-    for command in commands:  # not in one process: they share names of flags
+    for command in commands:  # in separate processes, as their flags have the same names
         subprocess.run([sys.executable, "-m", command, "--help"], check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         written = exported.bundled(types.SimpleNamespace(getbasetemp=lambda: pathlib.Path(folder)))

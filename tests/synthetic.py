@@ -16,7 +16,7 @@ SIZES = {"video": (6, 9), "audio": (11, 7), "text": (8, 12)}  # most steps, widt
 
 
 def make(clips: int = 48, classes: int = 3, speakers: int = 4, seed: int = 0, signal: float = 2.0) -> Features:
-    """`clips` clips of `classes` classes by `speakers` speakers; clip 3 lacks audio, clip 5 lacks a face."""
+    """Makes `clips` clips of `classes` classes by `speakers` speakers; clip 3 lacks audio, clip 5 lacks a face."""
     rng = np.random.default_rng(seed)
     label = rng.permutation(np.arange(clips) % classes).astype(np.int32)
     names = tuple(f"class{c}" for c in range(classes))
@@ -50,7 +50,7 @@ def make(clips: int = 48, classes: int = 3, speakers: int = 4, seed: int = 0, si
 
 
 def values(clips: int = 480, speakers: int = 6, seed: int = 0, noise: float = 0.01, permuted: bool = False) -> Features:
-    """`make` of the task "regression": three targets on [0, 1], linear in the mean of the audio, and noise.
+    """Calls `make` for the task "regression": three targets on [0, 1], linear in the mean of the audio, and noise.
 
     Permuted, they are those of other clips: nothing can be learned.
     """
@@ -61,20 +61,20 @@ def values(clips: int = 480, speakers: int = 6, seed: int = 0, noise: float = 0.
 
 
 def questions(clips: int = 480, speakers: int = 6, seed: int = 0) -> Features:
-    """`make` of the task "multilabel": labels are present where one audio dimension is large enough on average."""
+    """Calls `make` for the task "multilabel": labels are present where one audio dimension has a large mean."""
     features, means, _ = _heard(clips, speakers, seed)
     return labelled(features, "multilabel", ("happy", "sad", "angry"), means > [-0.5, 0.0, 0.8])
 
 
 def soft(clips: int = 480, speakers: int = 6, seed: int = 0) -> Features:
-    """`make` of the task "soft": labels are the softmax of the mean of the audio over three classes."""
+    """Calls `make` for the task "soft": labels are the softmax of the mean of the audio over three classes."""
     features, means, _ = _heard(clips, speakers, seed)
     share = np.exp(1.5 * means)
     return labelled(features, "soft", ("happy", "sad", "angry"), share / share.sum(-1, keepdims=True))
 
 
 def labelled(features: Features, task: str, names: tuple[str, ...], label: np.ndarray) -> Features:
-    """The same clips with a row of `label` (clips, names) each, of a kind of `tasks`."""
+    """Returns the same clips with the rows of `label` (clips, names), for a task of `tasks`."""
     labels = [tuple(map(float, row)) for row in label]
     clips = [dataclasses.replace(c, label=row) for c, row in zip(features.clips, labels, strict=True)]
     encoded = tasks.encoded(labels, names, task)

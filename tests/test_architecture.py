@@ -15,7 +15,7 @@ ROOT = architecture.ROOT
 PLAN = ROOT / "docs" / "architecture.md"
 if not PLAN.is_file():
     pytest.skip("the plan is checked in a checkout", allow_module_level=True)
-TOP = 15  # files that may lie in `avjax/` itself
+TOP = 15  # files allowed in `avjax/` itself
 LINES = 500  # of a file
 
 
@@ -151,7 +151,7 @@ _MENTION = re.compile(r"(?<![\w/.])avjax(?:[./]\w+)+")
 
 
 def mentions() -> set[tuple[str, str]]:
-    """Collects (file, name) of every module, symbol or file of avjax that text or code names."""
+    """Collects (file, name) of every module, symbol or file of avjax that text or code mentions."""
     texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")]
     texts += [p for room in ("avjax", "benchmarks", "configs") for p in (ROOT / room).rglob("*.py")]
     imports = {(p.relative_to(ROOT).as_posix(), m) for p in texts for m in _MENTION.findall(p.read_text("utf-8"))}
@@ -159,7 +159,7 @@ def mentions() -> set[tuple[str, str]]:
 
 
 def _exists(name: str) -> bool:
-    """Whether `avjax/a/b.py`, the module `avjax.a.b` or the symbol `avjax.a.b.C` exists."""
+    """Returns whether `avjax/a/b.py`, the module `avjax.a.b` or the symbol `avjax.a.b.C` exists."""
     if "/" in name:
         return (ROOT / name).exists()
     parts = name.split(".")

@@ -29,7 +29,7 @@ from avjax.training import data
 from tests import synthetic
 
 WORD = "qqqq"
-# Every part, with those that a configuration may lack.
+# Every part, including optional ones.
 WHOLE = (
     Settings(train=TrainSettings(augment=AugmentSettings()), prompts=PromptSettings()),
     Settings(model=FusionSettings("de_iii", streams=("audio", "video", "flow"), settings=fusions.settings("de_iii"))),
@@ -41,7 +41,7 @@ FREE = {"name", "variants", "data.root", "data.features", "protocol.only", "mode
 
 
 def wrong(key: str, value: object) -> Iterator[object]:
-    """Yields values that do not fit a key: of another type, no known word, beyond the limits."""
+    """Yields invalid values of a key: of another type, unknown words, beyond the limits."""
     if isinstance(value, bool):
         yield from (WORD, 2)
     elif isinstance(value, int):
@@ -70,7 +70,7 @@ ROWS = {
 
 
 def check(plain: dict) -> None:
-    """What `avjax.train` asks before anything is read."""
+    """Checks settings as `avjax.train` does before anything is read."""
     made = of_config(plain)
     if isinstance(made, Settings):
         models.check(made.model)
@@ -168,7 +168,7 @@ def features(tmp_path_factory) -> pathlib.Path:
 
 
 def run(monkeypatch, *args: str) -> object:
-    """The exit status of `avjax.train`, in this process."""
+    """Runs `avjax.train` in this process; returns the exit status."""
     flags.FLAGS.unparse_flags()
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:  # each key given becomes a flag
         delattr(flags.FLAGS, name)

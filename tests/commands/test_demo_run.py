@@ -1,4 +1,4 @@
-"""The first command of the README on a machine that has nothing: whole, killed ten times, and out of a wheel."""
+"""The first command of the README on a fresh machine: uninterrupted, killed ten times, and from a wheel."""
 
 import itertools
 import json
@@ -82,7 +82,7 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(finished_run, tmp
         # Work lost by a kill is repeated, so the kills are spread over the whole run.
         wait = 4 + (after - before) * seconds
         while not _killed(tmp_path, environment, wait):
-            shutil.rmtree(tmp_path / "runs")  # it was done before: train again
+            shutil.rmtree(tmp_path / "runs")  # it finished before: train again
             wait /= 2
     done = subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ def _killed(root: pathlib.Path, environment: dict[str, str], seconds: float) -> 
             process.wait(seconds)
             assert process.returncode == 0, log.read_text()
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)  # the command alone: its workers must notice by themselves
+            process.send_signal(signal.SIGKILL)  # only the command: its workers must notice by themselves
             process.wait()
     print(f"{process.returncode} after {seconds:.1f} s:", *log.read_text().splitlines()[-1:])
     deadline = time.monotonic() + 10
@@ -119,7 +119,7 @@ def _of_session(session: int) -> list[int]:
     pids = []
     for entry in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            # After the name, which may hold anything: state, parent, group, session.
+            # After the name, which may contain anything: state, parent, group, session.
             state, _, _, own = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
         except OSError:
             continue

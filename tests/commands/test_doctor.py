@@ -1,4 +1,4 @@
-"""The doctor's view of the machine and of public lists, and its exit statuses."""
+"""The doctor's checks of the machine and of public lists, and its exit statuses."""
 
 import gzip
 import hashlib
@@ -34,7 +34,7 @@ def doctor(*arguments, **environment):
 
 
 def pretend(monkeypatch, versions):
-    """Packages have these versions, None = are missing; others stay as they are."""
+    """Patches versions of packages, None for a missing one; others stay as they are."""
     real = importlib.metadata.version
 
     def version(name):
@@ -155,7 +155,7 @@ def test_machine_has_devices_and_cores():
 
 
 class Tempting:
-    """A source that must not be asked."""
+    """A source that must not be used."""
 
     def collect(self, files, folder):
         raise AssertionError("downloads")
@@ -166,7 +166,7 @@ class Tempting:
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The file of the only registered weights, in an empty cache."""
+    """Returns the file of the only registered weights, in an empty cache."""
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path))
     monkeypatch.delenv("AVJAX_WEIGHTS", raising=False)
     for name in list(REGISTRY):
@@ -253,7 +253,7 @@ def test_mistakes_in_the_call_are_status_2(arguments, message):
 
 @pytest.mark.parametrize(("parts", "status"), [(("train", "test"), 0), (("train", "test", "train"), 1)])
 def test_data(tmp_path, parts, status):
-    """Three clips; the third has the content of the second."""
+    """Makes three clips; the third has the content of the second."""
     for i in range(len(parts)):
         clips.write_mp4(tmp_path / f"{i}.mp4", fps=20, hz=220 + 80 * min(i, 1))
     rows = [f"{i}.mp4,a,{part}" for i, part in enumerate(parts)]
@@ -270,7 +270,7 @@ def test_data(tmp_path, parts, status):
 
 
 def write_lists(root, folds):
-    """HiCMAE's layout; fold → part → numbers of clips, whose label is the last digit's parity."""
+    """Writes HiCMAE's layout from fold → part → clip numbers, whose label is the last digit's parity."""
     for fold, parts in folds.items():
         for part, numbers in parts.items():
             path = root / f"split{fold}" / f"{part}.csv.gz"

@@ -1,4 +1,4 @@
-"""The commands of the documents, as a user types them, from media files to the tables."""
+"""The commands of the documents, as a user types them, from media files to tables."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
     python("avjax.extract", "--config", "configs/extract_folder.py", f"--config.data.root={data}", "--out", out)
     with (out / "sentences.csv").open(newline="") as file:
         sentences = {r["clip_id"]: r["both"] for r in csv.DictReader(file)}
-    # What anybody sees in these faces.
+    # The emotions that these faces show.
     smiling = {i for i, s in sentences.items() if "pulled-up lip corners" in s}
     assert smiling >= {r["file"].removesuffix(".mp4") for r in rows if r["label"] == "happy"}
     assert len(smiling) < len(rows)
@@ -93,12 +93,12 @@ def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
     flags = [f"--config.data.root={root}", f"--config.data.features={out}", "--config.train.epochs=2"]
     printed = python("avjax.train", "--config", "configs/etg_mafw.py", *flags, "--workdir", workdir)
     assert "demo" not in printed
-    assert (out / "index.json").is_file()  # training extracted what was not there
+    assert (out / "index.json").is_file()  # training extracted the missing features
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert [f["fold"] for f in metrics["folds"]] == ["1", "2", "3", "4", "5"]
     assert sum(f["n_test"] for f in metrics["folds"]) == 22
     assert metrics["protocol"].startswith("5 folds of the data set")
-    assert metrics["counts"]["masked_video"] == 22  # a drawn pattern has no face
+    assert metrics["counts"]["masked_video"] == 22  # a synthetic pattern has no face
     assert metrics["dataset"] == "mafw"
 
 

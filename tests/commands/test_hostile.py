@@ -1,4 +1,4 @@
-"""Files as the world brings them: each is used correctly, used with what it lacks masked, or quarantined with a reason.
+"""Unusual and damaged files: each is used, used with missing parts masked, or quarantined with a reason.
 
 All stand in one folder data set. The real commands run over it in a process group of their own, of which nothing is
 left afterwards.
@@ -135,7 +135,7 @@ class Case:
 FILES = [
     Case("truncated.mp4", lambda p: damaged(p, lambda d: d[: len(d) // 2]), NO_MEDIA),
     Case(
-        "truncated_later.mp4",  # the table of contents is in front: what lies before the cut can be had
+        "truncated_later.mp4",  # the index is at the front: what precedes the cut can be read
         lambda p: p.write_bytes((d := write(p, pattern(20), quick_start=True).read_bytes())[: len(d) * 2 // 3]),
         frames=range(4, 20),
         seconds=None,
@@ -203,7 +203,7 @@ def store(data):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    """A command that must end well, quietly, in time, and without a process left behind."""
+    """Runs a command that must succeed without warnings, in time, and leave no process behind."""
     with subprocess.Popen(
         [sys.executable, "-m", *map(os.fspath, arguments)],
         cwd=REPOSITORY,
@@ -215,7 +215,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "Traceback" not in out + err
-    end = time.monotonic() + 3  # a helper that waits for its parent's end may take a moment to see it
+    end = time.monotonic() + 3  # a helper that waits for its parent's end may notice it a little later
     while alive := in_session(process.pid):
         assert time.monotonic() < end, f"left behind: {alive}"
         time.sleep(0.05)
@@ -256,7 +256,7 @@ def test_quarantined_with_a_plain_reason(store, case):
 
 @pytest.fixture(scope="module")
 def measured(store):
-    """Clip id → its packed record, and why it lacks what it lacks."""
+    """Returns clip id → its packed record, with the reasons why parts are missing."""
     records = {e["clip_id"].decode(): e for e in tfds.read(store, "folder", "lite")}
     staged = stores.read_index(store)["presets"]["lite"]["keys"]
     for clip_id, keys in staged.items():
@@ -291,7 +291,7 @@ def test_prediction_takes_and_refuses_the_same_files(data, tmp_path_factory):
     named = ["missing.mp4", "film.jpg"]
     done = run("avjax.predict", "--workdir", workdir, "--json", data, *(data / name for name in named))
     output = json.loads(done.stdout)
-    # What is wrong with a row of the table is nothing to a file.
+    # An invalid row of the table does not concern the file.
     fine = {c.name for c in FILES if not c.reason or c.reason.startswith(("no label", "label", "duplicate"))}
     assert {c["file"] for c in output["clips"]} == {shown(data / name) for name in fine}
     assert {r["file"]: r["reason"] for r in output["rejected"]} == {

@@ -1,4 +1,4 @@
-"""Values and labels end to end: what is planted in the features is learned, measured, reported and predicted."""
+"""Regression and multi-label end to end: a planted signal is learned, measured, reported and predicted."""
 
 import csv
 import json
@@ -116,7 +116,7 @@ def measured(workdir) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def agreement(y: np.ndarray, x: np.ndarray) -> float:
-    """CCC in float64, from its definition (Lin 1989)."""
+    """Computes the CCC in float64, from its definition (Lin 1989)."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     return 2 * np.mean((x - x.mean()) * (y - y.mean())) / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
 

@@ -62,7 +62,7 @@ def run(features: pathlib.Path, workdir: pathlib.Path) -> str:
 
 
 def stop(features: pathlib.Path, workdir: pathlib.Path, at: str, how: signal.Signals = signal.SIGKILL) -> str:
-    """Runs until a line of the output begins with `at`, then sends a signal; gives what was said until then."""
+    """Runs until a line of the output begins with `at`, then sends a signal; returns the output."""
     process = start(features, workdir)
     output = []
     for line in process.stdout:
@@ -76,13 +76,13 @@ def stop(features: pathlib.Path, workdir: pathlib.Path, at: str, how: signal.Sig
 
 
 def final(workdir: pathlib.Path) -> list[np.ndarray]:
-    """All arrays of the newest checkpoint."""
+    """Returns all arrays of the newest checkpoint."""
     import orbax.checkpoint as ocp
 
     newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
     folder = newest.absolute() / "default"
     reader = ocp.PyTreeCheckpointer()
-    # As NumPy's, wherever the arrays were: of several processes, too.
+    # As NumPy arrays, wherever they were, for several processes too.
     as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
     )
@@ -152,7 +152,7 @@ def test_killed_at_any_moment(features, undisturbed, tmp_path, at):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["report.html", "metrics.json", "predictions.npz"])
 def test_killed_while_reporting(features, undisturbed, tmp_path, lost):
-    """The files of a report, newest first, were not there yet."""
+    """The files of a report, newest first, do not exist yet."""
     run(features, tmp_path)
     names = ["report.html", "metrics.json", "predictions.npz"]
     for name in names[: names.index(lost) + 1]:
@@ -219,7 +219,7 @@ def test_main_stays_linear_and_short():
 
 @pytest.mark.thorough
 def test_a_run_directory_on_cloud_storage(features, undisturbed, tmp_path):
-    """Stood in for by a folder that is reached in the same way."""
+    """A folder that is accessed in the same way replaces it."""
     from etils import epath
 
     workdir = epath.Path(tmp_path / "W")

@@ -237,7 +237,7 @@ def test_votes(tmp_path):
 
 @pytest.fixture(scope="module")
 def downloaded(tmp_path_factory):
-    """A file for every clip, with the real lists."""
+    """Makes a file for every clip, with the real lists."""
     if not (VOTES / "summaryTable.csv").is_file():
         pytest.skip(f"labels of CREMA-D are not at {VOTES}")
     root = tmp_path_factory.mktemp("crema_d")

@@ -23,7 +23,7 @@ def listed(root, fold, part, name="set_{fold}.csv"):
 def write(
     root, base=1, name="set_{fold}.csv", film="Clip/original/{i}.mp4", number="{i:05d}", header="video_name,label"
 ):
-    """Two clips of each class, the five lists that test each of them once, and what lies beside clips."""
+    """Makes two clips of each class, five lists that test each of them once, and unrelated files."""
     for i in range(1, 15):
         path = root / film.format(i=i, part=1 + i // 8)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from tests.conftest import REAL
 CLASSES = list(metadata("mafw").classes)
 COMPOUND = list(metadata("mafw:compound").classes)
 LISTS = [(fold, part) for fold in range(1, 6) for part in ("train", "test")]
-# Windows-1252 with an ellipsis, which is a line's end in Latin-1, and GBK, whose second bytes are letters and signs.
+# Windows-1252 with an ellipsis, which is a line end in Latin-1, and GBK, whose second bytes are letters and signs.
 CAPTIONS = (b"A man shouts \x85 and \x93points\x94.", "他很生气，大喊".encode("gbk"), "café\ttwo".encode("cp1252"))
 
 
@@ -23,7 +23,7 @@ def listed(root, fold, part, folder="single/no_caption"):
 
 
 def write(root, classes, folder, line=lambda i, name, label: f"{name}.mp4 {label}".encode()):
-    """Two clips of each class, the five lists that test each of them once, and what lies beside clips."""
+    """Makes two clips of each class, five lists that test each of them once, and unrelated files."""
     names = [f"{i:05d}" for i in range(1, 2 * len(classes) + 1)]
     clips = root / "data/clips"
     clips.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is known of the public data sets."""
+"""Metadata of the public data sets."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""MSP-IMPROV, on a miniature of its download and on the names of the public lists."""
+"""MSP-IMPROV, on a miniature of its download and on the clip names of the public lists."""
 
 import gzip
 import itertools
@@ -22,12 +22,12 @@ def write(path, content=b"x"):
 
 
 def turns():
-    """(pair, its path without prefix and suffix): two turns of each of twelve actors."""
+    """Yields (pair, path without prefix and suffix) of two turns of each of twelve actors."""
     for pair, (gender, turn) in itertools.product(range(1, 7), itertools.product("FM", ("P-FM01", "R-FF01"))):
         yield pair, f"session{pair}/S01A/{turn[0]}/", f"IMPROV-S01A-{gender}0{pair}-{turn}"
 
 
-# What stands for a turn: its line, and lines of raters, which the reader is to pass over, in no encoding.
+# The line of a turn, and lines of single raters, which the reader skips, in no valid encoding.
 RATERS = b"xy1; N; A:1.000; V:1.000; D:1.000; \xe9t\xe9\nUTD-rater; A:1;V:1;D:1;\n\n"
 
 
@@ -148,7 +148,7 @@ def test_nothing_that_can_be_used(msp):
 
 
 def test_real_names(tmp_path):
-    """Of the clips of four emotions, which others list: the session is the number of the actor's pair."""
+    """Uses the listed clips of four emotions: the session is the number of the actor's pair."""
     lists = REAL / "dfew_mafw_msp_ravdess_folds/HiCMAE/msp-improv/audio_visual"
     if not lists.is_dir():
         pytest.skip(f"HiCMAE's lists are not at {lists}")

@@ -1,4 +1,4 @@
-"""Lists of folds that others publish."""
+"""Published fold lists."""
 
 import gzip
 
@@ -126,7 +126,7 @@ def test_what_is_wrong_with_lists_is_said():
         "1 times a list has a clip twice, such as a",
         "1 clips have two labels, such as b: x and y",
     ]
-    # Of one division nobody expects that its training clips are tested.
+    # The training clips of a single split need not be tested.
     assert published_folds.problems([Listed("", "train", {"a": "x"}), Listed("", "test", {"b": "x"})]) == []
 
 

@@ -1,4 +1,4 @@
-"""RAVDESS, whose file names say everything, on miniatures of its download."""
+"""RAVDESS, on miniatures of its download."""
 
 import gzip
 import itertools
@@ -57,7 +57,7 @@ def test_ravdess(ravdess):
 
 
 def takes():
-    """The names of all speech without their modality: neutral has one intensity, all others two."""
+    """Yields the names of all speech clips without modality: neutral has one intensity, all others two."""
     for actor, emotion, level, statement, again in itertools.product(range(1, 25), range(1, 9), (1, 2), (1, 2), (1, 2)):
         if emotion > 1 or level == 1:
             yield f"01-{emotion:02d}-{level:02d}-{statement:02d}-{again:02d}-{actor:02d}"

@@ -1,4 +1,4 @@
-"""The launchers of clusters, run with stand-ins of the clusters' tools."""
+"""The launchers of clusters, run with replacements of the clusters' tools."""
 
 import os
 import shutil
@@ -151,7 +151,7 @@ def test_slurm_asks_for_the_signal_and_for_requeueing():
 
 
 def test_slurm_runs_from_the_copy_that_sbatch_makes(box, tmp_path):
-    """In a folder of its own, under another name, without the other launchers."""
+    """The script runs in another folder, under another name, without the other launchers."""
     box.stand_in("srun", "sys.exit(3)")
     spooled = tmp_path / "spool" / "slurm_script"
     spooled.parent.mkdir()

@@ -1,4 +1,4 @@
-"""`launch/local.sh` runs several processes as one: words, status, signals, failures, nothing left behind."""
+"""`launch/local.sh` runs several processes as one: arguments, status, signals, failures, nothing left running."""
 
 import contextlib
 import json
@@ -60,7 +60,7 @@ class Running:
         time.sleep(0.1)
 
     def ended(self, seconds: float = 20) -> tuple[int, list[str], str]:
-        """Status, lines and messages, once the script and all that it started are gone."""
+        """Returns status, lines and messages once the script and all that it started have ended."""
         out, err = self.script.communicate(timeout=seconds)
         wait_for(lambda: not any(alive(pid) for pid in self.pids()))
         return self.script.returncode, out.splitlines(), err

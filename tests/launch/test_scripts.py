@@ -1,4 +1,4 @@
-"""The launchers say what they would run, word for word, and run nothing; mistakes are named; manifests fit together."""
+"""The launchers print exactly what they would run; mistakes are reported; manifests are consistent."""
 
 import itertools
 import math
@@ -63,7 +63,7 @@ def test_help_names_every_flag(box, script):
 
 
 def innermost(words: list[str], script: pathlib.Path) -> list[str]:
-    """The words that `python` gets; those that a cluster hands to a shell of its own are split as that does."""
+    """Returns the arguments of `python`; command lines that a cluster runs in a shell are split as a shell does."""
     if script == TPU:
         line = words[-1].partition("nohup ")[2].partition(" >>log")[0]
         words = ["env", *shell_words(line)]
@@ -140,7 +140,7 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("line", readme_commands())
 def test_the_commands_of_the_readme_are_understood(box, line):
     words = shlex.split(line)
-    if words[0] == "sbatch":  # options of sbatch are Slurm's to read
+    if words[0] == "sbatch":  # Slurm reads the options of sbatch
         words = ["launch/slurm.sbatch", *itertools.dropwhile(lambda w: not w.endswith("sbatch"), words[1:])][1:]
     words = words[1:] if words[0] == "bash" else words
     at = words.index("--") if "--" in words else len(words)
@@ -310,7 +310,7 @@ def test_xpk_dry_run(box, arguments, expected):
 def test_xpk_runs_what_it_prints(box):
     line = ["status", "--name=n", "--cluster=c", "--zone=z"]
     (printed,) = box.printed(XPK, *line, "--dry_run")
-    assert box.run(XPK, *line).returncode == 1  # as its stand-in
+    assert box.run(XPK, *line).returncode == 1  # the status of its replacement
     assert box.calls() == [printed]
 
 

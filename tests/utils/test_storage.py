@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and nothing is left beside them."""
+"""Files are written atomically, and no temporary files remain."""
 
 import pathlib
 import pickle

@@ -1,4 +1,4 @@
-"""Workers: whatever an item does to its process, the run goes on; what is nobody's fault stops it."""
+"""Worker pools continue whatever an item does to its process; errors that no item caused stop them."""
 
 import os
 import pathlib
