@@ -118,7 +118,7 @@ def heed_interrupts() -> None:
 
 
 def use_compile_cache() -> None:
-    """Caches compiled programs on disk, by default in the cache folder, so that later starts are quick."""
+    """Caches compiled programs in `JAX_COMPILATION_CACHE_DIR`, by default in the cache folder."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:

@@ -228,7 +228,7 @@ class Watch:
             if self._seen.get(peer, ("", 0))[0] != beat:
                 self._seen[peer] = beat, now
             if now - self._seen.setdefault(peer, (beat, now))[1] > self._patience:
-                return f"{name} has given no sign of life for {self._patience} s"
+                return f"{name} has sent no heartbeat for {self._patience} s"
             at, _, point = messages.get(f"at/{peer}", "0").partition(" ")
             if int(at) < self._at and now - self._since > self._patience:
                 where = point or "before the first step"
