@@ -213,6 +213,7 @@ class Call:
         self.function = function
 
     def __call__(self, *arguments: object) -> object:
+        """Calls the replacement."""
         return self.function(*arguments)
 
     def __setstate__(self, state: object) -> None:
