@@ -13,6 +13,6 @@ __all__ = ["__version__", "load"]
 
 def load(folder: str | Path) -> "Bundle":
     """Reads a bundle of `avjax.export` (see `avjax.inference.bundle.load`)."""
-    from avjax.inference import bundle  # imported late: most of what imports avjax needs no more than a part of it
+    from avjax.inference import bundle  # imported late: most imports of avjax need only a part of it
 
     return bundle.load(folder)

@@ -15,7 +15,7 @@ COMMANDS = ("train", "extract", "predict", "evaluate", "doctor", "adapt", "expor
 
 
 def main() -> None:
-    """Runs the command that the first argument names, or lists all."""
+    """Runs the command named by the first argument, or lists all commands."""
     name, *rest = sys.argv[1:] or ("--help",)
     if name in ("-h", "--help", "--helpfull"):
         print(__doc__)

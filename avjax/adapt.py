@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run of avjax.train.", required=True)
 CACHE = flags.DEFINE_string("cache", None, "The cache file.")
 LABELS = flags.DEFINE_string("labels", None, "A table file,label[,id] of clips to add.")
-REMOVE = flags.DEFINE_list("remove", [], "Ids of entries to take out.")
-FIT = flags.DEFINE_bool("fit", False, "Choose alpha and beta anew, leaving out one entry after the other.")
+REMOVE = flags.DEFINE_list("remove", [], "Ids of entries to remove.")
+FIT = flags.DEFINE_bool("fit", False, "Choose alpha and beta again, by leaving out one entry at a time.")
 CURVE = flags.DEFINE_list("curve", [], "Numbers of labelled clips per class, such as 1,2,4.")
 DRAWS = flags.DEFINE_integer("draws", 20, "Draws of labelled clips for each person and lane of the curve.", 1)
 CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds within which a clip must be measured.", 0.001)
 
 
 def main(_: list[str]) -> None:
+    """Runs the command."""
     from avjax.inference import run as runs
 
     if bool(CURVE.value) == bool(CACHE.value):
@@ -91,9 +92,9 @@ def _curve(workdir: Path, run: "Run") -> None:
     except ValueError as error:
         raise AvjaxError(f"--curve is {','.join(CURVE.value)}; expected numbers such as 1,2,4") from error
     points = adaptation.curve(workdir, run, shots, DRAWS.value)
-    about = {"dataset": run.dataset, "protocol": run.protocol, "draws": DRAWS.value}
+    settings = {"dataset": run.dataset, "protocol": run.protocol, "draws": DRAWS.value}
     rows = [{"shots": p.shots, "mean": p.mean, "std": p.spread, "better": p.better, "uar": p.uar} for p in points]
-    write_text(workdir / "adaptation.json", json.dumps(about | {"points": rows}, indent=1))
+    write_text(workdir / "adaptation.json", json.dumps(settings | {"points": rows}, indent=1))
     plots.adaptation_figure(rows, run.name, workdir / "adaptation.png", note=f"{run.dataset} · {run.protocol}")
     Console(markup=False).print(prediction_tables.curve_table(points, run, DRAWS.value))
     print(f"written to {workdir}: adaptation.json, adaptation.png")

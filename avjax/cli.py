@@ -1,4 +1,4 @@
-"""What every entry point shares: flags in, one-line errors out, a compile cache that is on by default."""
+"""Common parts of all entry points: flags, one-line errors, signals, and the compile cache."""
 
 import contextlib
 import os
@@ -15,25 +15,25 @@ from avjax.errors import AvjaxError, Stopped
 from avjax.settings import FusionSettings
 from avjax.utils import paths
 
-# Native libraries that chat on standard error by default; an explicit setting of the user wins.
+# Silences native libraries that write to standard error by default; explicit settings of the user win.
 _QUIET = {"GLOG_minloglevel": "2", "TF_CPP_MIN_LOG_LEVEL": "2", "TOKENIZERS_PARALLELISM": "false"}
 
-_interrupted, _told = threading.Event(), threading.Event()
+_interrupted, _stop_requested = threading.Event(), threading.Event()
 
 
 def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: bool = True) -> None:
     """Runs an entry point: a user's mistake is one line on standard error and exit status 2.
 
     Args:
-      main: gets the program's name and the arguments that are no flags.
-      takes: what these arguments are; "" where an entry point has flags alone.
-      needed: whether at least one is.
+      main: function of the program's name and the positional arguments; returns the exit status or None.
+      takes: description of the positional arguments; "" if there are none.
+      needed: whether at least one is required.
     """
     for key, value in _QUIET.items():
         os.environ.setdefault(key, value)
-    # What the terminal's encoding lacks, in a name or a class, is shown escaped.
+    # Characters that the terminal's encoding lacks are shown escaped.
     sys.stdout.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless the shell has set it to be ignored
         signal.signal(signal.SIGINT, _interrupt)
 
     def begin(argv: list[str]) -> int | None:
@@ -47,7 +47,7 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
         logging.set_verbosity(logging.ERROR)
         return main(argv)
 
-    for name in ("config", "keys"):  # for --help, which lists the flags of the started module alone
+    for name in ("config", "keys"):  # for --help, which lists only the flags of the started module
         if name in flags.FLAGS:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     try:
@@ -62,7 +62,7 @@ def run(main: Callable[[list[str]], int | None], *, takes: str = "", needed: boo
         )
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command continues from this state", file=sys.stderr)
         sys.exit(130)
 
 
@@ -71,7 +71,7 @@ def _print_keys() -> None:
         raise AvjaxError("--keys lists the keys of a configuration; expected --config FILE beside it")
     settings, meanings = config.typed(flags.FLAGS.config), {}
     if isinstance(model := getattr(settings, "model", None), FusionSettings):
-        from avjax import models  # imported late, as it brings JAX
+        from avjax import models  # imported late: it imports JAX
 
         models.check(model)
         meanings = models.meanings(model.name)
@@ -84,22 +84,22 @@ def _interrupt(*_: object) -> None:
 
 
 def _leave(reason: str, status: int) -> NoReturn:
-    """Ends this process; of several the others are told, so that they do not wait for it."""
+    """Ends this process, and reports it to the others of a run so that they do not wait for it."""
     from avjax.utils import multihost
 
     if multihost.leave(reason):
         sys.stderr.flush()
-        os._exit(status)  # the usual end waits for the others, which wait for this one
+        os._exit(status)  # the usual exit waits for the others, which wait for this process
     sys.exit(status)
 
 
 @contextlib.contextmanager
 def keeping_on_sigterm() -> Iterator[None]:
-    """In here SIGTERM, as a scheduler sends it before it takes a machine away, is a request: see `stop_requested`."""
+    """Turns SIGTERM, which schedulers send before they take a machine away, into a request: see `stop_requested`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: _stop_requested.set())
     try:
         yield
     finally:
@@ -107,21 +107,21 @@ def keeping_on_sigterm() -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """Says whether SIGTERM has come in `keeping_on_sigterm`."""
-    return _told.is_set()
+    """Returns whether SIGTERM was received within `keeping_on_sigterm`."""
+    return _stop_requested.is_set()
 
 
 def heed_interrupts() -> None:
-    """Raises the KeyboardInterrupt that was lost: Python drops one that comes within a callback of a library."""
+    """Raises a lost KeyboardInterrupt: Python drops one that is raised within a callback of a library."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs under the cache folder, so that a second start is quick (`JAX_COMPILATION_CACHE_DIR`)."""
+    """Caches compiled programs in `JAX_COMPILATION_CACHE_DIR`, by default in the cache folder."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(paths.cache() / "compiled"))
-        # Small programs too: reports, checkpoints and what runs by itself are made of them.
+        # Small programs too: reports, checkpoints and eager operations consist of them.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,7 +1,7 @@
 """Configurations: one Python file per experiment, `file.py:variant,variant` applied left to right.
 
-A configuration file defines `get_config(variants: str = "") -> ConfigDict`. It is found relative to the working
-directory, else among the files that avjax ships.
+A configuration file defines `get_config(variants: str = "") -> ConfigDict`. Its path is relative to the working
+directory, else to the files that avjax ships.
 """
 
 import functools
@@ -19,10 +19,13 @@ from avjax.utils import paths
 
 
 def with_variants(config: ConfigDict, names: str, table: Mapping[str, Mapping[str, object]]) -> ConfigDict:
-    """Applies the comma-separated variants `names` to `config`, left to right; later ones win.
+    """Applies variants to a configuration, left to right; later ones win.
 
     Args:
+      config: modified.
+      names: comma-separated variants.
       table: variant → {dotted key: value}.
+
     Raises:
       AvjaxError: a variant is unknown.
     """
@@ -34,10 +37,10 @@ def with_variants(config: ConfigDict, names: str, table: Mapping[str, Mapping[st
 
 
 def load(spec: str, **overrides: object) -> ConfigDict:
-    """Loads `file.py` or `file.py:variants` without flags; `overrides` are dotted keys with `__` for the dots.
+    """Loads `file.py` or `file.py:variants` without flags; `overrides` are dotted keys with `__` for each dot.
 
     Raises:
-      AvjaxError: no such file, variant or key, or the file is no configuration.
+      AvjaxError: no such file, variant or key, or the file is not a configuration.
     """
     file, _, variants = spec.partition(":")
     source = module(file)
@@ -52,7 +55,7 @@ def load(spec: str, **overrides: object) -> ConfigDict:
 
 
 def module(file: str) -> ModuleType:
-    """Executes a configuration file and gives its names, so that one configuration can build on another."""
+    """Imports a configuration file, so that one configuration can build on another."""
     spec = importlib.util.spec_from_file_location("avjax_config", find(file))
     out = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(out)
@@ -60,10 +63,10 @@ def module(file: str) -> ModuleType:
 
 
 def find(file: str) -> Path:
-    """The path of a configuration file: as given, else the shipped one of that name.
+    """Returns the path of a configuration file: as given, else the shipped file of that name.
 
     Raises:
-      AvjaxError: there is neither.
+      AvjaxError: neither exists.
     """
     if Path(file).is_file():
         return Path(file)
@@ -74,7 +77,7 @@ def find(file: str) -> Path:
 
 
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """All dotted keys that hold a value, in the order of the configuration."""
+    """Returns all dotted keys that hold a value, in the order of the configuration."""
     out = []
     for key, value in config.items():
         out += keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [prefix + key]
@@ -82,12 +85,14 @@ def keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def typed(config: ConfigDict, of: type[Part] | None = None) -> Settings | ExtractSettings:
-    """Makes the typed settings of a configuration, all of them checked.
+    """Makes the typed and checked settings of a configuration.
 
     Args:
-      of: `Settings` or `ExtractSettings`, where a command takes one of them alone.
+      config: the configuration.
+      of: `Settings` or `ExtractSettings`, if a command accepts only one of them.
+
     Raises:
-      AvjaxError: a value does not fit, or the configuration is that of another command.
+      AvjaxError: a value is invalid, or the configuration is for another command.
     """
     made = of_config(config.to_dict())
     if of and not isinstance(made, of):
@@ -105,7 +110,7 @@ def settings(spec: str, **overrides: object) -> Settings | ExtractSettings:
 
 @functools.cache
 def define_flag() -> flags.FlagHolder:
-    """Defines `--config` and `--keys`; one pair of flags for all entry points that are imported into a process."""
+    """Defines `--config` and `--keys`, once for all entry points that a process imports."""
     flags.DEFINE_bool("keys", False, "Print every key of the configuration with its value and meaning, and end.")
     holder = config_flags.DEFINE_config_file(
         "config",
@@ -117,14 +122,14 @@ def define_flag() -> flags.FlagHolder:
 
 
 def require_flag() -> flags.FlagHolder:
-    """`define_flag` for entry points that do nothing without a configuration."""
+    """Defines the flags for entry points that require a configuration."""
     holder = define_flag()
     flags.mark_flag_as_required("config")
     return holder
 
 
 def with_variant(holder: flags.FlagHolder, name: str) -> ConfigDict:
-    """The configuration of the command line with one more variant, and every `--config.key=value` after it."""
+    """Loads the command line's configuration with one more variant, followed by every `--config.key=value`."""
     spec = config_flags.get_config_filename(flags.FLAGS[holder.name])
     config = load(f"{spec}{',' if ':' in spec else ':'}{name}")
     config.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS[holder.name]))
@@ -135,8 +140,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Parses the command line, for `app.run(flags_parser=...)`.
 
     Raises:
-      AvjaxError: the configuration file, a variant, a key or a flag does not exist, or a value is not of the kind
-        expected.
+      AvjaxError: the configuration file, a variant, a key or a flag does not exist, or a value has the wrong
+        type.
     """
     _check_spelling(argv[1:])
     argv = [argv[0], *_normal(argv[1:])]
@@ -147,12 +152,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise AvjaxError(f"{' '.join(str(error).split())} (see --help)") from error
     except SystemExit as ended:
-        # absl ends --help as if it were a failure.
+        # absl exits with a failure status after --help.
         raise SystemExit(0) from ended
 
 
 def _normal(args: list[str]) -> list[str]:
-    """Writes `--config`, with the path where the file is found, and its keys as `--name=value`; the last of each."""
+    """Normalises `--config`, with the path of its file, and its keys to `--name=value`; the last of each wins."""
     given: dict[str, str] = {}
     others = []
     rest = list(args)
@@ -163,12 +168,12 @@ def _normal(args: list[str]) -> list[str]:
             others.append(arg)
         else:
             value = value if equals else rest.pop(0)
-            given[name] = f"--{name}={_found(value) if name == 'config' else value}"
-    # The file first: its keys become flags when it is read.
+            given[name] = f"--{name}={_with_path(value) if name == 'config' else value}"
+    # The file comes first: its keys become flags when it is read.
     return [*([given.pop("config")] if "config" in given else []), *given.values(), *others]
 
 
-def _found(spec: str) -> str:
+def _with_path(spec: str) -> str:
     file, colon, variants = spec.partition(":")
     return f"{find(file)}{colon}{variants}"
 
@@ -178,10 +183,11 @@ def _is_config(arg: str) -> bool:
 
 
 def key_table(settings: Settings | ExtractSettings, meanings: Mapping[str, str]) -> str:
-    """Lists every key with its value and its meaning.
+    """Formats a table of every key with its value and meaning.
 
     Args:
-      meanings: of the own settings of the model, by their names.
+      settings: the settings to list.
+      meanings: name → meaning of the model's own settings.
     """
     rows = [
         (key, repr(value), meanings.get(key.removeprefix("model.settings."), meaning))
@@ -192,23 +198,19 @@ def key_table(settings: Settings | ExtractSettings, meanings: Mapping[str, str])
 
 
 def _check_spelling(args: list[str]) -> None:
-    """Checks for a configuration without its flag, and for keys without `config.` before them.
-
-    Raises:
-      AvjaxError: there is one of these.
-    """
+    """Raises an AvjaxError for a configuration without its flag, or a key without `config.` before it."""
     names = [arg.partition("=")[0].lstrip("-") for arg in args]
     files = [arg for arg, name in zip(args, names, strict=True) if name.partition(":")[0].endswith(".py")]
     if "config" in flags.FLAGS and "config" not in names and files and not files[0].startswith("-"):
         raise AvjaxError(f"{files[0]}: a configuration is given with --config {files[0]}")
-    known = {key for part in (Settings(), ExtractSettings()) for key, _, _ in part.rows()}
+    all_keys = {key for part in (Settings(), ExtractSettings()) for key, _, _ in part.rows()}
     for arg, name in zip(args, names, strict=True):
-        if arg.startswith("-") and "." in name and name in known:
+        if arg.startswith("-") and "." in name and name in all_keys:
             raise AvjaxError(f"--{name}: a key of the configuration is written --config.{name}")
 
 
 def _unknown_key(argv: list[str]) -> str:
-    """Says which `--config.key` is not in the configuration."""
+    """Returns a message on the `--config.key` that is not in the configuration."""
     spec = next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "")
     valid = keys(load(spec))
     for arg in argv[1:]:

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 CONFIG = configs.define_flag()
 OUT = flags.DEFINE_string("out", None, "data: folder of audit.html and audit.json; default audits/<data set>.")
 WORKERS = flags.DEFINE_integer("workers", 0, "data: worker processes; 0 = one per core.", lower_bound=0)
-NO_FACES = flags.DEFINE_bool("no_faces", False, "data: look for no faces, which takes about half of the time.")
+NO_FACES = flags.DEFINE_bool("no_faces", False, "data: do not look for faces, which takes about half of the time.")
 LISTS = flags.DEFINE_string("lists", None, "data: folder of public fold lists to compare the labels with.")
-JSON = flags.DEFINE_bool("json", False, "Print what was found as JSON.")
+JSON = flags.DEFINE_bool("json", False, "Print the results as JSON.")
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command and returns the exit status."""
     match argv[1:]:
         case []:
             return environment()
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def environment() -> int:
-    """Checks this machine; 1 where something needed is broken."""
+    """Checks this machine; returns 1 if something needed is broken."""
     from avjax.checks import machine as machine_checks
 
     rows = machine_checks.check()
@@ -64,7 +65,7 @@ def environment() -> int:
 
 
 def data() -> int:
-    """Audits the configuration's data set; 1 where a finding is invalid."""
+    """Audits the configuration's data set; returns 1 if a finding is invalid."""
     from rich.console import Console
 
     from avjax.checks import dataset as dataset_checks
@@ -72,7 +73,7 @@ def data() -> int:
     if CONFIG.value is None:
         raise AvjaxError("no --config; expected one such as configs/etg_folder.py, with --config.data.root=R")
     settings = configs.typed(CONFIG.value)
-    # A configuration of extraction has none, and its clips are divided as by default.
+    # A configuration of extraction has no protocol; the default one applies.
     protocol = settings.protocol if isinstance(settings, Settings) else ProtocolSettings()
     options = dataset_checks.Options(
         lists=LISTS.value or "",
@@ -91,14 +92,14 @@ def data() -> int:
 
 
 def lists(folder: str) -> int:
-    """Checks the lists of folds in a folder; 1 where there is a problem."""
+    """Checks the fold lists in a folder; returns 1 if there is a problem."""
     from avjax.datasets import published_folds
 
-    found = published_folds.fold_lists(Path(folder))
-    problems = published_folds.problems(found)
+    fold_lists = published_folds.fold_lists(Path(folder))
+    problems = published_folds.problems(fold_lists)
     parts = [
         {"fold": part.fold, "part": part.part, "clips": len(part.clips), "labels": _labels(part.clips)}
-        for part in found
+        for part in fold_lists
     ]
     _print({"parts": parts, "problems": problems}, _lists_table(parts))
     if not JSON.value:
@@ -107,7 +108,7 @@ def lists(folder: str) -> int:
 
 
 def _labels(clips: Mapping[str, object]) -> dict[str, int]:
-    """Label → number of clips, in the order of the labels."""
+    """Returns label → number of clips, sorted by label."""
     return {str(label): count for label, count in sorted(Counter(map(str, clips.values())).items())}
 
 

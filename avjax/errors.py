@@ -1,4 +1,4 @@
-"""Errors that a user can fix: each says what was got, what was expected and what to do."""
+"""Errors that a user can fix: each states what was given, what was expected and what to do."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,20 +9,23 @@ class AvjaxError(Exception):
 
 
 class UnusableMedia(AvjaxError):
-    """A media file out of which neither picture nor sound can be had; extraction quarantines the clip."""
+    """A media file from which neither video nor audio can be read; extraction quarantines the clip."""
 
 
 class Stopped(Exception):
-    """A run was told to stop, and has kept its state; the message says where. The same command goes on from there."""
+    """A run stopped on request and saved its state; the message is the point, from which the same command continues."""
 
 
 def choose(what: str, got: object, choices: Iterable[object]) -> None:
     """Checks that a value is one of its choices.
 
     Args:
-      what: the key, flag or kind of name that the value stands for, as the user writes it.
+      what: the key, flag or kind of name of the value, as the user writes it.
+      got: the value.
+      choices: the valid values.
+
     Raises:
-      AvjaxError: it is none; the message names the nearest, and all of them.
+      AvjaxError: it is not; the message names all choices and the nearest.
     """
     choices = list(choices)
     if got not in choices:
@@ -31,9 +34,9 @@ def choose(what: str, got: object, choices: Iterable[object]) -> None:
 
 
 def nearest(got: object, choices: Iterable[object]) -> str:
-    """Names the choice that is most like what was got, as an addition to a message; "" where none is."""
+    """Returns the end of a message that suggests the choice most similar to `got`; "" if none is similar."""
     names = [str(choice) for choice in choices]
-    # Matching on the last part too, so that `data.root` is found for `root`.
+    # Also matches the last part, so that `data.root` is suggested for `root`.
     close = difflib.get_close_matches(str(got), names, 1, 0.5) or [
         n for n in names if difflib.SequenceMatcher(None, n.split(".")[-1], str(got).split(".")[-1]).ratio() > 0.7
     ]

@@ -34,6 +34,7 @@ RUNS = flags.DEFINE_string("runs", None, "Folder of the compared runs; default r
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command."""
     if argv[1] == "compare":
         return _compare(argv[2:])
     runs = [read(Path(w)) for w in argv[1:]]
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 
 def read(workdir: Path) -> tuple[str, dict]:
-    """(name, metrics) of a finished run.
+    """Returns (name, metrics) of a finished run.
 
     Raises:
       AvjaxError: there is no finished run.
@@ -56,7 +57,7 @@ def read(workdir: Path) -> tuple[str, dict]:
 
 
 def references(name: str, metrics: dict) -> Iterator[tuple[str, dict]]:
-    """The linear models of a run, as runs of their own over the same folds."""
+    """Yields the linear baselines of a run, as runs of their own on the same folds."""
     way = "ridge" if metrics["task"] == "regression" else "logistic"
     tested = {f["fold"]: f for f in metrics["folds"]}
     for streams, scores in metrics["reference"].items():
@@ -86,7 +87,7 @@ def train_all(names: list[str], folder: Path) -> tuple[dict[str, Path], list[str
     """Trains the rows one after another, on one feature store.
 
     Returns:
-      the run directories, and "row: reason" of those that cannot be trained.
+      The run directories, and "row: reason" for the rows that cannot be trained.
     """
     from avjax.train import train
     from avjax.training import data

@@ -18,16 +18,18 @@ SEED = flags.DEFINE_integer("seed", None, "Only the lanes of this seed.")
 
 
 def main(_: list[str]) -> None:
+    """Runs the command."""
     from avjax.inference import bundle
     from avjax.utils import storage
 
     cli.use_compile_cache()
-    out = storage.place(OUT.value)
-    bundle.write(storage.place(WORKDIR.value), out, FOLD.value, SEED.value)
-    says = storage.read_json(out / "provenance.json")
+    out = storage.as_path(OUT.value)
+    bundle.write(storage.as_path(WORKDIR.value), out, FOLD.value, SEED.value)
+    provenance = storage.read_json(out / "provenance.json")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{out}: {says['run']}, {len(says['lanes'])} of {says['lanes_of_run']} lanes, {size / 1e6:.1f} MB")
-    for name, stream in says["inputs"].items():
+    lanes = f"{len(provenance['lanes'])} of {provenance['lanes_of_run']} lanes"
+    print(f"{out}: {provenance['run']}, {lanes}, {size / 1e6:.1f} MB")
+    for name, stream in provenance["inputs"].items():
         print(f"  {name} ({', '.join(map(str, stream['shape']))}) {stream['dtype']}")
     print(f"read {out}/model_card.md before you share it")
 

@@ -34,6 +34,7 @@ MEDIA = flags.DEFINE_string(
 
 
 def main(_: list[str]) -> None:
+    """Runs the command."""
     from avjax.features import extract as extraction
 
     cli.use_compile_cache()
@@ -54,7 +55,7 @@ def main(_: list[str]) -> None:
 
 
 def _runner(settings: ExtractSettings) -> "Runner":
-    """Gives the runner that the flags ask for."""
+    """Returns the runner that the flags ask for."""
     from avjax.errors import AvjaxError
     from avjax.features import extract as extraction
     from avjax.utils import paths

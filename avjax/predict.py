@@ -22,6 +22,7 @@ CLIP_SECONDS = flags.DEFINE_float("clip_seconds", 120.0, "Seconds that measuring
 
 
 def main(argv: list[str]) -> None:
+    """Runs the command."""
     from rich.console import Console
 
     from avjax.errors import AvjaxError
@@ -40,15 +41,15 @@ def main(argv: list[str]) -> None:
     run = adaptation.with_cache(run, cache) if cache else run
     clips = prediction.find_clips(argv[1:])
     progress = Console(stderr=True, soft_wrap=True, markup=False)
-    answers, rejected = prediction.predict(run, clips, progress, clip_seconds=CLIP_SECONDS.value)
+    predictions, rejected = prediction.predict(run, clips, progress, clip_seconds=CLIP_SECONDS.value)
     for file, reason in rejected:
         print(f"{file}: {reason}", file=sys.stderr)
-    if not answers:
+    if not predictions:
         raise AvjaxError(f"none of the {len(clips)} files can be used")
     if JSON.value:
-        print(prediction_tables.as_json(run, answers, rejected, cache))
+        print(prediction_tables.as_json(run, predictions, rejected, cache))
     else:
-        Console(markup=False).print(prediction_tables.as_table(run, answers, cache))
+        Console(markup=False).print(prediction_tables.as_table(run, predictions, cache))
 
 
 if __name__ == "__main__":

@@ -29,16 +29,17 @@ DRY_RUN = flags.DEFINE_bool(
 
 
 def main(_: list[str]) -> None:
+    """Runs the command."""
     settings = configs.typed(CONFIG.value, Settings)
-    train(settings, storage.place(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
+    train(settings, storage.as_path(WORKDIR.value) if WORKDIR.value else None, dry=DRY_RUN.value)
 
 
 def train(settings: Settings, workdir: Path | None = None, dry: bool = False) -> Path | None:
-    """Trains what `settings` say in `workdir` and returns the run directory; a `dry` run writes nothing, gives None.
+    """Trains as `settings` specify and returns the run directory; a `dry` run writes nothing and returns None.
 
     Raises:
-      AvjaxError: something in the settings, the features or the run directory does not fit.
-      Stopped: SIGTERM came; what was done is kept.
+      AvjaxError: the settings, the features or the run directory do not match.
+      Stopped: SIGTERM was received; completed epochs are saved.
     """
     import jax
     import numpy as np
@@ -64,12 +65,12 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
     from avjax.utils import multihost
     from avjax.utils.storage import write_text
 
-    # Before anything is read or waited for.
+    # Checked before anything is read or waited for.
     models.check(settings.model)
     data.check(settings)
     multihost.join(settings.processes)
     console = Console(markup=False, quiet=not multihost.is_writer())
-    say = functools.partial(console.print, soft_wrap=True)  # lines stay whole in a log; tables keep to the terminal
+    say = functools.partial(console.print, soft_wrap=True)  # lines are not wrapped in a log; tables fit the terminal
     cli.use_compile_cache()
 
     # ---- Features -------------------------------------------------------------------------------------------------
@@ -83,7 +84,7 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
         f"without face {counts['masked_video']}")  # fmt: skip
 
     # ---- Protocol and model ---------------------------------------------------------------------------------------
-    # Before the directory is claimed: what is refused here is to be fixed and started again in the same one.
+    # Done before the directory is claimed, so that a refused run can be fixed and started again in the same directory.
     folds, folds_name = protocol.folds(features, settings.protocol)
     model = models.build(settings.model, len(features.classes), features.task)
     plan = lane_plans.plan(features, folds, settings.train.seeds, settings.protocol, model.turns)

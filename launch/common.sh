@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# What the launchers share; they source it from beside themselves.
+# Common functions of the launchers, which source this file.
 
 fail() {
   echo "error: $*; see $0 --help" >&2
   exit 2
 }
 
-# One line that a shell reads as these words.
+# Prints the arguments as one line, quoted for a shell.
 show() {
   local word words=()
   for word; do

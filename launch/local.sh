@@ -8,18 +8,18 @@ local.sh --processes N [flags] -- ARGUMENTS
 
 Runs `python -m avjax.train ARGUMENTS` as N processes of one run on this machine. Lines of process i begin with [i].
 
-  --processes N            how many
-  --devices_per_process D  CPU: so many fake devices each; with --gpus: so many GPUs each (default 1)
+  --processes N            number of processes
+  --devices_per_process D  CPU: number of fake devices each; with --gpus: number of GPUs each (default 1)
   --gpus                   process i gets GPUs i*D … i*D+D-1, of $CUDA_VISIBLE_DEVICES where that is set; else CPU
   --port P                 of process 0, on which the others find it; default a free one
   --grace SECONDS          after one process has failed, until the others are ended, and again until they are killed
                            (default 30)
-  --module M               in the place of avjax.train
+  --module M               instead of avjax.train
   --dry_run                print the commands, one a line, and run nothing
   --help                   print this
 
-$AVJAX_PYTHON is the interpreter, default python. SIGINT and SIGTERM are passed on to all processes and waited for. The
-exit status is that of process 0, or if that is 0, of a process that has failed.
+$AVJAX_PYTHON is the interpreter, default python. SIGINT and SIGTERM are forwarded to all processes, and the
+script waits for them. The exit status is that of process 0, or if that is 0, of a process that has failed.
 TEXT
 }
 
@@ -65,7 +65,7 @@ free_port() {
   local candidate
   for _ in {1..100}; do
     candidate=$((20000 + RANDOM % 10000))
-    # Nobody answers there: it is free.
+    # Nothing listens on it: it is free.
     if ! (exec 3<>"/dev/tcp/127.0.0.1/$candidate") 2>/dev/null; then
       echo "$candidate"
       return
@@ -88,7 +88,7 @@ command_of() {
     ((processes * each <= ${#visible[@]})) ||
       fail "$processes processes of $each GPUs, and CUDA_VISIBLE_DEVICES is $CUDA_VISIBLE_DEVICES; expected enough of them"
     visible=("${visible[@]:$(($1 * each)):each}")
-    # JAX_LOCAL_DEVICE_IDS counts among those: JAX is to take all.
+    # JAX_LOCAL_DEVICE_IDS indexes these: JAX must use all of them.
     command+=("CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${visible[*]}")" "JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((each - 1)))")
   else
     command+=(JAX_PLATFORMS=cpu)
@@ -111,7 +111,7 @@ type "${AVJAX_PYTHON:-python}" >/dev/null 2>&1 ||
 
 # ---- Processes --------------------------------------------------------------------------------------------------------
 
-pids=() # of those that run, by their number; each leads a process group of its own
+pids=() # of the running processes, by their number; each leads a process group of its own
 statuses=()
 prefixers=()
 exec {messages}>&2
@@ -119,7 +119,7 @@ exec {messages}>&2
 say() { echo "local.sh: $*" >&"$messages"; }
 
 prefix() {
-  # The last words of a process that was interrupted are to be heard.
+  # Keeps running to print the last messages of an interrupted process.
   trap '' INT TERM HUP
   local line
   while IFS= read -r line || [[ $line ]]; do printf '[%s] %s\n' "$1" "$line"; done
@@ -140,20 +140,20 @@ tell() {
   for pid in "${pids[@]}"; do kill -s "$1" -- "$pid" 2>/dev/null || true; done
 }
 
-# What a process has started goes with it: data workers, for example.
+# Kills what a process has started too, such as data workers.
 kill_groups() {
   local pid
   for pid; do kill -s KILL -- "-$pid" 2>/dev/null || true; done
 }
 
 # shellcheck disable=SC2329  # called by traps
-pass_on() {
-  told=yes
-  say "passing SIG$1 on to all processes"
+forward() {
+  stopping=yes
+  say "forwarding SIG$1 to all processes"
   tell "$1"
 }
 
-# Ends the processes where this script was killed and cannot do it: its end of the pipe closes without a word.
+# Ends the processes if this script was killed and cannot do so: its end of the pipe then closes without a message.
 guard() {
   trap '' INT TERM HUP
   ! read -r || return 0
@@ -185,7 +185,7 @@ finish() {
   [[ ! $lifeline ]] || echo over >&"$lifeline"
 }
 
-# What is left when the time is up is told to end, and killed when it is up again.
+# Terminates the remaining processes at the deadline, and kills them at the next one.
 hasten() {
   [[ $deadline ]] && ((SECONDS >= deadline)) || return 0
   say "ending process ${!pids[*]}"
@@ -193,18 +193,18 @@ hasten() {
   ending=yes deadline=$((SECONDS + grace))
 }
 
-set -m # each process leads a group, and does not ignore SIGINT as a script's background processes else do
-told='' first_failed='' deadline='' ending='' lifeline=''
-trap 'pass_on INT' INT
-trap 'pass_on TERM' TERM
+set -m # each process leads a group, and does not ignore SIGINT as background processes of scripts otherwise do
+stopping='' first_failed='' deadline='' ending='' lifeline=''
+trap 'forward INT' INT
+trap 'forward TERM' TERM
 trap finish EXIT
-for ((i = 0; i < processes && ! ${#told}; i++)); do start "$i"; done
+for ((i = 0; i < processes && ! ${#stopping}; i++)); do start "$i"; done
 exec {lifeline}> >(guard)
 while ((${#pids[@]})); do
   sleep 0.2 || true
   collect
   ((${#pids[@]} == 0)) || hasten
-done 2>/dev/null # the shell's own notes about ended jobs
+done 2>/dev/null # hides the shell's own messages about ended jobs
 wait "${prefixers[@]}" || true
 status=${statuses[0]:-130}
 ((status)) || status=${statuses[${first_failed:-0}]}

@@ -6,34 +6,34 @@ usage() {
   cat <<'TEXT'
 tpu_vm.sh ACTION --name N --zone Z [flags] [-- ARGUMENTS]
 
-Runs `python -m avjax.train ARGUMENTS` on all workers of a Cloud TPU, which is asked for as a queued resource.
+Runs `python -m avjax.train ARGUMENTS` on all workers of a Cloud TPU, which is requested as a queued resource.
 
-  create   asks for the TPU and waits until it is ACTIVE; takes one of that name that is there already, and asks anew for
-           one that was SUSPENDED (preempted) or has FAILED
+  create   requests the TPU and waits until it is ACTIVE; uses an existing one of that name, and requests again one that
+           was SUSPENDED (preempted) or has FAILED
   setup    installs avjax on all workers, from this checkout or from --wheel
-  run      starts the run on all workers, in the background, where none is going on
+  run      starts the run on all workers, in the background, unless one is running
   logs     follows the log of one worker
   status   prints the state of the TPU, and of the run on each worker
-  resume   create, setup and run: the same command goes on after a preemption from the checkpoints in its --workdir,
-           which must be one that outlives the TPU, such as gs://bucket/run
+  resume   create, setup and run: after a preemption, the same command continues from the checkpoints in its --workdir,
+           which must outlive the TPU, such as gs://bucket/run
   delete   gives the TPU back
 
   --name N       of the queued resource
   --zone Z       such as us-west4-a
   --project P    default that of gcloud's configuration
   --type T       such as v5litepod-16 (create, resume)
-  --slices K     so many TPUs of that type for one run (create, resume); default 1
+  --slices K     number of TPUs of that type for one run (create, resume); default 1
   --version V    software of the VMs; default the one for T: v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e or
                  tpu-ubuntu2204-base (create, resume)
-  --spot         cheaper, and may be taken away at any time (create, resume)
-  --poll S       seconds between two looks at the state; default 30 (create, resume)
+  --spot         cheaper, but may be preempted at any time (create, resume)
+  --poll S       seconds between two checks of the state; default 30 (create, resume)
   --wheel FILE   of avjax; default one built from this checkout (setup, resume)
   --extras LIST  of avjax to install; default tpu,gcs (setup, resume)
-  --python V     version of Python there; default 3.12 (setup, resume)
-  --module M     in the place of avjax.train (run, resume)
-  --worker W     whose log; default 0 (logs)
+  --python V     version of Python on the VMs; default 3.12 (setup, resume)
+  --module M     instead of avjax.train (run, resume)
+  --worker W     of which worker; default 0 (logs)
   --node K       of which slice; default 0 (logs)
-  --dry_run      print the commands, one a line, and run nothing; states are taken to be those that lead to most commands
+  --dry_run      print the commands, one a line, and run nothing; assumes the states that lead to most commands
   --help         print this
 TEXT
 }
@@ -87,21 +87,21 @@ case $action in
 esac
 [[ $dry_run ]] || type gcloud >/dev/null 2>&1 || fail 'got no gcloud in PATH; expected the Google Cloud CLI, logged in'
 
-place=("--zone=$zone" ${project:+"--project=$project"})
+location=("--zone=$zone" ${project:+"--project=$project"})
 queued=(gcloud compute tpus queued-resources)
 
 do_it() { if [[ $dry_run ]]; then show "$@"; else "$@"; fi; }
 
 # Runs a command line in the home folder of every worker.
 everywhere() {
-  do_it "${queued[@]}" ssh "$name" "${place[@]}" --node=all --worker=all --command="$1"
+  do_it "${queued[@]}" ssh "$name" "${location[@]}" --node=all --worker=all --command="$1"
 }
 
 # ---- The TPU ----------------------------------------------------------------------------------------------------------
 
-# Puts the state of the queued resource into `state`: NONE where there is none. In a dry run it is $1.
+# Sets `state` to the state of the queued resource, NONE if there is none. In a dry run it is $1.
 look() {
-  local command=("${queued[@]}" describe "$name" "${place[@]}" "--format=value(state.state)") complaint said
+  local command=("${queued[@]}" describe "$name" "${location[@]}" "--format=value(state.state)") complaint message
   if [[ $dry_run ]]; then
     show "${command[@]}"
     state=$1
@@ -109,9 +109,9 @@ look() {
   fi
   complaint=$(mktemp)
   state=$("${command[@]}" 2>"$complaint") || state=''
-  said=$(<"$complaint")
+  message=$(<"$complaint")
   rm "$complaint"
-  [[ $state || $said == *NOT_FOUND* ]] || fail "gcloud does not say how $name is: $said"
+  [[ $state || $message == *NOT_FOUND* ]] || fail "gcloud does not report the state of $name: $message"
   state=${state:-NONE}
 }
 
@@ -123,7 +123,7 @@ create() {
     look NONE
   done
   if [[ $state == SUSPENDED || $state == FAILED ]]; then
-    say "$name is $state: asking for it anew"
+    say "$name is $state: requesting it again"
     delete
     state=NONE
   fi
@@ -132,7 +132,7 @@ create() {
   while [[ $state != ACTIVE ]]; do
     case $state in
       NONE | FAILED | SUSPENDING | SUSPENDED | DELETING)
-        fail "$name is $state and was to become ACTIVE; the reason: ${queued[*]} describe $name ${place[*]}"
+        fail "$name is $state and was to become ACTIVE; the reason: ${queued[*]} describe $name ${location[*]}"
         ;;
     esac
     say "$name is $state"
@@ -145,7 +145,7 @@ create() {
 ask() {
   local nodes=("--node-id=$name")
   ((slices == 1)) || nodes=("--node-count=$slices" "--node-prefix=$name")
-  do_it "${queued[@]}" create "$name" "${place[@]}" "${nodes[@]}" "--accelerator-type=$type" \
+  do_it "${queued[@]}" create "$name" "${location[@]}" "${nodes[@]}" "--accelerator-type=$type" \
     "--runtime-version=${version:-$(version_for)}" ${spot:+--spot}
 }
 
@@ -158,7 +158,7 @@ version_for() {
   esac
 }
 
-delete() { do_it "${queued[@]}" delete "$name" "${place[@]}" --force --quiet; }
+delete() { do_it "${queued[@]}" delete "$name" "${location[@]}" --force --quiet; }
 
 # ---- The run ----------------------------------------------------------------------------------------------------------
 
@@ -170,8 +170,8 @@ setup() {
     do_it "${AVJAX_PYTHON:-python}" -m pip wheel --quiet --no-deps "--wheel-dir=$root/dist" "$root"
     package=$root/dist/avjax-$release-py3-none-any.whl
   fi
-  do_it "${queued[@]}" scp "$package" "$name:" "${place[@]}" --node=all --worker=all
-  # uv brings the Python that the VMs lack.
+  do_it "${queued[@]}" scp "$package" "$name:" "${location[@]}" --node=all --worker=all
+  # uv installs the Python version that the VMs lack.
   commands=(
     "python3 -m pip install --quiet --user uv"
     "python3 -m uv venv --quiet --allow-existing --python $(show "$python") avjax_venv"
@@ -185,14 +185,14 @@ running='test -f avjax_run/pid && kill -0 "$(cat avjax_run/pid)" 2>/dev/null'
 
 run() {
   local quoted
-  # AVJAX_DETECT: JAX finds the other workers by what Cloud TPU says of them.
+  # AVJAX_DETECT: JAX finds the other workers in the metadata of Cloud TPU.
   quoted=$(show env AVJAX_DETECT=1 ../avjax_venv/bin/python -m "$module" "${arguments[@]}")
   everywhere "if $running; then echo 'the run is going on'; else mkdir -p avjax_run && cd avjax_run && \
 { nohup $quoted >>log 2>&1 </dev/null & echo \$! >pid; }; fi"
 }
 
 logs() {
-  do_it "${queued[@]}" ssh "$name" "${place[@]}" "--node=$node" "--worker=$worker" \
+  do_it "${queued[@]}" ssh "$name" "${location[@]}" "--node=$node" "--worker=$worker" \
     --command='tail -n 100 -F avjax_run/log'
 }
 

@@ -8,7 +8,7 @@ xpk.sh ACTION --name N --cluster C --zone Z [flags] [-- ARGUMENTS]
 
 Runs `python -m avjax.train ARGUMENTS` on TPU slices of a GKE cluster that xpk has made (xpk cluster create).
 
-  create   submits the run; it is queued until there is room
+  create   submits the run; it is queued until there is capacity
   status   lists it
   logs     follows the log of one worker
   delete   ends it
@@ -18,12 +18,12 @@ Runs `python -m avjax.train ARGUMENTS` on TPU slices of a GKE cluster that xpk h
   --zone Z       of the cluster, such as us-west4-a
   --project P    default that of gcloud's configuration
   --type T       such as v5litepod-16 (create)
-  --slices K     so many of that type for one run; default 1 (create)
+  --slices K     number of slices of that type for one run; default 1 (create)
   --image I      container with avjax[tpu,gcs] (create)
-  --restarts R   how often a run that was interrupted begins again, which goes on from its checkpoints; default 20 (create)
-  --spot         slices that may be taken away at any time, where the cluster provisions them itself (create)
-  --module M     in the place of avjax.train (create)
-  --worker W     whose log; default 0 (logs)
+  --restarts R   how often an interrupted run restarts, from its checkpoints; default 20 (create)
+  --spot         slices that may be preempted at any time, if the cluster provisions them itself (create)
+  --module M     instead of avjax.train (create)
+  --worker W     of which worker; default 0 (logs)
   --slice K      of which slice; default 0 (logs)
   --dry_run      print the command and run nothing
   --help         print this
@@ -65,24 +65,24 @@ while (($#)); do
 done
 [[ $action ]] || fail 'got no action; expected create, status, logs or delete'
 [[ $name && $cluster && $zone ]] || fail "got --name '$name', --cluster '$cluster' and --zone '$zone'; expected all three"
-place=(--cluster "$cluster" --zone "$zone" ${project:+--project "$project"})
+location=(--cluster "$cluster" --zone "$zone" ${project:+--project "$project"})
 
 case $action in
   create)
     [[ $type && $image ]] || fail "got --type '$type' and --image '$image'; expected both"
     (($#)) || fail "got no arguments for $module; expected them after --"
-    # xpk hands the command to a shell, and what it started is told of an interruption: that is to be the run.
+    # xpk runs the command in a shell, whose process gets the signal of an interruption; exec makes that the run.
     quoted=$(show exec python -m "$module" "$@")
-    command=(xpk workload create "${place[@]}" --workload "$name" --tpu-type "$type" --num-slices "$slices")
+    command=(xpk workload create "${location[@]}" --workload "$name" --tpu-type "$type" --num-slices "$slices")
     command+=(--docker-image "$image" --max-restarts "$restarts" ${spot:+--spot})
     command+=(--termination-grace-period-seconds 120 --command "$quoted")
     ;;
-  status) command=(xpk workload list "${place[@]}" --filter-by-job "$name") ;;
+  status) command=(xpk workload list "${location[@]}" --filter-by-job "$name") ;;
   logs)
     labels=jobset.sigs.k8s.io/jobset-name=$name,jobset.sigs.k8s.io/job-index=$slice
     command=(kubectl logs --follow --tail=100 "--selector=$labels,batch.kubernetes.io/job-completion-index=$worker")
     ;;
-  delete) command=(xpk workload delete "${place[@]}" --workload "$name") ;;
+  delete) command=(xpk workload delete "${location[@]}" --workload "$name") ;;
 esac
 [[ $action == create ]] || (($# == 0)) || fail "got arguments for $module; expected them with create alone"
 

@@ -39,7 +39,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 @dataclasses.dataclass(frozen=True)
 class Arrow:
-    """An import: the modules at both ends, dotted, and the line it stands on."""
+    """An import: the importing and the imported module, and the line."""
 
     source: str
     target: str
@@ -47,7 +47,7 @@ class Arrow:
 
     @property
     def rooms(self) -> tuple[str, str]:
-        """The rooms at both ends."""
+        """Returns the rooms of both modules."""
         return room(self.source), room(self.target)
 
     def __str__(self) -> str:
@@ -68,12 +68,12 @@ def room(module: str) -> str:
 
 def arrows(files: Mapping[str, pathlib.Path]) -> list[Arrow]:
     """Collects the imports between modules of `files`."""
-    found = []
+    imported = []
     for module, path in files.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             targets = _targets(node, files)
-            found += [Arrow(module, target, node.lineno) for target in dict.fromkeys(targets) if target != module]
-    return found
+            imported += [Arrow(module, target, node.lineno) for target in dict.fromkeys(targets) if target != module]
+    return imported
 
 
 def _targets(node: ast.AST, files: Mapping[str, pathlib.Path]) -> Iterator[str]:
@@ -85,9 +85,9 @@ def _targets(node: ast.AST, files: Mapping[str, pathlib.Path]) -> Iterator[str]:
         yield from (name if name in files else node.module for name in names)
 
 
-def not_down(found: Iterable[Arrow]) -> list[Arrow]:
+def not_down(imported: Iterable[Arrow]) -> list[Arrow]:
     """Picks the arrows that run up, or between rooms of one floor."""
-    return [a for a in found if a.rooms[0] != a.rooms[1] and FLOOR[a.rooms[0]] >= FLOOR[a.rooms[1]]]
+    return [a for a in imported if a.rooms[0] != a.rooms[1] and FLOOR[a.rooms[0]] >= FLOOR[a.rooms[1]]]
 
 
 def circles(edges: Iterable[tuple[str, str]]) -> list[list[str]]:
@@ -152,13 +152,13 @@ def lines(files: Mapping[str, pathlib.Path]) -> Counter[str]:
     return counts
 
 
-# ---- The picture -----------------------------------------------------------------------------------------------------
+# ---- The diagram -----------------------------------------------------------------------------------------------------
 
 _WIDTH, _BOX, _HIGH, _FLOOR = 1080, 190, 46, 92
 
 
-def places(sizes: Mapping[str, int]) -> dict[str, tuple[float, float]]:
-    """Places the rooms that exist: room → left and top of its box, in pixels."""
+def positions(sizes: Mapping[str, int]) -> dict[str, tuple[float, float]]:
+    """Lays out the rooms that exist: room → left and top of its box, in pixels."""
     out = {}
     floors = [[name for name in floor if name in sizes] for floor in FLOORS]
     for row, floor in enumerate(filter(None, floors)):
@@ -171,7 +171,7 @@ def places(sizes: Mapping[str, int]) -> dict[str, tuple[float, float]]:
 
 def svg(sizes: Mapping[str, int], between: Mapping[tuple[str, str], int]) -> str:
     """Draws rooms and arrows as SVG; the width of an arrow grows with the number of its imports."""
-    where = places(sizes)
+    where = positions(sizes)
     height = max(y for _, y in where.values()) + _HIGH + 20
     style = "text{font:14px sans-serif;text-anchor:middle}.s{font-size:11px;fill:#666}path{fill:none;stroke:#4a6fa5}"
     parts = [
@@ -206,17 +206,17 @@ def _box(name: str, x: float, y: float, size: int) -> str:
 def main(arguments: list[str]) -> int:
     """Prints the plan, draws it where asked, and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--svg", type=pathlib.Path, help="write the picture to this file")
+    parser.add_argument("--svg", type=pathlib.Path, help="write the diagram to this file")
     svg_file = parser.parse_args(arguments).svg
     files = modules()
-    found, sizes = arrows(files), lines(files)
-    between = Counter(a.rooms for a in found if a.rooms[0] != a.rooms[1])
+    imported, sizes = arrows(files), lines(files)
+    between = Counter(a.rooms for a in imported if a.rooms[0] != a.rooms[1])
     for floor in FLOORS:
         for name in floor:
             if name in sizes:
                 below = ", ".join(f"{b} {n}" for (a, b), n in sorted(between.items()) if a == name)
                 print(f"{name:<12}{sizes[name]:>6} lines  → {below or 'nothing'}")
-    wrong, around = not_down(found), circles((a.source, a.target) for a in found)
+    wrong, around = not_down(imported), circles((a.source, a.target) for a in imported)
     print(f"{len(sizes)} rooms, {sum(sizes.values()):,} lines, {len(between)} arrows between rooms")
     print(f"upward arrows: {len(wrong)}", *wrong, sep="\n  ")
     print(f"circles: {len(around)}", *(" ↔ ".join(group) for group in around), sep="\n  ")

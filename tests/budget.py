@@ -8,7 +8,7 @@ import pytest
 
 QUICK = 5.0
 TIERS = {"thorough": 60.0, "slow": math.inf}
-# One machine is not another, neighbours on the same cores cost a process its caches, and a run alone compiles more.
+# Machines differ, other processes on the same cores evict caches, and a single test compiles more.
 GRACE = 3.0
 
 _start = pytest.StashKey[float]()
@@ -27,7 +27,7 @@ def limit(item: pytest.Item) -> float:
 
 
 def is_enforced(config: pytest.Config) -> bool:
-    """Whether files run whole: a test picked by itself pays for what its file's first one makes for all."""
+    """Returns whether whole files run: a test selected alone also pays for fixtures of its file."""
     return not (config.option.keyword or config.getoption("lf", False) or any("::" in arg for arg in config.args))
 
 
@@ -54,7 +54,7 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first, as their budgets have it, so that all processes end at about the same time."""
+    """Puts the files with the largest budgets first, so that all processes end at about the same time."""
     weights: dict[str, float] = {}
     for item in items:
         weights[str(item.path)] = weights.get(str(item.path), 0.0) + _weight(item)
@@ -62,5 +62,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _weight(item: pytest.Item) -> float:
-    """Estimates what a test takes: most take little, and of a mark for a whole file the first test takes most."""
+    """Estimates the time of a test: most take little; of a mark for a whole file, the first test takes most."""
     return next((float(mark.args[0]) for mark in item.own_markers if mark.name == "budget"), QUICK / 20)

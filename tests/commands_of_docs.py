@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^ *```(\S*)[^\n]*\n(.*?)^ *```$", re.M | re.S)
 _LOOP = re.compile(r"for (\w+) in (.*); do$")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
-# Programs whose own arguments are theirs to check, and words of the shell.
+# Programs whose arguments are not checked, and words of the shell.
 FOREIGN = ("source", "export", "kubectl", "ruff", "python3")
 
 
@@ -35,12 +35,12 @@ class Command:
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of a language."""
-    return [content for found, content in FENCE.findall(text) if found == language]
+    """Returns the fenced blocks of a language."""
+    return [content for fence, content in FENCE.findall(text) if fence == language]
 
 
 def commands(script: str) -> Iterator[Command]:
-    """The commands of a script. Loops are expanded; what stands in `$(…)` becomes one made-up word."""
+    """Returns the commands of a script. Loops are expanded; `$(…)` becomes one made-up word."""
     variables: dict[str, list[str]] = {}
     loops: list[str] = []
     for line in script.replace("\\\n", " ").splitlines():
@@ -72,7 +72,7 @@ def _split(words: Sequence[str]) -> Iterator[Command]:
 
 
 def check(command: Command) -> None:
-    """Parses a command; raises an error that names what does not fit."""
+    """Parses a command; raises an error that names what is invalid."""
     for name in command.environment:
         assert name.startswith("AVJAX_"), f"{name} is no variable of avjax"
         files = [*ROOT.glob("avjax/**/*.py"), *ROOT.glob("tests/**/*.py")]
@@ -120,13 +120,13 @@ def _check_pytest(words: Sequence[str]) -> None:
 
 
 def check_launcher(script: str, words: Sequence[str]) -> None:
-    """Compares the options of a launcher with those that its `case` knows; what follows `--` is the module's."""
+    """Compares the options of a launcher with those in its `case`; what follows `--` belongs to the module."""
     text = (ROOT / script).read_text()
     labels = re.findall(r"^ *((?:-h \| )?--\w+(?: \|(?: \\\n)? *--\w+)*)\)", text, re.M)
-    known = set(re.findall(r"--\w+", " ".join(labels)))
+    known_flags = set(re.findall(r"--\w+", " ".join(labels)))
     at = words.index("--") if "--" in words else len(words)
     own = [word.partition("=")[0] for word in words[:at] if word.startswith("--")]
-    assert set(own) <= known, f"{script} does not know {set(own) - known}"
+    assert set(own) <= known_flags, f"{script} does not know {set(own) - known_flags}"
     if words[at + 1 :]:
         module = next((b for a, b in itertools.pairwise(words[:at]) if a == "--module"), "avjax.train")
         check_module(module, words[at + 1 :])
@@ -145,7 +145,7 @@ def check_module(module: str, words: Sequence[str]) -> None:
         config_flags.DEFINE_config_file("config", None, "", flag_values=values)
     given = [f"--config={ROOT / word}" if b == "--config" else word for b, word in _after(words) if word != "--config"]
     argv = [module, *(re.sub(r"^--config=(?!/)", f"--config={ROOT}/", word) for word in given)]
-    before, sys.argv = sys.argv, argv  # where overrides of a configuration are looked for
+    before, sys.argv = sys.argv, argv  # where ml_collections looks for overrides
     try:
         rest = values(argv)[1:]
         values.mark_as_parsed()
@@ -158,7 +158,7 @@ def check_module(module: str, words: Sequence[str]) -> None:
 
 
 def _after(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(the word before, the word)."""
+    """Yields (previous word, word)."""
     return itertools.pairwise(["", *words])
 
 
@@ -168,7 +168,7 @@ def _source(module: str) -> str:
 
 
 def _flags(source: str) -> list[tuple[str, ast.Call]]:
-    """(kind, call) of all `flags.DEFINE_<kind>(…)`."""
+    """Yields (kind, call) of all `flags.DEFINE_<kind>(…)`."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     return [
         (call.func.attr, call)
@@ -187,11 +187,11 @@ def _literal(node: ast.AST) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        return None  # a name, such as a default that is a constant
+        return None  # a name, such as a constant default
 
 
 def _check_arguments(module: str, source: str, rest: Sequence[str], values: flags.FlagValues) -> None:
-    """Checks what is no flag, by the little that each entry point takes."""
+    """Checks positional arguments by what each entry point accepts."""
     match module:
         case "avjax.evaluate":
             assert rest, "expected run directories or compare"

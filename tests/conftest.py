@@ -16,7 +16,7 @@ from tests import budget
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
-# A shell's job behind & ignores interrupts, and hands that down to the programs that are interrupted here.
+# Background jobs of a shell ignore interrupts, and so would the programs that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -41,7 +41,7 @@ def _keep_programs(folder: pathlib.Path) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Compiles the programs of quick tests, and of the commands that they start, without optimising: in half the time.
+    """Compiles the programs of quick tests, and of their commands, without optimisation: in half the time.
 
     Thorough and slow tests run them as users do.
     """
@@ -52,7 +52,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def java_sed() -> pathlib.Path:
-    """The folder of 96 real clips; tests that need it skip where it is not at hand."""
+    """Returns the folder of 96 real clips; skips tests if it is not available."""
     root = REAL / "java_sed_open"
     if not (root / "labels.csv").is_file():
         pytest.skip(f"real clips are not at {root} (set AVJAX_TEST_DATA to their parent folder)")
@@ -61,6 +61,6 @@ def java_sed() -> pathlib.Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """A process cannot hold the compiled programs of all test files: each file's go with it."""
+    """Clears compiled programs after each test file: a process cannot hold those of all files."""
     yield
     jax.clear_caches()

@@ -12,7 +12,7 @@ CLIPS = synthetic.make(clips=24, speakers=3)
 
 
 def run(tmp_path_factory) -> pathlib.Path:
-    """A run of 3 folds × 2 seeds, trained once for all that ask; its features are in F beside it."""
+    """Trains a run of 3 folds × 2 seeds, once for all tests; its features are in F beside it."""
     with once.folder(tmp_path_factory, "exported") as root:
         if not run_directory.is_finished(root / "W"):
             synthetic.write_store(root / "F", CLIPS)
@@ -25,7 +25,7 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 
 def bundled(tmp_path_factory) -> pathlib.Path:
-    """The bundle of `run`; not to be changed."""
+    """Makes the bundle of `run`; it must not be changed."""
     workdir = run(tmp_path_factory)
     with once.folder(tmp_path_factory, "exported") as root:
         if not (root / "B").exists():
@@ -34,6 +34,6 @@ def bundled(tmp_path_factory) -> pathlib.Path:
 
 
 def code(folder: pathlib.Path, language: str = "python") -> list[str]:
-    """The blocks of code of a bundle's model card."""
+    """Returns the code blocks of a bundle's model card."""
     card = (folder / "model_card.md").read_text()
     return re.findall(rf"^```{language}\n(.*?)^```$", card, re.DOTALL | re.MULTILINE)

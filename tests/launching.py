@@ -1,4 +1,4 @@
-"""Where the launchers are, and a place to run them in that no cluster can be reached from."""
+"""Paths of the launchers, and a sandbox to run them in from which no cluster can be reached."""
 
 import json
 import pathlib
@@ -24,16 +24,16 @@ with open({calls!r}, "a") as file:
 
 
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
-PLACE = ["n", "--zone=z"]
-DESCRIBE = [*QUEUED, "describe", *PLACE, "--format=value(state.state)"]
-DELETE = [*QUEUED, "delete", *PLACE, "--force", "--quiet"]
+LOCATION = ["n", "--zone=z"]
+DESCRIBE = [*QUEUED, "describe", *LOCATION, "--format=value(state.state)"]
+DELETE = [*QUEUED, "delete", *LOCATION, "--force", "--quiet"]
 ALL = ["--node=all", "--worker=all"]
 SRUN = ["srun", "--kill-on-bad-exit=1", "--label"]
 needs_launchers = pytest.mark.skipif(not LAUNCH.is_dir(), reason="launchers are in a checkout")
 
 
 class Box:
-    """A PATH with plain tools alone, and stand-ins of the clusters' tools that note how they are called and fail."""
+    """A PATH with basic tools only, and replacements of the clusters' tools that record their calls and fail."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.calls_file = folder, folder / "calls.jsonl"
@@ -63,7 +63,7 @@ class Box:
         )
 
     def printed(self, script, *arguments: str, **more: str) -> list[list[str]]:
-        """The words of each command that a dry run prints."""
+        """Returns the words of each command that a dry run prints."""
         done = self.run(script, *arguments, **more)
         assert (done.returncode, done.stderr) == (0, "")
         assert self.calls() == []
@@ -83,14 +83,14 @@ def wait_for(condition, seconds: float = 10) -> None:
 
 
 def ask(*more: str, type: str = "v5litepod-16", version: str = "v2-alpha-tpuv5-lite") -> list[str]:
-    """What `tpu_vm.sh` asks gcloud for."""
+    """Returns the gcloud command by which `tpu_vm.sh` requests a TPU."""
     nodes = [] if any("node" in m for m in more) else ["--node-id=n"]
     ours = [m for m in more if "node" in m]
     after = [m for m in more if "node" not in m]
     return [
         *QUEUED,
         "create",
-        *PLACE,
+        *LOCATION,
         *nodes,
         *ours,
         f"--accelerator-type={type}",

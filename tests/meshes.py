@@ -1,4 +1,4 @@
-"""Two steps of a system on meshes of eight CPU devices; run as a program, for devices are counted once in a process."""
+"""Two steps of a system on meshes of eight CPU devices; a program, as a process sets its number of devices once."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ MESHES = {
     "data × tensor": {"data": 2, "tensor": 4},
     "data × fsdp": {"data": 4, "fsdp": 2},
 }
-# Configuration, and what makes it small.
+# Configuration, and the changes that make it small.
 SYSTEMS = {
     "etg_aver": ("configs/etg_folder.py", {"model__width": 16}),
     "etg_aver_remat": ("configs/etg_folder.py", {"model__width": 16, "train__remat": True}),
@@ -51,7 +51,7 @@ def features(system: str):
 
 
 def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
-    """The losses of two steps by lane, the axes that share out parameters, and the devices."""
+    """Returns the losses of two steps by lane, the axes that shard parameters, and the devices."""
     file, small = SYSTEMS[system]
     chosen = {"train__seeds": tuple(range(1, 9)), "train__epochs": 1, "train__epochs_per_call": 1}
     chosen |= {

@@ -1,4 +1,4 @@
-"""Folders that are made once for all tests of a session, also where several processes run them."""
+"""Folders that are made once for all tests of a session, also with several processes."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import pytest
 
 @contextlib.contextmanager
 def folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[pathlib.Path]:
-    """Yields the folder, which may be there already; the other processes of the session wait meanwhile."""
+    """Yields the folder, which may exist already; the other processes of the session wait meanwhile."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with filelock.FileLock(base / f"{name}.lock"):

@@ -1,4 +1,4 @@
-"""Runs with made-up weights, and clips for them, to try portable programs with."""
+"""Runs with made-up weights, and clips for them, to test portable programs."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ NAMES = tuple(f"class{c}" for c in range(CLASSES))
 
 
 def features(clips: int, seed: int = 0, more: int = 0) -> Features:
-    """Clips of many lengths up to those of WIDTHS and `more` steps of padding, with NaN in it; clip 0 has no audio."""
+    """Makes clips of many lengths up to those of WIDTHS, with `more` steps of NaN padding; clip 0 has no audio."""
     rng, arrays, masks = np.random.default_rng(seed), {}, {}
     for stream, (most, width) in WIDTHS.items():
         name = "text_both" if stream == "text" else stream
@@ -48,14 +48,14 @@ def of_arrays(arrays, masks, names: tuple[str, ...] = NAMES) -> Features:
 
 @functools.cache
 def fusion(name: str, task: str = "single", **changes) -> runs.Run:
-    """Two lanes of a fusion of `SMALL` size; `changes` of the model's configuration."""
+    """Makes two lanes of a fusion of `SMALL` size, with `changes` of the model's configuration."""
     own = fusions.settings(name) | SMALL.get(name, {})
     chosen = FusionSettings(name, streams=fusions.FUSIONS[name].streams, settings=own)
     return run_of(models.build(dataclasses.replace(chosen, **changes), CLASSES, task), features(2))
 
 
 def run_of(model: Model, few: Features, **more) -> runs.Run:
-    """Two lanes of a model that reads features like these, with weights and statistics drawn at random."""
+    """Makes two lanes of a model that reads such features, with random weights and statistics."""
     rng, data = np.random.default_rng(7), batches.resident(few, "both", "train", model.constants)
     stats = {s: _statistics(rng, data.streams[s].shape[-1]) for s in batches.standardised(data)}
     index = jnp.zeros((1, 1) if model.turns else 1, int)
@@ -85,14 +85,14 @@ def _statistics(rng, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _drawn(rng, path, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-    """For two lanes: no bias is zero, no scale one."""
+    """Draws weights of two lanes: no bias is zero, no scale one."""
     spread = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.1
     centre = float(path[-1].key in ("scale", "var"))
     return (centre + spread * rng.normal(size=(2, *leaf.shape))).astype(leaf.dtype)
 
 
 def streams_of(run: runs.Run, clips: Features, multiple: int = 1) -> dict[str, np.ndarray]:
-    """The streams that a program reads, with padding up to a multiple of steps."""
+    """Returns the streams that a program reads, padded to a multiple of steps."""
     named, out = {s: "text_both" if s == "text" else s for s in run.model.streams}, {}
     for stream, name in named.items():
         for key, array in ((stream, clips.arrays[name]), (f"{stream}_mask", clips.masks[name])):
@@ -102,7 +102,7 @@ def streams_of(run: runs.Run, clips: Features, multiple: int = 1) -> dict[str, n
 
 
 def recalled(few: Features, sizes: tuple[int, ...]) -> runs.Run:
-    """EmoAsst of two lanes, whose caches have so many entries, the first of them without sound."""
+    """Makes EmoAsst of two lanes, whose caches have so many entries, the first of them without audio."""
     rng, width = np.random.default_rng(2), few.arrays["text_both"].shape[-1]
     unit = lambda x: (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)  # noqa: E731
     text = unit(rng.normal(size=(len(few.classes), width)))
@@ -119,24 +119,24 @@ def recalled(few: Features, sizes: tuple[int, ...]) -> runs.Run:
 
 
 def emoasst():
-    """The configuration of `recalled`."""
+    """Returns the configuration of `recalled`."""
     small = {"width": 8, "heads": 2, "inner": 8}
     return configs.settings("configs/emoasst_folder.py", **{f"model__settings__{k}": v for k, v in small.items()})
 
 
 def finished(run: runs.Run, config, workdir: pathlib.Path, **made_by: str) -> pathlib.Path:
-    """The run directory that a run with these weights would have left, as far as others read it."""
+    """Writes the run directory of a run with these weights, as far as it is read."""
     lane = {"n_train": 4, "n_val": 1, "n_test": 2, "speaker_overlap": 0, "best_epoch": 1, "war": 0.5, "uar": 0.5}
     lanes = [{"fold": fold, "seed": seed} | lane for fold, seed in run.lanes]
     scores = {key: {"war": 0.5, "uar": 0.5} for key in ("mean", "std", "pooled")}
     counts = {"used": 7, "quarantined": 0, "masked_audio": 0, "masked_video": 0}
-    about = {"dataset": run.dataset, "protocol": run.protocol, "task": "single", "classes": list(run.classes)}
+    description = {"dataset": run.dataset, "protocol": run.protocol, "task": "single", "classes": list(run.classes)}
     confusion = np.eye(len(run.classes), dtype=int).tolist()
-    named = {f"text_{run.text_source}" if s == "text" else s: found for s, found in run.streams.items()}
+    named = {f"text_{run.text_source}" if s == "text" else s: steps for s, steps in run.streams.items()}
     features = {"content": "made up", "made_by": made_by, "random": run.random, "streams": named}
     files = {
         "config": config.to_dict() | {"data": {"features": str(workdir / "F")}},
-        "metrics": about | scores | {"counts": counts, "folds": lanes, "confusion": confusion, "reference": {}},
+        "metrics": description | scores | {"counts": counts, "folds": lanes, "confusion": confusion, "reference": {}},
         "environment": run_directory.environment() | {"features": features},
         "protocol": {"dataset": "folder", "folds": lanes},
     }

@@ -22,22 +22,22 @@ SMALL = {"label_in_query": True, "width": 8, "heads": 2, "inner": 8, "shots": 2,
 
 
 def make(**more) -> Features:
-    """`synthetic.make` with prompts that say the class, and `classes`."""
+    """Calls `synthetic.make` with prompts that name the class, and `classes`."""
     made = synthetic.make(**more)
     rng, width = np.random.default_rng(1), synthetic.SIZES["text"][1]
     classes = np.eye(len(made.classes), width, dtype=np.float32)
     prompts = classes[made.label][:, None] + 0.2 * rng.normal(size=(len(made.ids), 6, width)).astype(np.float32)
-    there = np.ones(prompts.shape[:2], bool)
+    present = np.ones(prompts.shape[:2], bool)
     return dataclasses.replace(
         made,
         arrays=made.arrays | {"prompts": prompts},
-        masks=made.masks | {"prompts": there},
+        masks=made.masks | {"prompts": present},
         constants={"classes": classes},
     )
 
 
 def folds(ids: list[str]) -> tuple[Fold, ...]:
-    """Of 48 clips: unequal training parts, so that the second lane is padded; its validation part is made of them."""
+    """Makes folds of 48 clips with unequal training parts, so that the second lane is padded, and validation clips."""
     return (
         Fold("long", tuple(ids[:26]), tuple(ids[36:]), tuple(ids[26:36])),
         Fold("short", tuple(ids[:12]), tuple(ids[38:]), ()),
@@ -52,7 +52,7 @@ def settings(**more):
 
 @functools.cache
 def compiled(chosen: str, classes: int):
-    """The model and the trainer of a configuration, compiled once for all runs of equal settings."""
+    """Makes the model and the trainer of a configuration, compiled once for all runs with equal settings."""
     config = Settings.of(json.loads(chosen))
     model = models.build(config.model, classes)
     return model, loop.make(model, config)

@@ -1,4 +1,4 @@
-"""Made-up runs as `metrics.json` has them, for tests of what shows them."""
+"""Made-up runs in the form of `metrics.json`, for tests of reports."""
 
 import io
 
@@ -24,7 +24,7 @@ def summary(folds: list[dict]) -> dict:
 
 
 def run(wars=(0.7, 0.8, 0.6), seeds=(0, 1), gain=0.0, **other) -> dict:
-    """A run over `len(wars)` folds whose seeds lie .02 apart around each fold's WAR."""
+    """Makes a run over `len(wars)` folds whose seeds are .02 apart around each fold's WAR."""
     folds = [
         fold(str(index + 1), seed, war + gain + 0.02 * (seed - np.mean(seeds)), war + gain - 0.1)
         for index, war in enumerate(wars)
@@ -60,7 +60,7 @@ def lines_with(text: str, *words: str) -> list[str]:
 
 
 def values_run(task: str = "regression", gain: float = 0.0, **other) -> dict:
-    """A run of values or labels over two folds, whose head validation chose."""
+    """Makes a regression or multi-label run over two folds, whose head was chosen by validation."""
     names = {"regression": ("ccc", "pearson", "rmse"), "multilabel": ("wa", "f1")}[task]
 
     def scored(*scores: float) -> dict[str, float]:

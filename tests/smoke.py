@@ -18,13 +18,13 @@ from tests import exported
 
 def main() -> None:
     commands = import_all()
-    for command in commands:  # not in one process: they share names of flags
+    for command in commands:  # in separate processes, as their flags have the same names
         subprocess.run([sys.executable, "-m", command, "--help"], check=True, stdout=subprocess.DEVNULL)
     with tempfile.TemporaryDirectory() as folder:
         written = exported.bundled(types.SimpleNamespace(getbasetemp=lambda: pathlib.Path(folder)))
-        answers = prediction.probabilities(bundle.read(written), exported.CLIPS)
-    assert answers.shape == (len(exported.CLIPS.ids), 3), answers.shape
-    np.testing.assert_allclose(answers.sum(-1), 1, rtol=1e-5)
+        predicted = prediction.probabilities(bundle.read(written), exported.CLIPS)
+    assert predicted.shape == (len(exported.CLIPS.ids), 3), predicted.shape
+    np.testing.assert_allclose(predicted.sum(-1), 1, rtol=1e-5)
     print(
         f"smoke run on Python {sys.version.split()[0]}: imports, {len(commands)} commands, training, bundle: all well"
     )

@@ -16,7 +16,7 @@ SIZES = {"video": (6, 9), "audio": (11, 7), "text": (8, 12)}  # most steps, widt
 
 
 def make(clips: int = 48, classes: int = 3, speakers: int = 4, seed: int = 0, signal: float = 2.0) -> Features:
-    """`clips` clips of `classes` classes by `speakers` speakers; clip 3 lacks sound, clip 5 lacks a face."""
+    """Makes `clips` clips of `classes` classes by `speakers` speakers; clip 3 lacks audio, clip 5 lacks a face."""
     rng = np.random.default_rng(seed)
     label = rng.permutation(np.arange(clips) % classes).astype(np.int32)
     names = tuple(f"class{c}" for c in range(classes))
@@ -50,7 +50,7 @@ def make(clips: int = 48, classes: int = 3, speakers: int = 4, seed: int = 0, si
 
 
 def values(clips: int = 480, speakers: int = 6, seed: int = 0, noise: float = 0.01, permuted: bool = False) -> Features:
-    """`make` of the task "regression": three values on [0, 1], linear in the mean of the sound, and noise.
+    """Calls `make` for the task "regression": three targets on [0, 1], linear in the mean of the audio, and noise.
 
     Permuted, they are those of other clips: nothing can be learned.
     """
@@ -61,32 +61,33 @@ def values(clips: int = 480, speakers: int = 6, seed: int = 0, noise: float = 0.
 
 
 def questions(clips: int = 480, speakers: int = 6, seed: int = 0) -> Features:
-    """`make` of the task "multilabel": yes to a label where one dimension of the sound is loud enough on average."""
+    """Calls `make` for the task "multilabel": labels are present where one audio dimension has a large mean."""
     features, means, _ = _heard(clips, speakers, seed)
     return labelled(features, "multilabel", ("happy", "sad", "angry"), means > [-0.5, 0.0, 0.8])
 
 
-def shares(clips: int = 480, speakers: int = 6, seed: int = 0) -> Features:
-    """`make` of the task "soft": three classes share each clip out by the softmax of the mean of its sound."""
+def soft(clips: int = 480, speakers: int = 6, seed: int = 0) -> Features:
+    """Calls `make` for the task "soft": labels are the softmax of the mean of the audio over three classes."""
     features, means, _ = _heard(clips, speakers, seed)
     share = np.exp(1.5 * means)
     return labelled(features, "soft", ("happy", "sad", "angry"), share / share.sum(-1, keepdims=True))
 
 
 def labelled(features: Features, task: str, names: tuple[str, ...], label: np.ndarray) -> Features:
-    """The same clips with a row of `label` (clips, names) each, of a kind of `tasks`."""
-    told = [tuple(map(float, row)) for row in label]
-    clips = [dataclasses.replace(c, label=row) for c, row in zip(features.clips, told, strict=True)]
-    return dataclasses.replace(features, task=task, classes=names, clips=clips, label=tasks.encoded(told, names, task))
+    """Returns the same clips with the rows of `label` (clips, names), for a task of `tasks`."""
+    labels = [tuple(map(float, row)) for row in label]
+    clips = [dataclasses.replace(c, label=row) for c, row in zip(features.clips, labels, strict=True)]
+    encoded = tasks.encoded(labels, names, task)
+    return dataclasses.replace(features, task=task, classes=names, clips=clips, label=encoded)
 
 
 def _heard(clips: int, speakers: int, seed: int) -> tuple[Features, np.ndarray, np.random.Generator]:
-    """Clips with a vector of their own in all steps of the sound, and its means (clips, 3), 0 without sound."""
+    """Makes clips with a vector of their own in all audio steps; also its means (clips, 3), 0 without audio."""
     features, rng = make(clips, speakers=speakers, seed=seed, signal=0.0), np.random.default_rng(seed + 1)
     mask = features.masks["audio"][..., None]
-    sound = 0.2 * features.arrays["audio"]
-    sound[:, :, :3] += rng.normal(size=(clips, 1, 3))
-    features.arrays["audio"] = np.where(mask, sound, 0).astype(np.float32)
+    audio = 0.2 * features.arrays["audio"]
+    audio[:, :, :3] += rng.normal(size=(clips, 1, 3))
+    features.arrays["audio"] = np.where(mask, audio, 0).astype(np.float32)
     means = features.arrays["audio"][:, :, :3].sum(1) / np.maximum(mask.sum(1), 1)
     return features, means, rng
 
@@ -95,17 +96,17 @@ def write_store(root: pathlib.Path, features: Features) -> None:
     """Packs made-up features into a feature store at `root`, under the preset `lite`."""
     corpus = Corpus(features.dataset, Task(features.task, features.classes), tuple(features.clips), features.folds)
     examples = [_example(features, i) for i in range(len(features.ids))]
-    about = {"rejected": (), "made_by": features.made_by}
-    store.Store(root).pack(corpus, features.clips, "lite", [lambda: examples], "made up", about)
+    facts = {"rejected": (), "made_by": features.made_by}
+    store.Store(root).pack(corpus, features.clips, "lite", [lambda: examples], "made up", facts)
 
 
 def _example(features: Features, i: int) -> dict[str, object]:
     steps = {name: (features.arrays[name][i], features.masks[name][i]) for name in features.arrays}
     frames = len(steps["video"][0])
-    picture = {"video": steps["video"][0], "video_mask": steps["video"][1]}
-    picture |= {"au": np.zeros((frames, 2), np.float32), "times": np.arange(frames, dtype=np.float64)}
-    sound = {"audio": steps["audio"][0], "audio_mask": steps["audio"][1]}
-    sound |= {"prosody": np.zeros(3, np.float32), "seconds": np.array(1.0), "surface": np.zeros(2)}
+    video = {"video": steps["video"][0], "video_mask": steps["video"][1]}
+    video |= {"au": np.zeros((frames, 2), np.float32), "times": np.arange(frames, dtype=np.float64)}
+    audio = {"audio": steps["audio"][0], "audio_mask": steps["audio"][1]}
+    audio |= {"prosody": np.zeros(3, np.float32), "seconds": np.array(1.0), "surface": np.zeros(2)}
     text = {s: x[mask] for s in TEXTS for x, mask in [steps[f"text_{s}"]]}
-    staged = {"video": picture, "audio": sound, "text": text}
+    staged = {"video": video, "audio": audio, "text": text}
     return example(features.clips[i], PRESETS["lite"], staged, dict.fromkeys(TEXTS, f"sentence {features.ids[i]}"))

@@ -1,4 +1,4 @@
-"""The house is as its plan says: imports run down, no circle, files are short, and the plan's answers are true."""
+"""The package is as docs/architecture.md describes: imports run down, no cycle, short files, and correct locations."""
 
 import ast
 import pathlib
@@ -15,7 +15,7 @@ ROOT = architecture.ROOT
 PLAN = ROOT / "docs" / "architecture.md"
 if not PLAN.is_file():
     pytest.skip("the plan is checked in a checkout", allow_module_level=True)
-TOP = 15  # files that may lie in `avjax/` itself
+TOP = 15  # files allowed in `avjax/` itself
 LINES = 500  # of a file
 
 
@@ -25,16 +25,16 @@ def files():
 
 
 @pytest.fixture(scope="module")
-def found(files):
+def imports(files):
     return architecture.arrows(files)
 
 
-def test_arrows_run_down(found):
-    assert architecture.not_down(found) == []
+def test_arrows_run_down(imports):
+    assert architecture.not_down(imports) == []
 
 
-def test_no_circle_of_imports(found):
-    assert architecture.circles((a.source, a.target) for a in found) == []
+def test_no_circle_of_imports(imports):
+    assert architecture.circles((a.source, a.target) for a in imports) == []
 
 
 def test_arrows_that_run_up_and_circles_are_found():
@@ -87,10 +87,10 @@ def test_a_fresh_interpreter_does_not_load(code, absent):
     assert not {"jax", "numpy"} & set(absent) & set(loaded)
 
 
-# ---- What docs/architecture.md says ----------------------------------------------------------------------------------
+# ---- Claims of docs/architecture.md ----------------------------------------------------------------------------------
 
 
-def answers() -> dict[str, tuple[str, str]]:
+def symbols() -> dict[str, tuple[str, str]]:
     """Reads the table "Where is it?": question → (path, symbol)."""
     rows = re.findall(r"^\| (.+?\?) \| `(.+?)` \| `(.+?)` \|$", PLAN.read_text(encoding="utf-8"), re.M)
     return {question: (path, symbol) for question, path, symbol in rows}
@@ -98,7 +98,7 @@ def answers() -> dict[str, tuple[str, str]]:
 
 @pytest.mark.parametrize("words", ["text-guided", "folds", "checkpoint", "UAR", "OpenFace"])
 def test_questions_have_true_answers(words):
-    (path, symbol), *others = [answer for question, answer in answers().items() if words in question]
+    (path, symbol), *others = [location for question, location in symbols().items() if words in question]
     assert not others
     assert symbol in _symbols(ROOT / path)
 
@@ -125,8 +125,8 @@ def test_the_picture_is_of_this_tree(tmp_path, capsys):
     assert "upward arrows: 0\n" in (printed := capsys.readouterr().out)
     assert "circles: 0\n" in printed
     drawn, kept = ((p / name).read_text() for p, name in ((tmp_path, "plan.svg"), (PLAN.parent, "architecture.svg")))
-    # Lines of code change with every commit: rooms and arrows are what the picture is about.
-    boxes = [sorted(re.findall(r">(\w+)</text>", picture)) for picture in (drawn, kept)]
+    # Lines of code change with every commit: the diagram is about rooms and arrows.
+    boxes = [sorted(re.findall(r">(\w+)</text>", drawing)) for drawing in (drawn, kept)]
     assert boxes[0] == boxes[1]
     assert drawn.count("<path") == kept.count("<path"), (
         "draw it anew: python -m tests.architecture --svg docs/architecture.svg"
@@ -145,21 +145,21 @@ def test_the_wheel_holds_the_package_alone(tmp_path):
     assert not parts & {"benchmarks", "benches", "tests", "torch", "conftest"}
 
 
-# ---- What text says of modules and files -----------------------------------------------------------------------------
+# ---- Modules and files that text mentions ----------------------------------------------------------------------------
 
 _MENTION = re.compile(r"(?<![\w/.])avjax(?:[./]\w+)+")
 
 
 def mentions() -> set[tuple[str, str]]:
-    """Collects (file, name) of every module, symbol or file of avjax that text or code names."""
+    """Collects (file, name) of every module, symbol or file of avjax that text or code mentions."""
     texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*.md")]
     texts += [p for room in ("avjax", "benchmarks", "configs") for p in (ROOT / room).rglob("*.py")]
-    found = {(p.relative_to(ROOT).as_posix(), m) for p in texts for m in _MENTION.findall(p.read_text("utf-8"))}
-    return {(path, name) for path, name in found if path != "CHANGELOG.md"}
+    imports = {(p.relative_to(ROOT).as_posix(), m) for p in texts for m in _MENTION.findall(p.read_text("utf-8"))}
+    return {(path, name) for path, name in imports if path != "CHANGELOG.md"}
 
 
 def _exists(name: str) -> bool:
-    """Whether `avjax/a/b.py`, the module `avjax.a.b` or the symbol `avjax.a.b.C` exists."""
+    """Returns whether `avjax/a/b.py`, the module `avjax.a.b` or the symbol `avjax.a.b.C` exists."""
     if "/" in name:
         return (ROOT / name).exists()
     parts = name.split(".")

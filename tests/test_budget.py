@@ -1,4 +1,4 @@
-"""The plugin of budgets on made-up tests, with limits of parts of a second."""
+"""The budget plugin on made-up tests, with limits of fractions of a second."""
 
 import pytest
 

@@ -13,9 +13,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
 if not GUIDE.is_file():
     pytest.skip("the guide is checked in a checkout", allow_module_level=True)
-# A fenced block whose first line names a file, or "run" for code that is to be run.
+# A fenced block whose first line names a file, or "run" for code to run.
 BLOCK = re.compile(r"^```(python|json|diff) (\S+)\n(.*?)^```$", re.M | re.S)
-# What the guide promises, by what a user would call.
+# The claims of the guide, checked by calls of a user.
 CHECKS = """
 import pathlib, sys
 import jax, numpy as np
@@ -47,12 +47,12 @@ assert features.shape == (2, 32), features.shape
 
 
 def blocks(kind: str) -> list[tuple[str, str]]:
-    """(file, content) of the blocks of a kind, in order."""
+    """Returns (file, content) of the blocks of a kind, in order."""
     return [(name, content) for language, name, content in BLOCK.findall(GUIDE.read_text()) if language == kind]
 
 
 def apply(tree: pathlib.Path, name: str, diff: str) -> None:
-    """Replaces the one place of a file that has a diff's old lines by its new ones; indentation counts."""
+    """Replaces the only occurrence of a diff's old lines in a file by its new lines; indentation counts."""
     lines = diff.splitlines(keepends=True)
     old, new = ("".join(line[1:] for line in lines if line[0] in f" {sign}") for sign in "-+")
     text = (tree / name).read_text()
@@ -62,7 +62,7 @@ def apply(tree: pathlib.Path, name: str, diff: str) -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the package with all examples applied."""
+    """Makes a copy of the package with all examples applied."""
     out = tmp_path_factory.mktemp("tree")
     for folder in ("avjax", "configs", "data"):
         shutil.copytree(ROOT / folder, out / folder, ignore=shutil.ignore_patterns("__pycache__"))

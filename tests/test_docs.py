@@ -1,4 +1,4 @@
-"""The documents are true as far as a program can tell: links lead somewhere, commands parse, words are the field's."""
+"""The documents are consistent as far as a program can check: links, commands and vocabulary."""
 
 import ast
 import importlib
@@ -33,14 +33,14 @@ def relative(path: pathlib.Path) -> str:
 
 
 def prose(text: str) -> str:
-    """A page without its fenced blocks and code font, and without the table of words that are never written."""
+    """Returns a page without fenced blocks and code font, and without the table of avoided words."""
     text = commands_of_docs.FENCE.sub("", text)
     text = re.sub(r"^## One vocabulary\n.*?(?=^## )", "", text, flags=re.M | re.S)
     return re.sub(r"`[^`]*`", "", text)
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, as GitHub makes them."""
     out: set[str] = set()
     for heading in re.findall(r"^#+ (.*)$", commands_of_docs.FENCE.sub("", text), re.M):
         heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
@@ -101,7 +101,7 @@ def commands(page: pathlib.Path) -> list[Command]:
     return [command for script in scripts for command in commands_of_docs.commands(script)]
 
 
-@pytest.mark.budget(20)  # every configuration that is named is loaded, with every row of the loops
+@pytest.mark.budget(20)  # loads every configuration in the documents, with every row of the loops
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=relative)
 def test_commands_parse(page):
     wrong = []
@@ -161,14 +161,14 @@ def test_python_blocks_import_what_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_words_are_those_of_the_field(page):
-    assert [found[0] for found in _NEVER.finditer(prose(page.read_text()))] == []
+    assert [hit[0] for hit in _NEVER.finditer(prose(page.read_text()))] == []
 
 
 def test_words_that_are_never_written_are_found():
     text = (
         "A picture is at hand; `picture`; we answered.\n```\npicture\n```\n## One vocabulary\nmend\n## Next\nmended\n"
     )
-    assert [found[0] for found in _NEVER.finditer(prose(text))] == ["picture", "at hand", "answered", "mended"]
+    assert [hit[0] for hit in _NEVER.finditer(prose(text))] == ["picture", "at hand", "answered", "mended"]
 
 
 def test_the_citation_is_of_this_version():

@@ -29,19 +29,19 @@ from avjax.training import data
 from tests import synthetic
 
 WORD = "qqqq"
-# Every part, with those that a configuration may lack.
+# Every part, including optional ones.
 WHOLE = (
     Settings(train=TrainSettings(augment=AugmentSettings()), prompts=PromptSettings()),
     Settings(model=FusionSettings("de_iii", streams=("audio", "video", "flow"), settings=fusions.settings("de_iii"))),
     Settings(model=FusionSettings("emoasst", settings=emoasst.settings()), prompts=PromptSettings()),
     ExtractSettings(),
 )
-# Keys whose texts are the user's own, or name a place.
+# Keys whose texts are the user's own, or name a path.
 FREE = {"name", "variants", "data.root", "data.features", "protocol.only", "model.encoders.preset"}
 
 
 def wrong(key: str, value: object) -> Iterator[object]:
-    """Yields values that do not fit a key: of another type, no known word, beyond the limits."""
+    """Yields invalid values of a key: of another type, unknown words, beyond the limits."""
     if isinstance(value, bool):
         yield from (WORD, 2)
     elif isinstance(value, int):
@@ -62,15 +62,15 @@ def changed(plain: dict, key: str, value: object) -> dict:
 
 
 ROWS = {
-    (type(whole).__name__, getattr(getattr(whole, "model", None), "name", ""), key, repr(bad)): (whole, key, bad)
-    for whole in WHOLE
-    for key, value, _ in whole.rows()
+    (type(valid).__name__, getattr(getattr(valid, "model", None), "name", ""), key, repr(bad)): (valid, key, bad)
+    for valid in WHOLE
+    for key, value, _ in valid.rows()
     for bad in wrong(key, value)
 }
 
 
 def check(plain: dict) -> None:
-    """What `avjax.train` asks before anything is read."""
+    """Checks settings as `avjax.train` does before anything is read."""
     made = of_config(plain)
     if isinstance(made, Settings):
         models.check(made.model)
@@ -80,18 +80,18 @@ def check(plain: dict) -> None:
         presets.preset(made.preset)
 
 
-@pytest.mark.parametrize(("whole", "key", "bad"), ROWS.values(), ids=[f"{m or t}-{k}-{b}" for t, m, k, b in ROWS])
-def test_a_value_that_does_not_fit_is_one_line_with_its_key(whole, key, bad):
-    check(whole.to_dict())
+@pytest.mark.parametrize(("valid", "key", "bad"), ROWS.values(), ids=[f"{m or t}-{k}-{b}" for t, m, k, b in ROWS])
+def test_a_value_that_does_not_fit_is_one_line_with_its_key(valid, key, bad):
+    check(valid.to_dict())
     with pytest.raises(AvjaxError) as caught:
-        check(changed(whole.to_dict(), key, bad))
+        check(changed(valid.to_dict(), key, bad))
     assert key.rpartition(".")[2] in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_table_is_long_enough_and_every_key_has_a_meaning():
     assert len(ROWS) >= 150
-    assert all(len(meaning) > 5 for whole in WHOLE for _, _, meaning in whole.rows())
+    assert all(len(meaning) > 5 for valid in WHOLE for _, _, meaning in valid.rows())
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_own_settings_of_models(name, own, message):
 
 
 def test_settings_are_read_back_as_they_are_written():
-    for whole in WHOLE:
-        assert type(whole).of(whole.to_dict()) == whole
-        assert dataclasses.replace(whole, preset="open").preset == "open"
+    for valid in WHOLE:
+        assert type(valid).of(valid.to_dict()) == valid
+        assert dataclasses.replace(valid, preset="open").preset == "open"
     with pytest.raises(AvjaxError, match=r"the configuration key is 'trian'; choose one of .* did you mean 'train'"):
         Settings.of({"trian": {}})
     assert EtgAverSettings.of({"streams": ["text", "audio", "video"]}).streams == ("text", "audio", "video")
@@ -168,7 +168,7 @@ def features(tmp_path_factory) -> pathlib.Path:
 
 
 def run(monkeypatch, *args: str) -> object:
-    """The exit status of `avjax.train`, in this process."""
+    """Runs `avjax.train` in this process; returns the exit status."""
     flags.FLAGS.unparse_flags()
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:  # each key given becomes a flag
         delattr(flags.FLAGS, name)
@@ -204,9 +204,9 @@ def test_nothing_is_read_or_claimed(features, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("avjax.training.data.obtain", lambda *_: pytest.fail("data were read"))
     for change in COMMAND_LINE:
         assert run(monkeypatch, *base, f"--config.{change}") == 2, change
-        said = capsys.readouterr().err
-        assert said.startswith("error: "), change
-        assert said.count("\n") == 1, change
+        output = capsys.readouterr().err
+        assert output.startswith("error: "), change
+        assert output.count("\n") == 1, change
         assert not workdir.exists(), change
 
 
@@ -234,8 +234,8 @@ def test_the_corrected_command_runs_in_the_same_directory(features, tmp_path, mo
 )
 def test_what_is_often_written_is_answered_in_one_line(args, message, monkeypatch, capsys):
     assert run(monkeypatch, *args) == 2
-    assert message in (said := capsys.readouterr().err)
-    assert said.count("\n") == 1
+    assert message in (output := capsys.readouterr().err)
+    assert output.count("\n") == 1
 
 
 def test_keys_lists_every_key_with_value_and_meaning(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Three small encoders with weights drawn at random, a preset of their inputs, and made-up clips of these."""
+"""Three small encoders with random weights, a preset of their inputs, and made-up clips."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ PRESETS = {"tiny_raw": PRESET, "tiny_waves": dataclasses.replace(PRESET, speech=
 
 
 def register(patch) -> None:
-    """Makes encoders and presets known as long as `patch` (of pytest) lasts."""
+    """Registers encoders and presets as long as `patch` (of pytest) lasts."""
     for name, shape in SHAPES.items():
         written = {"config.json": shape, "preprocessor_config.json": SETTINGS.get(name, {})}
         patch.setitem(weights.REGISTRY, name, Entry(what="tiny", licence="none", files={}, sources=(), written=written))
@@ -61,14 +61,14 @@ def register(patch) -> None:
 
 
 def settings(variants: str = "finetune", preset: str = "tiny_raw", **more):
-    """The configuration of a fast run on `features`."""
+    """Returns the configuration of a fast run on `features`."""
     chosen = {"preset": preset, "weights__random": True, "model__width": 16, "model__dropout": 0.0}
     chosen |= {"train__seeds": (1,), "train__epochs": 4, "train__epochs_per_call": 4, "train__patience": 0}
     return config.settings(f"configs/etg_folder.py:{variants}", **(chosen | more))
 
 
 def features(clips: int = 12, preset: str = "tiny_raw", seed: int = 0, noise: float = 0.1) -> Features:
-    """Clips of three classes that tell in brightness, sound and words; clip 3 lacks sound, 5 a face, 7 its sentence."""
+    """Makes clips whose class shows in brightness, audio and words; clip 3 lacks audio, 5 a face, 7 its sentence."""
     rng = np.random.default_rng(seed)
     made = synthetic.make(clips, seed=seed)
     label = made.label
@@ -77,11 +77,11 @@ def features(clips: int = 12, preset: str = "tiny_raw", seed: int = 0, noise: fl
     bright = 60 + 60 * label[:, None, None, None, None] + 100 * noise * rng.normal(size=(clips, 3, 16, 16, 3))
     width = 1 if preset == "tiny_waves" else 6
     tone = np.sin(np.arange(masks["audio"].shape[1])[None] * (0.2 + 0.3 * label[:, None]))[..., None]
-    sound = tone + noise * rng.normal(size=(*masks["audio"].shape, width))
+    audio = tone + noise * rng.normal(size=(*masks["audio"].shape, width))
     words = np.where(rng.random((*masks["text"].shape, 1)) < noise, 9, 10 + label[:, None, None])
     arrays = {
         "video": np.where(masks["video"][..., None, None, None], bright.clip(0, 255), 0).astype(np.uint8),
-        "audio": np.where(masks["audio"][..., None], sound, 0).astype(np.float32),
+        "audio": np.where(masks["audio"][..., None], audio, 0).astype(np.float32),
     }
     text = np.where(masks["text"][..., None], words, 0).astype(np.int32)
     names = [name for name in made.arrays if name.startswith("text_")]
@@ -99,7 +99,7 @@ _LENGTHS = {
 
 
 def batch(made: Features, constants, rows: slice = slice(None)) -> dict[str, object]:
-    """The clips `rows` as the model reads them."""
+    """Returns the clips `rows` as the model reads them."""
     out = {"label": made.label[rows], "weight": np.ones(len(made.label[rows]), np.float32)}
     for stream in ("video", "audio", "text"):
         name = "text_both" if stream == "text" else stream

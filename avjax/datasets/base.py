@@ -1,4 +1,4 @@
-"""Data sets: an index of clips, a task, and folds as lists of clip ids."""
+"""Types of data sets: an index of clips, a task, and folds as lists of clip ids."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -11,12 +11,12 @@ from avjax.utils import media_files
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is predicted.
+    """The prediction target of a data set.
 
     Attributes:
-      kind: "single" (one of the classes per clip), "soft" (a share of each class), "multilabel" (yes or no to each),
-        "regression" (a number for each); see `avjax.tasks`.
-      classes: names of the classes, labels or values.
+      kind: "single" (one class per clip), "soft" (a proportion of each class), "multilabel" (each class present or
+        absent) or "regression" (a number for each target); see `avjax.tasks`.
+      classes: names of the classes or regression targets.
     """
 
     kind: str
@@ -28,17 +28,19 @@ GENDERS = ("female", "male")
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """One clip of a data set, before anything was read from it.
+    """A clip of a data set; its media files have not been opened yet.
 
     Attributes:
       id: unique within the data set.
-      path: the media file; audio: a separate sound file, or None when the sound is in `path`.
-      label: class name; of other tasks a number for each of `Task.classes`.
-      speaker, transcript: or None where unknown; gender: of the speaker, one of `GENDERS`, or None.
-      start, end: seconds, the part of the file that is the clip, or None for all of it.
+      path: the media file.
+      label: class name; for other tasks than "single", a number for each of `Task.classes`.
+      audio: a separate audio file, or None when the audio is in `path`.
+      speaker, transcript: None where unknown.
+      start, end: bounds of the clip within the file, in seconds; None for those of the file.
       split: "train", "val" or "test" of an official split, or None.
-      fold: name of the fold in which the clip is tested, or None.
-      dialogue, turn: its conversation and its place in it, or None.
+      fold: name of the fold that tests the clip, or None.
+      dialogue, turn: its conversation and its position in it, or None.
+      gender: of the speaker, one of `GENDERS`, or None.
     """
 
     id: str
@@ -56,14 +58,14 @@ class Clip:
     gender: str | None = None
 
     def trouble(self) -> str:
-        """Says why a file of the clip cannot be read; "" where all can. Whoever names clips asks, once."""
+        """Returns why a file of the clip cannot be read, "" if all can. Readers of data sets call it once per clip."""
         reason = media_files.trouble(self.audio) if self.audio else ""
         return media_files.trouble(self.path) or (reason and f"its audio file: {reason}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Fold:
-    """One division of a data set: `name`, ids to train on, ids of an official validation part, ids to test on."""
+    """A fold of a data set: its name and the ids of clips to train on, to test on and, if official, to validate on."""
 
     name: str
     train: tuple[str, ...]
@@ -72,7 +74,7 @@ class Fold:
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """Name of a part → its ids."""
+        """Returns part name → clip ids."""
         return {"train": self.train, "val": self.val, "test": self.test}
 
 
@@ -85,9 +87,9 @@ class Corpus:
       task: what is predicted.
       clips: all clips of the protocol, in a stable order.
       folds: official folds, or () where the protocol makes them from the clips.
-      rejected: (clip id, reason) of rows that name no usable clip.
-      overlapping: whether official folds test some clips twice: one is then to be chosen by `protocol.only`, and
-        figures of several are never pooled.
+      rejected: (clip id, reason) of rows without a usable clip.
+      overlapping: whether official folds test some clips twice. Then `protocol.only` must choose one; results of
+        several are never pooled.
     """
 
     name: str
@@ -104,25 +106,28 @@ Index = Callable[[Path], Corpus]
 def make_corpus(
     name: str, clips: Iterable[Clip], reasons: Mapping[str, str], lacking: str, kind: str = "single"
 ) -> Corpus:
-    """Makes the data set `name` of those clips that can be used; the others are rejected with a reason.
+    """Makes a data set of the usable clips and rejects the others with a reason.
 
     Args:
-      reasons: id → why a clip cannot be used, beside those that are known to be broken (`avjax.datasets.metadata`).
-      lacking: what the error says where there is no clip.
-      kind: of the task.
+      name: registry name of the data set.
+      clips: all its clips.
+      reasons: id → why a clip cannot be used, in addition to those known to be broken (`avjax.datasets.metadata`).
+      lacking: error message if there is no clip.
+      kind: kind of the task.
+
     Raises:
-      AvjaxError: no clip is there, or none can be used.
+      AvjaxError: there is no clip, or none can be used.
     """
-    known = metadata(name)
+    facts = metadata(name)
     kept: dict[str, Clip] = {}
     rejected = []
     for clip in clips:
         twice = "duplicate clip id: another file has this name" if clip.id in kept else ""
-        if reason := twice or known.broken.get(clip.id) or reasons.get(clip.id) or clip.trouble():
+        if reason := twice or facts.broken.get(clip.id) or reasons.get(clip.id) or clip.trouble():
             rejected.append((clip.id, reason))
         else:
             kept[clip.id] = clip
     if not kept:
         why = f"none of {len(rejected)} clips can be used; the first: {': '.join(rejected[0])}" if rejected else lacking
         raise AvjaxError(f"{why}; set --config.data.root to the folder of the download")
-    return Corpus(name, Task(kind, tuple(known.classes)), tuple(kept.values()), (), tuple(rejected))
+    return Corpus(name, Task(kind, tuple(facts.classes)), tuple(kept.values()), (), tuple(rejected))

@@ -1,4 +1,4 @@
-"""Official fold lists, which are checked before use, and the data sets that they make."""
+"""Reads and checks official fold lists, and makes data sets of them."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,33 +17,36 @@ Part = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Lists:
-    """Fold lists that were read and checked.
+    """Fold lists, read and checked.
 
     Attributes:
-      place: their folder.
-      parts: (fold, "train" or "test") → names of clips, in the order of the list.
+      folder: the folder of the lists.
+      parts: (fold, "train" or "test") → clip names, in the order of the list.
       labels: name → label.
     """
 
-    place: Path
+    folder: Path
     parts: Mapping[Part, Sequence[str]]
     labels: Mapping[str, str]
 
 
-def check_there(root: Path, corpus: str, paths: Iterable[Path], holds: str) -> None:
-    """Raises an AvjaxError that names all of `paths` that are not there, and the folder wanted by what it `holds`."""
+def check_present(root: Path, corpus: str, paths: Iterable[Path], holds: str) -> None:
+    """Raises an AvjaxError that names all missing `paths`, and describes the expected folder by what it `holds`."""
     if missing := [str(path.relative_to(root)) for path in paths if not path.exists()]:
         raise AvjaxError(
-            f"{root}: no {metadata(corpus).title} here; missing: {', '.join(missing)}. Set --config.data.root to the "
+            f"{root}: no {metadata(corpus).title}; missing: {', '.join(missing)}. Set --config.data.root to the "
             f"folder that holds {holds} (or put it at $AVJAX_DATA/{corpus})"
         )
 
 
-def read(place: Path, paths: Mapping[Part, Path], rows: Callable[[Path], Iterable[tuple[str, str, str]]]) -> Lists:
-    """Reads the fold lists below `place`.
+def read(folder: Path, paths: Mapping[Part, Path], rows: Callable[[Path], Iterable[tuple[str, str, str]]]) -> Lists:
+    """Reads the fold lists of a data set.
 
     Args:
-      rows: path → where the row stands, a clip's name, its label, for each row.
+      folder: the folder of the lists, for error messages.
+      paths: (fold, "train" or "test") → path of the list.
+      rows: function of a path that yields (location, clip name, label) of each row.
+
     Raises:
       AvjaxError: the lists contradict each other: two labels for a clip, a clip twice in one fold, or not tested
         exactly once over all folds.
@@ -56,53 +59,58 @@ def read(place: Path, paths: Mapping[Part, Path], rows: Callable[[Path], Iterabl
             if labels.setdefault(name, label) != label:
                 raise AvjaxError(f"{where}: {name} is {label!r}, but another list has {labels[name]!r}")
             parts[key].append(name)
-    _check_folds(place, parts)
-    return Lists(place, parts, labels)
+    _check_folds(folder, parts)
+    return Lists(folder, parts, labels)
 
 
-def corpus(name: str, lists: Lists, place: Path, films: Mapping[str, Path]) -> Corpus:
-    """The data set `name` of single labels, whose clips are those of the lists.
+def corpus(name: str, lists: Lists, folder: Path, videos: Mapping[str, Path]) -> Corpus:
+    """Makes a data set with one label per clip from fold lists.
 
-    A clip is rejected with a reason, and is in no fold, where the disk lacks it or its label is no class; so the count
-    is stated.
+    A clip is rejected with a reason, and is in no fold, if its file is missing or its label is not a class.
 
     Args:
-      place: the folder of films; films: a clip's name → its file.
+      name: registry name of the data set.
+      lists: its fold lists.
+      folder: the folder of videos, for error messages.
+      videos: clip name → path.
+
     Raises:
-      AvjaxError: no label is a class, or no clip is there.
+      AvjaxError: no label is a class, or no clip can be used.
     """
     classes, labels = tuple(metadata(name).classes), lists.labels
     if not any(label in classes for label in labels.values()):
-        raise AvjaxError(f"{lists.place}: not one label of these lists is one of {', '.join(classes)}")
-    reasons = {n: unknown_label(labels[n], classes) or media_files.trouble(films[n]) for n in sorted(labels)}
-    there = {n: films[n] for n, reason in reasons.items() if not reason}
-    if not there:
+        raise AvjaxError(f"{lists.folder}: not one label of these lists is one of {', '.join(classes)}")
+    reasons = {n: unknown_label(labels[n], classes) or media_files.trouble(videos[n]) for n in sorted(labels)}
+    usable = {n: videos[n] for n, reason in reasons.items() if not reason}
+    if not usable:
         first = ": ".join(next(iter(reasons.items())))
-        raise AvjaxError(f"{place}: holds none of the {len(labels)} clips that the fold lists name; the first: {first}")
+        raise AvjaxError(
+            f"{folder}: holds none of the {len(labels)} clips that the fold lists name; the first: {first}"
+        )
     return Corpus(
         name,
         Task("single", classes),
-        tuple(Clip(id=n, path=path, label=labels[n]) for n, path in there.items()),
-        _folds(lists, there),
+        tuple(Clip(id=n, path=path, label=labels[n]) for n, path in usable.items()),
+        _folds(lists, usable),
         tuple((n, reason) for n, reason in reasons.items() if reason),
     )
 
 
-def _folds(lists: Lists, there: Iterable[str]) -> tuple[Fold, ...]:
+def _folds(lists: Lists, usable: Iterable[str]) -> tuple[Fold, ...]:
     return tuple(
-        Fold(f, *(tuple(n for n in lists.parts[f, part] if n in there) for part in ("train", "test")))
+        Fold(f, *(tuple(n for n in lists.parts[f, part] if n in usable) for part in ("train", "test")))
         for f in dict.fromkeys(fold for fold, _ in lists.parts)
     )
 
 
-def _check_folds(place: Path, parts: Mapping[Part, list[str]]) -> None:
+def _check_folds(folder: Path, parts: Mapping[Part, list[str]]) -> None:
     folds = dict.fromkeys(fold for fold, _ in parts)
     for fold in folds:
-        _check_once(f"{place}, fold {fold}: in train and test of one fold", parts[fold, "train"] + parts[fold, "test"])
+        _check_once(f"{folder}, fold {fold}: in train and test of one fold", parts[fold, "train"] + parts[fold, "test"])
     tested = [name for fold in folds for name in parts[fold, "test"]]
-    _check_once(f"{place}: tested in two folds", tested)
+    _check_once(f"{folder}: tested in two folds", tested)
     if never := sorted({name for names in parts.values() for name in names} - set(tested)):
-        raise AvjaxError(f"{place}: tested in no fold: {some(never)}; are these the official lists?")
+        raise AvjaxError(f"{folder}: tested in no fold: {some(never)}; are these the official lists?")
 
 
 def _check_once(trouble: str, names: list[str]) -> None:

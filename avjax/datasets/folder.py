@@ -2,14 +2,14 @@ r"""Any folder of clips with a `labels.csv`.
 
 Columns: `file,label[,id][,speaker][,gender][,split|fold][,transcript][,audio][,start,end]`, separated by commas,
 semicolons or tabs; files are relative to the folder, `start` and `end` are seconds, `gender` is female, male or empty.
-The table is UTF-8, but for names of files that are not: these stand in it byte for byte as on the disk, and are shown
-with `\xe9` for such a byte.
+The table is UTF-8, except for file names that are not: these are written byte for byte as on disk, and shown with
+`\xe9` for such a byte.
 
-In the place of `label` there may be columns of numbers, `value:<name>`, such as `value:valence`: then these are
-predicted (task "regression"); or of 1 and 0, `is:<name>`, such as `is:happy`: yes or no to each (task "multilabel"); or
-of votes or shares, `share:<name>`, such as `share:happy`: each clip is shared out among the classes (task "soft").
+Instead of `label` there may be columns of numbers, `value:<name>`, such as `value:valence` (task "regression"); of 1
+and 0, `is:<name>`, such as `is:happy` (task "multilabel"); or of votes or proportions, `share:<name>`, such as
+`share:happy` (task "soft").
 
-Any label is a class, unless a file `classes.txt` stands beside the table: one class per line, in the order wanted. Rows
+Any label is a class, unless there is a file `classes.txt` beside the table, with one class per line, in order. Rows
 with another label are then rejected.
 """
 
@@ -36,13 +36,15 @@ def index(root: Path) -> Corpus:
 
 
 def read(table: Path, *, anywhere: bool = False) -> Corpus:
-    """Reads a table of clips. Classes are those of `classes.txt` beside it, else the label names in alphabetical order.
+    """Reads a table of clips. Classes are those of `classes.txt` beside it, else the labels in alphabetical order.
 
-    A row without a label or with one that is no class, with a file that cannot be read or leaves the folder, or with an
-    id that was used before is rejected with a reason; it does not stop the rest.
+    A row is rejected with a reason if it has no label or one that is not a class, a file that cannot be read or is
+    outside the folder, or the id of an earlier row.
 
     Args:
-      anywhere: whether files may lie outside the table's folder: of a table that a user has written for this call.
+      table: its path.
+      anywhere: whether files may be outside the table's folder.
+
     Raises:
       AvjaxError: no such table, it or `classes.txt` is not UTF-8, it is not CSV, no column `file` or `label`,
         `classes.txt` has no class or one twice, or no usable row.
@@ -72,22 +74,22 @@ def read(table: Path, *, anywhere: bool = False) -> Corpus:
 
 
 def _numbers(table: Path, rows: Sequence[Mapping]) -> tuple[str, tuple[str, ...]]:
-    """The kind of task, and the columns of numbers in the place of `label`, () where there are none."""
+    """Returns the kind of task and the columns of numbers that replace `label`, () if there are none."""
     names = [name for name in rows[0] if name] if rows else ["file", "label"]
     columns = {kind: tuple(c for c in names if c.startswith(mark)) for kind, mark in _MARKS.items()}
-    found = {kind: marked for kind, marked in columns.items() if marked}
-    if not found:
+    used = {kind: marked for kind, marked in columns.items() if marked}
+    if not used:
         tables.check_columns(table, names, ("file", "label"))
         return "single", ()
-    if len(found) > 1 or "label" in names:
-        there = ", ".join(c for c in names if c == "label" or c.startswith(tuple(_MARKS.values())))
+    if len(used) > 1 or "label" in names:
+        got = ", ".join(c for c in names if c == "label" or c.startswith(tuple(_MARKS.values())))
         marks = ", ".join(f"{mark}<name>" for mark in _MARKS.values())
-        raise AvjaxError(f"{table}: columns {there}; expected one kind of label: label, {marks}")
-    return next(iter(found.items()))
+        raise AvjaxError(f"{table}: columns {got}; expected one kind of label: label, {marks}")
+    return next(iter(used.items()))
 
 
 def _classes(path: Path) -> tuple[str, ...]:
-    """The lines of `classes.txt`; () where there is no such file."""
+    """Reads the lines of `classes.txt`; () if there is no such file."""
     if not path.is_file():
         return ()
     try:
@@ -101,7 +103,7 @@ def _classes(path: Path) -> tuple[str, ...]:
 
 
 def _label(row: Mapping[str | None, str], task: str, columns: tuple[str, ...]) -> tuple[str | tuple[float, ...], str]:
-    """A row's label, and why it is none ("" if it is one)."""
+    """Returns a row's label, and why it is unusable ("" if it is usable)."""
     if not columns:
         return row["label"], "" if row["label"] else "no label"
     return labels.numbers(task, {column: row[column] for column in columns})
@@ -110,7 +112,7 @@ def _label(row: Mapping[str | None, str], task: str, columns: tuple[str, ...]) -
 def _clip(
     root: Path, row: Mapping[str | None, str], task: str, columns: tuple[str, ...], anywhere: bool
 ) -> tuple[Clip | None, str]:
-    """A row's clip, and why it cannot be used ("" if it can)."""
+    """Returns a row's clip, and why it cannot be used ("" if it can)."""
     if not row["file"]:
         return None, "no file name"
     if None in row:
@@ -152,6 +154,6 @@ def _clip(
 def _trouble(root: Path, file: Path, anywhere: bool) -> str:
     try:
         inside = anywhere or Path(os.path.realpath(file)).is_relative_to(root.resolve())
-    except ValueError:  # a null byte, which has a reason of its own
+    except ValueError:  # a null byte, for which `media_files.trouble` has a reason
         inside = True
     return media_files.trouble(file) if inside else "file lies outside the data folder"

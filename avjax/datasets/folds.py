@@ -1,4 +1,4 @@
-"""Makes the folds of a protocol, holds out validation clips, and finds what parts of folds share."""
+"""Makes the folds of a protocol, holds out validation clips, and finds overlaps between the parts of folds."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -8,16 +8,16 @@ import numpy as np
 from avjax.datasets.base import Fold
 from avjax.errors import AvjaxError
 
-# The worst first: what is tested must neither be trained on nor chosen by.
+# The most severe first: test clips must be used neither for training nor for model selection.
 _PAIRS = (("train", "test"), ("val", "test"), ("train", "val"))
 _NAMED = 3
 
 
 def overlaps(parts: Mapping[str, Iterable[str]]) -> list[tuple[str, str, list[str]]]:
-    """Finds what two parts of a fold share: a part, another, and what is in both, sorted.
+    """Finds overlaps: (part, other part, sorted names that are in both).
 
     Args:
-      parts: "train", "val" and "test", as far as there are such → ids of clips, or names of speakers.
+      parts: "train", "val" and "test", where they exist → clip ids, or names of speakers.
     """
     sets = {part: set(names) for part, names in parts.items()}
     pairs = [(one, other) for one, other in _PAIRS if sets.keys() >= {one, other}]
@@ -25,12 +25,12 @@ def overlaps(parts: Mapping[str, Iterable[str]]) -> list[tuple[str, str, list[st
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Finds what is there more than once, in its order, such as clips among those that several folds test."""
+    """Returns the names that occur more than once, in order, such as clips that several folds test."""
     return [name for name, count in Counter(names).items() if count > 1]
 
 
 def some(names: Sequence[str]) -> str:
-    """Writes the first of some names, and how many more there are."""
+    """Formats the first few names and the number of the others."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
 
@@ -41,15 +41,19 @@ def natural_folds(
     """Makes the folds of a protocol.
 
     Args:
-      clips: anything with `id, label, speaker, split, fold`.
-      official: the data set's own folds; taken by "auto" and "given" when there are any.
+      clips: objects with `id, label, speaker, split, fold`.
+      official: the data set's own folds, which "auto" and "given" use if there are any.
       kind: "given" (official folds, a fold column or a split column), "speaker" (leave one speaker out, or `count`
-        groups of speakers when there are more than `count`), "stratified" (`count` folds balanced over classes), or
-        "auto": the first of these that the data admit.
+        groups of speakers if there are more than `count`), "stratified" (`count` folds balanced over classes), or
+        "auto": the first of these that the data allow.
+      count: number of folds of "speaker" and "stratified".
+      seed: of the random division.
+
     Returns:
-      the folds and the protocol's name.
+      The folds and the name of the protocol.
+
     Raises:
-      AvjaxError: the data do not admit the folds asked for, or only some of their clips have a split or fold.
+      AvjaxError: the data do not allow the requested folds, or only some of their clips have a split or fold.
     """
     makers = {
         "given": lambda: _given(clips, official),
@@ -79,7 +83,7 @@ def _given(clips: Sequence, official: Sequence[Fold]) -> tuple[list[Fold], str] 
     if None not in splits and {"train", "test"} <= splits:
         part = {s: tuple(c.id for c in clips if c.split == s) for s in ("train", "val", "test")}
         return [Fold("split", part["train"], part["test"], part["val"])], "given train/test split"
-    # Half a division is a mistake in the data; to make other folds in its place would train on what it sets aside.
+    # A partial division is a mistake in the data; replacing it by other folds would train on what it sets aside.
     raise AvjaxError(
         f"{sum(c.split is None for c in clips)} of {len(clips)} clips have no split and "
         f"{sum(c.fold is None for c in clips)} no fold (splits: {_names(splits)}; folds: {_names(folds)}); expected "
@@ -108,9 +112,9 @@ def _by_speaker(clips: Sequence, count: int, seed: int) -> tuple[list[Fold], str
 def _stratified(clips: Sequence, count: int, seed: int) -> tuple[list[Fold], str] | None:
     if len(clips) < count:
         return None
-    # Dealt class by class over one running counter, so that folds are even in size and in every class.
+    # Assigned class by class with one running counter, so that folds have equal sizes and class proportions.
     order = np.random.default_rng(seed).permutation(len(clips))
-    # So are folds of values: a tuple's first one comes first.
+    # Regression targets are sorted by the first of them.
     dealt = sorted(order.tolist(), key=lambda i: clips[i].label)
     fold_of = {clips[i].id: position % count for position, i in enumerate(dealt)}
     folds = [_leaving(clips, str(f + 1), lambda c, f=f: fold_of[c.id] == f) for f in range(count)]
@@ -123,14 +127,16 @@ def _leaving(clips: Sequence, name: str, tested: Callable) -> Fold:
 
 
 def hold_out(clips: Sequence, share: float, seed: int) -> tuple[list[str], list[str], str]:
-    """Divides training clips into (train ids, validation ids, how): whole speakers where known, else stratified.
+    """Splits training clips into (train ids, validation ids, how): by speaker where known, else stratified.
 
     Args:
       clips: the training clips of a fold, with `id, label, speaker`.
-      share: the part to hold out, 0 <= share < 1; at least one speaker, or one clip of a class that has two, and
+      share: proportion to hold out, 0 <= share < 1; at least one speaker, or one clip of a class that has two, and
         never all of a class or all speakers. 0 holds out nothing.
+      seed: of the random division.
+
     Raises:
-      AvjaxError: the share is out of range.
+      AvjaxError: `share` is out of range.
     """
     if not 0 <= share < 1:
         raise AvjaxError(f"protocol.validation is {share}; expected a share of the training clips, 0 <= share < 1")
@@ -151,7 +157,7 @@ def hold_out(clips: Sequence, share: float, seed: int) -> tuple[list[str], list[
 
 
 def _share_of_classes(clips: Sequence, share: float, rng: np.random.Generator) -> set[str]:
-    """Ids of a part of every class, never all of it; of the largest class at least one, if it has two."""
+    """Draws ids of each class, never all of one; at least one of the largest class, if it has two."""
     groups: dict[str, list[str]] = {}
     for c in clips:
         groups.setdefault(c.label if isinstance(c.label, str) else "", []).append(c.id)

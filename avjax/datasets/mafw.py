@@ -1,7 +1,7 @@
-"""MAFW: 9,172 clips of one of 11 emotions, or 8,996 of one of 43 compound ones (Liu et al., ACM Multimedia 2022).
+"""MAFW: 9,172 clips with 11 emotions, or 8,996 with 43 compound emotions (Liu et al., ACM Multimedia 2022).
 
-Both have five official folds. The captions in some of their lists are annotators' words about the emotion: they are
-thrown away, and never an input.
+Both have five official folds. Captions in some of the lists are annotators' descriptions of the emotion; they are
+ignored, and never an input.
 """
 
 import re
@@ -14,44 +14,44 @@ from avjax.datasets.metadata import metadata, target
 from avjax.errors import AvjaxError
 
 _PLAIN, _CAPTIONED = "no_caption", "with_caption"
-# A plain file name: a list is not to lead out of the folder of clips. Of bytes, as captions are in several encodings.
+# A plain file name: a list must not lead out of the folder of clips. In bytes, as captions are in several encodings.
 _LINE = re.compile(rb"([\w-]+)\.mp4\s+(\w+)\s*(?:\t.*)?", re.DOTALL)
 
 
 def index(root: Path, name: str = "mafw") -> Corpus:
     """Indexes `root/data/clips/*.mp4` by `root/Train & Test Set/single/no_caption/set_{1..5}/{train,test}.txt`.
 
-    Of "mafw:compound", the lists of `compound` in the place of `single`. Where there are none without captions, those
-    of `with_caption` are read. A clip that a list names is rejected with a reason, and is in no fold, where the disk
-    lacks it or its label is no class; so the count is stated. A clip without sound is kept.
+    "mafw:compound" has the lists of `compound` instead of `single`. If there are none without captions, those of
+    `with_caption` are read. A listed clip is rejected with a reason, and is in no fold, if its file is missing or its
+    label is not a class. A clip without audio is kept.
 
     Raises:
       AvjaxError: the layout is not MAFW's (the message names every missing part), a line is not `00025.mp4 anger`,
-        no label is a class, no clip is there, or the lists contradict each other: two labels for a clip, a clip twice
+        no label is a class, no clip exists, or the lists contradict each other: two labels for a clip, a clip twice
         in one fold, not tested exactly once over all folds, or not the same with captions and without.
     """
-    place, clips = root / "Train & Test Set" / (target(name) or "single"), root / "data" / "clips"
-    kinds = [kind for kind in (_PLAIN, _CAPTIONED) if (place / kind).is_dir()] or [_PLAIN]
+    splits, clips = root / "Train & Test Set" / (target(name) or "single"), root / "data" / "clips"
+    kinds = [kind for kind in (_PLAIN, _CAPTIONED) if (splits / kind).is_dir()] or [_PLAIN]
     paths = {
-        (str(fold), part): place / kinds[0] / f"set_{fold}" / f"{part}.txt"
+        (str(fold), part): splits / kinds[0] / f"set_{fold}" / f"{part}.txt"
         for fold in range(1, metadata(name).folds + 1)
         for part in ("train", "test")
     }
-    fold_tables.check_there(root, "mafw", (clips, *paths.values()), "'data/clips' and 'Train & Test Set'")
-    found = fold_tables.read(place / kinds[0], paths, _rows)
+    fold_tables.check_present(root, "mafw", (clips, *paths.values()), "'data/clips' and 'Train & Test Set'")
+    lists = fold_tables.read(splits / kinds[0], paths, _rows)
     if len(kinds) > 1:
         for path in paths.values():
-            _check_captioned(path, place / _CAPTIONED / path.relative_to(place / _PLAIN))
-    return fold_tables.corpus(name, found, clips, {n: clips / f"{n}.mp4" for n in found.labels})
+            _check_captioned(path, splits / _CAPTIONED / path.relative_to(splits / _PLAIN))
+    return fold_tables.corpus(name, lists, clips, {n: clips / f"{n}.mp4" for n in lists.labels})
 
 
 def compound(root: Path) -> Corpus:
-    """MAFW with its 43 compound emotions, such as `anger_disgust`; see `index`."""
+    """Indexes MAFW with its 43 compound emotions, such as `anger_disgust`; see `index`."""
     return index(root, "mafw:compound")
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Where it stands, a clip's name and its label, of each line of a fold list; captions are passed over."""
+    """Yields (location, clip name, label) of each line of a fold list; captions are skipped."""
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
         if not line.strip():
             continue
@@ -63,7 +63,7 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _check_captioned(plain: Path, captioned: Path) -> None:
-    """That the list with captions, where there is one, has the same clips and labels."""
+    """Checks that the list with captions, if there is one, has the same clips and labels."""
     if not captioned.is_file():
         return
     this, other = ({name: label for _, name, label in _rows(path)} for path in (captioned, plain))

@@ -1,7 +1,7 @@
 """Metadata of the public data sets (`data/<corpus>.json`): classes, counts, source and licence.
 
-A data set is named by its corpus, or `corpus:target` where the corpus has several kinds of labels, such as
-`crema_d:crowd`. All targets of a corpus are of the same clips, and share its folder and its features.
+A data set has the name of its corpus, or `corpus:target` if the corpus has several kinds of labels, such as
+`crema_d:crowd`. All targets of a corpus have the same clips, folder and features.
 """
 
 import dataclasses
@@ -16,9 +16,11 @@ class Metadata:
     """The metadata of a public data set.
 
     Attributes:
-      title: its name as published; homepage, citation, licence: "" where unknown.
-      classes: name → published number of clips, None where it has no such number (a value, a label of several).
-      clips, folds: published numbers, 0 where there is none; parts: of an official division, part → number of clips.
+      title: its name as published.
+      classes: name → published number of clips, None where there is none (regression, multi-label).
+      homepage, citation, licence: "" where unknown.
+      clips, folds: published numbers, 0 where there is none.
+      parts: part of an official split → number of clips.
       broken: id of a clip that is known to be unusable → why.
     """
 
@@ -34,20 +36,20 @@ class Metadata:
 
 
 def corpus(name: str) -> str:
-    """The corpus of data set `name`."""
+    """Returns the corpus of data set `name`."""
     return name.partition(":")[0]
 
 
 def target(name: str) -> str:
-    """The target of data set `name`, "" for its corpus's own."""
+    """Returns the target of data set `name`, "" for the default target of the corpus."""
     return name.partition(":")[2]
 
 
 def metadata(name: str) -> Metadata | None:
-    """Reads the metadata of data set `name`; None of one that is not public, such as `folder`."""
+    """Reads the metadata of data set `name`; None if it is not public, such as `folder`."""
     file = f"data/{corpus(name)}.json"
     if file not in paths.names("data"):
         return None
-    known = read_json(paths.path(file))
-    targets = known.pop("targets", {})
-    return Metadata(**known | (targets[target(name)] if target(name) else {}))
+    fields = read_json(paths.path(file))
+    targets = fields.pop("targets", {})
+    return Metadata(**fields | (targets[target(name)] if target(name) else {}))

@@ -1,4 +1,4 @@
-"""Reads the lists of folds that S2D, HiCMAE, OGM-GE and VAVL publish of DFEW, MAFW, CREMA-D, RAVDESS and MSP-IMPROV."""
+"""Reads the fold lists that S2D, HiCMAE, OGM-GE and VAVL publish for DFEW, MAFW, CREMA-D, RAVDESS and MSP-IMPROV."""
 
 import dataclasses
 import re
@@ -16,9 +16,13 @@ from avjax.utils import tables
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
-    """One list: clips of a part (train, val or test) of a fold, "" where there is one division; clip name → label.
+    """A list of the clips of one part of a fold.
 
-    `again` are the (clip, label) of rows whose clip stood in the list before.
+    Attributes:
+      fold: its name, "" if there is only one split.
+      part: "train", "val" or "test".
+      clips: clip name → label.
+      again: (clip, label) of rows that repeat a clip of the list.
     """
 
     fold: str
@@ -32,31 +36,31 @@ _PART = re.compile(r"(?<![a-z])(train|val|valid|validation|dev|test)(?![a-z])", 
 
 
 def fold_lists(folder: Path) -> list[Listed]:
-    """The lists of one data set's folds, known by the names of files and folders and by their first line.
+    """Reads the fold lists of one data set, recognised by the names of files and folders and by their first line.
 
-    What is read: `split01/{train,val,test}.csv[.gz]` of HiCMAE, lines `picture sound label`; `set_1/train.txt`, lines
+    Formats: `split01/{train,val,test}.csv[.gz]` of HiCMAE, lines `video audio label`; `set_1/train.txt`, lines
     `00025.mp4 anger`; `train_set_1.csv` and `train.csv`, lines `name,label` with or without a header; and
-    `label_consensus_1.csv` of VAVL with a column Split_Set, where the label is the largest share. A clip is called as
-    its file without the ending. Lists without a fold are left out where others have one; so is a .csv beside a .txt
-    of its name, which has names where that has numbers.
+    `label_consensus_1.csv` of VAVL with a column Split_Set, where the label is the class with most votes. A clip is
+    named by its file without the suffix. Lists without a fold are left out if others have one; so is a .csv beside a
+    .txt of the same name, which has class names instead of numbers.
 
     Raises:
-      AvjaxError: there is no list, two are of one part of a fold, or a line is none.
+      AvjaxError: there is no list, two lists are of the same part of a fold, or a line is invalid.
     """
-    found = [listed for path in _candidates(folder) for listed in _lists(folder, path)]
-    found = [(path, one) for path, one in found if one.fold] or found
-    if not found:
+    lists = [listed for path in _candidates(folder) for listed in _lists(folder, path)]
+    lists = [(path, one) for path, one in lists if one.fold] or lists
+    if not lists:
         raise AvjaxError(f"{folder}: no list of folds; expected files such as split01/train.csv or train_set_1.csv")
-    places = defaultdict(list)
-    for path, one in found:
-        places[one.fold, one.part].append(path.relative_to(folder).as_posix())
-    for (fold, part), paths in places.items():
+    paths_of = defaultdict(list)
+    for path, one in lists:
+        paths_of[one.fold, one.part].append(path.relative_to(folder).as_posix())
+    for (fold, part), paths in paths_of.items():
         if len(paths) > 1:
             raise AvjaxError(
                 f"{folder}: {paths[0]} and {paths[1]} are both {part} of fold {fold or 'none'}; name the folder of one "
                 "data set and one kind of label"
             )
-    return [one for _, one in found]
+    return [one for _, one in lists]
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -65,14 +69,14 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _lists(folder: Path, path: Path) -> list[tuple[Path, Listed]]:
-    """The lists in a file; none where it is no list."""
+    """Reads the lists in a file; [] if it is not a list."""
     stem = path.name.partition(".")[0]
     names = (stem, path.parent.relative_to(folder).name)
     fold = next((m[1] for name in names if (m := _FOLD.search(name))), "")
     part = _PART.search(stem)
     rows = _rows(path) if part or fold else []
     if rows and "Split_Set" in rows[0]:
-        return [(path, _listed(path, fold, p, found)) for p, found in _by_share(path, rows).items()]
+        return [(path, _listed(path, fold, p, labels)) for p, labels in _by_share(path, rows).items()]
     if not part:
         return []
     rows = rows[1:] if rows and rows[0][0] == "video_name" else rows
@@ -80,32 +84,34 @@ def _lists(folder: Path, path: Path) -> list[tuple[Path, Listed]]:
 
 
 def _rows(path: Path) -> list[list[str]]:
-    """The cells of each line: separated by commas where the first has one, else by blanks."""
+    """Reads the cells of each line, separated by commas if the first line has one, else by blanks."""
     rows = tables.read_cells(path)
     return rows if rows and len(rows[0]) > 1 else [" ".join(row).split() for row in rows]
 
 
 def _clip(path: Path, row: Sequence[str]) -> tuple[str, str]:
-    """(clip, label) of a line; HiCMAE's frames of OpenFace lie in a folder that adds _aligned to the name."""
+    """Returns (clip, label) of a line; HiCMAE's OpenFace frames are in a folder with _aligned after the clip name."""
     if len(row) not in (2, 3) or not all(row):
         raise AvjaxError(f"{path}: the line {' '.join(row)!r}; expected a clip and its label")
     return PurePosixPath(row[0].strip()).stem.removesuffix("_aligned"), row[-1].strip()
 
 
 def _by_share(path: Path, rows: Sequence[Sequence[str]]) -> dict[str, list[tuple[str, str]]]:
-    """VAVL: part → (clip, class of the largest share, the first of equals); FileName, the classes, SpkrID."""
+    """Reads a list of VAVL: part → (clip, class with most votes, the first of a tie); FileName, the classes, SpkrID."""
     header, *rows = rows
     parts = defaultdict(list)
     try:
         file, end, split = (header.index(name) for name in ("FileName", "SpkrID", "Split_Set"))
         for row in rows:
-            shares = [float(cell) for cell in row[file + 1 : end]]
-            label = header[file + 1 + shares.index(max(shares))]
+            votes = [float(cell) for cell in row[file + 1 : end]]
+            label = header[file + 1 + votes.index(max(votes))]
             parts[{"development": "val"}.get(row[split].lower(), row[split].lower())].append(
                 _clip(path, (row[file], label))
             )
     except (ValueError, IndexError) as error:
-        raise AvjaxError(f"{path}: {error}; expected FileName, a share for each class, SpkrID and Split_Set") from error
+        raise AvjaxError(
+            f"{path}: {error}; expected FileName, a column for each class, SpkrID and Split_Set"
+        ) from error
     if odd := [part for part in parts if part not in ("train", "val", "test")]:
         raise AvjaxError(f"{path}: Split_Set is {odd[0]!r}; expected Train, Development or Test")
     return parts
@@ -124,19 +130,19 @@ def _listed(path: Path, fold: str, part: str, rows: Sequence[tuple[str, str]]) -
 
 
 def problems(lists: Sequence[Listed]) -> list[str]:
-    """What is wrong with lists, a line for each: clips in two parts, tested twice or never, or with two labels."""
+    """Returns a line for each problem of fold lists: clips in two parts, tested twice or never, or with two labels."""
     by_fold = defaultdict(dict)
     for one in lists:
         by_fold[one.fold][one.part] = one.clips.keys()
-    found = [line for fold, parts in by_fold.items() for line in _shared(fold, parts)]
+    lines = [line for fold, parts in by_fold.items() for line in _shared(fold, parts)]
     tested = [clip for parts in by_fold.values() for clip in parts.get("test", ())]
     if several := repeated(tested):
-        found.append(f"{len(several)} clips are tested in several folds, such as {min(several)}")
+        lines.append(f"{len(several)} clips are tested in several folds, such as {min(several)}")
     if len(by_fold) > 1 and (never := {c for one in lists for c in one.clips} - set(tested)):
-        found.append(f"{len(never)} clips are tested in no fold, such as {min(never)}")
+        lines.append(f"{len(never)} clips are tested in no fold, such as {min(never)}")
     if twice := [clip for one in lists for clip, _ in one.again]:
-        found.append(f"{len(twice)} times a list has a clip twice, such as {min(twice)}")
-    return found + _two_labels(lists)
+        lines.append(f"{len(twice)} times a list has a clip twice, such as {min(twice)}")
+    return lines + _two_labels(lists)
 
 
 def _shared(fold: str, parts: Mapping[str, Set[str]]) -> Iterator[str]:

@@ -33,17 +33,17 @@ REGISTRY: dict[str, Index] = {
 }
 
 
-# What stands on tables and pictures; every other data set stands there by its name.
+# Titles in tables and figures; every other data set has its name there.
 _TITLES = {"demo": "demo corpus (synthetic), not MAFW"}
 
 
 def title(name: str) -> str:
-    """How data set `name` is called wherever its figures are shown."""
+    """Returns the title of data set `name` for tables and figures."""
     return _TITLES.get(name, name)
 
 
 def check(name: str) -> None:
-    """Raises AvjaxError where no data set has that name."""
+    """Raises an AvjaxError if no data set has that name."""
     choose("dataset", name, sorted(REGISTRY))
 
 
@@ -51,10 +51,10 @@ def index(name: str, root: str = "") -> Corpus:
     """Indexes data set `name` at `root`, by default `$AVJAX_DATA/<corpus>`.
 
     Raises:
-      AvjaxError: no data set has that name, the root does not exist, or its layout is another.
+      AvjaxError: no data set has that name, the root does not exist, or its layout is different.
     """
     check(name)
-    place = paths.data_root(name, root)
-    if not place.is_dir():
-        raise AvjaxError(f"{place}: no such folder; set --config.data.root to where the {name} data are")
-    return REGISTRY[name](place)
+    path = paths.data_root(name, root)
+    if not path.is_dir():
+        raise AvjaxError(f"{path}: no such folder; set --config.data.root to where the {name} data are")
+    return REGISTRY[name](path)

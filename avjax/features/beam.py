@@ -49,7 +49,7 @@ def runner(name: str, flags: Sequence[str], root: Path, media: str = "") -> Runn
     def run(jobs: Sequence[Job], extractor: Extractor, options: Options, console: Console) -> Iterator[tuple[str, str]]:
         for clip, keys, _ in jobs:
             extractor.store.drop(clip.id, _FAILED, _key(keys))
-        sent = [(_relocated(clip, root, storage.place(media)), *job) for clip, *job in jobs] if media else list(jobs)
+        sent = [(_relocated(clip, root, storage.as_path(media)), *job) for clip, *job in jobs] if media else list(jobs)
         pieces = [sent[at : at + _PIECE] for at in range(0, len(sent), _PIECE)]
         console.print(f"{name}: {len(jobs)} clips in {len(pieces)} pieces")
         if pieces:
@@ -120,7 +120,7 @@ class _SharedExtractor:
     """
 
     def __init__(self, root: str, settings: Preset, made_by: Mapping[str, str]) -> None:
-        self.extractor = Extractor(settings, Store(storage.place(root)), Stopwatch())
+        self.extractor = Extractor(settings, Store(storage.as_path(root)), Stopwatch())
         if other := sorted(f for f in made_by if self.extractor.made_by[f] != made_by[f]):
             raise AvjaxError(
                 f"a machine of the pipeline would make {', '.join(other)} otherwise than the one that started it; give "

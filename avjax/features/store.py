@@ -240,7 +240,7 @@ def path_of(dataset: str, given: str = "") -> Path:
             "no feature store named; give a folder data set its own, with --out of avjax.extract and "
             "--config.data.features of avjax.train"
         )
-    return storage.place(given) if given else paths.cache() / "features" / corpus_of(dataset)
+    return storage.as_path(given) if given else paths.cache() / "features" / corpus_of(dataset)
 
 
 def index_path(root: Path, dataset: str = "") -> Path:

@@ -1,8 +1,8 @@
-"""Several processes that make one run: how they find each other, agree, wait, and notice that one of them is lost.
+"""Runs of several processes: how they find each other, agree, wait, and detect that one of them is lost.
 
-A run is of several processes where these say so: `AVJAX_COORDINATOR` (host:port of process 0), `AVJAX_PROCESSES` and
-`AVJAX_PROCESS`, set by `launch/local.sh`; or the environment of Slurm, of Cloud TPU or of GKE, which JAX reads itself.
-`AVJAX_DETECT=1` (`launch/tpu_vm.sh`) is for where JAX can find out and the environment does not tell.
+The environment defines such a run: `AVJAX_COORDINATOR` (host:port of process 0), `AVJAX_PROCESSES` and `AVJAX_PROCESS`,
+set by `launch/local.sh`; or the environment of Slurm, Cloud TPU or GKE, which JAX reads itself. `AVJAX_DETECT=1`
+(`launch/tpu_vm.sh`) is for machines where JAX detects the processes without such variables.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from avjax.errors import AvjaxError
 from avjax.settings import ProcessSettings
 
 _EXPLICIT = ("AVJAX_COORDINATOR", "AVJAX_PROCESSES", "AVJAX_PROCESS")
-_BEAT = 2.0  # seconds between signs of life
-_LONG = 7 * 24 * 3600  # seconds that the first process may take to extract features
-_LOST = 3  # exit status of a process that ends because another is lost
+_BEAT = 2.0  # seconds between heartbeats
+_LONG = 7 * 24 * 3600  # seconds that the first process may take for feature extraction
+_LOST = 3  # exit status of a process that ends because another one is lost
 _LATE = (
     "the processes of this run did not all join within {wait} s; start them all, check that they reach the address of "
     "process 0, or raise processes.wait"
@@ -29,29 +29,30 @@ _watch: "Watch | None" = None
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment speaks of several processes.
+    """Returns whether the environment defines several processes.
 
     Raises:
-      AvjaxError: it names a part of them only.
+      AvjaxError: only some of the three variables of avjax are set.
     """
-    there = [name for name in _EXPLICIT if environment.get(name)]
-    if there and len(there) < len(_EXPLICIT):
-        missing = ", ".join(name for name in _EXPLICIT if name not in there)
-        raise AvjaxError(f"{', '.join(there)} is set, {missing} is not; set all three, or none")
+    present = [name for name in _EXPLICIT if environment.get(name)]
+    if present and len(present) < len(_EXPLICIT):
+        missing = ", ".join(name for name in _EXPLICIT if name not in present)
+        raise AvjaxError(f"{', '.join(present)} is set, {missing} is not; set all three, or none")
     hosts = [h for h in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if h]
     tasks = environment.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in environment else "1"
-    told = ("MEGASCALE_COORDINATOR_ADDRESS", "AVJAX_DETECT")
-    return bool(there or int(tasks) > 1 or len(hosts) > 1 or any(environment.get(name) for name in told))
+    flags = ("MEGASCALE_COORDINATOR_ADDRESS", "AVJAX_DETECT")
+    return bool(present or int(tasks) > 1 or len(hosts) > 1 or any(environment.get(name) for name in flags))
 
 
 def join(settings: ProcessSettings) -> None:
-    """Joins the other processes, if the environment speaks of any; before anything is computed.
+    """Joins the other processes, if the environment defines any; called before anything is computed.
 
     Args:
-      settings: `wait`, seconds for all to join; `patience`, seconds without a sign of life, or behind the others, until
-        a process is given up.
+      settings: `wait`, seconds for all to join; `patience`, seconds without a heartbeat, or behind the others, until a
+        process is considered lost.
+
     Raises:
-      AvjaxError: they did not all join in time.
+      AvjaxError: not all processes joined in time.
     """
     import jax
 
@@ -65,7 +66,7 @@ def join(settings: ProcessSettings) -> None:
             "num_processes": _number("AVJAX_PROCESSES"),
             "process_id": _number("AVJAX_PROCESS"),
         }
-    # JAX's own time-outs end the process without a word that helps; ours come first.
+    # JAX's own time-outs end the process without a helpful message; ours come first.
     late = threading.Timer(settings.wait, _end, [_LATE.format(wait=settings.wait)])
     late.daemon = True
     late.start()
@@ -84,7 +85,7 @@ def join(settings: ProcessSettings) -> None:
 
 
 def _end(reason: str) -> None:
-    """Ends this process at once, whatever it waits for."""
+    """Ends this process immediately, whatever it waits for."""
     print(f"error: {reason}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(_LOST)
@@ -98,7 +99,7 @@ def _number(name: str) -> int:
 
 
 def is_writer() -> bool:
-    """Whether this process writes files and speaks."""
+    """Returns whether this process writes files and prints messages."""
     import jax
 
     return jax.process_index() == 0
@@ -106,7 +107,7 @@ def is_writer() -> bool:
 
 @contextlib.contextmanager
 def writer_first() -> Iterator[None]:
-    """What is done in here, process 0 does first, and the others when it is done."""
+    """Lets process 0 run the body first, and the others when it has finished."""
     import jax
 
     if jax.process_count() > 1 and not is_writer():
@@ -125,20 +126,20 @@ def end() -> None:
         _watch.stop()
 
 
-def agree(told: bool) -> bool:
-    """Whether any process was told; all have to ask at the same point."""
+def agree(flag: bool) -> bool:
+    """Returns whether `flag` is true in any process; all processes must call it at the same point."""
     import jax
 
     if jax.process_count() == 1:
-        return told
+        return flag
     import numpy as np
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(np.array(told)).any())
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def summed(tree: Any) -> Any:
-    """The sums over all processes of arrays that each has on its own, in the order of the processes."""
+    """Returns the sums of the processes' arrays, added in the order of the processes."""
     import jax
 
     if jax.process_count() == 1:
@@ -149,13 +150,13 @@ def summed(tree: Any) -> Any:
 
 
 def reached(point: str) -> None:
-    """Tells the others that this process has come to the next point of the run, such as a step."""
+    """Reports to the others that this process has reached the next point of the run, such as a step."""
     if _watch:
         _watch.reached(point)
 
 
 def leave(reason: str) -> bool:
-    """Tells the others why this process ends, and gives them time to read it; False where there are none."""
+    """Reports to the others why this process ends, and gives them time to read it; False if there are none."""
     if _watch:
         _watch.leave(reason)
     return _watch is not None
@@ -166,14 +167,14 @@ def _barrier(name: str) -> None:
 
 
 def _client() -> Any:
-    # There is no public way to these; Orbax goes the same.
+    # There is no public API for it; Orbax does the same.
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 class Watch:
-    """Notices which process is lost: each gives signs of life, and says how far it has come."""
+    """Detects lost processes: each process sends heartbeats and reports its progress."""
 
     def __init__(self, patience: float) -> None:
         import jax
@@ -187,16 +188,19 @@ class Watch:
         self._thread.start()
 
     def reached(self, point: str) -> None:
+        """Reports the next point of the run."""
         self._at, self._since = self._at + 1, time.monotonic()
         self._say("at", f"{self._at} {point}")
 
     def leave(self, reason: str) -> None:
+        """Reports why this process ends."""
         self._ending = True
         self._say("left", reason)
-        if self._me == 0:  # the others read it where it runs
+        if self._me == 0:  # it hosts the messages that the others read
             time.sleep(2 * _BEAT)
 
     def stop(self) -> None:
+        """Stops watching."""
         self._ending = True
 
     def _run(self) -> None:
@@ -206,26 +210,26 @@ class Watch:
             try:
                 self._say("beat", str(beat))
                 lost = self._lost()
-            except Exception:  # the process that keeps these notes is gone: a peer's end, or the run's
+            except Exception:  # the process that hosts the messages is gone: it is lost, or the run has ended
                 lost = "" if self._ending else f"{self._name(0)} is gone"
             if lost and not self._ending:
                 _end(f"{lost}; this process ends. The same command goes on from the last checkpoint")
             time.sleep(_BEAT)
 
     def _lost(self) -> str:
-        """Which process is lost, and how; "" for none."""
-        said = {key.removeprefix("avjax/"): value for key, value in _client().key_value_dir_get("avjax/")}
+        """Returns which process is lost, and how; "" if none is."""
+        messages = {key.removeprefix("avjax/"): value for key, value in _client().key_value_dir_get("avjax/")}
         now = time.monotonic()
         for peer in (p for p in range(self._count) if p != self._me):
-            name = self._name(peer, said.get(f"host/{peer}"))
-            if reason := said.get(f"left/{peer}"):
+            name = self._name(peer, messages.get(f"host/{peer}"))
+            if reason := messages.get(f"left/{peer}"):
                 return f"{name} has ended: {reason}"
-            beat = said.get(f"beat/{peer}", "")
+            beat = messages.get(f"beat/{peer}", "")
             if self._seen.get(peer, ("", 0))[0] != beat:
                 self._seen[peer] = beat, now
             if now - self._seen.setdefault(peer, (beat, now))[1] > self._patience:
-                return f"{name} has given no sign of life for {self._patience} s"
-            at, _, point = said.get(f"at/{peer}", "0").partition(" ")
+                return f"{name} has sent no heartbeat for {self._patience} s"
+            at, _, point = messages.get(f"at/{peer}", "0").partition(" ")
             if int(at) < self._at and now - self._since > self._patience:
                 where = point or "before the first step"
                 return f"{name} hangs: this process has waited {self._patience} s for it, last heard of at {where}"

@@ -1,4 +1,4 @@
-"""Finds `configs/` and `data/` in a checkout and in an installed wheel, and the places where a user's files live."""
+"""Finds `configs/` and `data/` in a checkout and in an installed wheel, and the folders of a user's files."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from avjax.errors import AvjaxError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# A wheel ships both folders inside the package; in a checkout they stand beside it.
+# A wheel has both folders inside the package, a checkout beside it.
 _ROOT = _PACKAGE / "_shipped" if (_PACKAGE / "_shipped").is_dir() else _PACKAGE.parent
 
 
@@ -22,18 +22,18 @@ def path(name: str) -> Path:
 
 
 def names(*folders: str) -> list[str]:
-    """The names of all shipped files in `folders`, by default both."""
-    found = (p for folder in folders or ("configs", "data") for p in (_ROOT / folder).rglob("*") if p.is_file())
-    return sorted(p.relative_to(_ROOT).as_posix() for p in found if "__pycache__" not in p.parts)
+    """Returns the names of all shipped files in `folders`, by default both."""
+    files = (p for folder in folders or ("configs", "data") for p in (_ROOT / folder).rglob("*") if p.is_file())
+    return sorted(p.relative_to(_ROOT).as_posix() for p in files if "__pycache__" not in p.parts)
 
 
 def data_root(dataset: str, given: str = "") -> Path:
-    """The place of a data set or of `corpus:target`: as given, else `$AVJAX_DATA/<corpus>`, `~/avjax_data/<corpus>`."""
+    """Returns a data set's folder: `given`, else `$AVJAX_DATA/<corpus>`, by default `~/avjax_data/<corpus>`."""
     if given:
         return Path(given).expanduser()
     return Path(os.environ.get("AVJAX_DATA", "~/avjax_data")).expanduser() / dataset.partition(":")[0]
 
 
 def cache() -> Path:
-    """Where weights, feature stores and compiled programs are kept: `$AVJAX_CACHE`, else `~/.cache/avjax`."""
+    """Returns the folder of weights, feature stores and compiled programs: `$AVJAX_CACHE`, else `~/.cache/avjax`."""
     return Path(os.environ.get("AVJAX_CACHE", "~/.cache/avjax")).expanduser()

@@ -1,4 +1,4 @@
-"""Long work: the bar that shows how far it is, and the clock that tells what it spends its time on."""
+"""A progress bar, and a stopwatch that sums up time by activity."""
 
 import collections
 import contextlib
@@ -10,7 +10,7 @@ from rich.console import Console
 
 
 def bar(items: Iterable, total: int, what: str, console: Console, unit: str = "clips") -> Iterator:
-    """Passes `items` on under a bar with `unit`/s and time left; no bar where there is nothing to do."""
+    """Yields `items` under a progress bar with `unit`/s and remaining time; no bar if `total` is 0."""
     if not total:
         return
     columns = (
@@ -30,12 +30,13 @@ def bar(items: Iterable, total: int, what: str, console: Console, unit: str = "c
 
 
 class Stopwatch(collections.Counter):
-    """Seconds by what they were spent on: `with clock("decoding"): …`."""
+    """Seconds by activity: `with clock("decoding"): …`."""
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        """Adds the time that the body takes to activity `what`."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self[what] += time.perf_counter() - begun
+            self[what] += time.perf_counter() - start

@@ -1,12 +1,12 @@
-"""Pickles of strangers: arrays and plain containers, and nothing that runs.
+"""Reads untrusted pickles: arrays and plain containers, without running code.
 
-A pickle is a program. This reader refuses by name whatever is none of: dict, list, tuple, set, str, bytes, numbers,
-None, and what a caller admits: for `load` numpy's arrays and scalars of plain numbers and text. It does so in two
-passes: the opcodes are read without running them, then run with stand-ins for numpy's own functions, which trust what
-they are given (a dtype that lies about itself turns bytes into pointers).
+A pickle is a program. This reader allows dict, list, tuple, set, str, bytes, numbers, None, and what a caller admits
+(for `load`, numpy arrays and scalars of plain numbers and text), and refuses everything else by name. It makes two
+passes: it reads the opcodes without running them, then runs them with replacements for numpy's own functions, which
+trust their input (a forged dtype turns bytes into pointers).
 
-Both passes read from the file, and arrays are not copied: in memory is what the file holds, once. Only protocols 0 to 2
-write arrays as text, which is then there beside them.
+Both passes read from the file, and arrays are not copied, so memory holds the content of the file once. Only protocols
+0 to 2 write arrays as text, which is then in memory as well.
 """
 
 import math
@@ -23,8 +23,8 @@ from avjax.errors import AvjaxError
 
 MOST_BYTES = 2**34
 _DEEPEST = 32
-# Opcodes that make plain values and containers, keep and recall them, or call what is admitted. Not among them:
-# those that make instances of classes, look names up in registries, or take bytes from outside the file.
+# Opcodes that make plain values and containers, store and recall them, or call admitted names. Excluded are opcodes
+# that make instances of classes, look up names in registries, or take bytes from outside the file.
 _OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP",
     "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
@@ -35,7 +35,7 @@ _OPCODES = {
     "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET",
     "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
 }  # fmt: skip
-# Opcodes of long data → how many bytes their length takes. The first pass steps over the data.
+# Opcodes of long data → size of their length field in bytes. The first pass skips the data.
 _LONG = {"BINSTRING": 4, "BINUNICODE": 4, "BINUNICODE8": 8, "BINBYTES": 4, "BINBYTES8": 8, "BYTEARRAY8": 8, "FRAME": 8}
 _DTYPE = re.compile(r"[?]|[bBhHiIlLqQefdgO]|b1|[iu][1248]|f(2|4|8|16)|c(8|16)|[USO][1-9]\d{0,6}")
 
@@ -44,11 +44,12 @@ def load(path: Path) -> object:
     """Reads a pickle of arrays and plain containers, written by any Python and any numpy.
 
     Returns:
-      the value; arrays are `np.ndarray`s in this machine's byte order, not to be written to where they are the file's
-      own bytes; those of objects hold plain values; byte strings of Python 2 are text (Latin-1), a bytearray is bytes.
+      The value. Arrays are `np.ndarray`s in this machine's byte order, read-only where they are the file's own bytes;
+      object arrays hold plain values; byte strings of Python 2 become text (Latin-1), a bytearray becomes bytes.
+
     Raises:
       AvjaxError: there is no such file, it is larger than `MOST_BYTES`, holds anything else (the message names it), is
-        nested too deeply or in itself, or is no whole pickle.
+        nested too deeply or in itself, or is not a complete pickle.
     """
     if not path.is_file():
         raise AvjaxError(f"{path}: no such file")
@@ -65,28 +66,30 @@ def load(path: Path) -> object:
 
 
 class Refused(Exception):
-    """What a pickle asks for and does not get."""
+    """A pickle asks for something that is not allowed; the message names it."""
 
 
-# A broken program fails in any of these ways; that it fails is all that can be said of it.
+# A broken pickle fails in any of these ways.
 BROKEN = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
     MemoryError, UnicodeError,
 )  # fmt: skip
-# (module, name) → what stands for it.
+# (module, name) → its replacement.
 Admitted = Mapping[tuple[str, str], object]
 
 
 def unpickle(file: BinaryIO, size: int, admitted: Admitted, refer: Callable[[object], object] | None = None) -> object:
-    """Runs the program of a pickle, after all its opcodes were looked at.
+    """Runs the program of a pickle after checking all its opcodes.
 
     Args:
-      file: at its beginning, of `size` bytes.
-      admitted: the only names that it may use; they arrive as `Call`.
-      refer: persistent id → the object outside the file; None refuses all such.
+      file: the pickle, positioned at its start.
+      size: its number of bytes.
+      admitted: the only names that it may use; they become `Call`s.
+      refer: persistent id → the object outside the file; None refuses persistent ids.
+
     Raises:
-      Refused: it asks for anything else.
-      BROKEN: it is no whole pickle.
+      Refused: the pickle asks for anything else.
+      BROKEN: it is not a complete pickle.
     """
     _inspect(file, size, admitted, _OPCODES | ({"BINPERSID"} if refer else set()))
     file.seek(0)
@@ -94,21 +97,21 @@ def unpickle(file: BinaryIO, size: int, admitted: Admitted, refer: Callable[[obj
 
 
 def _inspect(file: BinaryIO, size: int, admitted: Admitted, opcodes: Collection[str]) -> None:
-    """Refuses opcodes, names, places in the memo and keys before any of them is executed."""
+    """Refuses disallowed opcodes, names, memo indices and keys before anything is executed."""
     stack = _Stack()
     for count, (opcode, argument, at) in enumerate(_opcodes(file, size), 1):
         if opcode.name not in opcodes:
             raise Refused(f"the opcode {opcode.name} at byte {at}")
         if opcode.name == "GLOBAL":
             _admitted(admitted, *argument.split(" ", 1))
-        # The memo is as large as its highest place: one number could ask for gigabytes.
+        # The memo is as large as its highest index: one number could request gigabytes.
         if opcode.name in ("PUT", "LONG_BINPUT") and not 0 <= argument <= count:
-            raise Refused(f"place {argument} of the memo after {count} opcodes")
+            raise Refused(f"index {argument} of the memo after {count} opcodes")
         stack.follow(opcode, argument)
 
 
 class _Stack:
-    """How deep the tuples on the stack are nested: to hash a deep one as a key would overflow the machine's stack."""
+    """Nesting depths of the tuples on the stack: hashing a deep one as a key would overflow the C stack."""
 
     def __init__(self) -> None:
         self._depths: list[int] = []
@@ -116,7 +119,7 @@ class _Stack:
         self._memo: dict[object, int] = {}
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument: object) -> None:
-        """Takes from the stack what an opcode takes, and puts on it what it makes."""
+        """Pops what an opcode takes, and pushes what it makes."""
         name, depths = opcode.name, self._depths
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             self._memo[len(self._memo) if name == "MEMOIZE" else argument] = depths[-1]
@@ -154,28 +157,28 @@ def _check_keys(name: str, taken: Sequence[int]) -> None:
 
 
 def _opcodes(file: BinaryIO, size: int) -> Iterator[tuple[pickletools.OpcodeInfo, object, int]]:
-    """(opcode, argument, place) of each opcode; `pickletools.genops` fails at bytes in Python 2's protocol 0.
+    """Yields (opcode, argument, position) of each opcode; `pickletools.genops` fails at bytes in Python 2's protocol 0.
 
-    There is no argument where it is long: it is only seen to lie within the `size` bytes of the file.
+    A long argument is None: it is only checked to be within the `size` bytes of the file.
     """
     name = ""
     while name != "STOP":
         at, code = file.tell(), file.read(1)
         if not code:
             raise EOFError("it ends without a STOP")
-        if not (known := pickletools.code2op.get(code.decode("latin1"))):
+        if not (opcode := pickletools.code2op.get(code.decode("latin1"))):
             raise ValueError(f"no opcode {code!r}, at byte {at}")
-        name = known.name
+        name = opcode.name
         if name in _LONG:
             _step_over(file, name, size)
-            yield known, None, at
+            yield opcode, None, at
         else:
-            reader = type(file).readline if name == "STRING" else known.arg and known.arg.reader
-            yield known, reader(file) if reader else None, at
+            reader = type(file).readline if name == "STRING" else opcode.arg and opcode.arg.reader
+            yield opcode, reader(file) if reader else None, at
 
 
 def _step_over(file: BinaryIO, name: str, size: int) -> None:
-    """A hostile length would ask for as much memory in the second pass, so none may lead out of the file."""
+    """Skips long data within the file; a forged length would request as much memory in the second pass."""
     length = int.from_bytes(file.read(_LONG[name]), "little")
     if file.tell() + length > size:
         raise EOFError(f"{name} of {length} bytes, of which it has {size - file.tell()}")
@@ -202,7 +205,7 @@ class _Reader(pickle.Unpickler):
 
 
 class Call:
-    """What an admitted name stands for: a pickle can call it, and not change it."""
+    """The replacement of an admitted name: a pickle can call it, but not change it."""
 
     __slots__ = ("function",)
 
@@ -210,6 +213,7 @@ class Call:
         self.function = function
 
     def __call__(self, *arguments: object) -> object:
+        """Calls the replacement."""
         return self.function(*arguments)
 
     def __setstate__(self, state: object) -> None:
@@ -217,7 +221,7 @@ class Call:
 
 
 class _Dtype:
-    """Stands for `numpy.dtype`: a name and a byte order, nothing else that its state may claim."""
+    """Replaces `numpy.dtype`: only a name and a byte order, whatever else its state contains."""
 
     __slots__ = ("name", "order")
 
@@ -238,7 +242,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an array that numpy's `_reconstruct` made and that is still to be filled."""
+    """Replaces an array that numpy's `_reconstruct` makes and whose state fills it later."""
 
     __slots__ = ("state",)
 
@@ -249,7 +253,7 @@ class _Array:
         self.state = state
 
     def made(self, plain: Callable[[object], object]) -> np.ndarray:
-        """The array; `plain` makes the elements of an array of objects plain."""
+        """Returns the array; `plain` converts the elements of an object array."""
         _, shape, dtype, fortran, data = self.state
         order = "F" if fortran else "C"
         if _dtype(dtype).hasobject and isinstance(data, list):
@@ -259,7 +263,7 @@ class _Array:
 
 def _dtype(dtype: object) -> np.dtype:
     if not isinstance(dtype, _Dtype):
-        raise Refused(f"{type(dtype).__name__} in place of a dtype")
+        raise Refused(f"{type(dtype).__name__} instead of a dtype")
     return dtype.made()
 
 
@@ -289,14 +293,14 @@ def _ndarray(*arguments: object) -> None:
 
 
 def _bytes(text: str, encoding: str) -> bytes:
-    """Bytes as protocols below 3 write them: `_codecs.encode(text, "latin1")`."""
+    """Replaces `_codecs.encode(text, "latin1")`, as protocols below 3 write bytes."""
     if encoding not in ("latin1", "latin-1"):
         raise Refused(f"text in the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _set(members: Sequence = ()) -> set:
-    """A set as protocols below 4 write it: out of a list."""
+    """Replaces `set(list)`, as protocols below 4 write sets."""
     if any(type(member) is tuple and any(type(m) is tuple for m in member) for member in members):
         raise Refused("a key made of tuples in tuples")
     return set(members)
@@ -307,7 +311,7 @@ def _frozenset(members: Sequence = ()) -> frozenset:
 
 
 def _no_bytes() -> bytes:
-    """The empty byte string, as protocols below 3 write it; `bytes` itself would make any number of zeros."""
+    """Replaces `bytes()`, as protocols below 3 write empty bytes; the real one would make any number of zeros."""
     return b""
 
 
@@ -326,9 +330,9 @@ _ADMITTED: Admitted = {
 
 
 def _plain(value: object, done: dict[int, object], depth: int) -> object:
-    """`value` with arrays in place of their stand-ins; what is in it twice is one object there, too.
+    """Returns `value` with arrays instead of their replacements; repeated references stay one object.
 
-    `done` holds what was made plain by the id of what it was made of, which lives as long as the whole does.
+    `done` maps the ids of converted objects, which `value` keeps alive, to the results.
     """
     if depth > _DEEPEST:
         raise Refused(f"containers nested in themselves, or deeper than {_DEEPEST}")

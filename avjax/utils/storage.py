@@ -1,4 +1,4 @@
-"""Reads and writes files on this machine and on cloud storage: whole or not at all, and by one process at a time."""
+"""Reads and writes files on this machine and on cloud storage, atomically and by one process at a time."""
 
 import contextlib
 import hashlib
@@ -19,16 +19,16 @@ from avjax.errors import AvjaxError
 _CLOUD = re.compile(r"(gs|s3|az)://")
 
 
-def place(text: str) -> Path:
-    """The path that `text` names: on this machine, or on cloud storage (`gs://`, `s3://`, `az://`).
+def as_path(text: str) -> Path:
+    """Returns the path that `text` names, on this machine or on cloud storage (`gs://`, `s3://`, `az://`).
 
     Raises:
-      AvjaxError: the package that reaches that storage is missing.
+      AvjaxError: the package for that storage is missing.
     """
-    found = _CLOUD.match(text)
-    if not found:
+    match = _CLOUD.match(text)
+    if not match:
         return Path(text).expanduser()
-    package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}[found[1]]
+    package = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}[match[1]]
     try:
         (out := epath.Path(text)).exists()
     except ImportError as error:
@@ -37,12 +37,12 @@ def place(text: str) -> Path:
 
 
 def is_local(path: Path) -> bool:
-    """Whether a path is on this machine."""
+    """Returns whether a path is on this machine."""
     return isinstance(path, Path)
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copies the files of a folder, without those of folders in it, from or to any place."""
+    """Copies the files of a folder, without its subfolders, from and to this machine or cloud storage."""
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.is_file():
@@ -51,32 +51,33 @@ def copy_folder(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def filled(folder: Path, last: str) -> Iterator[Path]:
-    """A folder on this machine for work on the files of `folder`: itself, or of one on cloud storage a copy.
+    """Yields a folder on this machine with the files of `folder`: itself, or a copy that is copied back at the end.
 
     Args:
-      last: name of the file that is copied back after all others, as it says that all are there.
+      folder: on this machine or on cloud storage.
+      last: name of the file that is copied back last, as it marks the others as complete.
     """
     if is_local(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="avjax-") as name:
-        here = Path(name)
-        copy_folder(folder, here)
-        yield here
-        for path in sorted((p for p in here.rglob("*") if p.is_file()), key=lambda p: p.name == last):
-            target = folder / str(path.relative_to(here))
+        local = Path(name)
+        copy_folder(folder, local)
+        yield local
+        for path in sorted((p for p in local.rglob("*") if p.is_file()), key=lambda p: p.name == last):
+            target = folder / str(path.relative_to(local))
             target.parent.mkdir(parents=True, exist_ok=True)
             epath.Path(path).copy(target, overwrite=True)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: str) -> Iterator[IO]:
-    """Opens a file beside `path`, "w" (UTF-8) or "wb", and moves it there when all was written.
+    """Opens a temporary file beside `path`, "w" (UTF-8) or "wb", and moves it to `path` once all is written.
 
-    The file beside it is named `.<name>.<process>.part`, so that two writers do not share one.
+    The temporary file is named `.<name>.<process>.part`, so that two writers do not share one.
     """
     if not is_local(path):
-        # Held until it is whole: a stream that is closed by an error would leave a part of it there.
+        # Held in memory until complete: a stream closed by an error would leave a partial file.
         with io.BytesIO() if "b" in mode else io.StringIO(newline="") as held:
             yield held
             content = held.getvalue()
@@ -97,42 +98,44 @@ def replacing(path: Path, mode: str) -> Iterator[IO]:
 
 @contextlib.contextmanager
 def only_writer(folder: Path, otherwise: str) -> Iterator[None]:
-    """Holds `folder` for one process, and clears away what killed ones left beside the files in and below it.
+    """Locks `folder` for this process, and deletes temporary files that killed processes left in and below it.
 
-    On cloud storage nothing is held: there are no locks there, and whoever writes second wins.
+    Cloud storage has no locks; there the last writer wins.
 
     Args:
-      otherwise: what a user can do where that fails, for the error.
+      folder: made if it does not exist.
+      otherwise: what the user can do if that fails, for the error message.
+
     Raises:
-      AvjaxError: another process holds it, or it cannot be written.
+      AvjaxError: another process holds the lock, or the folder cannot be written.
     """
     if not is_local(folder):
         yield
         return
-    lock = filelock.FileLock(folder / ".lock", timeout=0)  # of the system: it goes with a killed process
+    lock = filelock.FileLock(folder / ".lock", timeout=0)  # of the operating system: it ends with a killed process
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout as error:
-        raise AvjaxError(f"{folder}: another process is writing here; wait for it, or {otherwise}") from error
+        raise AvjaxError(f"{folder}: another process is writing to it; wait for it, or {otherwise}") from error
     except OSError as error:
         raise AvjaxError(f"{folder}: cannot be written ({error.strerror}); {otherwise}") from error
     try:
         _sweep(folder)
         yield
     finally:
-        _sweep(folder)  # workers that were killed at their time limit leave parts, too
+        _sweep(folder)  # workers that were killed at their time limit leave temporary files, too
         lock.release()
 
 
 def _sweep(folder: Path) -> None:
     for part in folder.glob("**/.*.part"):
-        # An orphan of a killed run may still be moving its last one into place.
+        # A worker of a killed run may still be moving its last file.
         part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole."""
+    """Writes a text file atomically."""
     with replacing(path, "w") as file:
         file.write(text)
 
@@ -141,7 +144,7 @@ def read_json(path: Path, remedy: str = "restore a copy, or make it anew") -> di
     """Reads a JSON file that holds an object.
 
     Raises:
-      AvjaxError: it is missing or holds anything else; the message ends with the `remedy`.
+      AvjaxError: the file is missing or holds anything else; the message ends with `remedy`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Tables of text: CSV files in UTF-8, separated by commas, semicolons or tabs, read whole and strictly."""
+"""Reads CSV files in UTF-8, separated by commas, semicolons or tabs, completely and strictly."""
 
 import csv
 import gzip
@@ -22,15 +22,18 @@ def read(
     name: Callable[[str], str] = str.strip,
     cell: Callable[[str], str] = str.strip,
 ) -> list[dict[str | None, str]]:
-    """Reads the rows of a table whose first line names its columns, each as column → text.
+    """Reads the rows of a table with a header, each as column → text.
 
-    A cell that a row lacks is ""; the first one beyond the columns is under None.
+    A missing cell is ""; the first cell beyond the columns is under None.
 
     Args:
-      columns: those that it must have.
-      hint: what to do where there is no such file.
-      raw: columns, such as names of files, that need not be UTF-8: other bytes come as lone surrogates.
-      name, cell: text of the header → name of the column, text of a cell → its value.
+      path: of the table.
+      columns: required columns.
+      hint: what the user can do if there is no such file.
+      raw: columns, such as file names, that need not be UTF-8: other bytes become lone surrogates.
+      name: function of a header cell that returns the name of the column.
+      cell: function of the text of a cell that returns its value.
+
     Raises:
       AvjaxError: there is no such file, it is empty, not UTF-8 or not CSV, or lacks a column.
     """
@@ -47,10 +50,10 @@ def read(
 
 
 def read_columns(path: Path, header: bool = True) -> dict[str, Sequence[str]]:
-    """Reads a table of rows that are all as long, as column → texts; without a header they are "0", "1", ….
+    """Reads a table with rows of equal length as column → texts; without a header the columns are "0", "1", ….
 
     Raises:
-      AvjaxError: as `read`, or two columns have one name, or a row has more or fewer cells.
+      AvjaxError: as `read`, or two columns have the same name, or a row has more or fewer cells.
     """
     rows = _filled(path)
     names = [name.strip() for name in rows.pop(0)[1]] if header else [str(i) for i in range(len(rows[0][1]))]
@@ -65,10 +68,10 @@ def read_columns(path: Path, header: bool = True) -> dict[str, Sequence[str]]:
 
 
 def read_cells(path: Path) -> list[list[str]]:
-    """Reads the cells of each line that is not blank, of a file that may be compressed (`.gz`).
+    """Reads the cells of each line that is not blank; the file may be compressed (`.gz`).
 
     Raises:
-      AvjaxError: as `read`, but for an empty file, which has no lines.
+      AvjaxError: as `read`, except for an empty file, which has no lines.
     """
     rows = list(_cells(path))
     for line, cells in rows:
@@ -77,7 +80,7 @@ def read_cells(path: Path) -> list[list[str]]:
 
 
 def check_columns(path: Path, names: Collection[str], columns: Sequence[str]) -> None:
-    """Raises an AvjaxError that names those of `columns` that are not among the `names` of a table."""
+    """Raises an AvjaxError that names the `columns` that are not among the `names` of a table."""
     if missing := [column for column in columns if column not in names]:
         raise AvjaxError(
             f"{path}: no column {', '.join(missing)}; got {', '.join(names)}; expected {', '.join(columns)}"
@@ -85,7 +88,7 @@ def check_columns(path: Path, names: Collection[str], columns: Sequence[str]) ->
 
 
 def number(text: str) -> float:
-    """Returns the number that a text is, NaN where it is none."""
+    """Converts a text to a number, NaN if it is not one."""
     try:
         return float(text)
     except ValueError:
@@ -99,7 +102,7 @@ def _filled(path: Path, hint: str = "") -> list[tuple[int, list[str]]]:
 
 
 def _cells(path: Path, hint: str = "") -> Iterator[tuple[int, list[str]]]:
-    """The number of the last line, and the cells, of each row that is not blank."""
+    """Yields (number of the last line, cells) of each row that is not blank."""
     if not path.is_file():
         raise AvjaxError(f"{path}: not found; {hint or 'give the path of a table'}")
     with (

@@ -1,3 +1,3 @@
-"""Names the version of avjax, for records that outlive the installation."""
+"""The version of avjax, for records that outlive the installation."""
 
 VERSION = "0.1.0"

@@ -1,4 +1,4 @@
-"""Work in processes that may crash or hang without taking the run with them."""
+"""Runs work in processes that may crash or hang without ending the run."""
 
 import dataclasses
 import multiprocessing
@@ -14,13 +14,13 @@ from typing import Any
 
 from avjax.errors import AvjaxError, UnusableMedia
 
-# Items under way for each process: enough that none waits for work.
+# Items in flight per process: enough that none waits for work.
 _UNDER_WAY = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why an item was given up."""
+    """The reason why an item was given up."""
 
     reason: str
 
@@ -34,18 +34,23 @@ def each(
     setup: Callable,
     arguments: Sequence = (),
 ) -> Iterator[tuple[object, object]]:
-    """Calls `function(item)` for every item in `count` processes; yields (item, answer), or (item, Failure).
+    """Calls `function(item)` for every item in `count` processes; yields (item, result), or (item, Failure).
 
-    An item that takes longer than `seconds`, or at which the process dies, is given up with a reason; the others go
-    on. Only so many items are under way at once that answers do not pile up before whoever takes them. A process whose
-    parent is gone ends itself.
+    An item that takes longer than `seconds`, or that crashes its process, is given up with a reason; the others
+    continue. The number of items in flight is limited, so that results do not pile up before they are consumed. A
+    process whose parent is gone ends itself.
 
     Args:
-      function: what it raises becomes a Failure; an UnusableMedia speaks for itself.
+      function: what it raises becomes a Failure, with the message alone for an UnusableMedia.
+      items: its arguments.
+      count: number of processes.
+      seconds: time limit of an item.
       setup: called once in each process with `arguments`.
+      arguments: of `setup`.
+
     Raises:
-      AvjaxError: `function` raised one, `setup` raised anything, or the processes die without an item: no item is to
-        blame, and the others would fare no better.
+      AvjaxError: `function` raised one, `setup` raised anything, or the processes die without an item, so that no item
+        is to blame and the others would fail as well.
     """
     from pebble import ProcessPool
 
@@ -55,7 +60,7 @@ def each(
         initializer=_begin,
         initargs=(os.getpid(), setup, arguments),
     )
-    # A queue of what is done: `concurrent.futures.wait` would go through all that is not, every time.
+    # A queue of finished items: `concurrent.futures.wait` would go through all others every time.
     done = queue.SimpleQueue()
     with pool:
         try:
@@ -70,13 +75,13 @@ def each(
             schedule(_UNDER_WAY * count)
             for _ in items:
                 future = done.get()
-                yield item_of.pop(future), _answer(future, seconds)
+                yield item_of.pop(future), _result(future, seconds)
                 schedule(1)
         finally:
             pool.stop()
 
 
-def _answer(future: Any, seconds: float) -> object:
+def _result(future: Any, seconds: float) -> object:
     from pebble import ProcessExpired
 
     try:
@@ -108,7 +113,7 @@ def _begin(parent: int, setup: Callable, arguments: Sequence) -> None:
     try:
         setup(*arguments)
     except Exception as error:
-        # Kept for the first item to bring back: the pool itself only learns that the process ended.
+        # Kept for the first item to report: the pool itself only sees that the process ended.
         _unready = f"a worker process cannot start: {type(error).__name__}: {error}"
 
 

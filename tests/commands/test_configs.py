@@ -1,4 +1,4 @@
-"""Every configuration builds with all its variants, and a mistake on the command line is one clear line."""
+"""Every configuration builds with all its variants; a mistake on the command line is one clear line."""
 
 import os
 import pathlib
@@ -33,7 +33,7 @@ FUSION = [*FUSIONS, *STREAMS, *STANDARDISED, *PRESETS]
 DEIII = ["full", "ife_video", "ife_audio", "ife_fusion", "none_ife", "flow_only", "video_only", "time_concat",
          "channel_concat", "sum", "early", "transformer", "small", *STANDARDISED, *PRESETS, *TABLE_4]  # fmt: skip
 AVTCA = ["it1", "it4", "ct1", "ct4", "full", "softhard", "repo", "avtca_faulty", "avtca_112", *STANDARDISED]
-# Of every file in configs/: its name, data set and variants.
+# For every file in configs/: its name, data set and variants.
 EXPECTED = {
     "configs/avtca_crema_d.py": ("avtca_crema_d", "crema_d", AVTCA),
     "configs/avtca_folder.py": ("avtca_folder", "folder", [*AVTCA, "avtca", "paper"]),
@@ -97,7 +97,7 @@ def test_configuration(file):
 
 
 def _plain_keys(config):
-    """All keys but the settings of a fusion, which are its own."""
+    """Returns all keys but the settings of a fusion, which are its own."""
     return [key for key in configs.keys(config) if not key.startswith("model.settings.")]
 
 
@@ -267,4 +267,4 @@ def test_installed_wheel_ships_what_it_needs(tmp_path):
     mafw = call("avjax.extract", "--config=configs/extract_mafw.py", "--config.data.root=.", "--out=F",
                 cwd=elsewhere, path=site)  # fmt: skip
     assert mafw.returncode == 2
-    assert "no MAFW here" in mafw.stderr
+    assert "no MAFW; missing" in mafw.stderr

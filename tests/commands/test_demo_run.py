@@ -1,4 +1,4 @@
-"""The first command of the README on a machine that has nothing: whole, killed ten times, and out of a wheel."""
+"""The first command of the README on a fresh machine: uninterrupted, killed ten times, and from a wheel."""
 
 import itertools
 import json
@@ -24,30 +24,30 @@ CHANCE = 1 / 11
 KILLS = 10
 
 
-def fresh(place: pathlib.Path, **more: str) -> dict[str, str]:
-    """The environment of a machine that has nothing but the weights, which nobody wants to fetch again."""
+def fresh(root: pathlib.Path, **more: str) -> dict[str, str]:
+    """Returns the environment of a machine that has only the weights, which are not fetched again."""
     for name in ("minilm", "face_landmarker"):
         fetched = weights.fetch(name)
         folder = fetched if fetched.is_dir() else fetched.parent
-        (place / "cache" / "weights").mkdir(parents=True, exist_ok=True)
-        (place / "cache" / "weights" / name).symlink_to(folder)
+        (root / "cache" / "weights").mkdir(parents=True, exist_ok=True)
+        (root / "cache" / "weights" / name).symlink_to(folder)
     kept = {k: v for k, v in os.environ.items() if k not in ("AVJAX_DATA", "AVJAX_WEIGHTS")}
-    return kept | {"AVJAX_CACHE": str(place / "cache"), "HOME": str(place), "COLUMNS": "100"} | more
+    return kept | {"AVJAX_CACHE": str(root / "cache"), "HOME": str(root), "COLUMNS": "100"} | more
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(environment, run directory, what was printed, seconds) of the command as it stands in the README."""
-    place = tmp_path_factory.mktemp("whole")
-    environment = fresh(place, PYTHONPATH=str(REPOSITORY))
-    begun = time.monotonic()
-    done = subprocess.run(COMMAND, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
+def finished_run(tmp_path_factory):
+    """Runs the command of the README; (environment, run directory, output, seconds)."""
+    root = tmp_path_factory.mktemp("whole")
+    environment = fresh(root, PYTHONPATH=str(REPOSITORY))
+    start = time.monotonic()
+    done = subprocess.run(COMMAND, cwd=root, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
-    return environment, place / "runs" / "etg_mafw-demo", done.stdout, time.monotonic() - begun
+    return environment, root / "runs" / "etg_mafw-demo", done.stdout, time.monotonic() - start
 
 
-def test_says_what_it_is_everywhere(whole):
-    _, workdir, printed, _ = whole
+def test_the_data_set_is_named_everywhere(finished_run):
+    _, workdir, printed, _ = finished_run
     assert printed.count(STAMP) >= 3  # banner, first line, table
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert metrics["dataset"] == STAMP
@@ -58,8 +58,8 @@ def test_says_what_it_is_everywhere(whole):
     assert metrics["counts"] == {"used": 220, "quarantined": 0, "masked_audio": 0, "masked_video": 0}
 
 
-def test_neither_modality_is_enough_and_nothing_else_gives_the_class_away(whole):
-    metrics = json.loads((whole[1] / "metrics.json").read_text())
+def test_neither_modality_is_enough_and_nothing_else_gives_the_class_away(finished_run):
+    metrics = json.loads((finished_run[1] / "metrics.json").read_text())
     mean = {name: scores["mean"]["war"] for name, scores in metrics["reference"].items()}
     error = np.sqrt(CHANCE * (1 - CHANCE) / 220)
     assert mean["length, lead-in, loudness"] < CHANCE + 3 * error
@@ -71,18 +71,18 @@ def test_neither_modality_is_enough_and_nothing_else_gives_the_class_away(whole)
     assert heads["fusion"] > heads["audio"]
 
 
-def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(whole, tmp_path):
-    _, finished, _, seconds = whole
+def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(finished_run, tmp_path):
+    _, finished, _, seconds = finished_run
     environment = fresh(tmp_path, PYTHONPATH=str(REPOSITORY))
     seed = random.randrange(10**6)
     print("seed", seed)
     draw = random.Random(seed)
-    moments = [0.0, *sorted(draw.uniform(0, 0.9) for _ in range(KILLS))]
-    for before, after in itertools.pairwise(moments):
-        # Work that a kill throws away is done again, so the moments spread over the whole run.
+    fractions = [0.0, *sorted(draw.uniform(0, 0.9) for _ in range(KILLS))]
+    for before, after in itertools.pairwise(fractions):
+        # Work lost by a kill is repeated, so the kills are spread over the whole run.
         wait = 4 + (after - before) * seconds
         while not _killed(tmp_path, environment, wait):
-            shutil.rmtree(tmp_path / "runs")  # it was done before: train again
+            shutil.rmtree(tmp_path / "runs")  # it finished before: train again
             wait /= 2
     done = subprocess.run(COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -94,20 +94,20 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(whole, tmp_path):
     assert not list(tmp_path.glob("cache/demo/**/.*.part"))
 
 
-def _killed(place: pathlib.Path, environment: dict[str, str], seconds: float) -> bool:
-    """Whether the command was killed after `seconds`, and not done before; nothing of it is left running."""
-    said = place / "said.txt"
-    with said.open("w") as out:
+def _killed(root: pathlib.Path, environment: dict[str, str], seconds: float) -> bool:
+    """Returns whether the command was killed after `seconds`, not finished before; no process of it is left."""
+    log = root / "output.txt"
+    with log.open("w") as out:
         process = subprocess.Popen(
-            COMMAND, cwd=place, env=environment, start_new_session=True, stdout=out, stderr=subprocess.STDOUT
+            COMMAND, cwd=root, env=environment, start_new_session=True, stdout=out, stderr=subprocess.STDOUT
         )
         try:
             process.wait(seconds)
-            assert process.returncode == 0, said.read_text()
+            assert process.returncode == 0, log.read_text()
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)  # the command alone: its workers must notice by themselves
+            process.send_signal(signal.SIGKILL)  # only the command: its workers must notice by themselves
             process.wait()
-    print(f"{process.returncode} after {seconds:.1f} s:", *said.read_text().splitlines()[-1:])
+    print(f"{process.returncode} after {seconds:.1f} s:", *log.read_text().splitlines()[-1:])
     deadline = time.monotonic() + 10
     while (left := _of_session(process.pid)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -116,20 +116,20 @@ def _killed(place: pathlib.Path, environment: dict[str, str], seconds: float) ->
 
 
 def _of_session(session: int) -> list[int]:
-    found = []
+    pids = []
     for entry in pathlib.Path("/proc").glob("[0-9]*"):
         try:
-            # After the name, which may hold anything: state, parent, group, session.
+            # After the name, which may contain anything: state, parent, group, session.
             state, _, _, own = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
         except OSError:
             continue
         if int(own) == session and state != "Z":
-            found.append(int(entry.name))
-    return found
+            pids.append(int(entry.name))
+    return pids
 
 
-def test_wheel_runs_outside_the_checkout(whole, tmp_path):
-    environment, finished, _, _ = whole
+def test_wheel_runs_outside_the_checkout(finished_run, tmp_path):
+    environment, finished, _, _ = finished_run
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", str(REPOSITORY), "-w", str(tmp_path)], check=True, timeout=600)
     (wheel,) = tmp_path.glob("avjax-*.whl")

@@ -1,4 +1,4 @@
-"""The doctor's view of the machine and of public lists, and its exit statuses."""
+"""The doctor's checks of the machine and of public lists, and its exit statuses."""
 
 import gzip
 import hashlib
@@ -34,7 +34,7 @@ def doctor(*arguments, **environment):
 
 
 def pretend(monkeypatch, versions):
-    """Packages have these versions, None = are missing; others stay as they are."""
+    """Patches versions of packages, None for a missing one; others stay as they are."""
     real = importlib.metadata.version
 
     def version(name):
@@ -50,17 +50,17 @@ def by_name(rows):
 
 
 @pytest.mark.parametrize(
-    ("version", "state", "found"),
+    ("version", "state", "expected"),
     [
         ("0.10.2", "ok", "0.10.2"),
         ("0.4.1", "broken", "0.4.1; supported is <0.13,>=0.10.2"),
         (None, "broken", "missing"),
     ],
 )
-def test_packages_against_their_ranges(monkeypatch, version, state, found):
+def test_packages_against_their_ranges(monkeypatch, version, state, expected):
     pretend(monkeypatch, {"jax": version})
     row = by_name(machine_checks.packages())["jax"]
-    assert (row.state, row.found) == (state, found)
+    assert (row.state, row.found) == (state, expected)
     assert row.mend == ("pip install 'jax<0.13,>=0.10.2'" if state == "broken" else "")
 
 
@@ -113,7 +113,7 @@ def test_a_codec_that_cannot_be_written_is_not_tried(monkeypatch):
 
 
 def test_what_is_written_but_not_read_is_broken(monkeypatch):
-    monkeypatch.setattr(machine_checks, "_write", lambda path, picture, sound: path.write_bytes(b"nothing"))
+    monkeypatch.setattr(machine_checks, "_write", lambda path, video, audio: path.write_bytes(b"nothing"))
     assert {row.state for row in machine_checks.codecs()} == {"broken"}
 
 
@@ -155,7 +155,7 @@ def test_machine_has_devices_and_cores():
 
 
 class Tempting:
-    """A source that must not be asked."""
+    """A source that must not be used."""
 
     def collect(self, files, folder):
         raise AssertionError("downloads")
@@ -166,7 +166,7 @@ class Tempting:
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The file of the only registered weights, in an empty cache."""
+    """Returns the file of the only registered weights, in an empty cache."""
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path))
     monkeypatch.delenv("AVJAX_WEIGHTS", raising=False)
     for name in list(REGISTRY):
@@ -177,20 +177,20 @@ def tiny(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "state", "found"),
+    ("content", "state", "expected"),
     [
         (b"x", "ok", "here, checksums right"),
         (b"y", "broken", "sha256 is"),
         (None, "ok", "absent; fetched at first use: somewhere"),
     ],
 )
-def test_weights_are_looked_at_not_fetched(tiny, content, state, found):
+def test_weights_are_looked_at_not_fetched(tiny, content, state, expected):
     if content is not None:
         tiny.parent.mkdir(parents=True)
         tiny.write_bytes(content)
     (row,) = machine_checks.weights()
     assert row.state == state
-    assert found in row.found
+    assert expected in row.found
 
 
 def test_weights_without_a_source_are_noted(tiny, monkeypatch):
@@ -223,9 +223,9 @@ def test_what_cannot_be_looked_at_is_broken_and_stops_nothing(monkeypatch):
 
 def test_environment_as_json(tmp_path):
     done = doctor("--json", AVJAX_CACHE=str(tmp_path))
-    found = json.loads(done.stdout)
-    assert done.returncode == (1 if found["broken"] else 0)
-    assert {row["section"] for row in found["rows"]} == set(machine_checks.SECTIONS)
+    output = json.loads(done.stdout)
+    assert done.returncode == (1 if output["broken"] else 0)
+    assert {row["section"] for row in output["rows"]} == set(machine_checks.SECTIONS)
 
 
 def test_a_cache_that_cannot_be_written_is_status_1(tmp_path):
@@ -236,7 +236,7 @@ def test_a_cache_that_cannot_be_written_is_status_1(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["nonsense"], "expected nothing, data, or lists DIR"),
         (["lists"], "expected nothing, data, or lists DIR"),
@@ -244,16 +244,16 @@ def test_a_cache_that_cannot_be_written_is_status_1(tmp_path):
         (["lists", "/no/such/folder"], "no list of folds"),
     ],
 )
-def test_mistakes_in_the_call_are_status_2(arguments, says):
+def test_mistakes_in_the_call_are_status_2(arguments, message):
     done = doctor(*arguments)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("parts", "status"), [(("train", "test"), 0), (("train", "test", "train"), 1)])
 def test_data(tmp_path, parts, status):
-    """Three clips; the third has the content of the second."""
+    """Makes three clips; the third has the content of the second."""
     for i in range(len(parts)):
         clips.write_mp4(tmp_path / f"{i}.mp4", fps=20, hz=220 + 80 * min(i, 1))
     rows = [f"{i}.mp4,a,{part}" for i, part in enumerate(parts)]
@@ -261,16 +261,16 @@ def test_data(tmp_path, parts, status):
     flags = ["--config=configs/extract_folder.py", f"--config.data.root={tmp_path}", f"--out={tmp_path / 'out'}"]
     done = doctor("data", *flags, "--no_faces", "--workers=1", "--json")
     assert done.returncode == status, done.stderr
-    found = json.loads(done.stdout)
-    assert found == json.loads((tmp_path / "out" / "audit.json").read_text())
-    assert [f["kind"] for f in found["findings"] if f["severity"] == "invalid"] == ["copy in test"] * status
+    output = json.loads(done.stdout)
+    assert output == json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert [f["kind"] for f in output["findings"] if f["severity"] == "invalid"] == ["copy in test"] * status
 
 
 # ---- Lists -----------------------------------------------------------------------------------------------------------
 
 
 def write_lists(root, folds):
-    """HiCMAE's layout; fold → part → numbers of clips, whose label is the last digit's parity."""
+    """Writes HiCMAE's layout from fold → part → clip numbers, whose label is the last digit's parity."""
     for fold, parts in folds.items():
         for part, numbers in parts.items():
             path = root / f"split{fold}" / f"{part}.csv.gz"
@@ -279,15 +279,15 @@ def write_lists(root, folds):
     return root
 
 
-SOUND = {"01": {"train": range(3), "test": range(3, 6)}, "02": {"train": range(3, 6), "test": range(3)}}
+VALID = {"01": {"train": range(3), "test": range(3, 6)}, "02": {"train": range(3, 6), "test": range(3)}}
 
 
-def test_sound_lists(tmp_path):
-    done = doctor("lists", write_lists(tmp_path, SOUND), "--json")
+def test_valid_lists(tmp_path):
+    done = doctor("lists", write_lists(tmp_path, VALID), "--json")
     assert done.returncode == 0
-    found = json.loads(done.stdout)
-    assert found["problems"] == []
-    assert {(p["fold"], p["part"]): p["labels"] for p in found["parts"]} == {
+    output = json.loads(done.stdout)
+    assert output["problems"] == []
+    assert {(p["fold"], p["part"]): p["labels"] for p in output["parts"]} == {
         ("1", "test"): {"0": 1, "1": 2},
         ("1", "train"): {"0": 2, "1": 1},
         ("2", "test"): {"0": 2, "1": 1},
@@ -296,7 +296,7 @@ def test_sound_lists(tmp_path):
 
 
 def test_lists_whose_validation_is_test(tmp_path):
-    same = SOUND | {"01": SOUND["01"] | {"val": range(3, 6)}}
+    same = VALID | {"01": VALID["01"] | {"val": range(3, 6)}}
     done = doctor("lists", write_lists(tmp_path, same))
     assert done.returncode == 1
     assert "invalid: fold 1: val and test are the same 3 clips" in done.stdout
@@ -308,8 +308,8 @@ def test_real_lists(name, status):
         pytest.skip(f"real lists are not at {LISTS / name}")
     done = doctor("lists", LISTS / name, "--json")
     assert done.returncode == status, done.stderr
-    found = json.loads(done.stdout)
-    tested = sum(part["clips"] for part in found["parts"] if part["part"] == "test")
+    output = json.loads(done.stdout)
+    tested = sum(part["clips"] for part in output["parts"] if part["part"] == "test")
     assert tested == {"msp-improv": 7787, "ravdess": 1440}[name]
-    assert [problem for problem in found["problems"] if "val and test are the same" not in problem] == []
-    assert len(found["problems"]) == {"msp-improv": 6, "ravdess": 0}[name]
+    assert [problem for problem in output["problems"] if "val and test are the same" not in problem] == []
+    assert len(output["problems"]) == {"msp-improv": 6, "ravdess": 0}[name]

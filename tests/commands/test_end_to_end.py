@@ -1,4 +1,4 @@
-"""The commands of the documents, as a user types them, from media files to the tables."""
+"""The commands of the documents, as a user types them, from media files to tables."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def test_real_clips_leave_one_speaker_out(java_sed, tmp_path):
     python("avjax.extract", "--config", "configs/extract_folder.py", f"--config.data.root={data}", "--out", out)
     with (out / "sentences.csv").open(newline="") as file:
         sentences = {r["clip_id"]: r["both"] for r in csv.DictReader(file)}
-    # What anybody sees in these faces.
+    # The emotions that these faces show.
     smiling = {i for i, s in sentences.items() if "pulled-up lip corners" in s}
     assert smiling >= {r["file"].removesuffix(".mp4") for r in rows if r["label"] == "happy"}
     assert len(smiling) < len(rows)
@@ -84,21 +84,21 @@ def test_mafw_miniature_trains_over_its_five_folds(tmp_path):
     for i in range(2, 23):
         shutil.copy(one, root / f"data/clips/{i:05d}.mp4")
     for fold in range(5):
-        place = root / f"Train & Test Set/single/no_caption/set_{fold + 1}"
-        place.mkdir(parents=True)
+        folder = root / f"Train & Test Set/single/no_caption/set_{fold + 1}"
+        folder.mkdir(parents=True)
         for part in ("train", "test"):
             chosen = [i for i in range(22) if (i % 5 == fold) == (part == "test")]
-            (place / f"{part}.txt").write_text("".join(f"{i + 1:05d}.mp4 {classes[i % 11]}\n" for i in chosen))
+            (folder / f"{part}.txt").write_text("".join(f"{i + 1:05d}.mp4 {classes[i % 11]}\n" for i in chosen))
     out, workdir = tmp_path / "F", tmp_path / "W"
     flags = [f"--config.data.root={root}", f"--config.data.features={out}", "--config.train.epochs=2"]
     printed = python("avjax.train", "--config", "configs/etg_mafw.py", *flags, "--workdir", workdir)
     assert "demo" not in printed
-    assert (out / "index.json").is_file()  # training extracted what was not there
+    assert (out / "index.json").is_file()  # training extracted the missing features
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert [f["fold"] for f in metrics["folds"]] == ["1", "2", "3", "4", "5"]
     assert sum(f["n_test"] for f in metrics["folds"]) == 22
     assert metrics["protocol"].startswith("5 folds of the data set")
-    assert metrics["counts"]["masked_video"] == 22  # a drawn pattern has no face
+    assert metrics["counts"]["masked_video"] == 22  # a synthetic pattern has no face
     assert metrics["dataset"] == "mafw"
 
 
@@ -106,5 +106,5 @@ def test_training_with_a_root_that_is_not_mafw_names_what_is_missing(tmp_path):
     command = [sys.executable, "-m", "avjax.train", "--config", "configs/etg_mafw.py", f"--config.data.root={tmp_path}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "no MAFW here; missing: data/clips" in done.stderr
+    assert "no MAFW; missing: data/clips" in done.stderr
     assert "Traceback" not in done.stderr

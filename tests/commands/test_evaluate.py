@@ -1,4 +1,4 @@
-"""The table of several runs: read from run directories, references included, mistakes named."""
+"""The table of several runs: read from run directories, with baselines; mistakes are reported."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def test_an_unfinished_run_is_named(tmp_path):
 
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
-    """The command, in this process, on features in the folder F."""
+    """Runs the command in this process, on features in the folder F."""
     return functools.partial(_compare, tmp_path, monkeypatch)
 
 
@@ -62,7 +62,7 @@ def _compare(tmp_path, monkeypatch, *args: str) -> None:
     spec = "--config=configs/fusion_folder.py:audio"
     short = ["--config.train.epochs=5", "--config.train.seeds=(1,2)", f"--config.data.features={tmp_path / 'F'}"]
     argv = ["evaluate", "compare", spec, *short, "--nomarkdown", "--rows=", f"--runs={tmp_path / 'runs'}", *args]
-    monkeypatch.setattr(sys, "argv", argv)  # where overrides of a configuration are looked for
+    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
     evaluate.main(configs.parse_flags(argv))
 
 

@@ -1,4 +1,4 @@
-"""Files as the world brings them: each is used correctly, used with what it lacks masked, or quarantined with a reason.
+"""Unusual and damaged files: each is used, used with missing parts masked, or quarantined with a reason.
 
 All stand in one folder data set. The real commands run over it in a process group of their own, of which nothing is
 left afterwards.
@@ -36,7 +36,7 @@ RATES = {"mono": 16000, "stereo": 48000}
 
 
 def write(path, images, *, times=None, rotation=0, hz=220.0, layout="mono", quick_start=False, fps=10):  # noqa: PLR0913 - a file has as many properties
-    """Writes pictures, shown at `times` in seconds, with a sine of `hz` as long as they are (None: no audio)."""
+    """Writes frames, shown at `times` in seconds, with a sine of `hz` of the same length (None: no audio)."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,18 +48,18 @@ def write(path, images, *, times=None, rotation=0, hz=220.0, layout="mono", quic
         video.gop_size = 5
         if rotation:
             video.set_display_rotation(rotation)
-        sound = container.add_stream("aac", rate=RATES[layout], layout=layout) if hz else None
+        audio = container.add_stream("aac", rate=RATES[layout], layout=layout) if hz else None
         for i, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
             frame.time_base = Fraction(1, 1000)
             frame.pts = round(1000 * (i / fps if times is None else times[i]))
             container.mux(video.encode(frame))
         container.mux(video.encode())
-        if sound:
+        if audio:
             frame = av.AudioFrame.from_ndarray(sine(len(images) / fps, hz, layout), "s16", layout)
             frame.sample_rate, frame.pts, frame.time_base = RATES[layout], 0, Fraction(1, RATES[layout])
-            container.mux(sound.encode(frame))
-            container.mux(sound.encode())
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode())
     return path
 
 
@@ -75,7 +75,7 @@ def pattern(count=10, height=64, width=96):
 
 
 def face(count=10):
-    """Pictures of a real face."""
+    """Returns images of a real face."""
     import av
 
     with av.open(str(FACE)) as container:
@@ -110,16 +110,16 @@ def without_permission(path):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`make` writes the file `name`; then it is quarantined for `reason`, or, where that is "", the rest is measured.
+    """A file `name` that `make` writes; it is quarantined for `reason`, or measured if that is "".
 
-    `picture`, `sound`: why masked, "" where used; `frames`: how many, or a range; `seconds`, `hz`, `times`: None = any.
+    `no_video`, `no_audio`: why masked, "" if used; `frames`: number or range; `seconds`, `hz`, `times`: None = any.
     """
 
     name: str
     make: object
     reason: str = ""
-    picture: str = NO_FACE
-    sound: str = ""
+    no_video: str = NO_FACE
+    no_audio: str = ""
     frames: object = 10
     seconds: float | None = 1.0
     hz: float | None = 220.0
@@ -135,7 +135,7 @@ class Case:
 FILES = [
     Case("truncated.mp4", lambda p: damaged(p, lambda d: d[: len(d) // 2]), NO_MEDIA),
     Case(
-        "truncated_later.mp4",  # the table of contents is in front: what lies before the cut can be had
+        "truncated_later.mp4",  # the index is at the front: what precedes the cut can be read
         lambda p: p.write_bytes((d := write(p, pattern(20), quick_start=True).read_bytes())[: len(d) * 2 // 3]),
         frames=range(4, 20),
         seconds=None,
@@ -146,19 +146,19 @@ FILES = [
     Case("random.mp4", lambda p: p.write_bytes(np.random.default_rng(0).bytes(50_000)), NO_MEDIA),
     Case("flipped.mp4", lambda p: damaged(p, zero_middle_of_media), frames=range(8, 17), seconds=2.0),
     Case("empty.mp4", lambda p: p.touch(), "an empty file"),
-    Case("sound_only.mp4", lambda p: clips.write_mp4(p, with_video=False), picture="no video stream", frames=0),
-    Case("picture_only.mp4", lambda p: write(p, pattern(), hz=None), sound="no audio stream", seconds=0, hz=None),
-    Case("one_frame.mp4", lambda p: write(p, pattern(1), hz=None), sound="no audio stream", frames=1, seconds=0,
+    Case("audio_only.mp4", lambda p: clips.write_mp4(p, with_video=False), no_video="no video stream", frames=0),
+    Case("video_only.mp4", lambda p: write(p, pattern(), hz=None), no_audio="no audio stream", seconds=0, hz=None),
+    Case("one_frame.mp4", lambda p: write(p, pattern(1), hz=None), no_audio="no audio stream", frames=1, seconds=0,
          hz=None),
-    Case("ten_ms.wav", lambda p: clips.write_wav(p, seconds=0.01), picture="no video stream", frames=0, seconds=0.01,
+    Case("ten_ms.wav", lambda p: clips.write_wav(p, seconds=0.01), no_video="no video stream", frames=0, seconds=0.01,
          hz=None),
     Case("film.jpg", lambda p: write(p, pattern())),
-    Case("eight_bit.wav", eight_bit, picture="no video stream", frames=0),
+    Case("eight_bit.wav", eight_bit, no_video="no video stream", frames=0),
     Case("stereo.mp4", lambda p: write(p, pattern(), layout="stereo")),
-    Case("portrait.mp4", lambda p: write(p, [np.rot90(i, -1) for i in face()], rotation=90), picture="", face=True),
-    Case("uneven.mp4", lambda p: write(p, pattern(4), times=[0, 0.1, 0.7, 1.5], hz=None), sound="no audio stream",
+    Case("portrait.mp4", lambda p: write(p, [np.rot90(i, -1) for i in face()], rotation=90), no_video="", face=True),
+    Case("uneven.mp4", lambda p: write(p, pattern(4), times=[0, 0.1, 0.7, 1.5], hz=None), no_audio="no audio stream",
          frames=4, times=(0, 0.1, 0.7, 1.5), seconds=0, hz=None),
-    Case("two_faces.mp4", lambda p: write(p, [np.hstack([i, i]) for i in face()]), picture="", face=True),
+    Case("two_faces.mp4", lambda p: write(p, [np.hstack([i, i]) for i in face()]), no_video="", face=True),
     Case("no_face.mp4", lambda p: write(p, pattern())),
     Case("black.mp4", lambda p: write(p, [0 * i for i in pattern()])),
     Case(os.fsdecode(b"caf\xe9.mp4"), lambda p: write(p, pattern())),
@@ -170,7 +170,7 @@ FILES = [
     Case("missing.mp4", lambda p: None, "no such file"),
     Case("folder.mp4", lambda p: p.mkdir(), "a folder, not a file"),
     Case("huge.mp4", lambda p: write(p, pattern(1, 2400, 4096)), hz=None, frames=0, seconds=0.1,
-         picture="frames of 4096x2400 pixels; at most 9437184 are read; scale it down"),
+         no_video="frames of 4096x2400 pixels; at most 9437184 are read; scale it down"),
     Case("huge_mute.mp4", lambda p: write(p, pattern(1, 2400, 4096), hz=None),
          "frames of 4096x2400 pixels; at most 9437184 are read; scale it down; no audio stream"),
     Case("pipe.mp4", lambda p: os.mkfifo(p), "not a file but a pipe, a socket or a device"),
@@ -203,7 +203,7 @@ def store(data):
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    """A command that must end well, quietly, in time, and without a process left behind."""
+    """Runs a command that must succeed without warnings, in time, and leave no process behind."""
     with subprocess.Popen(
         [sys.executable, "-m", *map(os.fspath, arguments)],
         cwd=REPOSITORY,
@@ -215,7 +215,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
         out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "Traceback" not in out + err
-    end = time.monotonic() + 3  # a helper that waits for its parent's end may take a moment to see it
+    end = time.monotonic() + 3  # a helper that waits for its parent's end may notice it a little later
     while alive := in_session(process.pid):
         assert time.monotonic() < end, f"left behind: {alive}"
         time.sleep(0.05)
@@ -223,15 +223,15 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 
 def in_session(leader: int) -> list[str]:
-    found = []
+    folders = []
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, session, *_ = path.read_text().rsplit(")", 1)[1].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(session) == leader and state != "Z":
-            found.append(path.parent.name)
-    return found
+            folders.append(path.parent.name)
+    return folders
 
 
 # ---- Extraction ------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_quarantined_with_a_plain_reason(store, case):
 
 @pytest.fixture(scope="module")
 def measured(store):
-    """Clip id → its packed record, and why it lacks what it lacks."""
+    """Returns clip id → its packed record, with the reasons why parts are missing."""
     records = {e["clip_id"].decode(): e for e in tfds.read(store, "folder", "lite")}
     staged = stores.read_index(store)["presets"]["lite"]["keys"]
     for clip_id, keys in staged.items():
@@ -269,9 +269,9 @@ def measured(store):
 @pytest.mark.parametrize("case", USED, ids=lambda c: c.id)
 def test_used_and_measured_correctly(measured, case):
     made = measured[case.id]
-    assert (made["video_why"], made["audio_why"]) == (case.picture, case.sound)
-    assert made["video_mask"].any() == (not case.picture)
-    assert made["audio_mask"].any() == (not case.sound)
+    assert (made["video_why"], made["audio_why"]) == (case.no_video, case.no_audio)
+    assert made["video_mask"].any() == (not case.no_video)
+    assert made["audio_mask"].any() == (not case.no_audio)
     assert len(made["times"]) in (case.frames if isinstance(case.frames, range) else [case.frames])
     if case.times:
         np.testing.assert_allclose(made["times"], case.times, atol=0.002)
@@ -290,19 +290,19 @@ def test_prediction_takes_and_refuses_the_same_files(data, tmp_path_factory):
     workdir = tiny_run.make(tmp_path_factory)[2]
     named = ["missing.mp4", "film.jpg"]
     done = run("avjax.predict", "--workdir", workdir, "--json", data, *(data / name for name in named))
-    said = json.loads(done.stdout)
-    # What is wrong with a row of the table is nothing to a file.
+    output = json.loads(done.stdout)
+    # An invalid row of the table does not concern the file.
     fine = {c.name for c in FILES if not c.reason or c.reason.startswith(("no label", "label", "duplicate"))}
-    assert {c["file"] for c in said["clips"]} == {shown(data / name) for name in fine}
-    assert {r["file"]: r["reason"] for r in said["rejected"]} == {
+    assert {c["file"] for c in output["clips"]} == {shown(data / name) for name in fine}
+    assert {r["file"]: r["reason"] for r in output["rejected"]} == {
         shown(data / c.name): c.reason for c in FILES if c.name not in fine and c.name != "folder.mp4"
     }
-    lacking = {c["file"]: c["missing"] for c in said["clips"]}
+    lacking = {c["file"]: c["missing"] for c in output["clips"]}
     for case in USED:
-        expected = {"video": case.picture, "audio": case.sound}
-        found = lacking[shown(data / case.name)]
-        assert {k: v for k, v in found.items() if k != "sentence"} == {k: v for k, v in expected.items() if v}
-    for rejected in said["rejected"]:
+        expected = {"video": case.no_video, "audio": case.no_audio}
+        missing = lacking[shown(data / case.name)]
+        assert {k: v for k, v in missing.items() if k != "sentence"} == {k: v for k, v in expected.items() if v}
+    for rejected in output["rejected"]:
         assert done.stderr.count(f"{rejected['file']}: {rejected['reason']}\n") == 1
 
 

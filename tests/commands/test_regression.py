@@ -1,4 +1,4 @@
-"""Values and labels end to end: what is planted in the features is learned, measured, reported and predicted."""
+"""Regression and multi-label end to end: a planted signal is learned, measured, reported and predicted."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ DE_III = {"model__streams": ("audio", "video")} | sized(
 
 
 class Two(nn.Module):
-    """A linear head for the picture, where nothing is, and one for the sound; the picture attends to the sound."""
+    """Makes linear heads for video, which has no signal, and for audio; video attends to audio."""
 
     classes: int = 3
 
@@ -67,7 +67,7 @@ TWO = Model(
 
 
 def trained(features, workdir, spec: str, settings: dict):
-    """The directory of a run on features that are at hand."""
+    """Trains on available features; returns the run directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "obtain", lambda config, console: features)
         return train.train(config.settings(spec, **settings), workdir)
@@ -116,7 +116,7 @@ def measured(workdir) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def agreement(y: np.ndarray, x: np.ndarray) -> float:
-    """CCC in float64, from its definition (Lin 1989)."""
+    """Computes the CCC in float64, from its definition (Lin 1989)."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     return 2 * np.mean((x - x.mean()) * (y - y.mean())) / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
 
@@ -197,11 +197,11 @@ def test_prediction_repeats_what_training_stored(run, request):
     _, rows = measured(workdir)
     features = synthetic.values()
     for fold in dict.fromkeys(rows["fold"].tolist()):
-        answers = prediction.probabilities(runs.read_run(workdir, fold), features)
+        predicted = prediction.probabilities(runs.read_run(workdir, fold), features)
         chosen = rows["fold"] == fold
         at = [features.ids.index(i) for i in rows["clip_id"][chosen]]
         key = "logits_chosen" if "logits_chosen" in rows else "logits_fusion"
-        np.testing.assert_allclose(answers[at], rows[key][chosen], atol=1e-5)
+        np.testing.assert_allclose(predicted[at], rows[key][chosen], atol=1e-5)
     lanes = [prediction.probabilities(runs.read_run(workdir, fold), features) for fold in set(rows["fold"].tolist())]
     np.testing.assert_allclose(prediction.probabilities(runs.read_run(workdir), features), np.mean(lanes, 0), atol=1e-6)
 
@@ -216,7 +216,7 @@ def test_runs_are_compared_by_ccc(linear, permuted, capsys):
     assert rows[3][3].startswith("−")
 
 
-# ---- Yes or no ----------------------------------------------------------------------------------------------------
+# ---- Multi-label ----------------------------------------------------------------------------------------------------
 
 
 def test_labels_are_learned_and_measured(asked):
@@ -226,8 +226,8 @@ def test_labels_are_learned_and_measured(asked):
     assert list(metrics["values"]) == ["happy", "sad", "angry"]
     assert metrics["mean"]["wa"] > 0.85
     for i, scores in enumerate(metrics["values"].values()):
-        truth, answer = rows["label"][:, i], rows["logits_fusion"][:, i] > 0
-        recalls = [(answer[truth == side] == side).mean() for side in (False, True)]
+        truth, predicted = rows["label"][:, i], rows["logits_fusion"][:, i] > 0
+        recalls = [(predicted[truth == side] == side).mean() for side in (False, True)]
         assert scores["wa"] == pytest.approx(np.mean(recalls))
     assert metrics["reference"]["audio"]["mean"]["wa"] > 0.85
     assert (asked / "labels.png").stat().st_size > 0
@@ -238,11 +238,11 @@ def test_labels_are_learned_and_measured(asked):
 
 def test_labels_are_predicted_as_probabilities_that_need_not_add_up(asked):
     features = synthetic.questions()
-    shares = prediction.probabilities(runs.read_run(asked), features)
-    assert shares.shape == (480, 3)
-    assert ((shares > 0) & (shares < 1)).all()
-    assert np.ptp(shares.sum(-1)) > 0.5
-    assert ((shares > 0.5) == features.label).mean() > 0.85
+    chances = prediction.probabilities(runs.read_run(asked), features)
+    assert chances.shape == (480, 3)
+    assert ((chances > 0) & (chances < 1)).all()
+    assert np.ptp(chances.sum(-1)) > 0.5
+    assert ((chances > 0.5) == features.label).mean() > 0.85
 
 
 # ---- From media files ---------------------------------------------------------------------------------------------
@@ -251,8 +251,8 @@ def test_labels_are_predicted_as_probabilities_that_need_not_add_up(asked):
 @pytest.mark.thorough
 @pytest.mark.weights
 @pytest.mark.parametrize("task", ["regression", "multilabel"])
-def test_from_media_to_answers(task, tmp_path):
-    mark, picture = {"regression": ("value:", "scatter.png"), "multilabel": ("is:", "labels.png")}[task]
+def test_from_media_to_predictions(task, tmp_path):
+    mark, figure = {"regression": ("value:", "scatter.png"), "multilabel": ("is:", "labels.png")}[task]
     root, rows = tmp_path / "R", []
     for i in range(8):
         clips.write_mp4(root / f"{i}.mp4", seconds=0.4 + 0.05 * i, hz=120 + 60 * i)
@@ -269,10 +269,11 @@ def test_from_media_to_answers(task, tmp_path):
     assert dict(zip(stored["clip_id"].tolist(), stored["label"].tolist(), strict=True)) == {
         name.removesuffix(".mp4"): pytest.approx(list(numbers)) for name, *numbers in rows
     }
-    assert (workdir / picture).stat().st_size > 0
+    assert (workdir / figure).stat().st_size > 0
     run = runs.read_run(workdir)
-    answers, rejected = prediction.predict(run, prediction.find_clips([str(root / "5.mp4")]), Console(quiet=True))
+    new_clips = prediction.find_clips([str(root / "5.mp4")])
+    predicted, rejected = prediction.predict(run, new_clips, Console(quiet=True))
     assert rejected == []
-    assert list(answers[0].scores) == ["high", "late"]
-    said = json.loads(prediction_tables.as_json(run, answers, rejected))["clips"][0]
-    assert ("values" in said) == (task == "regression")
+    assert list(predicted[0].scores) == ["high", "late"]
+    record = json.loads(prediction_tables.as_json(run, predicted, rejected))["clips"][0]
+    assert ("values" in record) == (task == "regression")

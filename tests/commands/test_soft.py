@@ -1,4 +1,4 @@
-"""Labels that are shares of the classes, end to end: learned, measured, reported and predicted."""
+"""Soft labels, end to end: learned, measured, reported and predicted."""
 
 import json
 
@@ -26,7 +26,7 @@ NAMES = ("happy", "sad", "angry")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return concat(synthetic.shares(), tmp_path_factory.mktemp("runs") / "soft")
+    return concat(synthetic.soft(), tmp_path_factory.mktemp("runs") / "soft")
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +40,18 @@ def test_shares_are_recovered(measured):
     _, rows = measured
     assert rows["label"].dtype == np.float32
     np.testing.assert_allclose(rows["label"].sum(-1), 1, rtol=1e-6)
-    answer = softmax(rows["logits_fusion"].astype(float), -1)
-    assert np.abs(answer - rows["label"]).mean() < 0.1
-    assert np.corrcoef(answer.ravel(), rows["label"].ravel())[0, 1] > 0.9
-    # What a choice of the largest share alone would bring about is far from the shares.
+    predicted = softmax(rows["logits_fusion"].astype(float), -1)
+    assert np.abs(predicted - rows["label"]).mean() < 0.1
+    assert np.corrcoef(predicted.ravel(), rows["label"].ravel())[0, 1] > 0.9
+    # Predicting only the largest class would be far from the soft labels.
     assert np.abs(np.eye(3)[rows["label"].argmax(-1)] - rows["label"]).mean() > 0.15
 
 
 def test_scores_are_against_the_largest_share(measured):
     metrics, rows = measured
-    label, answer = rows["label"].argmax(-1), rows["logits_fusion"].argmax(-1)
+    label, predicted = rows["label"].argmax(-1), rows["logits_fusion"].argmax(-1)
     assert metrics["task"] == "soft"
-    assert metrics["pooled"]["war"] == pytest.approx(np.mean(label == answer))
+    assert metrics["pooled"]["war"] == pytest.approx(np.mean(label == predicted))
     assert metrics["mean"]["uar"] > 0.8
     assert np.sum(metrics["confusion"], -1).tolist() == np.bincount(label).tolist()
     assert metrics["reference"]["audio"]["mean"]["uar"] > 0.8
@@ -76,18 +76,18 @@ def test_runs_are_compared_by_hits(run, measured):
 
 
 def test_predictions_are_shares(run, measured):
-    read, features = runs.read_run(run), synthetic.shares()
-    answers = prediction.probabilities(read, features)
-    np.testing.assert_allclose(answers.sum(-1), 1)
-    assert np.mean(answers.argmax(-1) == features.label.argmax(-1)) > 0.8
-    one = prediction.Prediction("a.mp4", dict(zip(NAMES, answers[0].tolist(), strict=True)), "", {})
-    said = json.loads(prediction_tables.as_json(read, [one], []))["clips"][0]
-    assert said["predicted"] == one.ranked[0][0]
-    assert said["probabilities"] == one.scores
+    read, features = runs.read_run(run), synthetic.soft()
+    predicted = prediction.probabilities(read, features)
+    np.testing.assert_allclose(predicted.sum(-1), 1)
+    assert np.mean(predicted.argmax(-1) == features.label.argmax(-1)) > 0.8
+    one = prediction.Prediction("a.mp4", dict(zip(NAMES, predicted[0].tolist(), strict=True)), "", {})
+    record = json.loads(prediction_tables.as_json(read, [one], []))["clips"][0]
+    assert record["predicted"] == one.ranked[0][0]
+    assert record["probabilities"] == one.scores
 
 
 def test_a_store_keeps_shares(tmp_path):
-    features = synthetic.shares(24)
+    features = synthetic.soft(24)
     synthetic.write_store(tmp_path, features)
     read = store.load(tmp_path, "lite")
     assert (read.task, read.classes) == ("soft", NAMES)
@@ -100,8 +100,8 @@ def test_guided_heads_cost_cross_entropy_with_shares_and_nothing_for_classes():
     batch = {"label": label, "weight": np.ones(1, np.float32)}
     output = Output({"fusion": np.zeros((1, 3), np.float32)}, {}, {})
     chosen = config.settings("configs/etg_folder.py").model
-    found = models.build(chosen, 3, "soft").loss(output, batch, np.ones(3) / 3)
-    np.testing.assert_allclose(found["fusion"], 2 * np.log(3), rtol=1e-6)
+    losses = models.build(chosen, 3, "soft").loss(output, batch, np.ones(3) / 3)
+    np.testing.assert_allclose(losses["fusion"], 2 * np.log(3), rtol=1e-6)
     with pytest.raises(AvjaxError, match="both are for classes"):
         models.build(config.settings("configs/etg_folder.py", model__imbalance="focal").model, 3, "soft")
 

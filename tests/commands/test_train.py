@@ -1,4 +1,4 @@
-"""The whole command on a small made-up feature store: killed and begun again, finished, changed, interrupted."""
+"""The whole command on a small made-up feature store: killed and restarted, finished, changed, interrupted."""
 
 import json
 import os
@@ -62,27 +62,27 @@ def run(features: pathlib.Path, workdir: pathlib.Path) -> str:
 
 
 def stop(features: pathlib.Path, workdir: pathlib.Path, at: str, how: signal.Signals = signal.SIGKILL) -> str:
-    """Runs until a line of the output begins with `at`, then sends a signal; gives what was said until then."""
+    """Runs until a line of the output begins with `at`, then sends a signal; returns the output."""
     process = start(features, workdir)
-    said = []
+    output = []
     for line in process.stdout:
-        said.append(line)
+        output.append(line)
         if line.startswith(at):
             process.send_signal(how)
             break
     _, err = process.communicate(timeout=300)
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), err
-    return "".join([*said, err])
+    return "".join([*output, err])
 
 
 def final(workdir: pathlib.Path) -> list[np.ndarray]:
-    """All arrays of the newest checkpoint."""
+    """Returns all arrays of the newest checkpoint."""
     import orbax.checkpoint as ocp
 
     newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
     folder = newest.absolute() / "default"
     reader = ocp.PyTreeCheckpointer()
-    # As NumPy's, wherever the arrays were: of several processes, too.
+    # As NumPy arrays, wherever they were, for several processes too.
     as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
     )
@@ -100,17 +100,17 @@ def assert_equal_runs(one: pathlib.Path, other: pathlib.Path) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(features, tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    said = run(features, workdir)
-    assert "epoch 12/12" in said
+    output = run(features, workdir)
+    assert "epoch 12/12" in output
     return workdir
 
 
 @pytest.mark.budget(45)
 def test_a_killed_run_ends_as_if_undisturbed(features, undisturbed, tmp_path):
     stop(features, tmp_path, "epoch 8/")
-    said = run(features, tmp_path)
-    assert "going on after epoch" in said
-    assert "epoch 3/" not in said
+    output = run(features, tmp_path)
+    assert "going on after epoch" in output
+    assert "epoch 3/" not in output
     assert_equal_runs(tmp_path, undisturbed)
 
 
@@ -119,12 +119,12 @@ def test_a_killed_run_ends_as_if_undisturbed(features, undisturbed, tmp_path):
 def test_runs_killed_and_interrupted_in_turn_end_as_if_undisturbed(features, undisturbed, tmp_path):
     stop(features, tmp_path, "epoch 1/")  # the first checkpoint may be half-written
     stop(features, tmp_path, "epoch 5/")
-    said = stop(features, tmp_path, "epoch 8/", signal.SIGINT)
-    assert "going on after epoch" in said
-    assert "interrupted; the same command goes on from here" in said
-    said = run(features, tmp_path)
-    assert "going on after epoch" in said
-    assert "epoch 3/" not in said
+    output = stop(features, tmp_path, "epoch 8/", signal.SIGINT)
+    assert "going on after epoch" in output
+    assert "interrupted; the same command continues from this state" in output
+    output = run(features, tmp_path)
+    assert "going on after epoch" in output
+    assert "epoch 3/" not in output
     assert_equal_runs(tmp_path, undisturbed)
 
 
@@ -152,7 +152,7 @@ def test_killed_at_any_moment(features, undisturbed, tmp_path, at):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["report.html", "metrics.json", "predictions.npz"])
 def test_killed_while_reporting(features, undisturbed, tmp_path, lost):
-    """The files of a report, newest first, were not there yet."""
+    """The files of a report, newest first, do not exist yet."""
     run(features, tmp_path)
     names = ["report.html", "metrics.json", "predictions.npz"]
     for name in names[: names.index(lost) + 1]:
@@ -217,7 +217,7 @@ def test_main_stays_linear_and_short():
 
 @pytest.mark.thorough
 def test_a_run_directory_on_cloud_storage(features, undisturbed, tmp_path):
-    """Stood in for by a folder that is reached in the same way."""
+    """A folder that is accessed in the same way replaces it."""
     from etils import epath
 
     workdir = epath.Path(tmp_path / "W")

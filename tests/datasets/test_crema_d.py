@@ -34,7 +34,7 @@ def media(root, name):
 
 @pytest.fixture
 def crema_d(tmp_path):
-    """All emotions of each block's first and last actor, faulty clips, and sound beside all films but one."""
+    """Makes all emotions of each block's first and last actor, faulty clips, and audio for all videos but one."""
     for name in [f"{actor}_DFA_{code}_XX" for actor in FIRST + LAST for code in CODES] + BROKEN[1:]:
         media(tmp_path, name)
     for name in ("1001_IEO_HAP_LO", "1001_IEO_HAP_HI", "1040_ITH_SAD_X", "._1001_DFA_ANG_XX"):
@@ -54,12 +54,12 @@ def test_intended_emotions(crema_d):
     assert (corpus.name, corpus.task.kind, corpus.task.classes) == ("crema_d", "single", CLASSES)
     assert len(clips) == 62
     name = "1018_DFA_NEU_XX"
-    film, sound = crema_d / f"VideoFlash/{name}.flv", crema_d / f"AudioWAV/{name}.wav"
-    assert clips[name] == Clip(name, film, "neutral", sound, "1018", "Don't forget a jacket", fold="1", gender="female")
+    film, wav = crema_d / f"VideoFlash/{name}.flv", crema_d / f"AudioWAV/{name}.wav"
+    assert clips[name] == Clip(name, film, "neutral", wav, "1018", "Don't forget a jacket", fold="1", gender="female")
     assert [clips[f"1091_DFA_{e}_XX"].label for e in CODES] == list(CLASSES)
     assert clips["1001_IEO_HAP_HI"].transcript == "It's eleven o'clock"
     assert [clips[f"{a}_DFA_ANG_XX"].gender for a in ("1001", "1019", "1091")] == ["male", None, None]
-    assert clips["1091_DFA_SAD_XX"].audio is None, "the sound of the film"
+    assert clips["1091_DFA_SAD_XX"].audio is None, "the audio of the video"
     assert sorted(name for name, _ in corpus.rejected) == BROKEN, "one of which is called 1040_ITH_SAD_X on the disk"
     assert dict(corpus.rejected) == dict(metadata("crema_d").broken)
 
@@ -107,8 +107,8 @@ def test_files_that_cannot_be_read(crema_d, file, content, reason):
 # ---- the crowd -------------------------------------------------------------------------------------------------------
 
 HEADER = "FileName,angry,sad,disgust,fear,neutral,happy,SpkrID,Gender,Split_Set"
-# Clip → shares in the order of the header.
-SHARES = {
+# Clip → votes in the order of the header.
+SOFT = {
     "1001_DFA_ANG_XX": "0.856,0.01,0.01,0.104,0.01,0.01",
     "1001_IEO_HAP_LO": "1,0,0,0,2,5",
     "1018_DFA_SAD_XX": "0.1,0.2,0,0,0.7,0",
@@ -119,12 +119,12 @@ PARTS = ["Train", "Train", "Development", "Test", "Test"]
 
 
 def partition(root, i, rows, folder="labels", name="label_consensus_{}.csv"):
-    table = [HEADER, *(f"{n}.wav,{shares},{n[:4]},Male,{part}" for n, shares, part in rows)]
+    table = [HEADER, *(f"{n}.wav,{soft},{n[:4]},Male,{part}" for n, soft, part in rows)]
     return write(root / folder / name.format(i), "\n".join(table))
 
 
-def listed(part_of=PARTS, shares=SHARES):
-    return [(name, shares[name], part) for name, part in zip(shares, part_of, strict=True)]
+def listed(part_of=PARTS, soft=SOFT):
+    return [(name, soft[name], part) for name, part in zip(soft, part_of, strict=True)]
 
 
 @pytest.fixture
@@ -140,11 +140,11 @@ def test_what_the_crowd_saw(crowd):
     assert (corpus.name, corpus.task.kind, corpus.task.classes) == ("crema_d:crowd", "single", CLASSES)
     assert [c.label for c in corpus.clips] == ["anger", "happiness", "neutral", "sadness", "fear"]
     name = "1018_DFA_SAD_XX"
-    film, sound = crowd / f"VideoFlash/{name}.flv", crowd / f"AudioWAV/{name}.wav"
-    assert corpus.clips[2] == Clip(name, film, "neutral", sound, "1018", "Don't forget a jacket", gender="female")
+    film, wav = crowd / f"VideoFlash/{name}.flv", crowd / f"AudioWAV/{name}.wav"
+    assert corpus.clips[2] == Clip(name, film, "neutral", wav, "1018", "Don't forget a jacket", gender="female")
     assert (corpus.overlapping, corpus.rejected) == (True, ())
     assert [f.name for f in corpus.folds] == ["1", "2", "3", "4", "5"]
-    ids = tuple(SHARES)
+    ids = tuple(SOFT)
     assert (corpus.folds[0].train, corpus.folds[0].val, corpus.folds[0].test) == (ids[:2], ids[2:3], ids[3:])
     assert (corpus.folds[4].train, corpus.folds[4].val, corpus.folds[4].test) == (ids[3:], ids[2:3], ids[:2])
 
@@ -160,7 +160,7 @@ def test_shares_of_the_votes(crowd):
 
 
 @pytest.mark.parametrize(
-    ("name", "shares", "reasons"),
+    ("name", "soft", "reasons"),
     [
         ("1001_DFA_ANG_XX", "0.4,0.4,0.2,0,0,0", ["no majority: anger and sadness have as many votes", None]),
         ("1001_DFA_ANG_XX", "0.4,a,0.2,0,0,0", ["expected numbers"] * 2),
@@ -172,10 +172,10 @@ def test_shares_of_the_votes(crowd):
         ("../1001_DFA_ANG_XX", "1,0,0,0,0,0", ["no name of a clip of CREMA-D"] * 2),
     ],
 )
-def test_rows_that_are_rejected(crowd, name, shares, reasons):
-    rows = {name if n == "1001_DFA_ANG_XX" else n: shares if n == "1001_DFA_ANG_XX" else s for n, s in SHARES.items()}
+def test_rows_that_are_rejected(crowd, name, soft, reasons):
+    rows = {name if n == "1001_DFA_ANG_XX" else n: soft if n == "1001_DFA_ANG_XX" else s for n, s in SOFT.items()}
     for i in range(1, 6):
-        partition(crowd, i, listed(shares=rows))
+        partition(crowd, i, listed(soft=rows))
     for target, reason in zip(("crowd", "soft"), reasons, strict=True):
         corpus = registry.index(f"crema_d:{target}", str(crowd))
         assert [(i, why.rpartition("; ")[2]) for i, why in corpus.rejected] == ([(name, reason)] if reason else [])
@@ -183,7 +183,7 @@ def test_rows_that_are_rejected(crowd, name, shares, reasons):
         assert {i for f in corpus.folds for i in f.train + f.val + f.test} == {c.id for c in corpus.clips}
 
 
-OTHER = SHARES | {"1091_DFA_FEA_XX": "1,0,0,0,0,0"}
+OTHER = SOFT | {"1091_DFA_FEA_XX": "1,0,0,0,0,0"}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ OTHER = SHARES | {"1091_DFA_FEA_XX": "1,0,0,0,0,0"}
         (lambda root: partition(root, 1, []), "label_consensus_2.csv: 1001_DFA_ANG_XX is not as in partition 1"),
         (lambda root: partition(root, 3, [*listed(), *listed()[:1]]), "6 rows of 5 clips; expected each clip once"),
         (lambda root: partition(root, 3, listed()[1:]), "1001_DFA_ANG_XX is not as in partition 1"),
-        (lambda root: partition(root, 3, listed(shares=OTHER)), "1091_DFA_FEA_XX is not as in partition 1"),
+        (lambda root: partition(root, 3, listed(soft=OTHER)), "1091_DFA_FEA_XX is not as in partition 1"),
         (
             lambda root: partition(root, 3, listed(["Dev", *PARTS[1:]])),
             "of 1001_DFA_ANG_XX.wav is 'Dev'; expected Train",
@@ -236,8 +236,8 @@ def test_votes(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A file for every clip, with the real lists."""
+def downloaded(tmp_path_factory):
+    """Makes a file for every clip, with the real lists."""
     if not (VOTES / "summaryTable.csv").is_file():
         pytest.skip(f"labels of CREMA-D are not at {VOTES}")
     root = tmp_path_factory.mktemp("crema_d")
@@ -252,8 +252,8 @@ def whole(tmp_path_factory):
     return root
 
 
-def test_real_clips_of_the_intended_emotions(whole):
-    corpus = registry.index("crema_d", str(whole))
+def test_real_clips_of_the_intended_emotions(downloaded):
+    corpus = registry.index("crema_d", str(downloaded))
     assert (len(corpus.clips), len(corpus.rejected)) == (7437, 5)
     assert len(corpus.clips) + len(corpus.rejected) == metadata("crema_d").clips
     assert Counter(c.gender for c in {c.speaker: c for c in corpus.clips}.values()) == {"male": 48, "female": 43}
@@ -265,8 +265,8 @@ def test_real_clips_of_the_intended_emotions(whole):
         assert len(fold.test) == count
 
 
-def test_real_partitions_of_the_crowd(whole):
-    corpus = registry.index("crema_d:crowd", str(whole))
+def test_real_partitions_of_the_crowd(downloaded):
+    corpus = registry.index("crema_d:crowd", str(downloaded))
     assert len(corpus.clips) == 5820 == metadata("crema_d:crowd").clips
     assert (corpus.rejected, corpus.overlapping) == ((), True)
     assert Counter(c.label for c in corpus.clips) == metadata("crema_d:crowd").classes
@@ -282,8 +282,8 @@ def test_real_partitions_of_the_crowd(whole):
         assert len(fold.train) + len(fold.val) + len(fold.test) == 5820
 
 
-def test_real_votes(whole):
-    votes = reader.votes(whole / "labels/summaryTable.csv")
+def test_real_votes(downloaded):
+    votes = reader.votes(downloaded / "labels/summaryTable.csv")
     assert len(votes) == 7442
-    assert all(sum(shares.values()) == pytest.approx(1) for shares in votes.values())
-    assert Counter(len(shares) for shares in votes.values()) == {1: 7022, 2: 378, 3: 40, 4: 2}
+    assert all(sum(soft.values()) == pytest.approx(1) for soft in votes.values())
+    assert Counter(len(soft) for soft in votes.values()) == {1: 7022, 2: 378, 3: 40, 4: 2}

@@ -23,7 +23,7 @@ def listed(root, fold, part, name="set_{fold}.csv"):
 def write(
     root, base=1, name="set_{fold}.csv", film="Clip/original/{i}.mp4", number="{i:05d}", header="video_name,label"
 ):
-    """Two clips of each class, the five lists that test each of them once, and what lies beside clips."""
+    """Makes two clips of each class, five lists that test each of them once, and unrelated files."""
     for i in range(1, 15):
         path = root / film.format(i=i, part=1 + i // 8)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,16 +109,16 @@ def relabel(root, change):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "numbers"),
     [
         (lambda label: "0" if label == "1" else label, "0, 2, 3, 4, 5, 6, 7"),
         (lambda label: "2" if label in "17" else label, "2, 3, 4, 5, 6"),
         (lambda label: CLASSES[int(label) - 1], "angry, disgust, fear, happy, neutral, sad, surprise"),
     ],
 )
-def test_labels_whose_first_number_is_not_clear(tmp_path, change, found):
+def test_labels_whose_first_number_is_not_clear(tmp_path, change, numbers):
     relabel(write(tmp_path), change)
-    with pytest.raises(AvjaxError, match=rf"labels are {found}; expected 1 to 7 \(official\) or 0 to 6 \(S2D\)"):
+    with pytest.raises(AvjaxError, match=rf"labels are {numbers}; expected 1 to 7 \(official\) or 0 to 6 \(S2D\)"):
         registry.index("dfew", str(tmp_path))
 
 
@@ -130,12 +130,12 @@ def test_lists_without_their_first_class_still_say_where_they_begin(tmp_path):
 def test_a_layout_that_is_not_dfew(tmp_path):
     write(tmp_path)
     listed(tmp_path, 4, "test").unlink()
-    with pytest.raises(AvjaxError, match=r"no DFEW here; missing: .*test\(single-labeled\)/set_4\.csv\. Set --config"):
+    with pytest.raises(AvjaxError, match=r"no DFEW; missing: .*test\(single-labeled\)/set_4\.csv\. Set --config"):
         registry.index("dfew", str(tmp_path))
     (tmp_path / "Clip/original").rename(tmp_path / "Clip/clip_224x224_16f")
-    with pytest.raises(AvjaxError, match=r"has frames alone .*; the films of Clip/original are needed"):
+    with pytest.raises(AvjaxError, match=r"has only frames .*; the videos of Clip/original are needed"):
         registry.index("dfew", str(tmp_path))
-    with pytest.raises(AvjaxError, match=r"no DFEW here; missing: Clip/original, .*set_1\.csv"):
+    with pytest.raises(AvjaxError, match=r"no DFEW; missing: Clip/original, .*set_1\.csv"):
         registry.index("dfew", str(tmp_path / "Clip"))
 
 

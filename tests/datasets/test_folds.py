@@ -1,4 +1,4 @@
-"""Data sets: labels.csv as people write it, folds, and what is held out for validation."""
+"""Folder data sets: labels.csv as users write it, folds, and validation clips."""
 
 import dataclasses
 import os
@@ -124,7 +124,7 @@ def test_folder_says_what_is_wrong_with_its_table(folder, table, message):
 
 def test_folder_with_values(folder, tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/classes.txt").write_text("of no use here")
+    (tmp_path / "data/classes.txt").write_text("not used")
     corpus = folder("value:valence;FILE; Value:Arousal ;speaker\n0.5;a.mp4;-1e-2;ann\n1;b.mp4; 0 ;ben\n")
     assert (corpus.task.kind, corpus.task.classes, corpus.rejected) == ("regression", ("valence", "arousal"), ())
     assert [(c.id, c.label, c.speaker) for c in corpus.clips] == [("a", (0.5, -0.01), "ann"), ("b", (1.0, 0.0), "ben")]
@@ -204,7 +204,7 @@ def test_folder_on_real_clips(java_sed):
 
 
 def made(count, classes=3, speakers=0, **columns):
-    """`count` clips; a column is given as a function of the clip's number."""
+    """Makes `count` clips; each column is a function of the clip's number."""
     return [
         Clip(f"c{i:02d}", None, f"class{i % classes}", speaker=f"s{i % speakers}" if speakers else None,
              **{name: value(i) for name, value in columns.items()})
@@ -263,7 +263,7 @@ def test_stratified_folds_are_balanced_and_follow_the_seed():
 
 
 def valued(count):
-    """Clips whose first value rises, in no order of their ids."""
+    """Makes clips whose first target rises, in random order of ids."""
     return [Clip(f"c{i:02d}", None, (float(i * 7 % count), 0.5)) for i in range(count)]
 
 

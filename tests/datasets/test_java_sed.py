@@ -13,7 +13,7 @@ CLASSES = ("neutral", "sad", "happy", "surprised", "fearful", "angry")
 
 @pytest.fixture
 def clone(tmp_path):
-    """All 240 clips, and what lies beside them."""
+    """Makes all 240 clips, and unrelated files."""
     folder = tmp_path / "dataset-resize"
     folder.mkdir()
     (tmp_path / ".git/lfs").mkdir(parents=True)

@@ -14,7 +14,7 @@ from tests.conftest import REAL
 CLASSES = list(metadata("mafw").classes)
 COMPOUND = list(metadata("mafw:compound").classes)
 LISTS = [(fold, part) for fold in range(1, 6) for part in ("train", "test")]
-# Windows-1252 with an ellipsis, which is a line's end in Latin-1, and GBK, whose second bytes are letters and signs.
+# Windows-1252 with an ellipsis, which is a line end in Latin-1, and GBK, whose second bytes are letters and signs.
 CAPTIONS = (b"A man shouts \x85 and \x93points\x94.", "他很生气，大喊".encode("gbk"), "café\ttwo".encode("cp1252"))
 
 
@@ -23,7 +23,7 @@ def listed(root, fold, part, folder="single/no_caption"):
 
 
 def write(root, classes, folder, line=lambda i, name, label: f"{name}.mp4 {label}".encode()):
-    """Two clips of each class, the five lists that test each of them once, and what lies beside clips."""
+    """Makes two clips of each class, five lists that test each of them once, and unrelated files."""
     names = [f"{i:05d}" for i in range(1, 2 * len(classes) + 1)]
     clips = root / "data/clips"
     clips.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def test_compound_emotions(tmp_path):
     corpus = registry.index("mafw:compound", str(tmp_path))
     assert (corpus.name, corpus.task.classes, len(COMPOUND)) == ("mafw:compound", tuple(COMPOUND), 43)
     assert [c.label for c in corpus.clips] == COMPOUND * 2
-    with pytest.raises(AvjaxError, match=r"no MAFW here; missing: Train & Test Set/single/no_caption/set_1/train\.txt"):
+    with pytest.raises(AvjaxError, match=r"no MAFW; missing: Train & Test Set/single/no_caption/set_1/train\.txt"):
         registry.index("mafw", str(tmp_path))
 
 
@@ -76,10 +76,10 @@ def test_lists_with_captions_say_the_same_as_those_without(tmp_path, name, folde
     classes = list(metadata(name).classes)
     write(tmp_path / "plain", classes, f"{folder}/no_caption")
     write(tmp_path / "captioned", classes, f"{folder}/with_caption", captioned)
-    plain, found = (registry.index(name, str(tmp_path / kind)) for kind in ("plain", "captioned"))
-    assert [(c.id, c.label) for c in found.clips] == [(c.id, c.label) for c in plain.clips]
-    assert found.folds == plain.folds
-    assert {c.transcript for c in found.clips} == {None}, "a caption is never an input"
+    plain, from_captioned = (registry.index(name, str(tmp_path / kind)) for kind in ("plain", "captioned"))
+    assert [(c.id, c.label) for c in from_captioned.clips] == [(c.id, c.label) for c in plain.clips]
+    assert from_captioned.folds == plain.folds
+    assert {c.transcript for c in from_captioned.clips} == {None}, "a caption is never an input"
 
 
 def test_captions_beside_plain_lists_must_agree(mafw):
@@ -97,7 +97,7 @@ def test_captions_beside_plain_lists_must_agree(mafw):
         with pytest.raises(AvjaxError, match=rf"with_caption/set_2/test\.txt: {message}"):
             registry.index("mafw", str(mafw))
     path.unlink()
-    assert registry.index("mafw", str(mafw)) == before, "a list that is not there says nothing"
+    assert registry.index("mafw", str(mafw)) == before, "a missing list is ignored"
 
 
 def test_class_names_with_capital_letters(tmp_path):
@@ -149,7 +149,7 @@ def test_mafw_missing_parts_are_all_named(mafw):
     (mafw / "data/clips").rename(mafw / "data/klips")
     with pytest.raises(AvjaxError, match=r"missing: data/clips, .*set_4/test\.txt\. Set --config\.data\.root"):
         registry.index("mafw", str(mafw))
-    with pytest.raises(AvjaxError, match=r"no MAFW here; missing: data/clips, .*set_1/train"):
+    with pytest.raises(AvjaxError, match=r"no MAFW; missing: data/clips, .*set_1/train"):
         registry.index("mafw", str(mafw / "data"))
 
 

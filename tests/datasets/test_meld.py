@@ -31,7 +31,7 @@ def write(root, part, table):
 
 @pytest.fixture
 def meld(tmp_path):
-    """Three parts whose numbers of dialogues begin anew, and stray files of the download."""
+    """Makes three parts whose dialogue numbers start over, and stray files of the download."""
     for part, folder in FOLDERS.items():
         (tmp_path / folder).mkdir()
         write(tmp_path, part, rows(part))
@@ -112,7 +112,7 @@ def test_films_that_were_not_fetched(meld):
 
 
 def test_the_published_counts(tmp_path):
-    """As many rows as the real tables have, with the two films that nobody has."""
+    """Makes as many rows as the real tables have, without the two videos that the download lacks."""
     counts = {"train": 9989, "dev": 1109, "test": 2610}
     labels = [name for name, count in metadata("meld").classes.items() for _ in range(count)]
     film = tmp_path / "film"
@@ -143,7 +143,7 @@ def test_the_published_counts(tmp_path):
             ),
             "line 2: not UTF-8",
         ),
-        (lambda root: write(root, "dev", []), "none of its rows has a film"),
+        (lambda root: write(root, "dev", []), "none of its rows has a video"),
     ],
 )
 def test_what_is_wrong_is_said(meld, spoil, message):

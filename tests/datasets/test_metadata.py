@@ -1,4 +1,4 @@
-"""What is known of the public data sets."""
+"""Metadata of the public data sets."""
 
 import pytest
 
@@ -8,15 +8,15 @@ from avjax.datasets.metadata import corpus, metadata, target
 
 @pytest.mark.parametrize("name", [n for n in registry.REGISTRY if n not in ("demo", "folder")])
 def test_every_public_data_set_says_where_it_comes_from(name):
-    known = metadata(name)
-    assert known.title
-    assert known.citation
-    assert known.licence
-    assert known.homepage.startswith("http")
-    assert known.clips > 0
-    counts = list(known.classes.values())
-    assert None in counts or sum(counts) == known.clips
-    assert not known.parts or sum(known.parts.values()) == known.clips
+    facts = metadata(name)
+    assert facts.title
+    assert facts.citation
+    assert facts.licence
+    assert facts.homepage.startswith("http")
+    assert facts.clips > 0
+    counts = list(facts.classes.values())
+    assert None in counts or sum(counts) == facts.clips
+    assert not facts.parts or sum(facts.parts.values()) == facts.clips
 
 
 def test_targets_share_what_is_of_the_corpus():

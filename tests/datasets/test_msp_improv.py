@@ -1,4 +1,4 @@
-"""MSP-IMPROV, on a miniature of its download and on the names of the public lists."""
+"""MSP-IMPROV, on a miniature of its download and on the clip names of the public lists."""
 
 import gzip
 import itertools
@@ -22,12 +22,12 @@ def write(path, content=b"x"):
 
 
 def turns():
-    """(pair, its path without prefix and suffix): two turns of each of twelve actors."""
+    """Yields (pair, path without prefix and suffix) of two turns of each of twelve actors."""
     for pair, (gender, turn) in itertools.product(range(1, 7), itertools.product("FM", ("P-FM01", "R-FF01"))):
         yield pair, f"session{pair}/S01A/{turn[0]}/", f"IMPROV-S01A-{gender}0{pair}-{turn}"
 
 
-# What stands for a turn: its line, and lines of raters, which the reader is to pass over, in no encoding.
+# The line of a turn, and lines of single raters, which the reader skips, in no valid encoding.
 RATERS = b"xy1; N; A:1.000; V:1.000; D:1.000; \xe9t\xe9\nUTD-rater; A:1;V:1;D:1;\n\n"
 
 
@@ -41,7 +41,7 @@ def line(name, values="A:2.4; V:2.6; D:3.0;"):
 
 @pytest.fixture
 def msp(tmp_path):
-    """Films and sounds in folders of their own, and what lies beside them; the second pair's films are MP4."""
+    """Makes videos and audio in separate folders, and unrelated files; the second pair's videos are MP4."""
     for pair, folder, name in turns():
         write(tmp_path / "Video" / folder / f"MSP-{name}.{'mp4' if pair == 2 else 'avi'}")
         write(tmp_path / "Audio" / folder / f"MSP-{name}.wav")
@@ -57,11 +57,11 @@ def test_values_of_all_turns(msp):
     corpus = registry.index("msp_improv", str(msp))
     assert (corpus.name, corpus.task.kind, corpus.task.classes) == ("msp_improv", "regression", VALUES)
     assert (len(corpus.clips), corpus.rejected, corpus.folds) == (24, (), ())
-    name, place = "MSP-IMPROV-S01A-F02-P-FM01", "session2/S01A/P/"
+    name, subfolder = "MSP-IMPROV-S01A-F02-P-FM01", "session2/S01A/P/"
     (clip,) = [c for c in corpus.clips if c.id == name]
     assert clip.label == pytest.approx((0.4, 0.65, 0.5))
-    film, sound = msp / f"Video/{place}{name}.mp4", msp / f"Audio/{place}{name}.wav"
-    assert clip == Clip(name, film, clip.label, sound, "F02", fold="2", gender="female")
+    film, wav = msp / f"Video/{subfolder}{name}.mp4", msp / f"Audio/{subfolder}{name}.wav"
+    assert clip == Clip(name, film, clip.label, wav, "F02", fold="2", gender="female")
     assert Counter((c.speaker, c.gender) for c in corpus.clips if c.fold == "6") == {
         ("F06", "female"): 2,
         ("M06", "male"): 2,
@@ -143,12 +143,12 @@ def test_nothing_that_can_be_used(msp):
     ):
         registry.index("msp_improv", str(msp))
     write(msp / "Labels/Evalution.txt")
-    with pytest.raises(AvjaxError, match=r"Evalution\.txt: rates no film, and there is none; set --config.data.root"):
+    with pytest.raises(AvjaxError, match=r"Evalution\.txt: rates no video, and there is none; set --config.data.root"):
         registry.index("msp_improv", str(msp))
 
 
 def test_real_names(tmp_path):
-    """Of the clips of four emotions, which others list: the session is the number of the actor's pair."""
+    """Uses the listed clips of four emotions: the session is the number of the actor's pair."""
     lists = REAL / "dfew_mafw_msp_ravdess_folds/HiCMAE/msp-improv/audio_visual"
     if not lists.is_dir():
         pytest.skip(f"HiCMAE's lists are not at {lists}")

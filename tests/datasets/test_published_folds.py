@@ -1,4 +1,4 @@
-"""Lists of folds that others publish."""
+"""Published fold lists."""
 
 import gzip
 
@@ -85,7 +85,7 @@ def test_several_data_sets_in_one_folder_are_an_error():
         listed("dfew_mafw_msp_ravdess_folds")
 
 
-@pytest.mark.parametrize("line", ["/far/faces/a_aligned /far/sound/a.wav 0", "a.mp4 0", "a.mp4,0"])
+@pytest.mark.parametrize("line", ["/far/faces/a_aligned /far/audio/a.wav 0", "a.mp4 0", "a.mp4,0"])
 def test_forms_of_a_line(tmp_path, line):
     folder = tmp_path / "split01"
     folder.mkdir()
@@ -102,7 +102,7 @@ def test_forms_of_a_line(tmp_path, line):
         ("train.txt", b"/far away/a /far away/a.wav 0", "expected a clip and its label"),
         ("train.txt", b"a\xe9 0", "line 1: not UTF-8; save the table as UTF-8"),
         ("train.csv.gz", b"no gzip", "cannot be read .*; take the file anew"),
-        ("label_consensus_1.csv", b"FileName,x,SpkrID,Split_Set\na,much,1,Train", "expected FileName, a share"),
+        ("label_consensus_1.csv", b"FileName,x,SpkrID,Split_Set\na,much,1,Train", "expected FileName, a column"),
         ("label_consensus_1.csv", b"FileName,x,SpkrID,Split_Set\na,1,1,Later", "Split_Set is 'later'; expected Train"),
     ],
 )
@@ -126,12 +126,12 @@ def test_what_is_wrong_with_lists_is_said():
         "1 times a list has a clip twice, such as a",
         "1 clips have two labels, such as b: x and y",
     ]
-    # Of one division nobody expects that its training clips are tested.
+    # The training clips of a single split need not be tested.
     assert published_folds.problems([Listed("", "train", {"a": "x"}), Listed("", "test", {"b": "x"})]) == []
 
 
 def test_a_clip_that_stands_twice_in_a_list_is_kept_once(tmp_path):
     (tmp_path / "test.txt").write_text("a.mp4 x\nb.mp4 x\na.mp4 y\n")
-    (found,) = published_folds.fold_lists(tmp_path)
-    assert found == Listed("", "test", {"a": "x", "b": "x"}, (("a", "y"),))
-    assert published_folds.problems([found])[-1] == "1 clips have two labels, such as a: x and y"
+    (repeating,) = published_folds.fold_lists(tmp_path)
+    assert repeating == Listed("", "test", {"a": "x", "b": "x"}, (("a", "y"),))
+    assert published_folds.problems([repeating])[-1] == "1 clips have two labels, such as a: x and y"

@@ -1,4 +1,4 @@
-"""RAVDESS, whose file names say everything, on miniatures of its download."""
+"""RAVDESS, on miniatures of its download."""
 
 import gzip
 import itertools
@@ -24,7 +24,7 @@ def write(path, content=b"x"):
 
 @pytest.fixture
 def ravdess(tmp_path):
-    """All emotions of two actors, and what lies beside them: songs, films without audio, sound alone, macOS's files."""
+    """Makes all emotions of two actors, and unrelated files: songs, videos without audio, audio, files of macOS."""
     for actor in (1, 12):
         folder = tmp_path / f"Actor_{actor:02d}"
         for emotion in range(1, 9):
@@ -39,7 +39,7 @@ def ravdess(tmp_path):
 def test_ravdess(ravdess):
     corpus = registry.index("ravdess", str(ravdess))
     assert (corpus.name, corpus.task.kind, corpus.task.classes) == ("ravdess", "single", CLASSES)
-    assert len(corpus.clips) == 16, "speech with picture and sound alone"
+    assert len(corpus.clips) == 16, "only speech with video and audio"
     assert {c.id[:5] for c in corpus.clips} == {"01-01"}
     assert corpus.clips[5] == Clip(
         "01-01-06-01-02-01-01",
@@ -57,10 +57,10 @@ def test_ravdess(ravdess):
 
 
 def takes():
-    """The names of all speech without their modality: neutral has one intensity, all others two."""
-    for actor, emotion, level, said, again in itertools.product(range(1, 25), range(1, 9), (1, 2), (1, 2), (1, 2)):
+    """Yields the names of all speech clips without modality: neutral has one intensity, all others two."""
+    for actor, emotion, level, statement, again in itertools.product(range(1, 25), range(1, 9), (1, 2), (1, 2), (1, 2)):
         if emotion > 1 or level == 1:
-            yield f"01-{emotion:02d}-{level:02d}-{said:02d}-{again:02d}-{actor:02d}"
+            yield f"01-{emotion:02d}-{level:02d}-{statement:02d}-{again:02d}-{actor:02d}"
 
 
 @pytest.mark.parametrize("folder", ["Actor_{}", "ACTOR{}", "Video_Speech_Actor_{0}/Actor_{0}"])
@@ -78,7 +78,7 @@ def test_all_of_ravdess(tmp_path, folder):
     assert {c.audio for c in corpus.clips} == {None}
 
 
-def test_picture_and_sound_in_two_files_are_one_clip(ravdess):
+def test_video_and_audio_in_two_files_are_one_clip(ravdess):
     folder = ravdess / "Actor_12"
     for take in ("01-03-01-02-01-12", "01-04-01-02-01-12"):
         (folder / f"01-{take}.mp4").unlink()
@@ -87,7 +87,7 @@ def test_picture_and_sound_in_two_files_are_one_clip(ravdess):
     (pair,) = [c for c in corpus.clips if c.audio]
     assert (pair.id, pair.label) == ("02-01-03-01-02-01-12", "happy")
     assert (pair.path, pair.audio) == (folder / f"{pair.id}.mp4", folder / f"03{pair.id[2:]}.wav")
-    assert len(corpus.clips) == 15, "a picture without sound is no clip"
+    assert len(corpus.clips) == 15, "a video without audio is not a clip"
     pair.audio.write_bytes(POINTER)
     ((name, reason),) = registry.index("ravdess", str(ravdess)).rejected
     assert (name, reason[:36]) == (pair.id, "its audio file: a Git LFS pointer, n")
@@ -99,9 +99,9 @@ def test_real_list_of_ravdess(tmp_path):
         pytest.skip(f"HiCMAE's lists are not at {lists}")
     for path in lists.glob("split*/test.csv.gz"):
         for line in gzip.decompress(path.read_bytes()).decode().splitlines():
-            pictures, sound, _ = line.split()
-            write(tmp_path / "Video" / f"{pictures.split('/')[-1]}.mp4")
-            write(tmp_path / "Audio" / sound.split("/")[-1])
+            frames, wav, _ = line.split()
+            write(tmp_path / "Video" / f"{frames.split('/')[-1]}.mp4")
+            write(tmp_path / "Audio" / wav.split("/")[-1])
     corpus = registry.index("ravdess", str(tmp_path))
     assert (len(corpus.clips), len({c.audio for c in corpus.clips}), corpus.rejected) == (1440, 1440, ())
     assert {c.id[3:] for c in corpus.clips} == {*takes()}

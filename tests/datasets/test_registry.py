@@ -1,4 +1,4 @@
-"""What all data sets do with a folder that is not theirs."""
+"""Errors of all data sets for a folder with another layout."""
 
 import pytest
 

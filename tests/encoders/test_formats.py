@@ -167,7 +167,7 @@ def test_hostile_pickles_are_refused_by_name_and_not_run(tmp_path, function, nam
     [
         (b"(lp0\n", "w: not tensors"),
         (b"\x96" + struct.pack("<Q", 1 << 40), "malformed"),  # a bytearray of 1 TB
-        (b"(t" + b"r\xff\xff\xff\xff" + b"0", "place 4294967295 of the memo.*refused"),  # memo number 4294967295
+        (b"(t" + b"r\xff\xff\xff\xff" + b"0", "index 4294967295 of the memo.*refused"),  # memo number 4294967295
         (b"\x85" * 3, "a key made of tuples in tuples.*refused"),
         (b")" + b"\x85" * 300_000, "w: not tensors"),  # nested beyond what could be printed or hashed
         (b"}(" + b")" + b"\x85" * 300_000 + b"Nu", "a key made of tuples in tuples.*refused"),

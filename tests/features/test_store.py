@@ -239,7 +239,7 @@ def test_a_store_has_one_writer_and_one_data_set(tmp_path):
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(AvjaxError, match="another process is writing here"), stores.Store(tmp_path, "x").locked():
+        with pytest.raises(AvjaxError, match="another process is writing to it"), stores.Store(tmp_path, "x").locked():
             pass
     finally:
         other.kill()

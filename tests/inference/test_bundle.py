@@ -283,7 +283,7 @@ def test_what_a_kill_left_is_cleared_away_and_another_writer_is_not(workdir, tmp
     (left / "params").mkdir(parents=True)
     (left / "params" / "half").write_text("x")
     (left / "labels.json").write_text("x")
-    with only_writer(left, "x"), pytest.raises(AvjaxError, match="another process is writing here"):
+    with only_writer(left, "x"), pytest.raises(AvjaxError, match="another process is writing to it"):
         bundle.write(workdir, tmp_path / "B")
     bundle.write(workdir, tmp_path / "B")
     bundle.check(tmp_path / "B")

@@ -1,4 +1,4 @@
-"""The launchers of clusters, run with stand-ins of the clusters' tools."""
+"""The launchers of clusters, run with replacements of the clusters' tools."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def box(tmp_path) -> Box:
 
 
 def with_states(box, *states: str) -> None:
-    """gcloud answers these states, one after another; NONE: there is no such resource; DENIED: another error."""
+    """Makes gcloud report these states in turn; NONE: there is no such resource; DENIED: another error."""
     (box.folder / "states").write_text("\n".join(states))
     box.stand_in(
         "gcloud",
@@ -90,7 +90,7 @@ def test_tpu_resume_runs_what_it_prints(box):
 
 
 def test_tpu_worker_runs_it_once(box):
-    """The line that goes to a worker, run here: in the background, with a log, and not a second time while it runs."""
+    """Runs the line for a worker locally: in the background, with a log, and not a second time while it runs."""
     worker = box.folder / "worker"
     (worker / "avjax_venv" / "bin").mkdir(parents=True)
     (worker / "avjax_venv" / "bin" / "python").symlink_to(sys.executable)
@@ -119,8 +119,8 @@ def test_tpu_worker_runs_it_once(box):
 # ---- Slurm, by a stand-in -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_slurm_requeues_a_job_that_was_told_to_end(box, told):
+@pytest.mark.parametrize("stopping", [True, False])
+def test_slurm_requeues_a_job_that_was_requested_to_stop(box, stopping):
     box.stand_in(
         "srun",
         """
@@ -132,16 +132,16 @@ sys.exit(5)
 """,
     )
     box.stand_in("scontrol", "")
-    arguments = ["bash", str(SLURM), "--", "long" if told else "short"]
+    arguments = ["bash", str(SLURM), "--", "long" if stopping else "short"]
     environment = box.environment(SLURM_JOB_ID="17")
     with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as script:
         assert script.stdout.readline() == "running\n"
-        if told:
+        if stopping:
             script.send_signal(signal.SIGTERM)
-        assert script.wait(20) == (143 if told else 5)
+        assert script.wait(20) == (143 if stopping else 5)
     srun, *others = box.calls()
     assert srun[:3] == SRUN
-    assert others == ([["scontrol", "requeue", "17"]] if told else [])
+    assert others == ([["scontrol", "requeue", "17"]] if stopping else [])
 
 
 def test_slurm_asks_for_the_signal_and_for_requeueing():
@@ -151,7 +151,7 @@ def test_slurm_asks_for_the_signal_and_for_requeueing():
 
 
 def test_slurm_runs_from_the_copy_that_sbatch_makes(box, tmp_path):
-    """In a folder of its own, under another name, without the other launchers."""
+    """The script runs in another folder, under another name, without the other launchers."""
     box.stand_in("srun", "sys.exit(3)")
     spooled = tmp_path / "spool" / "slurm_script"
     spooled.parent.mkdir()

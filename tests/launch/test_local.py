@@ -1,4 +1,4 @@
-"""`launch/local.sh` runs several processes as one: words, status, signals, failures, nothing left behind."""
+"""`launch/local.sh` runs several processes as one: arguments, status, signals, failures, nothing left running."""
 
 import contextlib
 import json
@@ -24,15 +24,15 @@ PROGRAM = """
 import json, os, pathlib, signal, subprocess, sys, time
 me = os.environ["AVJAX_PROCESS"]
 what, who = sys.argv[1:3] if len(sys.argv) > 2 else ("", "")
-here = pathlib.Path(__file__).parent
+folder = pathlib.Path(__file__).parent
 if what == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if what == "parent":
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    (here / f"pid_child{me}").write_text(str(child.pid))
+    (folder / f"pid_child{me}").write_text(str(child.pid))
 if what == "polite":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("saved on TERM"))
-(here / f"pid_{me}").write_text(str(os.getpid()))
+(folder / f"pid_{me}").write_text(str(os.getpid()))
 names = ("AVJAX_COORDINATOR", "AVJAX_PROCESSES", "AVJAX_PROCESS", "XLA_FLAGS", "JAX_PLATFORMS")
 print(json.dumps([sys.argv[1:], {n: os.environ.get(n) for n in names}]), flush=True)
 if what in ("deaf", "parent", "polite") or (what == "fail" and who != me):
@@ -60,7 +60,7 @@ class Running:
         time.sleep(0.1)
 
     def ended(self, seconds: float = 20) -> tuple[int, list[str], str]:
-        """Status, lines and messages, once the script and all that it started are gone."""
+        """Returns status, lines and messages once the script and all that it started have ended."""
         out, err = self.script.communicate(timeout=seconds)
         wait_for(lambda: not any(alive(pid) for pid in self.pids()))
         return self.script.returncode, out.splitlines(), err
@@ -80,11 +80,11 @@ def test_local_runs_all_processes_of_a_run(box):
     assert (status, messages) == (0, "")
     assert len({line[:3] for line in lines}) == 3
     for line in lines:
-        arguments, there = json.loads(line[4:])
+        arguments, variables = json.loads(line[4:])
         assert arguments == list(AWKWARD)
-        assert (line[:4], there["AVJAX_PROCESSES"]) == (f"[{there['AVJAX_PROCESS']}] ", "3")
-        assert there["XLA_FLAGS"] == "--xla_force_host_platform_device_count=2"
-        assert there["JAX_PLATFORMS"] == "cpu"
+        assert (line[:4], variables["AVJAX_PROCESSES"]) == (f"[{variables['AVJAX_PROCESS']}] ", "3")
+        assert variables["XLA_FLAGS"] == "--xla_force_host_platform_device_count=2"
+        assert variables["JAX_PLATFORMS"] == "cpu"
     assert len({json.loads(line[4:])[1]["AVJAX_COORDINATOR"] for line in lines}) == 1
 
 
@@ -117,15 +117,15 @@ def test_local_names_a_process_that_was_killed(box):
 
 
 @needs_proc
-@pytest.mark.parametrize(("sent", "status", "said"), [("INT", 130, "saved on INT"), ("TERM", 1, "saved on TERM")])
-def test_local_passes_signals_on_and_waits(box, sent, status, said):
+@pytest.mark.parametrize(("sent", "status", "message"), [("INT", 130, "saved on INT"), ("TERM", 1, "saved on TERM")])
+def test_local_forwards_signals_and_waits(box, sent, status, message):
     run = Running(box, "--processes=2", "--", "polite", "-")
     run.started()
     run.script.send_signal(getattr(signal, f"SIG{sent}"))
     got, lines, messages = run.ended()
     assert got == status
-    assert {f"[0] {said}", f"[1] {said}"} <= set(lines)
-    assert f"passing SIG{sent} on to all processes" in messages
+    assert {f"[0] {message}", f"[1] {message}"} <= set(lines)
+    assert f"forwarding SIG{sent} to all processes" in messages
 
 
 @needs_proc

@@ -1,4 +1,4 @@
-"""The launchers say what they would run, word for word, and run nothing; mistakes are named; manifests fit together."""
+"""The launchers print exactly what they would run; mistakes are reported; manifests are consistent."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from tests.launching import (
     DESCRIBE,
     LAUNCH,
     LOCAL,
-    PLACE,
+    LOCATION,
     QUEUED,
     SLURM,
     SRUN,
@@ -63,7 +63,7 @@ def test_help_names_every_flag(box, script):
 
 
 def innermost(words: list[str], script: pathlib.Path) -> list[str]:
-    """The words that `python` gets; those that a cluster hands to a shell of its own are split as that does."""
+    """Returns the arguments of `python`; command lines that a cluster runs in a shell are split as a shell does."""
     if script == TPU:
         line = words[-1].partition("nohup ")[2].partition(" >>log")[0]
         words = ["env", *shell_words(line)]
@@ -140,7 +140,7 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("line", readme_commands())
 def test_the_commands_of_the_readme_are_understood(box, line):
     words = shlex.split(line)
-    if words[0] == "sbatch":  # options of sbatch are Slurm's to read
+    if words[0] == "sbatch":  # Slurm reads the options of sbatch
         words = ["launch/slurm.sbatch", *itertools.dropwhile(lambda w: not w.endswith("sbatch"), words[1:])][1:]
     words = words[1:] if words[0] == "bash" else words
     at = words.index("--") if "--" in words else len(words)
@@ -238,7 +238,7 @@ def test_tpu_setup_installs_the_wheel_on_all_workers(box):
     wheel = copied[4 + 1]
     assert pathlib.Path(wheel).name.startswith("avjax-0")
     assert copied == [*QUEUED, "scp", wheel, "n:", "--zone=z", *ALL]
-    assert installed[:-1] == [*QUEUED, "ssh", *PLACE, *ALL]
+    assert installed[:-1] == [*QUEUED, "ssh", *LOCATION, *ALL]
     last = shell_words(installed[-1].rpartition("&& ")[2])
     assert last[-1] == f"./{pathlib.Path(wheel).name}[tpu,gcs]"
     given = box.printed(
@@ -253,14 +253,14 @@ def test_tpu_other_dry_runs(box):
     def printed(*arguments):
         return box.printed(TPU, *arguments, "--name=n", "--zone=z", "--project=p", "--dry_run")
 
-    place = [*PLACE, "--project=p"]
+    location = [*LOCATION, "--project=p"]
     tail = "--command=tail -n 100 -F avjax_run/log"
-    assert printed("logs") == [[*QUEUED, "ssh", *place, "--node=0", "--worker=0", tail]]
-    assert printed("logs", "--worker=3", "--node=1") == [[*QUEUED, "ssh", *place, "--node=1", "--worker=3", tail]]
-    assert printed("delete") == [[*QUEUED, "delete", *place, "--force", "--quiet"]]
+    assert printed("logs") == [[*QUEUED, "ssh", *location, "--node=0", "--worker=0", tail]]
+    assert printed("logs", "--worker=3", "--node=1") == [[*QUEUED, "ssh", *location, "--node=1", "--worker=3", tail]]
+    assert printed("delete") == [[*QUEUED, "delete", *location, "--force", "--quiet"]]
     state, workers = printed("status")
-    assert state == [*QUEUED, "describe", *place, "--format=value(state.state)"]
-    assert workers[:-1] == [*QUEUED, "ssh", *place, *ALL]
+    assert state == [*QUEUED, "describe", *location, "--format=value(state.state)"]
+    assert workers[:-1] == [*QUEUED, "ssh", *location, *ALL]
 
 
 def test_tpu_resume_dry_run(box):
@@ -310,7 +310,7 @@ def test_xpk_dry_run(box, arguments, expected):
 def test_xpk_runs_what_it_prints(box):
     line = ["status", "--name=n", "--cluster=c", "--zone=z"]
     (printed,) = box.printed(XPK, *line, "--dry_run")
-    assert box.run(XPK, *line).returncode == 1  # as its stand-in
+    assert box.run(XPK, *line).returncode == 1  # the status of its replacement
     assert box.calls() == [printed]
 
 
@@ -354,9 +354,9 @@ def test_jobset_of_gpus_says_where_process_0_is(jobsets):
     jobset = jobsets["gpu"]
     (job,) = jobset["spec"]["replicatedJobs"]
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    there = {variable["name"]: variable for variable in container["env"]}
+    variables = {variable["name"]: variable for variable in container["env"]}
     name, (port,) = jobset["metadata"]["name"], container["ports"]
-    assert there["AVJAX_COORDINATOR"]["value"] == f"{name}-{job['name']}-0-0.{name}:{port['containerPort']}"
-    assert there["AVJAX_PROCESSES"]["value"] == str(job["template"]["spec"]["completions"])
-    index = there["AVJAX_PROCESS"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert variables["AVJAX_COORDINATOR"]["value"] == f"{name}-{job['name']}-0-0.{name}:{port['containerPort']}"
+    assert variables["AVJAX_PROCESSES"]["value"] == str(job["template"]["spec"]["completions"])
+    index = variables["AVJAX_PROCESS"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"

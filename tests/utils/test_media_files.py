@@ -1,4 +1,4 @@
-"""Which files can be read, and which lie below a folder."""
+"""Reasons why files cannot be read, and files below a folder."""
 
 import os
 

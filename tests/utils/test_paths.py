@@ -1,4 +1,4 @@
-"""Shipped files are found by name; the places of a user's files follow the environment."""
+"""Shipped files are found by name; the folders of a user's files follow the environment."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The strict reader of pickles: what numpy and Python write is read, and whatever could run is refused unrun."""
+"""The safe reader of pickles reads what numpy and Python write, and refuses whatever could run."""
 
 import builtins
 import collections
@@ -138,7 +138,7 @@ DTYPE = b"cnumpy\ndtype\n(V%s\nI00\nI01\ntR"
 
 
 def test_a_name_is_refused_before_what_stands_ahead_of_it_runs(tmp_path, monkeypatch):
-    """The first pass reads all names, so nothing at all runs of a pickle that has one bad name at its end."""
+    """The first pass reads all names, so nothing runs of a pickle with one bad name at its end."""
     monkeypatch.setattr(safe_pickle._Reader, "load", lambda self: RAN.append(1))
     with pytest.raises(AvjaxError, match=r"refused: os\.system"):
         safe_pickle.load(write(tmp_path, b"cnumpy\ndtype\n0cos\nsystem\n."))
@@ -155,11 +155,11 @@ def test_a_name_is_refused_before_what_stands_ahead_of_it_runs(tmp_path, monkeyp
         (b"(ios\nsystem\n.", "the opcode INST"),
         (b"cnumpy\ndtype\n(dS'__code__'\nI1\nsb.", "a change of a function"),
         (b"cnumpy\nndarray\n(tR.", "a call of numpy.ndarray"),
-        # The memo's place 4 000 000 000.
-        (b"\x80\x02Nr" + struct.pack("<I", 4_000_000_000) + b".", "place 4000000000 of the memo"),
-        # Attributes of a module by a dotted name.
+        # Index 4 000 000 000 of the memo.
+        (b"\x80\x02Nr" + struct.pack("<I", 4_000_000_000) + b".", "index 4000000000 of the memo"),
+        # Attributes of a module, by a dotted name.
         (b"\x80\x04\x8c\x05numpy\x8c\x0bdtype.mro()\x93.", r"numpy.dtype.mro\(\)"),
-        # A dtype that says it is no object and is one: bytes would become pointers.
+        # A dtype that claims not to be an object dtype: bytes would become pointers.
         (
             b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I1\nt"
             + DTYPE % b"O8"
@@ -179,7 +179,7 @@ def test_a_name_is_refused_before_what_stands_ahead_of_it_runs(tmp_path, monkeyp
         ),
         (b"c_codecs\nencode\n(Vabc\nVzlib\ntR.", "the encoding 'zlib'"),
         (b"]q\x00h\x00a.", "nested in themselves"),
-        # Keys so deep that to hash them would overflow the machine's stack: of a dict, of sets, out of the memo.
+        # Keys so deep that hashing them would overflow the C stack: of a dict, of sets, from the memo.
         (b"})" + b"\x85" * 1000 + b"Ns.", "a key made of tuples in tuples"),
         (b"}()" + b"\x85" * 300_000 + b"Nu.", "a key made of tuples in tuples"),
         (b"\x8f()" + b"\x85" * 300_000 + b"\x90.", "a key made of tuples in tuples"),
@@ -194,7 +194,7 @@ def test_programs_written_by_hand_are_refused(tmp_path, data, message):
 
 
 def test_many_references_to_one_list_cost_nothing(tmp_path):
-    """2³⁰ leaves if each reference were followed."""
+    """There would be 2³⁰ leaves if each reference were followed."""
     value = [0]
     for _ in range(30):
         value = [value, value]

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and nothing is left beside them."""
+"""Files are written atomically, and no temporary files remain."""
 
 import pathlib
 import pickle
@@ -40,8 +40,8 @@ def test_a_pile_gives_back_in_blocks_what_was_put_on_it_in_others(tmp_path):
         pile.add(part)
     assert [len(block) for block in pile.blocks(4)] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate(list(pile.blocks(4))), rows)
-    there = pickle.loads(pickle.dumps(pile))
-    np.testing.assert_array_equal(next(there.blocks(99)), rows)
+    remote = pickle.loads(pickle.dumps(pile))
+    np.testing.assert_array_equal(next(remote.blocks(99)), rows)
     pile.discard()
     pile.discard()
     assert not list((tmp_path / "new").iterdir())
@@ -60,22 +60,22 @@ def test_a_pile_without_room_says_so(tmp_path):
 
 
 def test_a_folder_on_cloud_storage_is_filled_with_its_last_file_last(tmp_path, monkeypatch):
-    there, copied = epath.Path(tmp_path / "there"), []
-    there.mkdir()
-    (there / "old.json").write_text("old")
-    copy = type(there).copy
-    monkeypatch.setattr(type(there), "copy", lambda a, b, **how: (copied.append(b.name), copy(a, b, **how)))
-    with storage.filled(there, last="a.html") as here:
-        assert (here / "old.json").read_text() == "old"
-        (here / "a.html").write_text("done")
-        (here / "sub").mkdir()
-        (here / "sub" / "z.bin").write_bytes(b"z")
-        assert not (there / "a.html").exists()
+    remote, copied = epath.Path(tmp_path / "there"), []
+    remote.mkdir()
+    (remote / "old.json").write_text("old")
+    copy = type(remote).copy
+    monkeypatch.setattr(type(remote), "copy", lambda a, b, **how: (copied.append(b.name), copy(a, b, **how)))
+    with storage.filled(remote, last="a.html") as local:
+        assert (local / "old.json").read_text() == "old"
+        (local / "a.html").write_text("done")
+        (local / "sub").mkdir()
+        (local / "sub" / "z.bin").write_bytes(b"z")
+        assert not (remote / "a.html").exists()
     assert copied[-1] == "a.html"
-    assert (there / "sub" / "z.bin").read_bytes() == b"z"
-    assert sorted(p.name for p in there.iterdir()) == ["a.html", "old.json", "sub"]
+    assert (remote / "sub" / "z.bin").read_bytes() == b"z"
+    assert sorted(p.name for p in remote.iterdir()) == ["a.html", "old.json", "sub"]
 
 
 def test_a_folder_on_this_machine_is_filled_itself(tmp_path):
-    with storage.filled(tmp_path, last="a") as here:
-        assert here == tmp_path
+    with storage.filled(tmp_path, last="a") as local:
+        assert local == tmp_path

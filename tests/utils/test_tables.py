@@ -1,4 +1,4 @@
-"""CSV tables are read strictly: by names, by columns, or as they stand."""
+"""CSV tables are read strictly: by name, by column, or as cells."""
 
 import gzip
 import math

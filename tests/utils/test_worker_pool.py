@@ -1,4 +1,4 @@
-"""Workers: whatever an item does to its process, the run goes on; what is nobody's fault stops it."""
+"""Worker pools continue whatever an item does to its process; errors that no item caused stop them."""
 
 import os
 import pathlib
@@ -26,7 +26,7 @@ def die() -> None:
 
 
 def act(item: str) -> str:
-    """Does as the item says, in a worker."""
+    """Acts as the item specifies, in a worker."""
     verb, _, what = item.partition(" ")
     if verb == "hang":
         time.sleep(60)
@@ -53,25 +53,25 @@ def run(items, **changes):
 
 def test_each_item_ends_in_a_reason_and_the_others_go_on():
     items = ["ok 1", "hang", "exit 3", "raise it", "segfault", "reason no face", *(f"ok {i}" for i in range(2, 30))]
-    answers = run(items, seconds=1.5)
-    assert set(answers) == set(items)
-    reasons = {item: a.reason for item, a in answers.items() if isinstance(a, worker_pool.Failure)}
+    results = run(items, seconds=1.5)
+    assert set(results) == set(items)
+    reasons = {item: a.reason for item, a in results.items() if isinstance(a, worker_pool.Failure)}
     assert reasons.pop("hang") == "took longer than 1.5 s"
     assert reasons.pop("exit 3") == "its decoder crashed (exit status 3)"
     assert reasons.pop("segfault") == f"its decoder crashed (exit status {-signal.SIGSEGV})"
     assert reasons.pop("raise it") == "ZeroDivisionError: it"
     assert reasons.pop("reason no face") == "no face"
     assert not reasons
-    assert all(np.array_equal(answers[f"ok {i}"], [i] * 3) for i in range(1, 30))
+    assert all(np.array_equal(results[f"ok {i}"], [i] * 3) for i in range(1, 30))
 
 
 def test_work_does_not_run_far_ahead_of_whoever_takes_it(tmp_path):
     items = [f"touch {tmp_path / str(i)}" for i in range(40)]
-    answers = worker_pool.each(act, items, count=2, seconds=20, setup=note, arguments=("ready",))
-    next(answers)
+    results = worker_pool.each(act, items, count=2, seconds=20, setup=note, arguments=("ready",))
+    next(results)
     time.sleep(2)
     assert len(list(tmp_path.iterdir())) <= 2 * worker_pool._UNDER_WAY
-    assert len(list(answers)) == 39
+    assert len(list(results)) == 39
 
 
 def test_nothing_to_do_starts_nothing():
@@ -83,7 +83,7 @@ def test_a_fault_of_the_surroundings_stops_the_run():
         run(["ok", "refuse disk is full", "ok 2"])
 
 
-def test_a_setup_that_fails_is_told_and_blames_no_item():
+def test_a_setup_that_fails_is_reported_and_blames_no_item():
     with pytest.raises(AvjaxError, match="cannot start: FileNotFoundError"):
         run(["ok"], setup=os.stat, arguments=("/no/such/file",))
 
