@@ -55,7 +55,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class EfficientNetConfig(base.OfImages):
+class EfficientNetConfig(base.ImageConfig):
     """Architecture of a checkpoint; widths in numbers of units, pictures in pixels."""
 
     picture: tuple[int, int]  # height and width that it was trained with; others are computed as well
@@ -147,7 +147,8 @@ def _check(config: Mapping[str, Any]) -> None:
 
 def _scaled(width: int, config: Mapping[str, Any]) -> int:
     """A width of B0 at this size: a multiple of the divisor, no more than a tenth below the exact one (Tan & Le's
-    round_filters)."""
+    round_filters).
+    """
     divisor, exact = config["depth_divisor"], width * config["width_coefficient"]
     rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * exact else rounded
@@ -205,8 +206,10 @@ class EfficientNet(nn.Module):
 
         Args:
           mask: (b,) bool, which pictures are real.
+
         Returns:
           features, row by row of the feature map; mask (b, places), each picture's own.
+
         Raises:
           AvjaxError: the pictures have no three channels, or are too small for a single place.
         """
@@ -371,7 +374,7 @@ def _timm_names(config: EfficientNetConfig) -> dict[str, str]:
 
 
 def _onnx_names(config: EfficientNetConfig) -> dict[str, str]:
-    """timm's names, but for convolutions with a norm the number by which `formats` calls them."""
+    """Timm's names, but for convolutions with a norm the number by which `formats` calls them."""
     names = _timm_names(config)
     normed = [path for path in names if f"{path}/norm" in names]
     return names | {path: f"folded.{i}" for i, path in enumerate(normed)}

@@ -24,7 +24,7 @@ INPUTS = Inputs("images (batch, height, width, 3)", rank=4, length_axis=None)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(base.OfImages):
+class ViTConfig(base.ImageConfig):
     """Architecture of a checkpoint; widths in numbers of units, pictures and patches in pixels."""
 
     model_type: str  # "vit" or "dinov2"
@@ -117,8 +117,10 @@ class ViT(nn.Module):
         Args:
           pictures: of the configured size; those of a DINOv2 may have any sides that are multiples of the patch's.
           mask: (b,) bool, which pictures are real.
+
         Returns:
           features, the class token first, then the patches row by row; mask (b, 1 + patches), each picture's own.
+
         Raises:
           AvjaxError: the pictures have another size.
         """
@@ -132,7 +134,7 @@ class ViT(nn.Module):
         token = jnp.broadcast_to(token.astype(self.dtype), (len(patches), 1, c.width))
         x = jnp.concatenate([token, patches], 1) + _positions(positions, c.grid, grid).astype(self.dtype)
         mask = jnp.broadcast_to(mask[:, None], x.shape[:2])
-        for i in range(layers := base.known_layer(self.layer, c.layers)):
+        for i in range(layers := base.block_count(self.layer, c.layers)):
             x = self._block(i)(x, mask)
         if layers == c.layers:
             x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="norm")(x)

@@ -177,7 +177,7 @@ class Wav2Vec2(nn.Module):
           would have alone.
         """
         c = self.config
-        depth = base.known_layer(self.layer, c.layers)
+        depth = base.block_count(self.layer, c.layers)
         steps, lengths = c.steps(waves.shape[1]), jnp.sum(mask, 1)
         waves = jnp.pad(jnp.where(mask, waves, 0), [(0, 0), (0, max(0, c.least - waves.shape[1]))])
         x, mask = self._convolve(waves, lengths)
@@ -308,8 +308,10 @@ def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.
       raw: mono clips at 16 kHz, each (samples,), of any lengths.
       settings: contents of preprocessor_config.json; `do_normalize` (default True) asks for zero mean and unit
         variance of each clip over its own samples.
+
     Returns:
       waves (b, n) float32, zeros after the end of a clip, and mask (b, n) bool, n being the longest clip's.
+
     Raises:
       AvjaxError: a clip is not of rank 1, or the settings want another sampling rate.
     """

@@ -105,7 +105,7 @@ class Whisper(nn.Module):
         x = self._convolved("conv2", _neighbours_of_even(jnp.where(mask[..., None], x, 0)))  # b s d
         mask = mask[:, ::2]
         x += nn.Embed(c.positions, c.width, self.dtype, name="positions")(jnp.arange(x.shape[1]))[None]
-        layers = base.known_layer(self.layer, c.layers)
+        layers = base.block_count(self.layer, c.layers)
         block = nn.remat(PreNormBlock) if self.remat else PreNormBlock
         for i in range(layers):
             activation = base.activation(c.activation)
@@ -177,8 +177,10 @@ def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.
       raw: mono waveforms, each (samples,), at 16 kHz. Beyond the preprocessor's `chunk_length` (30 s) they are cut.
         Below 400 samples, the window of one frame, they are filled up with zeros; a waveform of none has no frame.
       settings: contents of preprocessor_config.json; {} = the defaults of the original.
+
     Returns:
       spectra (batch, bins, frames) float32, a frame every 10 ms, and mask (batch, frames); zeros under the mask.
+
     Raises:
       AvjaxError: a waveform is not mono, or the settings ask for what is not computed here.
     """
