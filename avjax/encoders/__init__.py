@@ -1,11 +1,11 @@
-"""Pretrained encoders: one registry of families, and `load`, which gives a callable that compiles itself.
+"""Pretrained encoders: a registry of families, and `load`, which returns a callable that compiles itself.
 
 A family is a module with
 
-    INPUTS                         how its inputs look (`base.Inputs`)
+    INPUTS                         shape and kind of its inputs (`base.Inputs`)
     build(config, dtype, layer)    → Flax module; its `.config` has `width`, `longest` and `steps(length)`
     convert(tensors, config)       → its params
-    prepare(raw, settings)         → inputs and mask, as the original's processor makes them
+    prepare(raw, settings)         → inputs and mask, equal to those of the original's processor
 
 and the Flax module maps (inputs, mask) → (features (b, s, d), mask (b, s)).
 """

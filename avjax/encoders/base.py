@@ -1,4 +1,4 @@
-"""What every family of encoders shares: how its inputs look, and which layer is asked for."""
+"""Code common to all families of encoders: descriptions of inputs, configurations, padding, layers and activations."""
 
 import dataclasses
 import functools
@@ -28,13 +28,13 @@ class Inputs:
     """The inputs of a family.
 
     Attributes:
-      what: as errors name it, such as "waveforms (batch, samples)".
+      what: description for error messages, such as "waveforms (batch, samples)".
       rank: number of axes.
-      length_axis: the axis that may be padded; None where all inputs have one size. The mask has the batch axis and
-        this one, where there is one.
-      prefix: whether padding may only follow what is real, as in sound.
+      length_axis: the axis that may be padded; None if all inputs have the same size. The mask covers the batch axis
+        and, if there is one, the length axis.
+      prefix: whether padding may only follow real steps, as in audio.
       least: the smallest length bucket.
-      text: whether they are a tokenizer's ids.
+      text: whether the inputs are token ids.
     """
 
     what: str
@@ -45,10 +45,10 @@ class Inputs:
     text: bool = False
 
     def masked(self, inputs: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-        """The mask of `inputs`, bool, all True where none is given.
+        """Returns the mask of `inputs` as bool; all True if none is given.
 
         Raises:
-          AvjaxError: inputs or mask are not as this family takes them.
+          AvjaxError: inputs or mask have the wrong shape for this family, or the mask has gaps.
         """
         if inputs.ndim != self.rank:
             raise AvjaxError(f"inputs {inputs.shape}: expected {self.what}")
@@ -64,42 +64,45 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """An encoder's folder: `config` and `settings` are what config.json and preprocessor_config.json say, `tensors` is
-    the file of the weights; a tokenizer.json may lie beside it."""
+    """The files of an encoder's folder.
+
+    `config` and `settings` are the contents of config.json and preprocessor_config.json, `tensors` is the weights file;
+    a tokenizer.json may lie beside it.
+    """
 
     config: Mapping[str, Any]
     tensors: Path
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class OfImages:
-    """What configurations of encoders of pictures share: no axis is padded, so that there is no longest input."""
+class ImageConfig:
+    """Base of the configurations of image encoders: no axis is padded, so there is no longest input."""
 
     longest = None
 
 
-class OfWords:
-    """What configurations of encoders of texts share: a feature for each word piece."""
+class TextConfig:
+    """Base of the configurations of text encoders: one feature for each word piece."""
 
     positions: int
 
     @property
     def longest(self) -> int:
-        """The longest input, in word pieces."""
+        """Returns the longest input, in word pieces."""
         return self.positions
 
     def steps(self, length: int) -> int:
-        """Returns how many features an input of `length` has."""
+        """Returns the number of features of an input of `length`."""
         return length
 
 
 def shapes(module: nn.Module, *inputs: tuple[tuple[int, ...], Any]) -> dict[str, Any]:
-    """Gives the params of a module as shapes, without computing them; `inputs`: shape and dtype of each."""
+    """Returns the shapes of the params of a module without computing them; `inputs` are (shape, dtype) pairs."""
     return jax.eval_shape(module.init, jax.random.key(0), *(jax.ShapeDtypeStruct(*x) for x in inputs))["params"]
 
 
 def torch_name(path: str, top: Mapping[str, str], layers: str, block: Mapping[str, str]) -> str:
-    """Names the PyTorch module of the Flax `path`: its entry in `top` or, for block i of `layers`, in `block`."""
+    """Returns the PyTorch name of the Flax module `path`: its entry in `top` or, in block i of `layers`, in `block`."""
     name, _, rest = path.partition("/")
     return f"{layers}.{name.removeprefix('block_')}.{block[rest]}" if rest else top[path]
 
@@ -108,10 +111,12 @@ def pad_rows(rows: Sequence[np.ndarray], fill: Any, shape: tuple[int, ...] = ())
     """Stacks rows (*shape, length) of different lengths.
 
     Args:
-      rows: b arrays or lists; fill: what follows the end of a row; its dtype is that of the batch.
-      shape: of the axes before that of the lengths.
+      rows: b arrays or lists.
+      fill: the padding value; its dtype becomes that of the batch.
+      shape: sizes of the axes before the length axis.
+
     Returns:
-      The batch (b, *shape, l) and its mask (b, l), l being the longest length.
+      The batch (b, *shape, l) and its mask (b, l), where l is the longest length.
     """
     lengths = np.array([np.shape(row)[-1] for row in rows], int)
     mask = np.arange(lengths.max(initial=0))[None] < lengths[:, None]
@@ -121,8 +126,8 @@ def pad_rows(rows: Sequence[np.ndarray], fill: Any, shape: tuple[int, ...] = ())
     return batch, mask
 
 
-def known_layer(layer: int | None, layers: int) -> int:
-    """How many of an encoder's blocks to compute for `layer`; None = all.
+def block_count(layer: int | None, layers: int) -> int:
+    """Returns how many of the `layers` blocks to compute for `layer`; None: all.
 
     Raises:
       AvjaxError: there is no such layer.
@@ -135,10 +140,10 @@ def known_layer(layer: int | None, layers: int) -> int:
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
-    """The function that the hub's config.json names.
+    """Returns the activation function that the hub's config.json names.
 
     Raises:
-      AvjaxError: it is not known.
+      AvjaxError: the name is unknown.
     """
     if name not in _ACTIVATIONS:
         raise AvjaxError(f"activation {name!r} is not known; known are {', '.join(_ACTIVATIONS)}")
@@ -146,12 +151,12 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def read(config: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    """Of the contents of the hub's config.json: field → value, for `keys` = field → key there.
+    """Reads the fields of an architecture, field → value, from a hub config.json; `keys` maps field → key in it.
 
     Raises:
       AvjaxError: keys are missing.
     """
-    absent = [key for key in keys.values() if key not in config]
-    if absent:
-        raise AvjaxError(f"config.json of a {config['model_type']} lacks {', '.join(absent)}")
+    missing = [key for key in keys.values() if key not in config]
+    if missing:
+        raise AvjaxError(f"config.json of a {config['model_type']} lacks {', '.join(missing)}")
     return {field: config[key] for field, key in keys.items()}

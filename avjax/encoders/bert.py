@@ -1,7 +1,7 @@
-"""BERT (Devlin et al. 2019) and DistilBERT (Sanh et al. 2019): word pieces → one vector per piece.
+"""BERT (Devlin et al. 2019) and DistilBERT (Sanh et al. 2019): word pieces → one vector a piece.
 
-DistilBERT is the same network without token types; its checkpoints differ in names only. A text here is one segment,
-so the token type is always 0.
+DistilBERT is the same network without token types; its checkpoints differ only in names. A text is always a single
+segment, so the token type is always 0.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ INPUTS = Inputs("token ids (batch, length)", rank=2, length_axis=1, least=8, tex
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig(base.OfWords):
-    """Architecture of a checkpoint; widths in numbers of units."""
+class BertConfig(base.TextConfig):
+    """Architecture of a checkpoint; widths are numbers of units."""
 
     model_type: str  # "bert" or "distilbert"
     vocab: int
@@ -43,13 +43,13 @@ class BertConfig(base.OfWords):
         """Reads the contents of the hub's config.json.
 
         Raises:
-          AvjaxError: a value is missing, or asks for a variant that this module does not compute.
+          AvjaxError: a value is missing, or asks for an unsupported variant.
         """
-        read = base.read(config, _KEYS[config["model_type"]])
-        base.activation(read["activation"])
+        fields = base.read(config, _KEYS[config["model_type"]])
+        base.activation(fields["activation"])
         if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
             raise AvjaxError("only BERT encoders with absolute positions are computed; see config.json")
-        return cls(**{"types": 0, "eps": 1e-12} | read)
+        return cls(**{"types": 0, "eps": 1e-12} | fields)
 
 
 _KEYS = {
@@ -81,8 +81,8 @@ _KEYS = {
 class Bert(nn.Module):
     """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products.
 
-    `layer` is how many blocks are computed; None = all. With `remat` a gradient computes what is in them once more,
-    which memory then need not hold.
+    `layer` is the number of blocks to compute; None: all. With `remat`, gradients recompute activations within blocks
+    to save memory.
     """
 
     config: BertConfig
@@ -92,7 +92,7 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps word pieces ids (b, l) int32 under mask (b, l) bool to hidden states (b, l, d) in `dtype`, and the mask.
+        """Maps token ids (b, l) int32 with mask (b, l) bool to hidden states (b, l, d) in `dtype`, and the mask.
 
         Raises:
           AvjaxError: l exceeds the number of positions.
@@ -100,26 +100,26 @@ class Bert(nn.Module):
         c = self.config
         if ids.shape[1] > c.positions:
             raise AvjaxError(f"{ids.shape[1]} word pieces, but this encoder has {c.positions} positions; truncate")
-        ids = jnp.where(mask, ids, 0)  # an id that the vocabulary lacks would bring NaN in from under the padding
+        ids = jnp.where(mask, ids, 0)  # an id outside the vocabulary would give NaN, even in the padding
         x = nn.Embed(c.vocab, c.width, name="words")(ids)  # b l d
         x += nn.Embed(c.positions, c.width, name="positions")(jnp.arange(ids.shape[1]))[None]
         if c.types:
             x += nn.Embed(c.types, c.width, name="types")(jnp.zeros((1, 1), jnp.int32))
         x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="embedding_norm")(x)
         block = nn.remat(PostNormBlock) if self.remat else PostNormBlock
-        for i in range(base.known_layer(self.layer, c.layers)):
+        for i in range(base.block_count(self.layer, c.layers)):
             activation = base.activation(c.activation)
             x = block(c.heads, c.inner, activation, c.eps, self.dtype, name=f"block_{i}")(x, mask)
         return x, mask
 
 
 def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Bert:
-    """The module for the contents of a hub's config.json."""
+    """Builds the module from the contents of a hub config.json."""
     return Bert(BertConfig.from_hub(config), dtype, layer)
 
 
 def shapes(config: BertConfig) -> dict[str, Any]:
-    """The params of `Bert(config)` as shapes, without computing them."""
+    """Returns the shapes of the params of `Bert(config)` without computing them."""
     return base.shapes(Bert(config), ((1, 1), jnp.int32), ((1, 1), jnp.bool_))
 
 
@@ -152,15 +152,15 @@ _BLOCK = {
     },
 }
 _LAYERS = {"bert": "encoder.layer", "distilbert": "transformer.layer"}
-# Heads of pretraining and fine-tuning, the pooler, and a constant that old checkpoints carry.
+# Heads of pretraining and fine-tuning, the pooler, and a constant in old checkpoints.
 IGNORED = re.compile(r"^(pooler|cls|vocab_\w+|pre_classifier|classifier|qa_outputs)\.|^embeddings\.position_ids$")
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: BertConfig) -> dict[str, Any]:
-    """Params of `Bert(config)` out of the tensors of a PyTorch checkpoint, with or without its model's prefix.
+    """Converts a PyTorch checkpoint, with or without its model's prefix, to the params of `Bert(config)`.
 
     Raises:
-      AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
+      AvjaxError: tensors are missing, left over and not IGNORED, or of a wrong shape; the message names them.
     """
     plain = {_plain(name, config.model_type): tensor for name, tensor in tensors.items()}
     kind = config.model_type
@@ -169,5 +169,5 @@ def convert(tensors: Mapping[str, np.ndarray], config: BertConfig) -> dict[str, 
 
 
 def _plain(name: str, model_type: str) -> str:
-    # Checkpoints that came from TensorFlow, bert-base-uncased among them, call the affine of a norm gamma and beta.
+    # Checkpoints converted from TensorFlow, such as bert-base-uncased, name scale and bias of norms gamma and beta.
     return name.removeprefix(f"{model_type}.").replace(".gamma", ".weight").replace(".beta", ".bias")

@@ -1,7 +1,7 @@
-"""CLIP (Radford et al. 2021): a tower for pictures and a tower for texts, whose embeddings lie in one joint space.
+"""CLIP (Radford et al. 2021): a vision tower and a text tower, whose embeddings lie in one joint space.
 
-The tower of pictures is a ViT that normalises before its first block; that of texts is causal, so that its end token
-has seen the whole text.
+The vision tower is a ViT that normalises before its first block; the text tower is causal, so its end token has seen
+the whole text.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from avjax.layers import PreNormBlock, Project, causal
 
 @dataclasses.dataclass(frozen=True)
 class _TowerConfig:
-    """What both towers have; widths in numbers of units."""
+    """Fields of both towers; widths are numbers of units."""
 
     width: int
     layers: int
@@ -36,59 +36,59 @@ class _TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig(_TowerConfig, base.OfImages):
-    """Architecture of a tower of pictures, which are squares; pictures and patches in pixels."""
+class VisionConfig(_TowerConfig, base.ImageConfig):
+    """Architecture of a vision tower; images and patches are squares, sides in pixels."""
 
-    picture: int
+    image_size: int
     patch: int
 
     @classmethod
     def from_hub(cls, config: Mapping[str, Any]) -> "VisionConfig":
-        """Reads the contents of the hub's config.json, or what `tower_config` makes of it.
+        """Reads the contents of the hub's config.json, or the result of `tower_config`.
 
         Raises:
-          AvjaxError: a value is missing, or asks for a variant that this module does not compute.
+          AvjaxError: a value is missing, or asks for an unsupported variant.
         """
-        read = _read(config, {"picture": "image_size", "patch": "patch_size"})
+        fields = _read(config, {"image_size": "image_size", "patch": "patch_size"})
         if config.get("num_channels", 3) != 3:
             raise AvjaxError(f"num_channels is {config['num_channels']} in config.json, expected 3: images are RGB")
-        sides = read["picture"], read["patch"]
+        sides = fields["image_size"], fields["patch"]
         if not all(isinstance(side, int) for side in sides) or sides[0] % sides[1]:
             raise AvjaxError(
                 f"image_size {sides[0]} and patch_size {sides[1]} in config.json: expected one number each, the first "
                 "a multiple of the second"
             )
-        return cls(**read)
+        return cls(**fields)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return (self.picture // self.patch,) * 2
+        """Returns the rows and columns of patches."""
+        return (self.image_size // self.patch,) * 2
 
     def steps(self, length: int) -> int:
-        """How many features a picture has, class token included; `length` does not count."""
+        """Returns the number of features of an image, class token included; `length` is ignored."""
         return 1 + math.prod(self.grid)
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig(_TowerConfig, base.OfWords):
-    """Architecture of a tower of texts."""
+class TextConfig(_TowerConfig, base.TextConfig):
+    """Architecture of a text tower."""
 
     vocab: int
     positions: int  # the longest text, in word pieces
-    end: int  # the id of the token that ends a text; 2 in older files, whatever it is
+    end: int  # the id of the end token; always 2 in older files, even if that is wrong
 
     @classmethod
     def from_hub(cls, config: Mapping[str, Any]) -> "TextConfig":
-        """Reads the contents of the hub's config.json, or what `tower_config` makes of it.
+        """Reads the contents of the hub's config.json, or the result of `tower_config`.
 
         Raises:
-          AvjaxError: a value is missing, or asks for a variant that this module does not compute.
+          AvjaxError: a value is missing, or asks for an unsupported variant.
         """
-        read = _read(config, {"vocab": "vocab_size", "positions": "max_position_embeddings", "end": "eos_token_id"})
-        if not isinstance(read["end"], int):
-            raise AvjaxError(f"eos_token_id is {read['end']} in config.json, expected one id")
-        return cls(**read)
+        fields = _read(config, {"vocab": "vocab_size", "positions": "max_position_embeddings", "end": "eos_token_id"})
+        if not isinstance(fields["end"], int):
+            raise AvjaxError(f"eos_token_id is {fields['end']} in config.json, expected one id")
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +114,7 @@ _KEYS = {
     "eps": "layer_norm_eps",
     "joint": "projection_dim",
 }
-# What the original's configuration classes say where a file is silent; of ViT-B/32, nested configurations leave out
-# even the sizes.
+# Defaults of the original's configuration classes. Nested configurations of a ViT-B/32 omit even its sizes.
 _ASSUMED = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512, "eos_token_id": 49407}
 _B32 = {
     "vision": {
@@ -139,21 +138,23 @@ _B32 = {
 
 
 def _read(config: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
-    read = base.read(_ASSUMED | dict(config), _KEYS | own)
-    base.activation(read["activation"])
-    return read
+    fields = base.read(_ASSUMED | dict(config), _KEYS | own)
+    base.activation(fields["activation"])
+    return fields
 
 
 def tower_config(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
-    """Of the contents of a whole CLIP's config.json, those that a single tower's would have.
+    """Extracts the configuration of a single tower from the contents of a whole CLIP's config.json.
 
     Args:
-      config: `model_type` is "clip"; the towers' own configurations are nested in it, and leave out what is as in
-        ViT-B/32. In older files "vision_config_dict" and "text_config_dict" outrank them.
+      config: `model_type` is "clip"; the configurations of the towers are nested in it and omit values equal to those
+        of ViT-B/32. In older files "vision_config_dict" and "text_config_dict" take precedence.
       tower: "vision" or "text".
+
     Returns:
-      The tower's configuration, complete, of model_type "clip_vision_model" or "clip_text_model", with the
-      `projection_dim` of the whole.
+      The complete configuration of the tower, of model_type "clip_vision_model" or "clip_text_model", with the
+      `projection_dim` of the whole CLIP.
+
     Raises:
       AvjaxError: there is no such tower.
     """
@@ -168,9 +169,9 @@ def tower_config(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
 
 
 class Vision(nn.Module):
-    """The tower of pictures. Params are float32; `dtype` is that of the matrix products.
+    """The vision tower. Params are float32; `dtype` is that of the matrix products.
 
-    `layer` is how many blocks are computed; None = all. `projected` asks for the embedding in the joint space instead.
+    `layer` is the number of blocks to compute; None: all. If `projected`, returns the embedding in the joint space.
     """
 
     config: VisionConfig
@@ -179,23 +180,25 @@ class Vision(nn.Module):
     projected: bool = False
 
     @nn.compact
-    def __call__(self, pictures: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps normalised pictures (b, h, w, 3) to hidden states (b, 1 + patches, d) in `dtype`, and their mask.
+    def __call__(self, pixels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps normalised images (b, h, w, 3) to hidden states (b, 1 + patches, d) in `dtype`, and their mask.
 
         Args:
-          pictures: of the configured size.
-          mask: (b,) bool, which pictures are real.
+          pixels: images of the configured size.
+          mask: (b,) bool, True for real images.
+
         Returns:
-          features, the class token first, then the patches row by row; mask (b, 1 + patches), each picture's own. When
-          `projected`, the embeddings (b, 1, joint), not normalised, and mask (b, 1).
+          features, the class token first, then the patches row by row; mask (b, 1 + patches), the same for all features
+          of an image. If `projected`, the embeddings (b, 1, joint), not normalised, and mask (b, 1).
+
         Raises:
-          AvjaxError: the pictures have another size, or `projected` goes with a `layer` below the last.
+          AvjaxError: the images have a wrong size, or `projected` is combined with a `layer` below the last.
         """
         c = self.config
-        if pictures.shape[1:] != (c.picture, c.picture, 3):
-            expected = f"{c.picture} x {c.picture} and 3 channels"
-            raise AvjaxError(f"images {pictures.shape[1:]}: expected {expected}; `prepare` resizes")
-        x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="pre_norm")(self._embed(pictures, mask))
+        if pixels.shape[1:] != (c.image_size, c.image_size, 3):
+            expected = f"{c.image_size} x {c.image_size} and 3 channels"
+            raise AvjaxError(f"images {pixels.shape[1:]}: expected {expected}; `prepare` resizes")
+        x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="pre_norm")(self._embed(pixels, mask))
         mask = jnp.broadcast_to(mask[:, None], x.shape[:2])
         for block in _blocks(self):
             x = block(x, mask)
@@ -204,10 +207,10 @@ class Vision(nn.Module):
         x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="post_norm")(x[:, :1])
         return Project((c.joint,), dtype=self.dtype, bias=False, name="projection")(x), mask[:, :1]
 
-    def _embed(self, pictures: jax.Array, mask: jax.Array) -> jax.Array:
-        """The class token and the patches with their positions, (b, 1 + patches, d)."""
+    def _embed(self, pixels: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns the class token and the patches with their positions, (b, 1 + patches, d)."""
         c = self.config
-        tiles = images.unfold(jnp.where(mask[:, None, None, None], pictures, 0), c.grid)
+        tiles = images.unfold(jnp.where(mask[:, None, None, None], pixels, 0), c.grid)
         patches = Project((c.width,), inputs=3, dtype=self.dtype, bias=False, name="patches")(tiles)
         token = self.param("class_token", nn.initializers.normal(c.width**-0.5), (1, 1, c.width)).astype(self.dtype)
         positions = self.param("positions", nn.initializers.normal(0.02), (1, c.steps(0), c.width)).astype(self.dtype)
@@ -215,10 +218,10 @@ class Vision(nn.Module):
 
 
 class Text(nn.Module):
-    """The tower of texts. Params are float32; `dtype` is that of the matrix products.
+    """The text tower. Params are float32; `dtype` is that of the matrix products.
 
-    `layer` is how many blocks are computed; None = all, and the last normalisation. `projected` asks for the embedding
-    in the joint space instead.
+    `layer` is the number of blocks to compute; None: all, and the last normalisation. If `projected`, returns the
+    embedding in the joint space.
     """
 
     config: TextConfig
@@ -228,22 +231,22 @@ class Text(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps word pieces ids (b, l) int32 under mask (b, l) bool to hidden states (b, l, d) in `dtype`, and the mask.
+        """Maps token ids (b, l) int32 with mask (b, l) bool to hidden states (b, l, d) in `dtype`, and the mask.
 
-        When `projected`, to the embeddings (b, 1, joint) of the end tokens, not normalised, and mask (b, 1).
+        If `projected`, maps them to the embeddings (b, 1, joint) of the end tokens, not normalised, and mask (b, 1).
 
         Raises:
-          AvjaxError: l exceeds the number of positions, or `projected` goes with a `layer` below the last.
+          AvjaxError: l exceeds the number of positions, or `projected` is combined with a `layer` below the last.
         """
         c = self.config
         if ids.shape[1] > c.positions:
             raise AvjaxError(f"{ids.shape[1]} word pieces, but this encoder has {c.positions} positions; truncate")
-        ids = jnp.where(mask, ids, 0)  # an id that the vocabulary lacks would bring NaN in from under the padding
+        ids = jnp.where(mask, ids, 0)  # an id outside the vocabulary would give NaN, even in the padding
         x = nn.Embed(c.vocab, c.width, dtype=self.dtype, name="words")(ids)  # b l d
         x += nn.Embed(c.positions, c.width, dtype=self.dtype, name="positions")(jnp.arange(ids.shape[1]))[None]
-        past, blocks = causal(mask), _blocks(self)
+        visible, blocks = causal(mask), _blocks(self)
         for block in blocks:
-            x = block(x, past)
+            x = block(x, visible)
         if self.projected:
             x = jnp.take_along_axis(x, _end(ids, mask, c.end)[:, None, None], 1)
             mask = mask.any(1, keepdims=True)
@@ -255,9 +258,9 @@ class Text(nn.Module):
 
 
 def _blocks(tower: Vision | Text) -> list[PreNormBlock]:
-    """The blocks that a tower computes; to be called while it is applied."""
+    """Makes the blocks that a tower computes; called while it is applied."""
     c = tower.config
-    layers = base.known_layer(tower.layer, c.layers)
+    layers = base.block_count(tower.layer, c.layers)
     if tower.projected and layers != c.layers:
         raise AvjaxError(f"layer is {layers}, but embeddings are projected after the last, {c.layers}; ask for that")
     activation = base.activation(c.activation)
@@ -265,77 +268,81 @@ def _blocks(tower: Vision | Text) -> list[PreNormBlock]:
 
 
 def _end(ids: jax.Array, mask: jax.Array, end: int) -> jax.Array:
-    """Where (b,) the first end token of each text is; 0 where there is none, as in the original.
+    """Returns the position (b,) of the first end token of each text; 0 if there is none, as in the original.
 
-    Files that call the end token 2 are wrong: theirs has the largest id of all.
+    Files that state 2 as the end token are wrong: it then has the largest id.
     """
     marks = ids if end == 2 else (ids == end).astype(ids.dtype)
     return jnp.argmax(jnp.where(mask, marks, -1), 1)
 
 
 class CLIP(nn.Module):
-    """Both towers, and how alike what they see is. Params are float32; `dtype` is that of the towers' products."""
+    """Both towers and the similarity of their embeddings. Params are float32; `dtype` is that of the products."""
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, pictures: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Compares every picture with every text.
+    def __call__(self, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Compares every image with every text.
 
         Args:
-          pictures: (n, h, w, 3), normalised, of the configured size.
-          ids, mask: (m, l) word pieces and which of them are real; a text without any is like nothing.
+          pixels: images (n, h, w, 3), normalised, of the configured size.
+          ids: (m, l) token ids.
+          mask: (m, l) bool, True for real tokens; a text without any is similar to nothing.
+
         Returns:
           logits (n, m): exp(logit_scale) times the cosine of the two embeddings (Radford et al. 2021, figure 3); the
-          embeddings (n, joint) of the pictures and (m, joint) of the texts, of length 1. All are float32.
+          embeddings (n, joint) of the images and (m, joint) of the texts, of norm 1. All are float32.
+
         Raises:
-          AvjaxError: as of the towers.
+          AvjaxError: as for the towers.
         """
-        seen = jnp.ones(len(pictures), bool)
+        present = jnp.ones(len(pixels), bool)
         vision = Vision(self.config.vision, self.dtype, projected=True, name="vision")
         text = Text(self.config.text, self.dtype, projected=True, name="text")
-        shown, told = _directions(*vision(pictures, seen)), _directions(*text(ids, mask))
+        image, sentence = _unit_vectors(*vision(pixels, present)), _unit_vectors(*text(ids, mask))
         scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
-        return jnp.exp(scale) * jnp.einsum("nd,md->nm", shown, told), shown, told
+        return jnp.exp(scale) * jnp.einsum("nd,md->nm", image, sentence), image, sentence
 
 
-def _directions(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
-    """Embeddings (b, 1, d) under mask (b, 1) → (b, d) float32 of length 1; zeros stay zeros, and have gradients."""
+def _unit_vectors(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
+    """Normalises embeddings (b, 1, d) with mask (b, 1) to (b, d) float32 of norm 1; zeros stay, with gradients."""
     x = jnp.where(mask[..., None], embeddings, 0)[:, 0].astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-30))
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One tower as `encoders.FAMILIES` has it. IGNORED are the other tower, heads, and constants of older files.
+    """One tower as a family of `encoders.FAMILIES`.
 
-    `projected` in its methods: with the params of the projection, as the module has them then.
+    IGNORED matches the other tower, heads, and constants of older files. `projected` in methods includes the params
+    of the projection.
     """
 
     name: str  # "vision" or "text"
     module: type[Vision] | type[Text]
     config: type[VisionConfig] | type[TextConfig]
-    example: Callable[[Any], tuple[tuple[tuple[int, ...], Any], ...]]  # configuration → shape and dtype of its inputs
+    example: Callable[[Any], tuple[tuple[tuple[int, ...], Any], ...]]  # configuration → shapes and dtypes of inputs
     INPUTS: Inputs
     IGNORED: re.Pattern
     prepare: Callable[[Any, Mapping[str, Any]], tuple[np.ndarray, np.ndarray]] | None = None
 
     def build(self, config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Vision | Text:
-        """The module for the contents of a tower's config.json."""
+        """Builds the module from the contents of a tower's config.json."""
         return self.module(self.config.from_hub(config), dtype, layer)
 
     def shapes(self, config: VisionConfig | TextConfig, projected: bool = False) -> dict[str, Any]:
-        """The params of the module as shapes, without computing them."""
+        """Returns the shapes of the params of the module without computing them."""
         return base.shapes(self.module(config, projected=projected), *self.example(config))
 
     def convert(
         self, tensors: Mapping[str, np.ndarray], config: VisionConfig | TextConfig, projected: bool = False
     ) -> dict[str, Any]:
-        """The module's params out of a checkpoint of a whole CLIP or of this tower, with or without its prefix.
+        """Converts a checkpoint of a whole CLIP or of this tower, with or without its prefix, to the module's params.
 
         Raises:
-          AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
+          AvjaxError: tensors are missing, left over and not IGNORED, or of a wrong shape; the message names them.
         """
         plain = {name.removeprefix(f"{self.name}_model."): tensor for name, tensor in tensors.items()}
         name_of = functools.partial(_torch_name, self.name)
@@ -343,16 +350,16 @@ class Family:
 
 
 def prepare(raw: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """RGB frames as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
-    pictures = images.prepare(raw, settings, "CLIPImageProcessor")
-    return pictures, np.ones(len(pictures), bool)
+    """Prepares RGB frames, as for `images.prepare`: returns inputs (n, h, w, 3) and mask (n,), all True."""
+    pixels = images.prepare(raw, settings, "CLIPImageProcessor")
+    return pixels, np.ones(len(pixels), bool)
 
 
-def _picture(config: VisionConfig) -> tuple[tuple[tuple[int, ...], Any], ...]:
-    return ((1, config.picture, config.picture, 3), jnp.float32), ((1,), jnp.bool_)
+def _image_example(config: VisionConfig) -> tuple[tuple[tuple[int, ...], Any], ...]:
+    return ((1, config.image_size, config.image_size, 3), jnp.float32), ((1,), jnp.bool_)
 
 
-def _word(config: TextConfig) -> tuple[tuple[tuple[int, ...], Any], ...]:
+def _text_example(config: TextConfig) -> tuple[tuple[tuple[int, ...], Any], ...]:
     return ((1, 1), jnp.int32), ((1, 1), jnp.bool_)
 
 
@@ -360,7 +367,7 @@ VISION = Family(
     "vision",
     Vision,
     VisionConfig,
-    _picture,
+    _image_example,
     Inputs("images (batch, height, width, 3)", rank=4, length_axis=None),
     re.compile(
         r"^(text_model|text_projection|visual_projection|post_layernorm|classifier)\.|^logit_scale$"
@@ -372,19 +379,19 @@ TEXT = Family(
     "text",
     Text,
     TextConfig,
-    _word,
+    _text_example,
     Inputs("token ids (batch, length)", rank=2, length_axis=1, least=8, text=True),
     re.compile(r"^(vision_model|visual_projection|text_projection)\.|^logit_scale$|^embeddings\.position_ids$"),
 )
 
 
 def shapes(config: CLIPConfig) -> dict[str, Any]:
-    """The params of `CLIP(config)` as shapes, without computing them."""
-    return base.shapes(CLIP(config), _picture(config.vision)[0], *_word(config.text))
+    """Returns the shapes of the params of `CLIP(config)` without computing them."""
+    return base.shapes(CLIP(config), _image_example(config.vision)[0], *_text_example(config.text))
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: CLIPConfig) -> dict[str, Any]:
-    """Params of `CLIP(config)` out of a checkpoint of a whole CLIP; errors as of the towers' conversion."""
+    """Converts a checkpoint of a whole CLIP to the params of `CLIP(config)`; errors as for the towers."""
     return weights.convert(tensors, shapes(config), _joint_name, _CONSTANTS)
 
 

@@ -1,10 +1,10 @@
-"""EfficientNet (Tan & Le 2019): picture → a vector for each place of its last feature map, 1/32 of the picture's size.
+"""EfficientNet (Tan & Le 2019): image → a vector for each cell of its last feature map, 1/32 of the image's size.
 
-Batch norms are those of inference; `convert` folds them into the convolutions before them. Checkpoints come in three
-layouts: transformers' EfficientNetModel, timm's tf_efficientnet, and timm's as torch.onnx exports it, with the norms
-folded already. The last is how HSEmotion gives its face expression network (enet_b2: Savchenko 2022); of such a file it
-is assumed that its Conv nodes stand in the order of the module, which ONNX guarantees for a chain, and that the
-convolutions without a norm, those of squeeze and excitation, keep timm's names.
+Batch norms are those of inference; `convert` folds them into the preceding convolutions. Checkpoints come in three
+layouts: transformers' EfficientNetModel, timm's tf_efficientnet, and timm's exported by torch.onnx with folded norms.
+HSEmotion publishes its face expression network (enet_b2: Savchenko 2022) in the last. Its Conv nodes are assumed to be
+in the order of the module, which ONNX guarantees for a chain, and its convolutions without a norm, those of squeeze and
+excitation, to keep timm's names.
 """
 
 import dataclasses
@@ -27,23 +27,23 @@ from avjax.layers import Project
 
 INPUTS = Inputs("images (batch, height, width, 3)", rank=4, length_axis=None)
 
-# What stands around a picture: TensorFlow's rule for whatever size, or pixels (before, after) of rows and of columns.
+# Padding of an image: TensorFlow's rule for any size, or pixels (before, after) of rows and of columns.
 Padding = str | tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One inverted bottleneck; widths in numbers of units.
+    """One inverted bottleneck; widths are numbers of units.
 
     Attributes:
-      place: number of the stage, and of the block within it.
+      index: number of the stage, and of the block within it.
       inner: width between expansion and projection.
-      expands: whether there is an expansion; else `inner` is the width that comes in.
-      squeezed: width of the bottleneck of squeeze and excitation.
-      residual: whether what comes in is added to what comes out.
+      expands: whether there is an expansion; otherwise `inner` is the input width.
+      squeezed: bottleneck width of squeeze and excitation.
+      residual: whether the input is added to the output.
     """
 
-    place: tuple[int, int]
+    index: tuple[int, int]
     inner: int
     expands: bool
     kernel: int
@@ -55,10 +55,10 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class EfficientNetConfig(base.OfImages):
-    """Architecture of a checkpoint; widths in numbers of units, pictures in pixels."""
+class EfficientNetConfig(base.ImageConfig):
+    """Architecture of a checkpoint; widths are numbers of units, sizes of images are in pixels."""
 
-    picture: tuple[int, int]  # height and width that it was trained with; others are computed as well
+    image_size: tuple[int, int]  # height and width in training; others are accepted as well
     stem: int
     stem_padding: Padding
     blocks: tuple[Block, ...]
@@ -70,19 +70,19 @@ class EfficientNetConfig(base.OfImages):
     def from_hub(cls, config: Mapping[str, Any]) -> "EfficientNetConfig":
         """Reads the contents of the hub's config.json.
 
-        Stages and activation may be left out where they are the paper's. A key that transformers does not have,
-        `"padding": "same"`, asks for TensorFlow's padding at whatever size, which timm's tf_efficientnet computes;
-        without it, `depthwise_padding` is taken literally, as transformers does.
+        Stages and activation may be omitted if they are the paper's. A key that transformers does not have,
+        `"padding": "same"`, asks for TensorFlow's padding at any size, as in timm's tf_efficientnet; without it,
+        `depthwise_padding` is taken literally, as in transformers.
 
         Raises:
-          AvjaxError: a value is missing, or asks for a variant that this module does not compute.
+          AvjaxError: a value is missing, or asks for an unsupported variant.
         """
         base.read(config, {key: key for key in _REQUIRED})
         filled = _DEFAULTS | dict(config)
         _check(filled)
         side = filled["image_size"]
         return cls(
-            picture=(side, side) if isinstance(side, int) else tuple(side),
+            image_size=(side, side) if isinstance(side, int) else tuple(side),
             stem=_scaled(32, filled),
             stem_padding=_padding(filled, kernel=3, adjusted=True),
             blocks=_blocks(filled),
@@ -93,15 +93,15 @@ class EfficientNetConfig(base.OfImages):
 
     @property
     def layers(self) -> int:
-        """0: widths and sizes differ from block to block, so that only the last features are given."""
+        """Returns 0: widths and sizes differ between blocks, so only the last features are available."""
         return 0
 
     def steps(self, length: int) -> int:
-        """How many features a picture of the configured size has; `length` does not count."""
-        return math.prod(self.grid(*self.picture))
+        """Returns the number of features of an image of the configured size; `length` is ignored."""
+        return math.prod(self.grid(*self.image_size))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the features of a picture; 0 where it is too small."""
+        """Returns the rows and columns of the features of an image; 0 if it is too small."""
         windows = [(3, 2, self.stem_padding), *((b.kernel, b.stride, b.padding) for b in self.blocks)]
         sides = height, width
         for kernel, stride, padding in windows:
@@ -146,8 +146,10 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def _scaled(width: int, config: Mapping[str, Any]) -> int:
-    """A width of B0 at this size: a multiple of the divisor, no more than a tenth below the exact one (Tan & Le's
-    round_filters)."""
+    """Scales a width of B0 to a multiple of the divisor at most a tenth below the exact width.
+
+    This is Tan & Le's round_filters.
+    """
     divisor, exact = config["depth_divisor"], width * config["width_coefficient"]
     rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * exact else rounded
@@ -163,7 +165,7 @@ def _blocks(config: Mapping[str, Any]) -> tuple[Block, ...]:
             narrow = incoming if first else width
             blocks.append(
                 Block(
-                    place=(stage, number),
+                    index=(stage, number),
                     inner=narrow * expansion,
                     expands=expansion != 1,
                     kernel=kernel,
@@ -180,7 +182,7 @@ def _blocks(config: Mapping[str, Any]) -> tuple[Block, ...]:
 
 
 def _padding(config: Mapping[str, Any], kernel: int, adjusted: bool) -> Padding:
-    """`adjusted`: one pixel less before than after, TensorFlow's padding of an even size at stride 2."""
+    """Returns the padding; `adjusted`: one pixel less before than after, as TensorFlow pads even sizes at stride 2."""
     if config["padding"] == "same":
         return "SAME"
     pixels = (kernel // 2 - adjusted, kernel // 2)
@@ -188,7 +190,7 @@ def _padding(config: Mapping[str, Any], kernel: int, adjusted: bool) -> Padding:
 
 
 def _pixels(padding: Padding, sides: Sequence[int], kernel: int, stride: int) -> Sequence[tuple[int, int]]:
-    """The pixels of a padding for a picture of `sides` (rows, columns)."""
+    """Returns the pixels of a padding for an image of `sides` (rows, columns)."""
     return jax.lax.padtype_to_pads(sides, (kernel, kernel), (stride, stride), padding) if padding == "SAME" else padding
 
 
@@ -200,22 +202,25 @@ class EfficientNet(nn.Module):
     layer: None = None
 
     @nn.compact
-    def __call__(self, pictures: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps normalised pictures (b, h, w, 3) of any size to features (b, places, d) in `dtype`, and their mask.
+    def __call__(self, pixels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps normalised images (b, h, w, 3) of any size to features (b, cells, d) in `dtype`, and their mask.
 
         Args:
-          mask: (b,) bool, which pictures are real.
+          pixels: the images.
+          mask: (b,) bool, True for real images.
+
         Returns:
-          features, row by row of the feature map; mask (b, places), each picture's own.
+          features, row by row of the feature map; mask (b, cells), the same for all features of an image.
+
         Raises:
-          AvjaxError: the pictures have no three channels, or are too small for a single place.
+          AvjaxError: the images do not have three channels, or are too small for a single feature.
         """
         c = self.config
-        grid = c.grid(*pictures.shape[1:3])
-        if 0 in grid or pictures.shape[3] != 3:
-            raise AvjaxError(f"images {pictures.shape[1:]}: expected (height, width, 3) of some dozens of pixels")
+        grid = c.grid(*pixels.shape[1:3])
+        if 0 in grid or pixels.shape[3] != 3:
+            raise AvjaxError(f"images {pixels.shape[1:]}: expected (height, width, 3) of some dozens of pixels")
         activation = base.activation(c.activation)
-        x = jnp.where(mask[:, None, None, None], pictures, 0).astype(self.dtype)
+        x = jnp.where(mask[:, None, None, None], pixels, 0).astype(self.dtype)
         x = activation(nn.Conv(c.stem, (3, 3), (2, 2), c.stem_padding, dtype=self.dtype, name="stem")(x))
         for i, block in enumerate(c.blocks):
             x = _Bottleneck(block, activation, self.dtype, name=f"block_{i}")(x)
@@ -257,9 +262,9 @@ class _Bottleneck(nn.Module):
 
 
 def _convolved(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding, **layout: Any) -> jax.Array:
-    """A depthwise convolution of x (b, h, w, d) with kernel (k, k, 1, d).
+    """Computes a depthwise convolution of x (b, h, w, d) with kernel (k, k, 1, d).
 
-    On a CPU a sum of shifted pictures, ten to thirty times faster than what XLA makes of grouped convolutions there.
+    On a CPU it is a sum of shifted inputs, ten to thirty times faster than XLA's grouped convolutions.
     """
     return jax.lax.platform_dependent(
         x,
@@ -285,7 +290,7 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Eff
     """The module for the contents of a hub's config.json.
 
     Raises:
-      AvjaxError: the configuration is not computed, or a layer is asked for.
+      AvjaxError: the configuration is not supported, or a layer is asked for.
     """
     if layer is not None:
         raise AvjaxError(f"layer is {layer}, but an efficientnet gives its last features only; expected layer=None")
@@ -293,11 +298,11 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Eff
 
 
 def shapes(config: EfficientNetConfig) -> dict[str, Any]:
-    """The params of `EfficientNet(config)` as shapes, without computing them."""
-    return base.shapes(EfficientNet(config), ((1, *config.picture, 3), jnp.float32), ((1,), jnp.bool_))
+    """Returns the shapes of the params of `EfficientNet(config)` without computing them."""
+    return base.shapes(EfficientNet(config), ((1, *config.image_size, 3), jnp.float32), ((1,), jnp.bool_))
 
 
-# Our convolution, and the batch norm after it, → theirs; in the order in which they are computed.
+# Our convolution, and the batch norm after it, → theirs; in order of computation.
 _HUB_STEM = {"stem": "embeddings.convolution", "stem/norm": "embeddings.batchnorm"}
 _HUB_TOP = {"top": "encoder.top_conv", "top/norm": "encoder.top_bn"}
 _HUB_BLOCK = {
@@ -313,7 +318,7 @@ _HUB_BLOCK = {
 _TIMM_STEM = {"stem": "conv_stem", "stem/norm": "bn1"}
 _TIMM_TOP = {"top": "conv_head", "top/norm": "bn2"}
 _TIMM_GATES = {"squeeze": "se.conv_reduce", "excite": "se.conv_expand"}
-_TIMM_BLOCK = {  # whether it expands → its names
+_TIMM_BLOCK = {  # whether the block expands → its names
     True: {
         "expand": "conv_pw",
         "expand/norm": "bn1",
@@ -336,22 +341,23 @@ IGNORED = re.compile(r"^classifier\.|\.num_batches_tracked$|^(onnx::\w+_)?\d+$")
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: EfficientNetConfig) -> dict[str, Any]:
-    """Params of `EfficientNet(config)` out of the tensors of a checkpoint: transformers', with or without its prefix,
-    or timm's, with batch norms or, as `formats.read` gives those of an ONNX file, folded.
+    """Converts a checkpoint of transformers, with or without its prefix, or timm to the params of `EfficientNet(config)`.
+
+    The batch norms of timm may be folded, as in the tensors that `formats.read` returns for an ONNX file.
 
     Raises:
-      AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
+      AvjaxError: tensors are missing, left over and not IGNORED, or of a wrong shape; the message names them.
     """
     plain = {name.removeprefix("efficientnet."): _as_matrix(tensor) for name, tensor in tensors.items()}
     if "folded.0.weight" in plain:
         return weights.convert(plain, shapes(config), _onnx_names(config).__getitem__, IGNORED)
     names = _timm_names(config) if "conv_stem.weight" in plain else _hub_names(config)
-    found = weights.convert(plain, _unfolded(shapes(config), names), functools.partial(_torch_name, names), IGNORED)
-    return _folded(found, config.eps)
+    params = weights.convert(plain, _unfolded(shapes(config), names), functools.partial(_torch_name, names), IGNORED)
+    return _folded(params, config.eps)
 
 
 def _as_matrix(tensor: np.ndarray) -> np.ndarray:
-    """The kernel of a convolution of single pixels as what it is; others as they are."""
+    """Returns the kernel of a 1 x 1 convolution as a matrix; returns other tensors unchanged."""
     return tensor[..., 0, 0] if tensor.shape[2:] == (1, 1) else tensor
 
 
@@ -363,7 +369,7 @@ def _hub_names(config: EfficientNetConfig) -> dict[str, str]:
 
 def _timm_names(config: EfficientNetConfig) -> dict[str, str]:
     inside = {
-        f"block_{i}/{our}": f"blocks.{b.place[0]}.{b.place[1]}.{their}"
+        f"block_{i}/{our}": f"blocks.{b.index[0]}.{b.index[1]}.{their}"
         for i, b in enumerate(config.blocks)
         for our, their in _TIMM_BLOCK[b.expands].items()
     }
@@ -371,7 +377,7 @@ def _timm_names(config: EfficientNetConfig) -> dict[str, str]:
 
 
 def _onnx_names(config: EfficientNetConfig) -> dict[str, str]:
-    """timm's names, but for convolutions with a norm the number by which `formats` calls them."""
+    """Returns timm's names, except for convolutions with a norm, which `formats` numbers."""
     names = _timm_names(config)
     normed = [path for path in names if f"{path}/norm" in names]
     return names | {path: f"folded.{i}" for i, path in enumerate(normed)}
@@ -383,7 +389,7 @@ def _torch_name(names: Mapping[str, str], path: str) -> str:
 
 
 def _unfolded(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Shapes of params before folding: each bias that came of a norm gives its shape to that."""
+    """Returns the shapes of params before folding: each folded bias becomes the params of its norm."""
     split = {}
     for path, shape in traverse_util.flatten_dict(params, sep="/").items():
         module, _, leaf = path.rpartition("/")
@@ -395,7 +401,7 @@ def _unfolded(params: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
 
 
 def _folded(params: Mapping[str, Any], eps: float) -> dict[str, Any]:
-    """Params without norms: y = (W x - mean) · scale / √(var + eps) + bias is an affine map of x."""
+    """Folds norms into affine maps: y = (W x - mean) · scale / √(var + eps) + bias."""
     if "norm" not in params:
         return {name: _folded(part, eps) if isinstance(part, dict) else part for name, part in params.items()}
     norm = params["norm"]
@@ -404,6 +410,6 @@ def _folded(params: Mapping[str, Any], eps: float) -> dict[str, Any]:
 
 
 def prepare(raw: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """RGB frames as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
-    pictures = images.prepare(raw, settings, "EfficientNetImageProcessor")
-    return pictures, np.ones(len(pictures), bool)
+    """Prepares RGB frames, as for `images.prepare`: returns inputs (n, h, w, 3) and mask (n,), all True."""
+    pixels = images.prepare(raw, settings, "EfficientNetImageProcessor")
+    return pixels, np.ones(len(pixels), bool)

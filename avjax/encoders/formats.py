@@ -1,6 +1,6 @@
-"""Tensors out of files: safetensors, ONNX, CTranslate2's model.bin and PyTorch's pytorch_model.bin.
+"""Readers of tensor files: safetensors, ONNX, CTranslate2's model.bin and PyTorch's pytorch_model.bin.
 
-Nothing that a file says is executed, and no memory is taken on its word: sizes are checked against the file first.
+Nothing in a file is executed, and memory is allocated only after sizes are checked against that of the file.
 Names are those of the PyTorch module that the file was made from.
 """
 
@@ -27,9 +27,11 @@ def read(path: str | os.PathLike) -> Tensors:
     """Reads the tensors of a file: name → array.
 
     Args:
-      path: `.safetensors`, `.onnx` (initializers), or `.bin`: a Whisper of CTranslate2, or what PyTorch's `torch.save`
-        makes of a state_dict. Types are kept, but PyTorch's bfloat16 becomes float32. Arrays may be read-only. An ONNX
-        convolution with a batch norm folded in, which leaves no name, is called folded.<n>, the n-th to be computed.
+      path: `.safetensors`, `.onnx` (initializers), or `.bin`: a Whisper of CTranslate2, or a state_dict saved by
+        PyTorch's `torch.save`. Types are kept, except that PyTorch's bfloat16 becomes float32. Arrays may be read-only.
+        ONNX convolutions with a folded batch norm have lost their names and are called folded.<n> in order of
+        computation.
+
     Raises:
       AvjaxError: the file is missing, truncated or of another format, or asks for more than tensors.
     """
@@ -85,7 +87,7 @@ def _onnx(path: Path) -> Tensors:
         raise AvjaxError("an ONNX file without a single initializer, or not an ONNX file")
     names = [tensor.name for tensor in graph.initializer]
     names += [name for node in graph.node for name in (node.name, node.op_type, *node.input)]
-    if any(isinstance(name, bytes) for name in names):  # as protobuf gives what is no UTF-8
+    if any(isinstance(name, bytes) for name in names):  # protobuf returns bytes that are not UTF-8
         raise AvjaxError("not a readable ONNX file (names are not UTF-8); fetch it again")
     return _named({tensor.name: _initializer(tensor) for tensor in graph.initializer}, graph.node)
 
@@ -102,18 +104,18 @@ def _initializer(tensor: Any) -> np.ndarray:
 
 
 def _named(tensors: Tensors, nodes: Any) -> Tensors:
-    """Gives anonymous tensors ("onnx::MatMul_12") the name of the module whose node reads them.
+    """Names anonymous tensors ("onnx::MatMul_12") after the module whose node reads them.
 
     PyTorch's exporter folds constants: it stores the weight of a linear layer transposed, and splits the positions of
-    a ViT that interpolates them into that of the class token and those of the patches. Neither keeps its name.
+    a ViT that interpolates them into those of the class token and of the patches. Neither keeps its name.
     """
-    read_by = {}  # (operation, module, last part of the node's name) → the anonymous tensor that it reads
+    read_by = {}  # (operation, module, last part of the node's name) → the anonymous tensor read
     for node in nodes:
         path, _, leaf = node.name.rpartition("/")
         for name in node.input:
             if name.startswith("onnx::") and name in tensors:
                 read_by[node.op_type, path.strip("/").replace("/", "."), leaf] = name
-    weights = {  # A linear layer has one product; further ones in a module would be called MatMul_1, …
+    weights = {  # A linear layer has one product; others in the module are called MatMul_1, …
         f"{module}.weight": name
         for (operation, module, leaf), name in read_by.items()
         if operation == leaf == "MatMul" and tensors[name].ndim == 2
@@ -124,18 +126,18 @@ def _named(tensors: Tensors, nodes: Any) -> Tensors:
         for patches in [n for (o, m, _), n in read_by.items() if (o, m) == ("Reshape", module)]
         if operation == "Concat" and module.endswith("embeddings") and _joinable(tensors[name], tensors[patches])
     }
-    found = {new: tensors[name].T for new, name in weights.items()}
-    found |= {new: np.concatenate([tensors[n] for n in pair], 1) for new, pair in positions.items()}
+    named = {new: tensors[name].T for new, name in weights.items()}
+    named |= {new: np.concatenate([tensors[n] for n in pair], 1) for new, pair in positions.items()}
     folded = _folded(tensors, nodes)
-    found |= {new: tensors[name] for new, name in folded.items()}
+    named |= {new: tensors[name] for new, name in folded.items()}
     used = {*weights.values(), *folded.values(), *(name for pair in positions.values() for name in pair)}
-    return {name: tensor for name, tensor in tensors.items() if name not in used} | found
+    return {name: tensor for name, tensor in tensors.items() if name not in used} | named
 
 
 def _folded(tensors: Tensors, nodes: Any) -> dict[str, str]:
-    """folded.<n>.weight and .bias → the anonymous tensors that the n-th of such convolutions reads.
+    """Maps folded.<n>.weight and .bias to the anonymous tensors that the n-th of such convolutions reads.
 
-    Exporters number these tensors, "onnx::Conv_12" or, before 2022, "12". Nodes stand in the order of computation.
+    Exporters number these tensors, "onnx::Conv_12" or, before 2022, "12". Nodes are in the order of computation.
     """
     read = [[n for n in node.input[1:] if n in tensors] for node in nodes if node.op_type == "Conv"]
     anonymous = [names for names in read if names and re.fullmatch(r"(onnx::Conv_)?\d+", names[0])]
@@ -146,14 +148,14 @@ def _folded(tensors: Tensors, nodes: Any) -> dict[str, str]:
 
 
 def _joinable(first: np.ndarray, patches: np.ndarray) -> bool:
-    """Whether these are the positions of a class token, (1, 1, width), and of patches, (1, n, width)."""
+    """Returns whether these are positions of a class token, (1, 1, width), and of patches, (1, n, width)."""
     return first.ndim == patches.ndim == 3 and first.shape == (1, 1, patches.shape[2]) and len(patches) == 1
 
 
 # CTranslate2: python/ctranslate2/specs/model_spec.py, ModelSpec.save; specs/whisper_spec.py
 
 _BINARY_VERSION = 6
-_TYPES = {0: np.dtype("<f4"), 4: np.dtype("<f2")}  # by the format's numbers; the others are integers, and bfloat16
+_TYPES = {0: np.dtype("<f4"), 4: np.dtype("<f2")}  # type numbers of the format; others are integers and bfloat16
 _LEAVES = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "encodings": "weight"}
 # CTranslate2 stacks projections of the same input along the first axis.
 _MODULES = {
@@ -177,22 +179,25 @@ _VARIABLE = re.compile(r"(encoder|decoder)/(?:layer_(\d+)/)?(.+)/(\w+)")
 
 
 class _Bytes:
-    """The contents of a file, taken from the front."""
+    """The contents of a file, consumed from the front."""
 
     def __init__(self, contents: bytes) -> None:
         self._rest = memoryview(contents)
 
     def take(self, size: int) -> memoryview:
+        """Returns the next `size` bytes."""
         if size > len(self._rest):
             raise AvjaxError(f"truncated: {size} bytes announced, {len(self._rest)} left; fetch it again")
         taken, self._rest = self._rest[:size], self._rest[size:]
         return taken
 
     def numbers(self, layout: str) -> tuple[int, ...]:
+        """Returns the next little-endian numbers of a `struct` layout."""
         layout = f"<{layout}"
         return struct.unpack(layout, self.take(struct.calcsize(layout)))
 
     def text(self) -> str:
+        """Returns the next string."""
         return bytes(self.take(*self.numbers("H"))).rstrip(b"\0").decode(errors="replace")
 
     def __len__(self) -> int:
@@ -223,7 +228,7 @@ def _ctranslate2(path: Path) -> Tensors:
 
 
 def _variable(file: _Bytes) -> tuple[str, np.ndarray | None]:
-    """The next variable; None for settings, which are the numbers and the alignment heads."""
+    """Reads the next variable; None for settings, which are scalars and the alignment heads."""
     name = file.text()
     (rank,) = file.numbers("B")
     shape = file.numbers(f"{rank}I")
@@ -240,27 +245,27 @@ def _variable(file: _Bytes) -> tuple[str, np.ndarray | None]:
 
 
 def _hub_parts(name: str, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """What a variable is called in the hub's layout, one pair for each projection stacked in it."""
+    """Yields (name in the hub's layout, tensor) for each projection stacked in a variable."""
     if name == "decoder/projection/weight":
         yield "proj_out.weight", tensor
         return
     match = _VARIABLE.fullmatch(name)
     if not match or match[3] not in _MODULES or match[4] not in _LEAVES:
-        raise AvjaxError(f"a Whisper of CTranslate2 has no {name}, as far as is known here")
+        raise AvjaxError(f"{name} is not a known variable of a Whisper of CTranslate2")
     side, layer, modules = match[1], match[2], _MODULES[match[3]]
     if tensor.shape[0] % len(modules):
         raise AvjaxError(f"{name} of shape {tensor.shape} does not split into {', '.join(modules)}")
     prefix = f"model.{side}." if layer is None else f"model.{side}.layers.{layer}."
     for module, part in zip(modules, np.split(tensor, len(modules)), strict=True):
         if module.endswith("k_proj") and match[4] == "bias":
-            # Whisper's keys have no bias; CTranslate2 fills its place.
+            # Whisper's keys have no bias; CTranslate2 stores zeros.
             if part.any():
                 raise AvjaxError(f"{name}: the bias of the keys is not zero, so this is no Whisper")
         else:
             yield f"{prefix}{module}.{_LEAVES[match[4]]}", part
 
 
-# PyTorch: torch/serialization.py, _save. data.pkl describes the state_dict, data/<key> are the storages.
+# PyTorch: torch/serialization.py, _save. data.pkl describes the state_dict, data/<key> hold the storages.
 
 _LARGEST_DESCRIPTION = 1 << 24  # bytes; a thousand tensors take 200 kB
 
@@ -284,7 +289,7 @@ class _Tensor(NamedTuple):
 
 
 class _Ordered(dict):
-    """Stands for an OrderedDict; its attributes, the _metadata of a state_dict, are of no use here."""
+    """Replaces OrderedDict; its attributes, the _metadata of a state_dict, are dropped."""
 
     __slots__ = ()
 
@@ -300,11 +305,11 @@ def _tensor(*arguments: Any) -> _Tensor:
     if not isinstance(tensor.storage, _Storage):
         raise TypeError("a tensor without a storage")
     if not _sizes(tensor.offset, *tensor.shape, *tensor.strides) or len(tensor.shape) != len(tensor.strides):
-        raise ValueError("a tensor whose sizes are no sizes")
+        raise ValueError("a tensor with invalid sizes")
     return tensor
 
 
-# The only names that a description may use, and what stands for them here.
+# The only names that data.pkl may use, and their replacements.
 _ADMITTED: safe_pickle.Admitted = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("collections", "OrderedDict"): _Ordered,
@@ -319,15 +324,15 @@ def _pytorch(path: Path) -> Tensors:
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path.stat().st_size)
-            tensors = _state_dict(_described(archive.read(members["data.pkl"])))
+            tensors = _state_dict(_unpickled(archive.read(members["data.pkl"])))
             storages = {t.storage: _storage(archive, members, t.storage) for t in tensors.values()}
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:  # all of them come from zipfile
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:  # all raised by zipfile
         raise AvjaxError(f"not a readable file of torch.save ({error}); fetch it again") from error
     return {name: _strided(name, tensor, storages[tensor.storage]) for name, tensor in tensors.items()}
 
 
 def _members(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
-    """The members by their names inside the archive's one folder."""
+    """Returns the members by their names within the only folder of the archive."""
     members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
     if "data.pkl" not in members:
         raise AvjaxError("a zip without data.pkl, so not a file of torch.save")
@@ -341,42 +346,42 @@ def _members(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipI
     return members
 
 
-def _described(program: bytes) -> object:
-    """What data.pkl describes: plain values and what `_ADMITTED` lists."""
+def _unpickled(program: bytes) -> object:
+    """Unpickles data.pkl, which may contain plain values and what `_ADMITTED` lists."""
     try:
-        return safe_pickle.unpickle(io.BytesIO(program), len(program), _ADMITTED, _referred)
+        return safe_pickle.unpickle(io.BytesIO(program), len(program), _ADMITTED, _persistent_storage)
     except safe_pickle.Refused as error:
         raise AvjaxError(f"data.pkl asks for {error}, which tensors do not need; refused") from error
     except safe_pickle.BROKEN as error:
         raise AvjaxError(f"data.pkl is malformed ({error}); fetch it again") from error
 
 
-def _referred(reference: Any) -> _Storage:
-    """The storage that a persistent id stands for."""
+def _persistent_storage(reference: Any) -> _Storage:
+    """Returns the storage of a persistent id."""
     kind, dtype, key, _, size = reference
     stored = getattr(dtype, "function", None)
     if kind != "storage" or not isinstance(stored, np.dtype) or type(key) is not str or not _sizes(size):
-        raise ValueError("a reference to something that is no storage")
+        raise ValueError("a reference to something other than a storage")
     return _Storage(stored, key, size)
 
 
 def _sizes(*numbers: Any) -> bool:
-    """Whether these are sizes that memory could have."""
+    """Returns whether these are possible sizes of arrays."""
     return all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
 
 
-def _state_dict(described: Any) -> dict[str, _Tensor]:
-    if not isinstance(described, dict):
-        raise AvjaxError(f"data.pkl describes a {type(described).__name__}, expected a state_dict")
-    if any(type(name) is not str for name in described):
-        raise AvjaxError("data.pkl describes a dict whose keys are no names, expected a state_dict")
-    if others := [name for name, value in described.items() if not isinstance(value, _Tensor)]:
+def _state_dict(contents: Any) -> dict[str, _Tensor]:
+    if not isinstance(contents, dict):
+        raise AvjaxError(f"data.pkl describes a {type(contents).__name__}, expected a state_dict")
+    if any(type(name) is not str for name in contents):
+        raise AvjaxError("data.pkl describes a dict whose keys are not names, expected a state_dict")
+    if others := [name for name, value in contents.items() if not isinstance(value, _Tensor)]:
         raise AvjaxError(f"{', '.join(others[:5])}: not tensors; save the model's state_dict alone")
-    return described
+    return contents
 
 
 def _storage(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], storage: _Storage) -> np.ndarray:
-    """The elements of a storage (size,)."""
+    """Reads the elements of a storage (size,)."""
     member = members.get(f"data/{storage.key}")
     expected = storage.size * storage.dtype.itemsize
     if member is None or member.file_size != expected:
@@ -389,7 +394,7 @@ def _storage(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], s
 def _strided(name: str, tensor: _Tensor, elements: np.ndarray) -> np.ndarray:
     _, offset, shape, strides, *_ = tensor
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    # The product also refuses strides of 0, by which a small file could describe a tensor of any size.
+    # The product also refuses strides of 0, with which a small file could describe a tensor of any size.
     if math.prod(shape) > elements.size or (0 not in shape and last >= elements.size):
         raise AvjaxError(f"{name}: shape {shape}, strides {strides} from {offset} exceed a storage of {elements.size}")
     in_bytes = [s * elements.itemsize for s in strides]

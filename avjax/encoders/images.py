@@ -1,7 +1,7 @@
-"""Pictures as image encoders want them: resized, cropped, rescaled and normalised as the checkpoint's
-preprocessor_config.json says, equal to the image processors of transformers (their Pillow backend); and patches.
+"""Preprocessing of images: resizing, cropping, rescaling and normalisation by preprocessor_config.json; and patches.
 
-`prepare` is `framed`, which leaves them uint8, and the rescaling and normalising that `normalised` does on the device.
+Results equal those of the image processors of transformers (their Pillow backend). `prepare` is `framed`, whose results
+are uint8, followed by the rescaling and normalisation that `normalised` does on the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ _SHORTEST = {
     "do_center_crop": True,
     "crop_size": 224,
 }
-# What each step cannot do without.
+# Settings that each step needs.
 _NEEDED = {
     "do_resize": ("size", "resample"),
     "do_center_crop": ("crop_size",),
@@ -43,7 +43,7 @@ _NEEDED = {
     "do_normalize": ("image_mean", "image_std"),
     "include_top": ("image_std",),
 }
-# What each processor does where its file is silent.
+# Defaults of each processor for settings missing in its file.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ViTImageProcessor": _ALWAYS | _SQUARE | _HALF,
     "BitImageProcessor": _ALWAYS | _SHORTEST | _CLIP,
@@ -58,16 +58,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def prepare(
     images: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any], processor: str = "ViTImageProcessor"
 ) -> np.ndarray:
-    """Preprocesses pictures.
+    """Preprocesses images.
 
     Args:
-      images: RGB pictures, uint8: (n, height, width, 3), or n arrays (height, width, 3) of any sizes.
+      images: RGB images, uint8: (n, height, width, 3), or n arrays (height, width, 3) of any sizes.
       settings: the contents of preprocessor_config.json.
-      processor: the key of DEFAULTS to follow where `settings` do not name their processor.
+      processor: the key of DEFAULTS to use if `settings` do not name their processor.
+
     Returns:
       (n, height, width, 3) float32.
+
     Raises:
-      AvjaxError: frames of another kind, none, or of different sizes in the end; or settings that are not computed.
+      AvjaxError: there are no images, they are not RGB uint8, or their final sizes differ; or unsupported settings.
     """
     return _scaled(framed(images, settings, processor), _filled(settings, processor))
 
@@ -75,7 +77,7 @@ def prepare(
 def framed(
     images: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any], processor: str = "ViTImageProcessor"
 ) -> np.ndarray:
-    """Pictures resized and cropped, still (n, height, width, 3) uint8; arguments and errors as of `prepare`."""
+    """Resizes and crops images, still (n, height, width, 3) uint8; arguments and errors as for `prepare`."""
     settings = _filled(settings, processor)
     for image in images:
         _check(image)
@@ -85,23 +87,23 @@ def framed(
     return np.stack(pixels)
 
 
-def normalised(pictures: jax.Array, settings: Mapping[str, Any], processor: str = "ViTImageProcessor") -> jax.Array:
-    """Pictures that are `framed` (..., 3) as `prepare` gives them: rescaled and normalised, on the device.
+def normalised(pixels: jax.Array, settings: Mapping[str, Any], processor: str = "ViTImageProcessor") -> jax.Array:
+    """Rescales and normalises `framed` pixels (..., 3) as `prepare` does, but on the device.
 
-    Each channel is one product and one sum in float32, which no value of `prepare` is further from than 2e-6 where the
-    results lie within ±4, as with the usual means and deviations.
+    Each channel is one product and one sum in float32. Results within ±4, as with the usual means and deviations,
+    differ from those of `prepare` by at most 2e-6.
 
     Raises:
-      AvjaxError: as `prepare`, of `settings`.
+      AvjaxError: unsupported settings, as for `prepare`.
     """
     black, white = _scaled(np.array([[0] * 3, [255] * 3], np.uint8), _filled(settings, processor))
-    axes = tuple(range(pictures.ndim - 1))
+    axes = tuple(range(pixels.ndim - 1))
     factor, offset = (jnp.expand_dims(channel, axes) for channel in ((white - black) / 255, black))
-    return pictures.astype(jnp.float32) * factor + offset
+    return pixels.astype(jnp.float32) * factor + offset
 
 
 def _filled(settings: Mapping[str, Any], processor: str) -> dict[str, Any]:
-    """`settings` over the defaults of their processor; a null in them stays, and turns a step off."""
+    """Fills `settings` with the defaults of their processor; a null in them stays, and turns a step off."""
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or processor
     kind = named.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
     if kind not in DEFAULTS:
@@ -109,9 +111,9 @@ def _filled(settings: Mapping[str, Any], processor: str) -> dict[str, Any]:
     if settings.get("do_pad"):
         raise AvjaxError("preprocessor_config.json asks for do_pad, which is not computed; images are cropped only")
     filled = DEFAULTS[kind] | dict(settings)
-    absent = [key for step, keys in _NEEDED.items() if filled[step] for key in keys if filled.get(key) is None]
-    if absent:
-        raise AvjaxError(f"preprocessor_config.json of a {kind} lacks {', '.join(absent)}")
+    missing = [key for step, keys in _NEEDED.items() if filled[step] for key in keys if filled.get(key) is None]
+    if missing:
+        raise AvjaxError(f"preprocessor_config.json of a {kind} lacks {', '.join(missing)}")
     return filled
 
 
@@ -119,12 +121,12 @@ def _check(image: np.ndarray) -> None:
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
         raise AvjaxError(
             f"an image {image.shape} {image.dtype}: expected RGB (height, width, 3) uint8; repeat the channel of a "
-            "grey picture three times, drop the fourth channel of one with transparency"
+            "grey image three times, drop the fourth channel of one with transparency"
         )
 
 
 def _framed(image: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
-    """The picture resized and cropped, still uint8."""
+    """Resizes and crops an image, still uint8."""
     if settings["do_resize"]:
         image = _resized(image, _target(image.shape[:2], settings), settings["resample"])
     if settings["do_center_crop"]:
@@ -133,20 +135,20 @@ def _framed(image: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
 
 
 def _target(size: tuple[int, int], settings: Mapping[str, Any]) -> tuple[int, int]:
-    """What (height, width) a picture of `size` is to get."""
-    wanted = settings["size"]
-    if isinstance(wanted, int) and not settings["default_to_square"]:
-        wanted = {"shortest_edge": wanted}
-    if isinstance(wanted, int) or set(wanted) != {"shortest_edge"}:
-        return _sides(wanted)
-    short, (height, width) = wanted["shortest_edge"], size
+    """Returns the (height, width) to which an image of `size` is resized."""
+    target = settings["size"]
+    if isinstance(target, int) and not settings["default_to_square"]:
+        target = {"shortest_edge": target}
+    if isinstance(target, int) or set(target) != {"shortest_edge"}:
+        return _sides(target)
+    short, (height, width) = target["shortest_edge"], size
     if width <= height:
         return int(short * height / width), short
     return short, int(short * width / height)
 
 
 def _sides(size: int | Mapping[str, int]) -> tuple[int, int]:
-    """(height, width) of a size as preprocessor_config.json writes it."""
+    """Returns the (height, width) of a size in preprocessor_config.json."""
     if isinstance(size, int):
         return size, size
     if set(size) != {"height", "width"}:
@@ -161,32 +163,32 @@ def _resized(image: np.ndarray, size: tuple[int, int], resample: int) -> np.ndar
 
 
 def _cropped(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The middle of the picture; black around it where it is too small."""
-    lacks = [max(want - have, 0) for want, have in zip(size, image.shape[:2], strict=True)]
-    image = np.pad(image, [*((n - n // 2, n // 2) for n in lacks), (0, 0)])
+    """Crops the centre of an image, padded with black if it is too small."""
+    missing = [max(want - have, 0) for want, have in zip(size, image.shape[:2], strict=True)]
+    image = np.pad(image, [*((n - n // 2, n // 2) for n in missing), (0, 0)])
     top, left = ((have - want) // 2 for want, have in zip(size, image.shape[:2], strict=True))
     return image[top : top + size[0], left : left + size[1]]
 
 
 def _scaled(pixels: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
     factor = settings["rescale_factor"] if settings["do_rescale"] else 1
-    levels = (np.arange(256) * factor).astype(np.float32)  # one product for each level, not for each pixel
+    levels = (np.arange(256) * factor).astype(np.float32)  # one product a level, not a pixel
     if settings["do_rescale"] and settings["rescale_offset"]:
         levels -= 1
     scaled = levels[pixels]
     if settings["do_normalize"]:
         scaled = (scaled - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
-    # EfficientNet's processor divides once more where the classifier is meant to follow.
+    # EfficientNet's processor divides once more if the classifier follows.
     return scaled / np.float32(settings["image_std"]) if settings["include_top"] else scaled
 
 
-def unfold(pictures: Any, grid: tuple[int, int]) -> Any:
-    """Cuts pictures into the patches of a grid of (rows, columns), row by row: where a convolution's step is as wide as
-    its window, it is one matrix product of these.
+def unfold(pixels: Any, grid: tuple[int, int]) -> Any:
+    """Cuts images into the patches of a grid of (rows, columns), row by row.
 
+    A convolution whose stride equals its window is one matrix product of these patches.
     (b, h, w, 3) → (b, patches, patch height, patch width, 3), NumPy or JAX.
     """
-    b, height, width, channels = pictures.shape
+    b, height, width, channels = pixels.shape
     rows, columns = grid
-    tiles = pictures.reshape(b, rows, height // rows, columns, width // columns, channels)
+    tiles = pixels.reshape(b, rows, height // rows, columns, width // columns, channels)
     return tiles.swapaxes(2, 3).reshape(b, rows * columns, height // rows, width // columns, channels)

@@ -1,4 +1,4 @@
-"""Finds an encoder's files, by a registered name or in a folder, and makes the `Encoder` of them."""
+"""Loading of encoders: finds their files by a registered name or in a folder, and builds the `Encoder`."""
 
 import dataclasses
 import os
@@ -41,7 +41,7 @@ FAMILIES = {
     "perceiver": perceiver,
 }
 POOLS = ("first", "mean", "projected")
-# Where weights are looked for in a folder, in this order; `formats` reads them.
+# Names of the weights file in a folder, in order of preference; `formats` reads them.
 _TENSORS = ("model.safetensors", "pytorch_model.bin", "model.onnx", "model.bin")
 
 
@@ -59,16 +59,17 @@ def load(
     Args:
       source: a name of `weights.REGISTRY`, such as "minilm", or a folder in the hub's layout: config.json with
         `model_type`, model.safetensors (or pytorch_model.bin, which is read strictly), and for text tokenizer.json,
-        or vocab.txt, or vocab.json with merges.txt. A folder is trusted; its sha256 is recorded.
-      tower: "vision" or "text", of a source that has both.
-      layer: the features after so many blocks, transformers' `hidden_states[layer]`, instead of `last_hidden_state`;
-        blocks above it are not computed.
-      pool: "first", the first step (the class token), "mean" over the real steps, or "projected", the embedding in the
-        joint space of a source with two towers; None = all steps.
+        vocab.txt, or vocab.json with merges.txt. A folder is trusted; the sha256 of its weights is recorded.
+      tower: "vision" or "text", for a source that has both.
+      layer: number of blocks to compute: the features are transformers' `hidden_states[layer]` instead of
+        `last_hidden_state`.
+      pool: "first", the first step (the class token); "mean", over the real steps; or "projected", the embedding in the
+        joint space of a source with two towers. None: all steps.
       dtype: of the matrix products; by default bfloat16 on accelerators and float32 on CPU. Params stay float32.
-      random: weights drawn at random, of the true shape, of a registered name; nothing is fetched (`random_weights`).
+      random: whether to draw random weights of the true shapes of a registered name; nothing is fetched.
+
     Raises:
-      AvjaxError: the source is neither, no family computes it, it has no such tower or layer, or its tensors do not
+      AvjaxError: the source is neither, no family supports it, it has no such tower or layer, or its tensors do not
         fit.
     """
     choose("pool", pool, (None, *POOLS))
@@ -77,7 +78,7 @@ def load(
     family = FAMILIES[files.config["model_type"]]
     dtype = jnp.dtype(dtype or default_dtype())
     module = family.build(files.config, dtype, layer)
-    base.known_layer(layer, module.config.layers)
+    base.block_count(layer, module.config.layers)
     more = {}
     if pool == "projected":
         module, more = _projected(module), {"projected": True}
@@ -87,7 +88,7 @@ def load(
         params = family.convert(formats.read(files.tensors), module.config, **more)
     provenance = {
         "source": str(source) if source in weights.REGISTRY else files.tensors.parent.name,
-        "sha256": random_weights.STATED if random else sha256(files.tensors),
+        "sha256": random_weights.PROVENANCE if random else sha256(files.tensors),
         "model_type": files.config["model_type"],
         "layer": "last" if layer is None else str(layer),
         "pool": pool or "none",
@@ -99,36 +100,37 @@ def load(
 def architecture(
     source: str, *, layer: int | None = None, dtype: jnp.dtype | str | None = None
 ) -> tuple[Any, Any, Mapping[str, Any]]:
-    """Builds what computes an encoder, without its weights: those of a registered name need not be available.
+    """Builds the module of an encoder without its weights, which for a registered name need not be available.
 
-    Args:
-      source, layer, dtype: as for `load`.
+    `source`, `layer` and `dtype` are as for `load`.
+
     Returns:
       Its family, its Flax module, and the contents of its preprocessor_config.json.
+
     Raises:
-      AvjaxError: as `load`, of anything but the weights of a registered name.
+      AvjaxError: as for `load`, except for the weights of a registered name.
     """
     files = _registered(source) if source in weights.REGISTRY else _find(source)
     family = FAMILIES[select_tower(files.config, None)["model_type"]]
     module = family.build(files.config, jnp.dtype(dtype or default_dtype()), layer)
-    base.known_layer(layer, module.config.layers)
+    base.block_count(layer, module.config.layers)
     return family, module, files.settings
 
 
 def default_dtype() -> str:
-    """Returns the dtype of matrix products unless another is asked for: float32 on a CPU, bfloat16 elsewhere."""
+    """Returns the default dtype of matrix products: float32 on a CPU, bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def _projected(module: Any) -> Any:
-    """Returns the module that gives embeddings in its joint space."""
+    """Returns the module with its output projected into its joint space."""
     if not hasattr(module, "projected"):
         raise AvjaxError(f"pool is 'projected', but a {type(module).__name__} has no joint space to project into")
     return module.clone(projected=True)
 
 
 def select_tower(config: Mapping[str, Any], tower: str | None) -> Mapping[str, Any]:
-    """Returns the configuration of one tower of a source that has two; of another source the configuration as it is.
+    """Returns the configuration of one tower of a source that has two; returns other configurations unchanged.
 
     Raises:
       AvjaxError: there is no such tower.
@@ -141,11 +143,11 @@ def select_tower(config: Mapping[str, Any], tower: str | None) -> Mapping[str, A
 
 
 def _registered(source: str | os.PathLike) -> base.Files:
-    """Returns what the registry says of a source, without its files."""
+    """Returns the configurations that the registry holds for a source, without its files."""
     written = weights.REGISTRY[source].written if source in weights.REGISTRY else {}
     if "config.json" not in written:
-        known = ", ".join(sorted(name for name, entry in weights.REGISTRY.items() if "config.json" in entry.written))
-        raise AvjaxError(f"{source}: random weights take an encoder whose shape is registered, one of {known}")
+        names = ", ".join(sorted(name for name, entry in weights.REGISTRY.items() if "config.json" in entry.written))
+        raise AvjaxError(f"{source}: random weights take an encoder whose shape is registered, one of {names}")
     return base.Files(written["config.json"], Path("model.safetensors"), written.get("preprocessor_config.json", {}))
 
 
@@ -163,14 +165,14 @@ def _find(source: str | os.PathLike) -> base.Files:
     if config is None:
         raise AvjaxError(f"{folder}: no config.json in it; expected an encoder's folder in the hub's layout")
     if config.get("model_type") not in (*FAMILIES, "clip"):
-        known = ", ".join((*FAMILIES, "clip"))
-        raise AvjaxError(f"{folder}/config.json: model_type is {config.get('model_type')!r}, expected one of {known}")
+        kinds = ", ".join((*FAMILIES, "clip"))
+        raise AvjaxError(f"{folder}/config.json: model_type is {config.get('model_type')!r}, expected one of {kinds}")
     settings = written.get("preprocessor_config.json") or _json(folder / "preprocessor_config.json") or {}
     return base.Files(config, _tensors(folder), settings)
 
 
 def _tensors(folder: Path) -> Path:
-    """Finds the file of the weights in an encoder's folder."""
+    """Finds the weights file in an encoder's folder."""
     files = [folder / name for name in _TENSORS if (folder / name).is_file()]
     if not files:
         raise AvjaxError(f"{folder}: no weights in it; expected model.safetensors, or one of {', '.join(_TENSORS[1:])}")

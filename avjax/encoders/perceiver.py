@@ -35,7 +35,7 @@ _OVERLAP = 20  # pixels that neighbouring tiles share at least, as in DeepMind's
 
 
 @dataclasses.dataclass(frozen=True)
-class PerceiverConfig(base.OfImages):
+class PerceiverConfig(base.ImageConfig):
     """Architecture of a checkpoint; widths in numbers of units, the picture's height and width in pixels."""
 
     picture: tuple[int, int]  # the trained size; pairs have no other
@@ -142,6 +142,7 @@ class Perceiver(nn.Module):
         Returns:
           flow (b, h·w, 2), row by row, x before y, in units of 20 pixels: the `logits` of transformers'
           PerceiverForOpticalFlow, float32 whatever `dtype` is; and mask (b, h·w), each pair's own.
+
         Raises:
           AvjaxError: the pictures are not of the trained size.
         """
@@ -431,8 +432,10 @@ def optical_flow(encoder: Any, first: np.ndarray, second: np.ndarray, *, batch: 
       encoder: of this family, such as `encoders.load` gives; called with (pairs, mask), and `config.picture` is read.
       first, second: n frames each, RGB, uint8 (n, h, w, 3).
       batch: tiles in one call; memory grows with it, and not with n beyond frames and flow.
+
     Returns:
       (n, h, w, 2) float32, in pixels: x (to the right), then y (down).
+
     Raises:
       AvjaxError: frames of another kind, or larger than tiles that are no wider than their overlap.
     """

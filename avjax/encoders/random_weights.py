@@ -1,6 +1,6 @@
-"""Weights drawn at random in place of those that cannot be had: true shapes, and features that mean nothing.
+"""Random weights for encoders whose weights are not available: shapes are true, features are meaningless.
 
-With them everything can be tried and timed; what says "random" in its provenance is no result.
+They allow everything to be tried and timed; anything with "random" in its provenance is not a result.
 """
 
 import math
@@ -13,15 +13,15 @@ import numpy as np
 from avjax.errors import AvjaxError
 
 SEED = 0
-# How provenance names such weights.
-STATED = f"random, seed {SEED}"
+# Recorded in provenance instead of a sha256.
+PROVENANCE = f"random, seed {SEED}"
 # The ids of the first and the last token of a text, by model_type.
 _ENDS = {"bert": (101, 102), "distilbert": (101, 102), "clip_text_model": (49406, 49407)}
 _FIRST_BYTE = 1000  # the id of byte 0: above BERT's special tokens
 
 
 def params(shapes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Params of the given shapes: kernels as He et al. 2015 draw them, so that no depth makes features vanish."""
+    """Draws params of the given shapes; kernels as in He et al. 2015, so that features do not vanish with depth."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     rng = np.random.default_rng(SEED)
     return jax.tree.unflatten(tree, [_drawn(rng, path[-1].key, leaf.shape) for path, leaf in leaves])
@@ -37,7 +37,7 @@ def _drawn(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nd
 
 
 def tokenizer(model_type: str) -> Any:
-    """A `tokenizers.Tokenizer` that knows no words: a token for every byte, between the first and the last token.
+    """Returns a `tokenizers.Tokenizer` without a vocabulary: one token a byte, between a first and a last token.
 
     Raises:
       AvjaxError: the encoder takes no text.
@@ -50,9 +50,9 @@ def tokenizer(model_type: str) -> Any:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     first, last = _ENDS[model_type]
     vocabulary = {letter: _FIRST_BYTE + i for i, letter in enumerate(letters)} | {"[first]": first, "[last]": last}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.post_processor = processors.TemplateProcessing(
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="[first] $A [last]", special_tokens=[("[first]", first), ("[last]", last)]
     )
-    return made
+    return tokenizer

@@ -1,7 +1,7 @@
-"""Where pretrained files come from: the model hub, packages of the Python index, and addresses on the web.
+"""Sources of pretrained files: the model hub, packages of the Python index, and web servers.
 
-A package is a container only: its wheel is opened as a zip and the file is known by its sha256; it is neither installed
-nor imported.
+A package is only a container: its wheel is opened as a zip and the file is identified by its sha256; it is neither
+installed nor imported.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from typing import Any, BinaryIO, Protocol
 from avjax.errors import AvjaxError
 from avjax.utils.storage import sha256
 
-HUB_TIMEOUT = 3.0  # seconds within which the hub must answer; its own client would retry for half a minute
+HUB_TIMEOUT = 3.0  # seconds within which the hub must respond; its own client would retry for half a minute
 PACKAGE_TIMEOUT = 900.0  # seconds for the download of one wheel
-WEB_TIMEOUT = 10.0  # seconds within which a server on the web must answer
+WEB_TIMEOUT = 10.0  # seconds within which a web server must respond
 
 
 class Unavailable(AvjaxError):
-    """A source that cannot give the files; the next one is tried and the reason is kept for the error."""
+    """A source cannot provide the files; the next one is tried and the reason is kept for the error message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """What a file must be: its sha256 in hex, and its size in bytes (spares hashing every member of a wheel).
+    """The expected sha256 in hex and size in bytes of a file; the size spares hashing every member of a wheel.
 
-    `parts`: what a package carries instead where it has the file in pieces, in their order.
+    `parts`: the pieces of the file, in order, for packages that carry it split.
     """
 
     sha256: str
@@ -41,23 +41,23 @@ class File:
     parts: tuple["File", ...] = ()
 
 
-# A file whose sha256 is not known here: the hub's own is required when it arrives, and kept beside it from then on.
+# A file that is not pinned: its sha256 must equal the hub's when it is fetched, and is recorded next to it.
 UNPINNED = File("", 0)
 
 
 class Source(Protocol):
-    """Where an entry's files come from beyond this machine."""
+    """A remote source of the files of an entry."""
 
     def collect(self, files: Mapping[str, File], folder: Path) -> None:
-        """Copies `files` (name → what it must be) into `folder`, or raises Unavailable with the reason."""
+        """Copies `files` (name → expected file) into `folder`, or raises Unavailable with the reason."""
 
     def remedy(self, files: Iterable[str], folder: Path) -> str:
-        """How a user puts `files` into `folder` through this source by hand."""
+        """Returns instructions for fetching `files` from this source into `folder` by hand."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """A repository of the model hub at a fixed revision; files in the hub's own cache serve when it is offline."""
+    """A repository of the model hub at a fixed revision; offline, files are taken from the hub's own cache."""
 
     repo: str
     revision: str
@@ -66,38 +66,40 @@ class Hub:
         return f"hub {self.repo}"
 
     def collect(self, files: Mapping[str, File], folder: Path) -> None:
+        """Downloads `files` into `folder` and checks them against the sha256 of the hub, if it gives one."""
         import huggingface_hub as hub
 
         offline = self._unreachable(next(iter(files)))
         for name in files:
             try:
-                found = hub.hf_hub_download(
+                path = hub.hf_hub_download(
                     self.repo, name, revision=self.revision, local_files_only=offline is not None
                 )
-            except Exception as error:  # the client's exceptions differ between its versions; all mean the same here
+            except Exception as error:  # the client's exceptions vary with its version
                 raise Unavailable(_first_line(offline or error)) from error
-            # The hub's cache keeps a large file under its sha256, a small one under git's shorter sum.
-            stated = Path(found).resolve().name
-            if len(stated) == 64 and (got := sha256(Path(found))) != stated:
-                raise Unavailable(f"{name} has sha256 {got}, and the hub states {stated}")
-            shutil.copyfile(found, folder / name)
+            # The hub's cache names a large file by its sha256, a small one by git's shorter hash.
+            expected = Path(path).resolve().name
+            if len(expected) == 64 and (got := sha256(Path(path))) != expected:
+                raise Unavailable(f"{name} has sha256 {got}, and the hub states {expected}")
+            shutil.copyfile(path, folder / name)
 
     def _unreachable(self, name: str) -> Exception | None:
         import huggingface_hub as hub
 
         try:
             hub.get_session().head(hub.hf_hub_url(self.repo, name, revision=self.revision), timeout=HUB_TIMEOUT)
-        except Exception as error:  # as above; HF_HUB_OFFLINE also arrives here
+        except Exception as error:  # as above; HF_HUB_OFFLINE also raises
             return error
         return None
 
     def remedy(self, files: Iterable[str], folder: Path) -> str:
+        """Returns the command of the hub's client."""
         return f"hf download {self.repo} {' '.join(files)} --revision {self.revision} --local-dir {folder}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """Wheels of the Python index, each `name==version`, that together carry the files, or their parts, as data."""
+    """Wheels of the Python index, each `name==version`, that together contain the files or their parts as data."""
 
     requirements: tuple[str, ...]
 
@@ -105,6 +107,7 @@ class Package:
         return f"package {' and '.join(self.requirements)}"
 
     def collect(self, files: Mapping[str, File], folder: Path) -> None:
+        """Downloads the wheels and extracts `files` into `folder`."""
         with contextlib.ExitStack() as stack:
             wheels = []
             for requirement in self.requirements:
@@ -113,20 +116,21 @@ class Package:
             for name, file in files.items():
                 with open(folder / name, "wb") as out:
                     for part in file.parts or (file,):
-                        _take(wheels, part, out, name)
+                        _extract(wheels, part, out, name)
 
     def remedy(self, files: Iterable[str], folder: Path) -> str:
+        """Returns the command that downloads the wheels on another machine."""
         return (
             f"pip download --no-deps --only-binary=:all: {' '.join(self.requirements)} -d WHEELS where the index can "
-            "be reached, then set PIP_FIND_LINKS=WHEELS here"
+            "be reached, then set PIP_FIND_LINKS=WHEELS on this machine"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Web:
-    """A place on the web at a fixed revision; its files must be pinned, since nothing else vouches for them.
+    """A web address at a fixed revision; its files must be pinned, since nothing else verifies them.
 
-    `paths`: file → where it is below `root`.
+    `paths`: file → path below `root`.
     """
 
     root: str
@@ -136,23 +140,25 @@ class Web:
         return self.root
 
     def collect(self, files: Mapping[str, File], folder: Path) -> None:
+        """Downloads `files` into `folder`."""
         for name, file in files.items():
             try:
-                with urllib.request.urlopen(self.root + self.paths[name], timeout=WEB_TIMEOUT) as answer:
-                    content = answer.read(file.size + 1)  # never more than expected, whatever the server sends
+                with urllib.request.urlopen(self.root + self.paths[name], timeout=WEB_TIMEOUT) as response:
+                    content = response.read(file.size + 1)  # one byte more than expected reveals a wrong file
             except OSError as error:
                 raise Unavailable(f"{name}: {_first_line(error)}") from error
             (folder / name).write_bytes(content)
 
     def remedy(self, files: Iterable[str], folder: Path) -> str:
+        """Returns the commands of curl."""
         return "; ".join(f"curl -L {self.root}{self.paths[name]} -o {folder / name}" for name in files)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Pretrained files of one name: what they are, their licence, what each must be and where to find them.
+    """A registered name: description, licence, expected files and their sources.
 
-    `written`: the contents of the hub's JSON files, where the files do not bring them or random weights are asked for.
+    `written`: the contents of the hub's JSON files, if the sources lack them, or for random weights.
     """
 
     what: str
@@ -186,8 +192,8 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def _take(wheels: Iterable[zipfile.ZipFile], file: File, out: BinaryIO, name: str) -> None:
-    """Appends to `out` the member of a wheel that is `file`; its name in there does not matter."""
+def _extract(wheels: Iterable[zipfile.ZipFile], file: File, out: BinaryIO, name: str) -> None:
+    """Appends to `out` the member of the wheels that has the sha256 of `file`, whatever its name."""
     for wheel in wheels:
         for member in wheel.infolist():
             if member.file_size != file.size:

@@ -1,7 +1,7 @@
-"""Vision transformers: ViT (Dosovitskiy et al. 2021) and DINOv2 (Oquab et al. 2024): picture → a vector per patch.
+"""Vision transformers: ViT (Dosovitskiy et al. 2021) and DINOv2 (Oquab et al. 2024): image → a vector a patch.
 
-The class token comes first. DINOv2 adds layer scale, and its positions are interpolated for frames of other sizes
-than it was trained on.
+The class token comes first. DINOv2 adds layer scale; its positions are interpolated for images of other sizes than in
+training.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ INPUTS = Inputs("images (batch, height, width, 3)", rank=4, length_axis=None)
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(base.OfImages):
-    """Architecture of a checkpoint; widths in numbers of units, pictures and patches in pixels."""
+class ViTConfig(base.ImageConfig):
+    """Architecture of a checkpoint; widths are numbers of units, images and patches are in pixels."""
 
     model_type: str  # "vit" or "dinov2"
     width: int
     layers: int
     heads: int
     inner: int  # width of the feed-forward layer
-    picture: tuple[int, int]  # height and width that the positions are for
+    image_size: tuple[int, int]  # height and width that the positions are for
     patch: tuple[int, int]
     activation: str
     eps: float  # of layer normalisation
@@ -43,23 +43,23 @@ class ViTConfig(base.OfImages):
         """Reads the contents of the hub's config.json.
 
         Raises:
-          AvjaxError: a value is missing, or asks for a variant that this module does not compute.
+          AvjaxError: a value is missing, or asks for an unsupported variant.
         """
         kind = config["model_type"]
         fields = base.read(_DEFAULTS[kind] | dict(config), _KEYS | _INNER[kind])
         if kind == "dinov2":
             fields["inner"] = int(fields["width"] * fields["inner"])
-        fields |= {"picture": _pair(fields["picture"]), "patch": _pair(fields["patch"])}
+        fields |= {"image_size": _pair(fields["image_size"]), "patch": _pair(fields["patch"])}
         _check(config, fields)
         return cls(**fields)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches that the positions are for."""
-        return self.picture[0] // self.patch[0], self.picture[1] // self.patch[1]
+        """Returns the rows and columns of patches that the positions are for."""
+        return self.image_size[0] // self.patch[0], self.image_size[1] // self.patch[1]
 
     def steps(self, length: int) -> int:
-        """How many features a picture of the configured size has, class token included; `length` does not count."""
+        """Returns the number of features of an image, class token included; `length` is ignored."""
         return 1 + self.grid[0] * self.grid[1]
 
 
@@ -68,7 +68,7 @@ _KEYS = {
     "width": "hidden_size",
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
-    "picture": "image_size",
+    "image_size": "image_size",
     "patch": "patch_size",
     "activation": "hidden_act",
     "eps": "layer_norm_eps",
@@ -88,21 +88,21 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 def _check(config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     base.activation(fields["activation"])
     if config.get("use_swiglu_ffn") or config.get("num_register_tokens"):
-        raise AvjaxError("DINOv2 with a SwiGLU feed-forward layer or register tokens is not computed; see config.json")
+        raise AvjaxError("DINOv2 with a SwiGLU feed-forward layer or register tokens is not supported; see config.json")
     if config.get("num_channels", 3) != 3:
         raise AvjaxError(f"num_channels is {config['num_channels']} in config.json, expected 3: images are RGB")
-    picture, patch = fields["picture"], fields["patch"]
-    if picture[0] % patch[0] or picture[1] % patch[1]:
-        raise AvjaxError(f"image_size {picture} in config.json: expected multiples of patch_size {patch}")
-    if fields["model_type"] == "dinov2" and (picture[0] != picture[1] or patch[0] != patch[1]):
-        raise AvjaxError(f"image_size {picture} and patch_size {patch} in config.json: expected squares of a dinov2")
+    size, patch = fields["image_size"], fields["patch"]
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise AvjaxError(f"image_size {size} in config.json: expected multiples of patch_size {patch}")
+    if fields["model_type"] == "dinov2" and (size[0] != size[1] or patch[0] != patch[1]):
+        raise AvjaxError(f"image_size {size} and patch_size {patch} in config.json: expected squares of a dinov2")
 
 
 class ViT(nn.Module):
     """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products.
 
-    `layer` is how many blocks are computed; None = all, and the last normalisation. With `remat` a gradient computes
-    what is in them once more, which memory then need not hold.
+    `layer` is the number of blocks to compute; None: all, and the last normalisation. With `remat`, gradients recompute
+    activations within blocks to save memory.
     """
 
     config: ViTConfig
@@ -111,28 +111,31 @@ class ViT(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, pictures: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps normalised pictures (b, h, w, 3) to hidden states (b, 1 + patches, d) in `dtype`, and their mask.
+    def __call__(self, pixels: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps normalised images (b, h, w, 3) to hidden states (b, 1 + patches, d) in `dtype`, and their mask.
 
         Args:
-          pictures: of the configured size; those of a DINOv2 may have any sides that are multiples of the patch's.
-          mask: (b,) bool, which pictures are real.
+          pixels: images of the configured size; for DINOv2, of any sides that are multiples of the patch size.
+          mask: (b,) bool, True for real images.
+
         Returns:
-          features, the class token first, then the patches row by row; mask (b, 1 + patches), each picture's own.
+          features, the class token first, then the patches row by row; mask (b, 1 + patches), the same for all features
+          of an image.
+
         Raises:
-          AvjaxError: the pictures have another size.
+          AvjaxError: the images have a wrong size.
         """
         c = self.config
-        grid = _grid(c, pictures.shape[1:])
-        pictures = jnp.where(mask[:, None, None, None], pictures, 0)
-        tiles = images.unfold(pictures, grid)
+        grid = _grid(c, pixels.shape[1:])
+        pixels = jnp.where(mask[:, None, None, None], pixels, 0)
+        tiles = images.unfold(pixels, grid)
         patches = Project((c.width,), inputs=3, dtype=self.dtype, name="patches")(tiles)  # b n d
         token = self.param("class_token", nn.initializers.zeros, (1, 1, c.width))
         positions = self.param("positions", nn.initializers.normal(0.02), (1, c.steps(0), c.width))
         token = jnp.broadcast_to(token.astype(self.dtype), (len(patches), 1, c.width))
         x = jnp.concatenate([token, patches], 1) + _positions(positions, c.grid, grid).astype(self.dtype)
         mask = jnp.broadcast_to(mask[:, None], x.shape[:2])
-        for i in range(layers := base.known_layer(self.layer, c.layers)):
+        for i in range(layers := base.block_count(self.layer, c.layers)):
             x = self._block(i)(x, mask)
         if layers == c.layers:
             x = nn.LayerNorm(c.eps, self.dtype, use_fast_variance=False, name="norm")(x)
@@ -148,29 +151,34 @@ class ViT(nn.Module):
 
 
 def _grid(config: ViTConfig, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of patches of frames of `shape` (height, width, 3)."""
-    (height, width), (tall, wide) = config.picture, config.patch
+    """Returns the rows and columns of patches of images of `shape` (height, width, 3)."""
+    (height, width), (patch_height, patch_width) = config.image_size, config.patch
     if config.model_type == "dinov2":
-        fits, expected = not (shape[0] % tall or shape[1] % wide), f"sides that are multiples of {tall}"
+        fits, expected = (
+            not (shape[0] % patch_height or shape[1] % patch_width),
+            f"sides that are multiples of {patch_height}",
+        )
     else:
-        fits, expected = shape[:2] == config.picture, f"{height} x {width}"
+        fits, expected = shape[:2] == config.image_size, f"{height} x {width}"
     if not fits or shape[2] != 3 or 0 in shape:
         raise AvjaxError(f"images {shape}: expected {expected} and 3 channels; `prepare` resizes")
-    return shape[0] // tall, shape[1] // wide
+    return shape[0] // patch_height, shape[1] // patch_width
 
 
 def _positions(positions: jax.Array, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """Positions (1, 1 + patches, d) of the `old` grid of patches brought to the `new` one; the class token's stays."""
+    """Interpolates positions (1, 1 + patches, d) from the `old` grid of patches to `new`; keeps the class token's."""
     if old == new:
         return positions
     patches = positions[0, 1:].reshape(*old, -1)
     rows, columns = (_bicubic(*sides) for sides in zip(old, new, strict=True))
-    patches = jnp.einsum("yh,xw,hwd->yxd", rows, columns, patches, precision="highest")  # tiny; originally float32
+    patches = jnp.einsum(
+        "yh,xw,hwd->yxd", rows, columns, patches, precision="highest"
+    )  # small; float32 in the original
     return jnp.concatenate([positions[:, :1], patches.reshape(1, -1, positions.shape[-1])], 1)
 
 
 def _bicubic(old: int, new: int) -> np.ndarray:
-    """Matrix (new, old) of cubic convolution (Keys 1981) with PyTorch's a = -0.75, half-pixel centres, no antialias."""
+    """Returns the matrix (new, old) of cubic convolution (Keys 1981): a = -0.75, half-pixel centres, no antialias."""
     a = -0.75
     at = (np.arange(new) + 0.5) * old / new - 0.5
     taps = np.floor(at).astype(int)[:, None] + np.arange(-1, 3)
@@ -183,13 +191,13 @@ def _bicubic(old: int, new: int) -> np.ndarray:
 
 
 def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> ViT:
-    """The module for the contents of a hub's config.json."""
+    """Builds the module from the contents of a hub config.json."""
     return ViT(ViTConfig.from_hub(config), dtype, layer)
 
 
 def shapes(config: ViTConfig) -> dict[str, Any]:
-    """The params of `ViT(config)` as shapes, without computing them."""
-    return base.shapes(ViT(config), ((1, *config.picture, 3), jnp.float32), ((1,), jnp.bool_))
+    """Returns the shapes of the params of `ViT(config)` without computing them."""
+    return base.shapes(ViT(config), ((1, *config.image_size, 3), jnp.float32), ((1,), jnp.bool_))
 
 
 _TOP = {
@@ -224,15 +232,15 @@ _BLOCK = {
 }
 _PREFIX = re.compile(r"^(vit|dinov2|backbone)\.")
 # The pooler, heads of classification and of masked pretraining, the token of masked patches; and the decoder of the
-# saliency network that a DINOv2 S/14 comes in.
+# saliency network that contains a DINOv2 S/14.
 IGNORED = re.compile(r"^(pooler|classifier)\.|^embeddings\.mask_token$|^decoder\.(0|upconv[123]|bn[123]|final_conv)\.")
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, Any]:
-    """Params of `ViT(config)` out of the tensors of a checkpoint file, with or without its model's prefix.
+    """Converts a checkpoint, with or without its model's prefix, to the params of `ViT(config)`.
 
     Raises:
-      AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
+      AvjaxError: tensors are missing, left over and not IGNORED, or of a wrong shape; the message names them.
     """
     plain = {_PREFIX.sub("", name): tensor for name, tensor in tensors.items()}
     name_of = functools.partial(base.torch_name, top=_TOP, layers="encoder.layer", block=_BLOCK[config.model_type])
@@ -240,6 +248,6 @@ def convert(tensors: Mapping[str, np.ndarray], config: ViTConfig) -> dict[str, A
 
 
 def prepare(raw: np.ndarray | Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """RGB frames as `images.prepare` takes them → inputs (n, h, w, 3) and mask (n,), all True."""
-    pictures = images.prepare(raw, settings)
-    return pictures, np.ones(len(pictures), bool)
+    """Prepares RGB frames, as for `images.prepare`: returns inputs (n, h, w, 3) and mask (n,), all True."""
+    pixels = images.prepare(raw, settings)
+    return pixels, np.ones(len(pixels), bool)

@@ -1,8 +1,8 @@
-"""wav2vec 2.0 (Baevski et al. 2020) and data2vec for speech (Baevski et al. 2022): waveform → one vector each 20 ms.
+"""wav2vec 2.0 (Baevski et al. 2020) and data2vec for speech (Baevski et al. 2022): waveform → a vector every 20 ms.
 
-Both are strided convolutions, convolutions that tell positions, and transformer layers; they differ in norms and in
-the positional convolutions. Convolutions are left to XLA: on a CPU its own, grouped ones included, beat matrix products
-of blocks, patches or taps (all but those of kernel 2, which cost little), and they keep the least in memory.
+Both consist of strided convolutions, positional convolutions and transformer layers; they differ in norms and in the
+positional convolutions. Convolutions are left to XLA: on a CPU, even its grouped ones are faster than matrix products
+of blocks, patches or taps (except for kernels of 2, which cost little), and they need the least memory.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from avjax.layers import PostNormBlock, PreNormBlock, Project
 
 RATE = 16_000  # samples a second
 INPUTS = Inputs("waveforms (batch, samples) at 16 kHz", rank=2, length_axis=1, prefix=True, least=512)
-_EPS = 1e-5  # of the norms that config.json does not speak of: those within convolutions
+_EPS = 1e-5  # of the norms within convolutions, which config.json does not specify
 
 
 @dataclasses.dataclass(frozen=True)
 class Wav2Vec2Config:
-    """Architecture of a checkpoint; widths in numbers of units."""
+    """Architecture of a checkpoint; widths are numbers of units."""
 
     model_type: str  # "wav2vec2" or "data2vec-audio"
     width: int
@@ -50,13 +50,13 @@ class Wav2Vec2Config:
         """Reads the contents of the hub's config.json.
 
         Raises:
-          AvjaxError: a value is missing, or asks for a variant that this module does not compute.
+          AvjaxError: a value is missing, or asks for an unsupported variant.
         """
         if config.get("add_adapter") or config.get("adapter_attn_dim") is not None:
-            raise AvjaxError("adapters (add_adapter, adapter_attn_dim) are not computed; take a checkpoint without")
+            raise AvjaxError("adapters (add_adapter, adapter_attn_dim) are not supported; take a checkpoint without")
         kind = config["model_type"]
-        read = base.read(_DEFAULTS[kind] | dict(config), _KEYS)
-        fields = read | _VARIANTS[kind](_DEFAULTS[kind] | dict(config)) | {"convs": _convs(config)}
+        values = base.read(_DEFAULTS[kind] | dict(config), _KEYS)
+        fields = values | _VARIANTS[kind](_DEFAULTS[kind] | dict(config)) | {"convs": _convs(config)}
         if fields["conv_norm"] not in ("group", "layer"):
             raise AvjaxError(f"feat_extract_norm is {fields['conv_norm']!r}, expected 'group' or 'layer'")
         base.activation(fields["activation"])
@@ -65,21 +65,21 @@ class Wav2Vec2Config:
 
     @property
     def longest(self) -> None:
-        """There is no longest input."""
+        """Returns None: there is no longest input."""
         return None
 
     @property
     def least(self) -> int:
-        """The shortest input that has a step, in samples."""
+        """Returns the shortest input with a feature, in samples."""
         return functools.reduce(lambda steps, conv: (steps - 1) * conv[2] + conv[1], reversed(self.convs), 1)
 
     def steps(self, length: int) -> int:
-        """How many features an input of `length` samples has; 0 where it is too short for one."""
+        """Returns the number of features of an input of `length` samples; 0 if it is too short."""
         return max(0, functools.reduce(_after, self.convs, length))
 
 
 def _after(length: Any, conv: tuple[int, int, int]) -> Any:
-    """Steps that an unpadded convolution makes of `length` (integer or array of them); not above 0 if too short."""
+    """Returns the steps of an unpadded convolution of `length`, an integer or array; at most 0 if it is too short."""
     _, kernel, stride = conv
     return (length - kernel) // stride + 1
 
@@ -103,12 +103,12 @@ _COMMON = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
 }
-# Of transformers' configuration classes; config.json may lack what equals them.
+# Of transformers' configuration classes; config.json may omit values equal to them.
 _DEFAULTS = {
     "wav2vec2": _COMMON | {"feat_extract_norm": "group", "num_conv_pos_embeddings": 128, "do_stable_layer_norm": False},
     "data2vec-audio": _COMMON | {"num_conv_pos_embeddings": 5, "conv_pos_kernel_size": 19},
 }
-# num_conv_pos_embeddings is the kernel of the one convolution in wav2vec 2.0, the number of convolutions in data2vec.
+# num_conv_pos_embeddings is the kernel of the only convolution in wav2vec 2.0, the number of convolutions in data2vec.
 _VARIANTS = {
     "wav2vec2": lambda config: {
         "conv_norm": config["feat_extract_norm"],
@@ -132,7 +132,7 @@ def _convs(config: Mapping[str, Any]) -> tuple[tuple[int, int, int], ...]:
 
 
 class RowNorm(nn.Module):
-    """Normalises each channel over the real steps of its row, whatever the padding; then an affine map.
+    """Normalises each channel over the real steps of its row, regardless of padding, followed by an affine map.
 
     This is group normalisation (Wu & He 2018) with one group a channel. Statistics are in float32.
     """
@@ -141,7 +141,7 @@ class RowNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x (b, s, d) under mask (b, s) to (b, s, d) in `dtype`."""
+        """Normalises x (b, s, d) with mask (b, s) to (b, s, d) in `dtype`."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         count = jnp.maximum(jnp.sum(mask, 1), 1)[:, None, None]
@@ -159,8 +159,8 @@ class RowNorm(nn.Module):
 class Wav2Vec2(nn.Module):
     """The encoder without quantiser and heads. Params are float32; `dtype` is that of the products.
 
-    `layer` is how many blocks are computed; None = all. With `remat` a gradient computes what is in them once more,
-    which memory then need not hold.
+    `layer` is the number of blocks to compute; None: all. With `remat`, gradients recompute activations within blocks
+    to save memory.
     """
 
     config: Wav2Vec2Config
@@ -170,14 +170,14 @@ class Wav2Vec2(nn.Module):
 
     @nn.compact
     def __call__(self, waves: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps waves (b, n) at 16 kHz under mask (b, n) bool, real samples first, to hidden states and their mask.
+        """Maps waves (b, n) at 16 kHz with mask (b, n) bool, real samples first, to hidden states and their mask.
 
         Returns:
-          features (b, s, d) in `dtype` and mask (b, s), s being `config.steps(n)`. A row has as many real steps as it
+          features (b, s, d) in `dtype` and mask (b, s), where s is `config.steps(n)`. A row has as many real steps as it
           would have alone.
         """
         c = self.config
-        depth = base.known_layer(self.layer, c.layers)
+        depth = base.block_count(self.layer, c.layers)
         steps, lengths = c.steps(waves.shape[1]), jnp.sum(mask, 1)
         waves = jnp.pad(jnp.where(mask, waves, 0), [(0, 0), (0, max(0, c.least - waves.shape[1]))])
         x, mask = self._convolve(waves, lengths)
@@ -196,13 +196,13 @@ class Wav2Vec2(nn.Module):
         return x[:, :steps], mask[:, :steps]
 
     def _convolve(self, waves: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The front end: waves (b, n) of which `lengths` (b) are real → features (b, s, d) and mask (b, s)."""
+        """Computes the front end: waves (b, n) with `lengths` (b) real samples → features (b, s, d) and mask (b, s)."""
         c = self.config
         x = waves[..., None].astype(self.dtype)
         for i, (width, kernel, stride) in enumerate(c.convs):
             conv = nn.Conv(width, (kernel,), stride, "VALID", use_bias=c.conv_bias, dtype=self.dtype, name=f"conv_{i}")
             x, lengths = conv(x), _after(lengths, c.convs[i])
-            # Convolutions see no padding in a real step, so that only statistics over time need a mask here.
+            # Convolutions read no padding in real steps, so only statistics over time need a mask.
             mask = jnp.arange(x.shape[1])[None] < lengths[:, None]
             if c.conv_norm == "layer":
                 x = self._norm(_EPS, name=f"conv_norm_{i}")(x)
@@ -212,11 +212,11 @@ class Wav2Vec2(nn.Module):
         return x, mask
 
     def _positions(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """What tells the steps of x (b, s, d) where they are: convolutions of the original's length over it."""
+        """Computes the positional embeddings of x (b, s, d): convolutions over it that keep its length."""
         c = self.config
         for i, kernel in enumerate(c.positions):
             x = jnp.where(mask[..., None], x, 0)
-            ends = [(kernel // 2, (kernel - 1) // 2)]  # an even kernel looks one step further back than ahead
+            ends = [(kernel // 2, (kernel - 1) // 2)]  # an even kernel reaches one step further back than ahead
             groups = c.position_groups
             name = f"position_{i}"
             x = nn.Conv(c.width, (kernel,), 1, ends, feature_group_count=groups, dtype=self.dtype, name=name)(x)
@@ -230,12 +230,12 @@ class Wav2Vec2(nn.Module):
 
 
 def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> Wav2Vec2:
-    """The module for the contents of a hub's config.json."""
+    """Builds the module from the contents of a hub config.json."""
     return Wav2Vec2(Wav2Vec2Config.from_hub(config), dtype, layer)
 
 
 def shapes(config: Wav2Vec2Config) -> dict[str, Any]:
-    """The params of `Wav2Vec2(config)` as shapes, without computing them."""
+    """Returns the shapes of the params of `Wav2Vec2(config)` without computing them."""
     return base.shapes(Wav2Vec2(config), ((1, config.least), jnp.float32), ((1, config.least), jnp.bool_))
 
 
@@ -246,7 +246,7 @@ _NAMES = {
     "conv_norm": "feature_extractor.conv_layers.{}.layer_norm",
     "feature_norm": "feature_projection.layer_norm",
     "project": "feature_projection.projection",
-    # One norm of two places: before the blocks, or after them where these normalise before their branches.
+    # One norm in two positions: before the blocks or, if these normalise before their branches, after them.
     "position_norm": "encoder.layer_norm",
     "norm": "encoder.layer_norm",
     "block/attention/query": "encoder.layers.{}.attention.q_proj",
@@ -260,12 +260,12 @@ _NAMES = {
 }
 _POSITION_NAMES = {"wav2vec2": f"{_POSITION}.conv", "data2vec-audio": f"{_POSITION}.layers.{{}}.conv"}
 _PREFIXES = {"wav2vec2": "wav2vec2.", "data2vec-audio": "data2vec_audio."}
-# Both spellings in PyTorch of the gain and the direction of a normalised weight.
+# PyTorch's two names of the gain and the direction of a normalised weight.
 _GAIN_AND_DIRECTION = (
     ("weight_g", "weight_v"),
     ("parametrizations.weight.original0", "parametrizations.weight.original1"),
 )
-# Heads of pretraining and fine-tuning, and what stands in for masked steps in training.
+# Heads of pretraining and fine-tuning, and the embedding of masked steps in training.
 IGNORED = re.compile(
     r"^(quantizer|project_hid|project_q|lm_head|classifier|projector|tdnn|objective)\."
     r"|^(masked_spec_embed|layer_weights|feature_extractor\.weight|feature_extractor\.bias)$"
@@ -273,13 +273,13 @@ IGNORED = re.compile(
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: Wav2Vec2Config) -> dict[str, Any]:
-    """Params of `Wav2Vec2(config)` out of the tensors of a PyTorch checkpoint, with or without its model's prefix.
+    """Converts a PyTorch checkpoint, with or without its model's prefix, to the params of `Wav2Vec2(config)`.
 
-    The positional convolution of wav2vec 2.0 is stored by weight normalisation (Salimans & Kingma 2016) as gain and
-    direction; the params hold the one kernel that they make.
+    Weight normalisation (Salimans & Kingma 2016) stores the positional convolution of wav2vec 2.0 as gain and direction;
+    the params hold the resulting kernel.
 
     Raises:
-      AvjaxError: tensors are missing, left over and not IGNORED, or of another shape; the message names them.
+      AvjaxError: tensors are missing, left over and not IGNORED, or of a wrong shape; the message names them.
     """
     plain = {name.removeprefix(_PREFIXES[config.model_type]): tensor for name, tensor in tensors.items()}
     names = _NAMES | {"position": _POSITION_NAMES[config.model_type]}
@@ -287,7 +287,7 @@ def convert(tensors: Mapping[str, np.ndarray], config: Wav2Vec2Config) -> dict[s
 
 
 def _multiplied(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors with gain and direction of the positional convolution multiplied out: weight = g v / |v| per tap."""
+    """Multiplies out gain and direction of the positional convolution: weight = g v / |v| for each tap."""
     tensors, conv = dict(tensors), f"{_POSITION}.conv"
     for gain, direction in _GAIN_AND_DIRECTION:
         if {f"{conv}.{gain}", f"{conv}.{direction}"} <= tensors.keys():
@@ -302,16 +302,18 @@ def _torch_name(names: Mapping[str, str], path: str) -> str:
 
 
 def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Waveforms as the encoder takes them, as transformers' Wav2Vec2FeatureExtractor makes them.
+    """Prepares waveforms as transformers' Wav2Vec2FeatureExtractor does.
 
     Args:
       raw: mono clips at 16 kHz, each (samples,), of any lengths.
-      settings: contents of preprocessor_config.json; `do_normalize` (default True) asks for zero mean and unit
-        variance of each clip over its own samples.
+      settings: contents of preprocessor_config.json; `do_normalize` (default True) standardises each clip to zero mean
+        and unit variance over its own samples.
+
     Returns:
-      waves (b, n) float32, zeros after the end of a clip, and mask (b, n) bool, n being the longest clip's.
+      waves (b, n) float32, zero-padded, and mask (b, n) bool, where n is the length of the longest clip.
+
     Raises:
-      AvjaxError: a clip is not of rank 1, or the settings want another sampling rate.
+      AvjaxError: a clip is not of rank 1, or the settings ask for another sampling rate.
     """
     if (rate := settings.get("sampling_rate", RATE)) != RATE:
         raise AvjaxError(f"preprocessor_config.json: sampling_rate is {rate}, expected {RATE}")

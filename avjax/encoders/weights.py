@@ -1,7 +1,7 @@
-"""The one way in which pretrained files enter, and how their tensors become params.
+"""Fetching of pretrained files, and conversion of their tensors to params.
 
 Sources are tried in order: a local folder, the cache, then those of the entry (`registry`). Nothing is unpickled:
-tensors are read through `formats` alone.
+tensors are read only through `formats`.
 """
 
 import json
@@ -24,17 +24,19 @@ _SUMS = "sha256.json"
 
 
 def fetch(name: str, weights_dir: str | os.PathLike | None = None) -> Path:
-    """Makes the files of a registry entry available and returns where they are.
+    """Makes the files of a registry entry available and returns their path.
 
     Args:
       name: a key of REGISTRY.
-      weights_dir: a folder that holds `<name>/<file>`; default `$AVJAX_WEIGHTS`. It comes before every other source.
+      weights_dir: a folder that holds `<name>/<file>`; default `$AVJAX_WEIGHTS`. It precedes all other sources.
+
     Returns:
       The file of an entry that has only one, else the folder (hub layout: config.json, model.safetensors, …). Every
-      file has the registered sha256. Files enter the cache whole or not at all, whoever else is fetching them.
+      file has the registered sha256. Files enter the cache atomically, even if several processes fetch them.
+
     Raises:
-      AvjaxError: the name is unknown; a local or cached file has another checksum or is missing; or no source gave
-        the files: the message has every source's reason and what to do.
+      AvjaxError: the name is unknown; a local or cached file is missing or has a wrong checksum; or no source has the
+        files: the message gives the reason of each source and what to do.
     """
     entry = _entry(name)
     folder, reason = _folder(name, weights_dir)
@@ -45,10 +47,10 @@ def fetch(name: str, weights_dir: str | os.PathLike | None = None) -> Path:
 
 
 def is_there(name: str) -> bool:
-    """Whether `fetch` has all files of a registry entry at hand, with the right checksums; fetches nothing.
+    """Returns whether all files of a registry entry are available locally; fetches nothing.
 
     Raises:
-      AvjaxError: as `fetch`, of a file that is there and is another one, or of an incomplete folder of the user's own.
+      AvjaxError: a file has a wrong checksum, or the user's own folder is incomplete.
     """
     entry = _entry(name)
     folder, reason = _folder(name)
@@ -65,7 +67,7 @@ def _entry(name: str) -> Entry:
 
 
 def _folder(name: str, weights_dir: str | os.PathLike | None = None) -> tuple[Path, str]:
-    """Where the files of an entry are: the user's own folder, else that in the cache and why the former is not used."""
+    """Returns the folder of an entry: the user's own, or that in the cache and the reason why it is used instead."""
     local = weights_dir or os.environ.get("AVJAX_WEIGHTS")
     folder = Path(local).expanduser() / name if local else None
     if folder is not None and folder.is_dir():
@@ -77,23 +79,25 @@ def _folder(name: str, weights_dir: str | os.PathLike | None = None) -> tuple[Pa
 def convert(
     tensors: Mapping[str, np.ndarray], shapes: Mapping[str, Any], name_of: Callable[[str], str], ignored: re.Pattern
 ) -> dict[str, Any]:
-    """Brings PyTorch tensors into the layout of Flax params; every tensor is used or on the ignore list.
+    """Converts PyTorch tensors to the layout of Flax params; every tensor must be used or ignored.
 
     Args:
       tensors: PyTorch name → array.
-      shapes: the params as nested dicts of anything with a `shape`, such as `jax.eval_shape` of an init returns.
-      name_of: path of a Flax module, parts joined by "/", → name of the PyTorch module it comes from; for a param that
-        is none of kernel, scale, embedding and bias (a class token, a layer scale) its whole path → its whole name.
-      ignored: matches the names that may be left over (pretraining heads).
+      shapes: the params as nested dicts of anything with a `shape`, such as the result of `jax.eval_shape` of an init.
+      name_of: maps the path of a Flax module, joined by "/", to the name of its PyTorch module; for params other than
+        kernel, scale, embedding and bias (a class token, a layer scale), the path of the param to its full name.
+      ignored: matches the names of tensors that may be left over (pretraining heads).
+
     Returns:
       Nested dicts like `shapes`, float32. Kernels are transposed from (out, in) and split into heads.
+
     Raises:
-      AvjaxError: tensors missing, left over, or of another shape, with their names.
+      AvjaxError: tensors are missing, left over, or of a wrong shape; the message names them.
     """
     import flax
 
-    wanted = flax.traverse_util.flatten_dict(shapes)
-    source = {path: _source(path, name_of) for path in wanted}
+    expected = flax.traverse_util.flatten_dict(shapes)
+    source = {path: _source(path, name_of) for path in expected}
     missing = sorted(set(source.values()) - set(tensors))
     left_over = sorted(n for n in set(tensors) - set(source.values()) if not ignored.search(n))
     if missing or left_over:
@@ -101,7 +105,7 @@ def convert(
             "the tensors do not fit the architecture of the configuration; "
             f"missing: {', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}"
         )
-    fitted = {p: _fitted(tensors[source[p]], p[-1], param.shape, source[p]) for p, param in wanted.items()}
+    fitted = {p: _fitted(tensors[source[p]], p[-1], param.shape, source[p]) for p, param in expected.items()}
     return flax.traverse_util.unflatten_dict(fitted)
 
 
@@ -109,37 +113,37 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias":
 
 
 def _source(path: tuple[str, ...], name_of: Callable[[str], str]) -> str:
-    """The name of the tensor that becomes the param at `path`."""
+    """Returns the name of the tensor of the param at `path`."""
     if path[-1] not in _LEAVES:
         return name_of("/".join(path))
     return f"{name_of('/'.join(path[:-1]))}.{_LEAVES[path[-1]]}"
 
 
 def _fitted(tensor: np.ndarray, leaf: str, shape: tuple[int, ...], name: str) -> np.ndarray:
-    # PyTorch keeps kernels as (out, in, *window), Flax as (*window, in, out).
-    turned = np.moveaxis(tensor, (0, 1), (-1, -2)) if leaf == "kernel" else tensor
-    # Heads split an axis and merge none: every partial product of the sizes must remain one.
-    if turned.size != np.prod(shape) or not set(np.cumprod(turned.shape)) <= set(np.cumprod(shape)):
+    # PyTorch stores kernels as (out, in, *window), Flax as (*window, in, out).
+    transposed = np.moveaxis(tensor, (0, 1), (-1, -2)) if leaf == "kernel" else tensor
+    # Heads split axes and never merge them: every partial product of the sizes must be kept.
+    if transposed.size != np.prod(shape) or not set(np.cumprod(transposed.shape)) <= set(np.cumprod(shape)):
         raise AvjaxError(
             f"{name}: shape {tensor.shape} does not fit the param of shape {tuple(shape)}; wrong config.json?"
         )
-    return turned.reshape(shape).astype(np.float32)
+    return transposed.reshape(shape).astype(np.float32)
 
 
 def _fill(entry: Entry, folder: Path, reasons: list[str]) -> None:
-    """Brings into the cache `folder` those files of the entry that it lacks; `reasons` say why it is needed at all."""
-    lacking = {file: expected for file, expected in entry.files.items() if not (folder / file).exists()}
-    if not lacking:
+    """Fetches the missing files of the entry into the cache `folder`; `reasons` are those of earlier sources."""
+    missing = {file: expected for file, expected in entry.files.items() if not (folder / file).exists()}
+    if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for source in entry.sources:
         try:
-            return _collect(source, lacking, folder)
+            return _collect(source, missing, folder)
         except Unavailable as error:
             reasons.append(f"{source}: {error}")
-    remedies = [f"put {', '.join(lacking)} into {folder}", *(s.remedy(lacking, folder) for s in entry.sources)]
+    remedies = [f"put {', '.join(missing)} into {folder}", *(s.remedy(missing, folder) for s in entry.sources)]
     raise AvjaxError(
-        f"no source gives {', '.join(lacking)} ({entry.what}):\n  "
+        f"no source gives {', '.join(missing)} ({entry.what}):\n  "
         + "\n  ".join(reasons)
         + "\nDo one of these and try again:\n  "
         + "\n  ".join(remedies)
@@ -147,7 +151,7 @@ def _fill(entry: Entry, folder: Path, reasons: list[str]) -> None:
 
 
 def _collect(source: Source, files: Mapping[str, File], folder: Path) -> None:
-    # Beside the destination, so that os.replace is one atomic step on one file system.
+    # On the file system of the destination, so that os.replace is atomic.
     with tempfile.TemporaryDirectory(prefix=".incoming-", dir=folder) as incoming:
         source.collect(files, Path(incoming))
         sums = {file: sha256(Path(incoming) / file) for file in files}
@@ -161,7 +165,7 @@ def _collect(source: Source, files: Mapping[str, File], folder: Path) -> None:
 
 
 def _kept_sums(folder: Path) -> dict[str, str]:
-    """file → sha256 of the files that are not pinned here, as they arrived."""
+    """Returns file → sha256, recorded on arrival, of the files that are not pinned."""
     path = folder / _SUMS
     return read_json(path) if path.is_file() else {}
 
@@ -173,7 +177,7 @@ def _check_all(entry: Entry, folder: Path) -> None:
 
 
 def _check(path: Path, expected: str) -> None:
-    """`expected` is "" where nothing is known: a file in the user's own folder that is not pinned."""
+    """Checks a file against its sha256; `expected` is "" for a file in the user's own folder that is not pinned."""
     if not path.is_file():
         raise AvjaxError(f"{path}: no such file, but the folder was found; add the file, or move the folder away")
     if expected and (got := sha256(path)) != expected:

@@ -129,6 +129,7 @@ def check_model_settings(
 
     Args:
       choices: setting → the values it may have, of those that are words.
+
     Raises:
       AvjaxError: a setting is unknown or does not fit.
     """

@@ -104,7 +104,7 @@ def timm_tensors(hub, seed=0):
     convolution("conv_stem", config.stem, 3, 3, "bn1")
     width = config.stem
     for block in config.blocks:
-        at = f"blocks.{block.place[0]}.{block.place[1]}"
+        at = f"blocks.{block.index[0]}.{block.index[1]}"
         names = [("conv_dw", "bn1"), ("conv_pw", "bn2")]
         if block.inner != width:
             names = [("conv_dw", "bn2"), ("conv_pwl", "bn3")]
@@ -306,7 +306,7 @@ def test_padding_of_the_hubs_configs_is_tensorflows_at_their_size(name):
     torch_and_transformers()
     contents = ORIGINAL.full[name][0]().to_dict()
     config = EfficientNetConfig.from_hub(contents)
-    side, strided = config.picture[0], 0
+    side, strided = config.image_size[0], 0
     for kernel, stride, padding in [
         (3, 2, config.stem_padding),
         *((b.kernel, b.stride, b.padding) for b in config.blocks),
@@ -413,7 +413,7 @@ def test_what_the_paper_settles_may_be_left_out_of_the_config():
     assert EfficientNetConfig.from_hub(spelt) == config
     assert len(config.blocks) == 23
     assert (config.stem, config.layers, config.longest, config.activation) == (32, 0, None, "swish")
-    assert EfficientNetConfig.from_hub(B2 | {"image_size": [260, 200]}).picture == (260, 200)
+    assert EfficientNetConfig.from_hub(B2 | {"image_size": [260, 200]}).image_size == (260, 200)
 
 
 STAGES = {  # Tan & Le 2019, table 1; its first stage is the stem, its last the top
