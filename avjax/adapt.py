@@ -63,7 +63,7 @@ def _edit(workdir: Path, run: "Run", path: Path) -> None:
     from avjax.inference import adaptation
     from avjax.inference import tables as prediction_tables
 
-    cache = adaptation.opened(path, workdir, run)
+    cache = adaptation.open_cache(path, workdir, run)
     before, rejected = cache, []
     if LABELS.value:
         clips, rejected = adaptation.corrections(Path(LABELS.value), run)

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value)
     read = bundle.read if runs.is_bundle(workdir) else runs.read_run
     run = read(workdir, FOLD.value, SEED.value)
-    cache = adaptation.taught(Path(CACHE.value), run) if CACHE.value else None
+    cache = adaptation.read_cache(Path(CACHE.value), run) if CACHE.value else None
     run = adaptation.with_cache(run, cache) if cache else run
     clips = prediction.find_clips(argv[1:])
     progress = Console(stderr=True, soft_wrap=True, markup=False)

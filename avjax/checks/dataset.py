@@ -1,4 +1,4 @@
-"""A data set audited: every clip opened, folds and labels checked, and what was found as a page and as JSON."""
+"""Audit of a data set: opens every clip, checks folds and labels, and writes the findings as a page and as JSON."""
 
 import base64
 import dataclasses
@@ -30,13 +30,14 @@ MOST_ROWS = 200  # of a kind on the page; all are in the JSON file
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a data set is audited.
+    """Options of an audit.
 
     Attributes:
       folds, fold_count: the protocol (`natural_folds`).
-      lists: a folder of public fold lists to compare with, or "".
+      lists: folder of public fold lists to compare with, or "".
       faces: whether to look for faces.
-      processes: 0 = one per core; clip_seconds: time limit of one clip.
+      processes: number of worker processes; 0 = one per core.
+      clip_seconds: time limit of one clip.
     """
 
     folds: str = "auto"
@@ -50,32 +51,37 @@ class Options:
 def audit(
     dataset: str, root: str = "", *, out: str = "", options: Options | None = None, console: Console | None = None
 ) -> dict[str, object]:
-    """Audits a data set; what was opened before and has not changed since is not opened again.
+    """Audits a data set; clips that were opened before and have not changed are not opened again.
 
     Args:
-      root: where the data are, out: folder for audit.html, audit.json and clips.jsonl; "" = the default places.
+      dataset: name of the data set.
+      root: folder of the data; "" = the default one.
+      out: folder for audit.html, audit.json and clips.jsonl; "" = the default one.
+      options: further options.
+      console: for progress and results.
+
     Returns:
-      what is in audit.json: the same for the same data.
+      the content of audit.json: the same for the same data.
+
     Raises:
-      AvjaxError: the data set or the lists are not there, a package or the face landmarker is missing, or `out` cannot
-        be written.
+      AvjaxError: the data set, the lists, a package or the face landmarker is missing, or `out` cannot be written.
     """
     how = options or Options()
     _need_packages(how.faces)
     console = console or Console(soft_wrap=True, markup=False)
     corpus, listed = registry.index(dataset, root), published_folds.fold_lists(Path(how.lists)) if how.lists else []
-    place = Path(out or f"audits/{dataset.replace(':', '_')}")
-    with only_writer(place, "choose another --out"):
+    folder = Path(out or f"audits/{dataset.replace(':', '_')}")
+    with only_writer(folder, "choose another --out"):
         # ---- Clips ------------------------------------------------------------------------------------------------
         limits = {"processes": how.processes, "clip_seconds": how.clip_seconds}
         model = _landmarker() if how.faces else None
-        facts = clip_facts.inspect_all(corpus.clips, place / "clips.jsonl", console, model=model, **limits)
+        facts = clip_facts.inspect_all(corpus.clips, folder / "clips.jsonl", console, model=model, **limits)
         # ---- Verdicts ---------------------------------------------------------------------------------------------
-        known = metadata(dataset)
-        made, protocol, found = _folds(corpus, how.folds, how.fold_count)
-        found += _found(corpus, facts, made, known)
-        found += findings.of_lists(corpus.clips, listed, published_folds.problems(listed)) if how.lists else []
-        found.sort(key=lambda f: (findings.SEVERITIES.index(f.severity), f.kind))
+        published = metadata(dataset)
+        made, protocol, problems = _folds(corpus, how.folds, how.fold_count)
+        problems += _problems(corpus, facts, made, published)
+        problems += findings.of_lists(corpus.clips, listed, published_folds.problems(listed)) if how.lists else []
+        problems.sort(key=lambda f: (findings.SEVERITIES.index(f.severity), f.kind))
         # ---- Page -------------------------------------------------------------------------------------------------
         result = {
             "dataset": dataset,
@@ -83,15 +89,15 @@ def audit(
             "clips": len(corpus.clips),
             "rejected": len(corpus.rejected),
             "faces": how.faces,
-            "counts": _counts(found),
-            "classes": findings.class_table(corpus, known),
+            "counts": _counts(problems),
+            "classes": findings.class_table(corpus, published),
             "folds": [_fold_row(fold, corpus) for fold in made],
-            "findings": [dataclasses.asdict(f) for f in found],
+            "findings": [dataclasses.asdict(f) for f in problems],
         }
-        strips = _strips(corpus, facts, found, how.processes, how.clip_seconds)
-        write_text(place / "audit.json", json.dumps(result, indent=1) + "\n")
-        write_text(place / "audit.html", _page(result, strips))
-    _show(result, place, console)
+        strips = _strips(corpus, facts, problems, how.processes, how.clip_seconds)
+        write_text(folder / "audit.json", json.dumps(result, indent=1) + "\n")
+        write_text(folder / "audit.html", _page(result, strips))
+    _show(result, folder, console)
     return result
 
 
@@ -108,35 +114,35 @@ def _landmarker() -> Path:
 
 
 def _folds(corpus: Corpus, kind: str, count: int) -> tuple[list[Fold], str, list[Finding]]:
-    """Folds, protocol, and what is found where the data do not admit these folds."""
+    """Returns folds, protocol, and a finding if the data do not allow these folds."""
     try:
         return *natural_folds(corpus.clips, corpus.folds, kind, count), []
     except AvjaxError as error:
         return [], "none", [Finding("invalid", "no folds", "", str(error))]
 
 
-def _found(
-    corpus: Corpus, facts: Mapping[str, clip_facts.Facts], folds: Sequence[Fold], known: Metadata | None
+def _problems(
+    corpus: Corpus, facts: Mapping[str, clip_facts.Facts], folds: Sequence[Fold], published: Metadata | None
 ) -> list[Finding]:
-    found = [*findings.of_rejected(corpus.rejected, known), *findings.of_known(corpus.clips, known)]
+    problems = [*findings.of_rejected(corpus.rejected, published), *findings.of_broken(corpus.clips, published)]
     for clip in corpus.clips:
-        found += findings.of_clip(facts[clip.id], corpus.name, apart=clip.audio is not None)
-    found += findings.of_copies(corpus.clips, facts, folds)
-    found += findings.of_folds(corpus, folds)
-    found += findings.of_counts(corpus, known)
-    return found
+        problems += findings.of_clip(facts[clip.id], corpus.name, apart=clip.audio is not None)
+    problems += findings.of_copies(corpus.clips, facts, folds)
+    problems += findings.of_folds(corpus, folds)
+    problems += findings.of_counts(corpus, published)
+    return problems
 
 
-def _counts(found: Sequence[Finding]) -> list[dict[str, object]]:
-    """Severity, kind, number and the first of each kind of finding, in their order."""
-    counts, first = Counter((f.severity, f.kind) for f in found), {}
-    for f in found:
+def _counts(problems: Sequence[Finding]) -> list[dict[str, object]]:
+    """Counts the findings of each kind, in their order; each row has the first one as an example."""
+    counts, first = Counter((f.severity, f.kind) for f in problems), {}
+    for f in problems:
         first.setdefault((f.severity, f.kind), f"{f.clip}: {f.reason}".removeprefix(": "))
     return [{"severity": s, "kind": k, "count": n, "first": first[s, k]} for (s, k), n in counts.items()]
 
 
 def _fold_row(fold: Fold, corpus: Corpus) -> dict[str, object]:
-    """Numbers of clips and speakers of a fold's parts; speakers 0 where none is known."""
+    """Counts clips and speakers of the parts of a fold; 0 speakers if none is known."""
     clip = {c.id: c for c in corpus.clips}
     trained, tested = (findings.speakers(ids, clip) for ids in ((*fold.train, *fold.val), fold.test))
     parts = {part: len(getattr(fold, part)) for part in ("train", "val", "test")}
@@ -145,12 +151,12 @@ def _fold_row(fold: Fold, corpus: Corpus) -> dict[str, object]:
 
 
 def _strips(
-    corpus: Corpus, facts: Mapping[str, clip_facts.Facts], found: Sequence[Finding], processes: int, seconds: float
+    corpus: Corpus, facts: Mapping[str, clip_facts.Facts], problems: Sequence[Finding], processes: int, seconds: float
 ) -> list[dict[str, str]]:
-    """Clip, kind and reason of the worst findings whose pictures can be shown, and these as a data URL."""
+    """Returns clip, kind and reason of the worst findings whose clips have frames, and these frames as a data URL."""
     worst: dict[str, Finding] = {}
     shown = Counter()
-    for f in found:
+    for f in problems:
         if f.clip in facts and facts[f.clip].frames and f.clip not in worst and shown[f.kind] < _STRIPS_OF_A_KIND:
             worst[f.clip] = f
             shown[f.kind] += 1
@@ -175,7 +181,7 @@ def _page(result: Mapping[str, object], strips: Sequence[Mapping[str, str]]) -> 
     return page.template("audit.html.j2").render(title=title, rows=rows, most=MOST_ROWS, strips=strips, **result)
 
 
-def _show(result: Mapping[str, object], place: Path, console: Console) -> None:
+def _show(result: Mapping[str, object], folder: Path, console: Console) -> None:
     table = Table("severity", "finding", "number", "the first")
     for row in result["counts"]:
         table.add_row(*(Text(str(row[column])) for column in ("severity", "kind", "count", "first")))
@@ -184,5 +190,6 @@ def _show(result: Mapping[str, object], place: Path, console: Console) -> None:
     total = Counter()
     for row in result["counts"]:
         total[row["severity"]] += row["count"]
-    said = ", ".join(f"{total[s]} {s}" for s in findings.SEVERITIES)
-    console.print(f"{result['clips']} clips, {result['rejected']} rejected; findings: {said}; {place / 'audit.html'}")
+    totals = ", ".join(f"{total[s]} {s}" for s in findings.SEVERITIES)
+    counts = f"{result['clips']} clips, {result['rejected']} rejected"
+    console.print(f"{counts}; findings: {totals}; {folder / 'audit.html'}")

@@ -1,7 +1,7 @@
-"""Verdicts on a data set: what is wrong with its clips, its folds and its labels, and how bad that is.
+"""Findings about a data set: what is wrong with its clips, folds and labels, and how severe it is.
 
-invalid: results on these folds would mean nothing, or not what they claim. loss: a clip, its picture or its sound
-cannot be used. note: to be known.
+invalid: results on these folds are meaningless or misleading. loss: a clip, its video or its audio cannot be used.
+note: for information.
 """
 
 import dataclasses
@@ -16,21 +16,21 @@ from avjax.datasets.metadata import Metadata, corpus
 
 SEVERITIES = ("invalid", "loss", "note")
 _SHORT_SECONDS = 0.5
-# Public sets whose systems take 16 frames of a clip, in the way of their publishers.
+# Public data sets of which systems take 16 frames per clip, as their publishers did.
 _IN_FRAMES, _SHORT_FRAMES = ("dfew", "mafw"), 16
 _FULL_SHARE = 0.01
 _FPS = (10.0, 120.0)
 _RATE = 8000
-_APART = 0.5  # seconds between the lengths of sound and picture
-_CUT = 0.5, 0.05  # a clip is cut short when that many seconds lack, and that share of it
+_APART = 0.5  # seconds between the durations of audio and video
+_CUT = 0.5, 0.05  # a clip is truncated if so many seconds are missing, and such a fraction of it
 _DECODED = 0.9  # of the frames that the header states
-# Divided by dialogues, as published: the same persons speak in all parts.
+# Split by dialogues, as published: all parts have the same speakers.
 _SHARED_SPEAKERS = ("meld",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing found: `severity` (of SEVERITIES), `kind`, id of the `clip` ("" where it is of all), and `reason`."""
+    """A finding: `severity` (of SEVERITIES), `kind`, id of the `clip` ("" if it concerns all of them), and `reason`."""
 
     severity: str
     kind: str
@@ -41,10 +41,10 @@ class Finding:
 # ---- Clips -----------------------------------------------------------------------------------------------------------
 
 
-def of_rejected(rejected: Iterable[tuple[str, str]], known: Metadata | None) -> Iterator[Finding]:
-    """What the index of the data set left out: rows of its tables that name no usable clip, clips known as unusable."""
+def of_rejected(rejected: Iterable[tuple[str, str]], published: Metadata | None) -> Iterator[Finding]:
+    """Yields what the index left out: rows of tables without a usable clip, and clips that are known to be broken."""
     for clip, reason in rejected:
-        kind = "known broken" if known and clip in known.broken else _kind(reason, "rejected")
+        kind = "known broken" if published and clip in published.broken else _kind(reason, "rejected")
         yield Finding("loss", kind, clip, reason)
 
 
@@ -53,29 +53,25 @@ def _kind(reason: str, otherwise: str) -> str:
 
 
 def of_clip(facts: Facts, dataset: str, apart: bool = False) -> Iterator[Finding]:
-    """What is wrong with a clip.
-
-    Args:
-      apart: whether its sound is in a file of its own.
-    """
-    found = _unusable(facts) or (*_of_picture(facts, dataset), *_of_sound(facts), *_of_times(facts, apart))
-    for severity, kind, reason in found:
+    """Yields what is wrong with a clip; `apart`: whether its audio is in a file of its own."""
+    problems = _unusable(facts) or (*_of_video(facts, dataset), *_of_audio(facts), *_of_times(facts, apart))
+    for severity, kind, reason in problems:
         yield Finding(severity, kind, facts.id, reason)
 
 
 def _unusable(facts: Facts) -> list[tuple[str, str, str]]:
     if facts.failed:
         return [("loss", _kind(facts.failed, "broken"), facts.failed)]
-    if facts.no_picture and facts.no_sound:
-        return [("loss", "broken", "; ".join(dict.fromkeys((facts.no_picture, facts.no_sound))))]
+    if facts.no_video and facts.no_audio:
+        return [("loss", "broken", "; ".join(dict.fromkeys((facts.no_video, facts.no_audio))))]
     return []
 
 
-def _of_picture(facts: Facts, dataset: str) -> Iterator[tuple[str, str, str]]:
-    if facts.no_picture:
-        yield "loss", "no video", facts.no_picture
+def _of_video(facts: Facts, dataset: str) -> Iterator[tuple[str, str, str]]:
+    if facts.no_video:
+        yield "loss", "no video", facts.no_video
         return
-    begin, end = facts.picture
+    begin, end = facts.video
     if facts.black >= end - begin:
         yield "loss", "black", "black from the first frame to the last"
     elif facts.black and facts.speaks is not None and facts.speaks < begin + facts.black:
@@ -88,9 +84,9 @@ def _of_picture(facts: Facts, dataset: str) -> Iterator[tuple[str, str, str]]:
         yield "note", "short", f"{facts.frames} frames; systems on this data set take {_SHORT_FRAMES}"
 
 
-def _of_sound(facts: Facts) -> Iterator[tuple[str, str, str]]:
-    if facts.no_sound:
-        yield "loss", "no audio", facts.no_sound
+def _of_audio(facts: Facts) -> Iterator[tuple[str, str, str]]:
+    if facts.no_audio:
+        yield "loss", "no audio", facts.no_audio
         return
     if facts.peak < SILENT:
         yield "loss", "silent", "below -60 dB of full scale throughout" if facts.peak else "digital silence throughout"
@@ -101,37 +97,37 @@ def _of_sound(facts: Facts) -> Iterator[tuple[str, str, str]]:
 
 
 def _of_times(facts: Facts, apart: bool) -> Iterator[tuple[str, str, str]]:
-    there = [span for span in (facts.picture, facts.sound) if span]
-    lengths = [end - begin for begin, end in there]
-    over = max(end for _, end in ([facts.picture] if apart and facts.picture else there))
+    spans = [span for span in (facts.video, facts.audio) if span]
+    lengths = [end - begin for begin, end in spans]
+    over = max(end for _, end in ([facts.video] if apart and facts.video else spans))
     stated = [(facts.stated, over)]
-    stated += [(facts.picture_stated, facts.picture[1])] if facts.picture else []
-    stated += [(facts.sound_stated, facts.sound[1])] if facts.sound else []
+    stated += [(facts.video_stated, facts.video[1])] if facts.video else []
+    stated += [(facts.audio_stated, facts.audio[1])] if facts.audio else []
     cut = [(by, end) for by, end in stated if by and by - end > max(_CUT[0], _CUT[1] * by)]
     if cut:
         yield "loss", "truncated", f"ends after {cut[0][1]:.2f} s of the {cut[0][0]:.2f} s that it should last"
     elif facts.frames and facts.frames < _DECODED * facts.stated_frames:
         yield "loss", "damaged", f"{facts.frames} of its {facts.stated_frames} frames decode"
-    if len(there) == 2 and abs(lengths[0] - lengths[1]) > _APART:
+    if len(spans) == 2 and abs(lengths[0] - lengths[1]) > _APART:
         yield "note", "lengths", f"{lengths[0]:.2f} s of video, {lengths[1]:.2f} s of audio"
     if max(lengths) < _SHORT_SECONDS:
         yield "note", "short", f"{max(lengths):.2f} s"
 
 
-def of_known(clips: Iterable[Clip], known: Metadata | None) -> Iterator[Finding]:
-    """Clips that are used although they are known as unusable."""
+def of_broken(clips: Iterable[Clip], published: Metadata | None) -> Iterator[Finding]:
+    """Yields the clips that are used although they are known to be broken."""
     for clip in clips:
-        if known and clip.id in known.broken:
-            yield Finding("loss", "known broken", clip.id, known.broken[clip.id])
+        if published and clip.id in published.broken:
+            yield Finding("loss", "known broken", clip.id, published.broken[clip.id])
 
 
 # ---- Folds -----------------------------------------------------------------------------------------------------------
 
 
 def of_folds(data: Corpus, folds: Sequence[Fold]) -> Iterator[Finding]:
-    """What two parts of a fold share, clips or speakers, and what a test asks that nothing in training answers."""
+    """Yields clips or speakers that two parts of a fold share, and classes that are tested but not trained."""
     clip = {c.id: c for c in data.clips}
-    # What the data set brings itself may be divided otherwise; a division made or given here must keep speakers apart.
+    # Folds of the publisher may be split otherwise; folds made by avjax or given by the user must separate speakers.
     by_design = list(folds) == list(data.folds) and corpus(data.name) in _SHARED_SPEAKERS
     if again := repeated(i for fold in folds for i in fold.test):
         how = "note" if data.overlapping else "invalid"
@@ -156,7 +152,7 @@ def _of_shared_clips(fold: Fold) -> Iterator[Finding]:
 
 def _of_shared_speakers(fold: Fold, clip: Mapping[str, Clip], by_design: bool) -> Iterator[Finding]:
     for one, other, both in overlaps({part: speakers(ids, clip) for part, ids in fold.parts.items()}):
-        how = "; so the data set was published" if by_design else ""
+        how = "; the data set was published so" if by_design else ""
         severity = "invalid" if other == "test" and not by_design else "note"
         reason = f"fold {fold.name}: {len(both)} speakers are in {one} and {other}: {some(both)}{how}"
         yield Finding(severity, "shared speakers", "", reason)
@@ -169,12 +165,12 @@ def _of_unseen_classes(fold: Fold, clip: Mapping[str, Clip]) -> Iterator[Finding
 
 
 def speakers(ids: Iterable[str], clip: Mapping[str, Clip]) -> set[str]:
-    """The known speakers of clips."""
+    """Returns the speakers of clips, if known."""
     return {clip[i].speaker for i in ids if i in clip} - {None}
 
 
 def of_copies(clips: Sequence[Clip], facts: Mapping[str, Facts], folds: Sequence[Fold]) -> Iterator[Finding]:
-    """Clips with the same content, byte for byte: invalid where a fold trains on one and tests another."""
+    """Yields clips with the same content, byte for byte: invalid if a fold trains on one and tests the other."""
     groups = defaultdict(list)
     for clip in clips:
         if clip.id in facts and facts[clip.id].sha256:
@@ -194,56 +190,59 @@ def of_copies(clips: Sequence[Clip], facts: Mapping[str, Facts], folds: Sequence
 # ---- Labels ----------------------------------------------------------------------------------------------------------
 
 
-def class_table(data: Corpus, known: Metadata | None) -> list[dict[str, object]]:
-    """Class, number of clips in public (None where unknown) and here; [] of tasks without classes."""
+def class_table(data: Corpus, published: Metadata | None) -> list[dict[str, object]]:
+    """Tabulates the classes: published number of clips (None if unknown) and number in the data; [] without classes."""
     if data.task.kind != "single":
         return []
-    published, here = known.classes if known else {}, Counter(c.label for c in data.clips)
-    names = dict.fromkeys((*data.task.classes, *published))
-    return [{"class": n, "published": published.get(n), "here": here[n]} for n in names]
+    stated, clips = published.classes if published else {}, Counter(c.label for c in data.clips)
+    names = dict.fromkeys((*data.task.classes, *stated))
+    return [{"class": n, "published": stated.get(n), "clips": clips[n]} for n in names]
 
 
-def of_counts(data: Corpus, known: Metadata | None) -> Iterator[Finding]:
-    """Where the number of clips is not the published one."""
-    for row in class_table(data, known):
-        if row["published"] not in (None, row["here"]):
-            reason = f"{row['class']}: {row['here']} clips; published are {row['published']}"
+def of_counts(data: Corpus, published: Metadata | None) -> Iterator[Finding]:
+    """Yields the classes whose number of clips differs from the published one."""
+    for row in class_table(data, published):
+        if row["published"] not in (None, row["clips"]):
+            reason = f"{row['class']}: {row['clips']} clips; published: {row['published']}"
             yield Finding("note", "class count", "", reason)
-    if known and known.clips and len(data.clips) != known.clips:
-        yield Finding("note", "clip count", "", f"{len(data.clips)} clips; published are {known.clips}")
+    if published and published.clips and len(data.clips) != published.clips:
+        yield Finding("note", "clip count", "", f"{len(data.clips)} clips; published: {published.clips}")
 
 
 def of_lists(clips: Sequence[Clip], lists: Sequence, problems: Iterable[str]) -> Iterator[Finding]:
-    """How public lists disagree with the data set.
+    """Yields disagreements between public fold lists and the data set.
 
-    A label in a list that is no class here, such as a number, stands for the class that most of its clips have here.
+    A label in a list that is not a class of the data, such as a number, stands for the class that most of its clips
+    have in the data.
 
     Args:
-      lists: of parts of folds, with `clips`: name → label; problems: what is wrong with the lists alone.
+      clips: of the data set.
+      lists: parts of folds, with `clips`: name → label.
+      problems: what is wrong with the lists themselves.
     """
     for problem in problems:
         yield Finding("invalid", "list", "", problem)
-    # A name that several clips have says nothing of either.
+    # A name that several clips share identifies neither.
     names = Counter(_name(c.id) for c in clips)
-    here = {_name(c.id): c for c in clips if names[_name(c.id)] == 1}
+    own = {_name(c.id): c for c in clips if names[_name(c.id)] == 1}
     pairs = dict.fromkeys((_name(name), label) for part in lists for name, label in part.clips.items())
-    stands_for = _meanings([(label, here[name].label) for name, label in pairs if name in here])
+    stands_for = _meanings([(label, own[name].label) for name, label in pairs if name in own])
     for name, label in pairs:
-        if name in here and isinstance(here[name].label, str) and stands_for[label] != here[name].label:
-            says = str(label) if label == stands_for[label] else f"{label} ({stands_for[label]})"
-            reason = f"labelled {here[name].label} here, {says} in the list"
-            yield Finding("invalid", "label", here[name].id, reason)
+        if name in own and isinstance(own[name].label, str) and stands_for[label] != own[name].label:
+            theirs = str(label) if label == stands_for[label] else f"{label} ({stands_for[label]})"
+            reason = f"labelled {own[name].label} in the data, {theirs} in the list"
+            yield Finding("invalid", "label", own[name].id, reason)
     listed = dict.fromkeys(name for name, _ in pairs)
     for called, names in (
-        ("in the lists but not here", [n for n in listed if n not in here]),
-        ("here but in no list", [c.id for n, c in here.items() if n not in listed]),
+        ("in the lists but not in the data", [n for n in listed if n not in own]),
+        ("in the data but in no list", [c.id for n, c in own.items() if n not in listed]),
     ):
         if names:
             yield Finding("note", "list coverage", "", f"{len(names)} clips are {called}: {some(names)}")
 
 
 def _meanings(pairs: Sequence[tuple[object, str]]) -> dict[object, str]:
-    """Label of a list → class here."""
+    """Maps the labels of a list to classes of the data."""
     classes, votes = {label for _, label in pairs}, defaultdict(Counter)
     for theirs, ours in pairs:
         votes[theirs][ours] += 1
@@ -251,6 +250,6 @@ def _meanings(pairs: Sequence[tuple[object, str]]) -> dict[object, str]:
 
 
 def _name(name: str) -> str:
-    """What is the same of a clip's name in all lists: without folder, and without zeros before a number."""
+    """Returns what a clip's name has in common in all lists: no folder, and no zeros before a number."""
     last = PurePosixPath(name).name
     return str(int(last)) if last.isascii() and last.isdecimal() else last

@@ -1,13 +1,13 @@
-"""Bundles: all that answering takes of a run, in a folder that can be passed on and is checked before it is used.
+"""Bundles: all that prediction needs of a run, in a folder that can be shared and is checked before it is used.
 
-    B/model.stablehlo       the answer as a program for JAX alone (`avjax.inference.stablehlo`)
+    B/model.stablehlo       prediction as a program for JAX alone (`avjax.inference.stablehlo`)
     B/weights.safetensors   its weights
     B/params/               the same as an Orbax checkpoint
-    B/caches/               of a run that is read by caches
+    B/caches/               of a run that predicts by caches
     B/config.json labels.json provenance.json model_card.md
     B/manifest.json         written last: size and sha256 of every other file, and of itself
 
-The sums tell what was changed by accident or on the way; they do not tell who made a bundle.
+The checksums detect accidental changes and damage in transfer; they do not identify who made a bundle.
 """
 
 import contextlib
@@ -41,19 +41,19 @@ from avjax.utils.storage import is_local, only_writer, read_json, sha256, write_
 
 FORMAT = "avjax bundle 1"
 PROGRAM, PARAMS = "model.stablehlo", "params"
-# Places on the machine that trained: they mean nothing elsewhere.
-_PLACES = ("root", "features")
+# Folders of the machine that trained: they mean nothing elsewhere.
+_FOLDERS = ("root", "features")
 
 
 # ---- Writing ------------------------------------------------------------------------------------------------------
 
 
 def write(workdir: Path, out: Path, fold: str | None = None, seed: int | None = None) -> None:
-    """Writes the bundle of a finished run, or of its lanes of `fold` and `seed`, to the new folder `out`, whole.
+    """Writes the bundle of a finished run, or of its lanes of `fold` and `seed`, to the new folder `out`, or nothing.
 
     Raises:
-      AvjaxError: `out` is there already or cannot be written; no finished run at `workdir`, it has no such lanes, or it
-        cannot answer for clips of a new speaker; its model has no portable program.
+      AvjaxError: `out` exists or cannot be written; there is no finished run at `workdir`, it has no such lanes, or it
+        cannot predict clips of a new speaker; its model has no portable program.
     """
     _check_new(out)
     run = runs.read_run(workdir, fold, seed, new_clips=False)
@@ -61,30 +61,30 @@ def write(workdir: Path, out: Path, fold: str | None = None, seed: int | None = 
     runs.check_statistics(workdir, settings)
     weights = stablehlo.weights_of(run)
     exported = stablehlo.exported(run, weights)
-    says = provenance.of_run(run, settings, workdir, stablehlo.inputs(exported))
-    metrics, known = read_json(workdir / "metrics.json"), metadata(says["dataset"])
-    with _whole(out) as folder:
+    made = provenance.of_run(run, settings, workdir, stablehlo.inputs(exported))
+    metrics, published = read_json(workdir / "metrics.json"), metadata(made["dataset"])
+    with _replacing(out) as folder:
         (folder / PROGRAM).write_bytes(exported.serialize())
         _write_weights(folder, weights)
         run.predictor.save(folder, run.lanes)
-        _write_json(folder / "config.json", _placeless(settings))
+        _write_json(folder / "config.json", _without_folders(settings))
         _write_json(folder / "labels.json", {"task": run.task, "classes": list(run.classes)})
-        _write_json(folder / "provenance.json", says)
+        _write_json(folder / "provenance.json", made)
         params = jax.tree.map(lambda leaf: leaf[0], run.best["params"])
-        write_text(folder / "model_card.md", model_card.markdown(out.name, says, metrics, known, params))
+        write_text(folder / "model_card.md", model_card.markdown(out.name, made, metrics, published, params))
         write_text(folder / MANIFEST, _sealed(FORMAT, _described(folder)))
 
 
 def _check_new(out: Path) -> None:
     if not is_local(out):
-        raise AvjaxError(f"{out}: a bundle is written on this machine; give a folder here, and copy it there")
+        raise AvjaxError(f"{out}: a bundle is written on this machine; give a local folder, and copy it there")
     if out.exists() or out.is_symlink():
-        raise AvjaxError(f"{out}: is there already; give another --out, or remove it")
+        raise AvjaxError(f"{out}: already exists; give another --out, or remove it")
 
 
 @contextlib.contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A folder to write to beside `out`, which becomes `out` when all was written; one that was left by a kill goes."""
+def _replacing(out: Path) -> Iterator[Path]:
+    """Yields a folder beside `out`, which becomes `out` when all is written; remnants of a killed run are removed."""
     folder = out.absolute().with_name(f".{out.name}.unfinished")
     with only_writer(folder, "give another --out"):
         try:
@@ -109,13 +109,13 @@ def _write_weights(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
     (folder / WEIGHTS).write_bytes(save({name: np.ascontiguousarray(array) for name, array in weights.items()}))
     with ocp.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute() / PARAMS, unflatten_dict(dict(weights), sep="/"))
-    # It names the folder where it was written, and nothing reads it on this kind of disk.
+    # It names the folder where it was written, and nothing reads it on a local disk.
     (folder / PARAMS / "commit_success.txt").unlink(missing_ok=True)
 
 
-def _placeless(settings: Settings) -> dict[str, Any]:
+def _without_folders(settings: Settings) -> dict[str, Any]:
     plain = settings.to_dict()
-    return plain | {"data": plain["data"] | dict.fromkeys(_PLACES, "")}
+    return plain | {"data": plain["data"] | dict.fromkeys(_FOLDERS, "")}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -129,11 +129,11 @@ def check(folder: Path) -> None:
     """Compares every file of a bundle with its manifest.
 
     Raises:
-      AvjaxError: a file is missing, too much, or not what it was; the message names it. Or the manifest is of another
-        format, or names what is not in the folder.
+      AvjaxError: a file is missing, superfluous or changed; or the manifest has another format or names files outside
+        the folder.
     """
-    expected, there = _manifest(folder), _files(folder) - {MANIFEST}
-    for wrong, what in ((expected.keys() - there, "is missing"), (there - expected.keys(), "does not belong there")):
+    expected, actual = _manifest(folder), _files(folder) - {MANIFEST}
+    for wrong, what in ((expected.keys() - actual, "is missing"), (actual - expected.keys(), "is not part of it")):
         if wrong:
             raise AvjaxError(f"{folder}: {min(wrong)} {what}; get the bundle again")
     for name, entry in sorted(expected.items()):
@@ -142,7 +142,7 @@ def check(folder: Path) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """File → what it must be."""
+    """Reads the manifest: file → its expected size and sha256."""
     path = folder / MANIFEST
     try:
         text = path.read_bytes().decode()
@@ -165,14 +165,14 @@ def _leads_out(name: str) -> bool:
 
 
 def _files(folder: Path) -> set[str]:
-    """The names of all files in and below a folder."""
-    found = set()
+    """Returns the names of all files in and below a folder."""
+    names = set()
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise AvjaxError(f"{path}: is a link or no file, which a bundle does not have; do not use it")
+            raise AvjaxError(f"{path}: is a link or a special file, which no bundle contains; do not use it")
         if path.is_file():
-            found.add(path.relative_to(folder).as_posix())
-    return found
+            names.add(path.relative_to(folder).as_posix())
+    return names
 
 
 def _described(folder: Path) -> dict[str, dict[str, Any]]:
@@ -184,7 +184,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _sealed(made_by: str, files: Mapping[str, Any]) -> str:
-    """The manifest as text: there is just one for its content, so that no byte of it can be another."""
+    """Returns the manifest as text: the only text for its content, so that a change of any byte is detected."""
     content = {"files": files, "format": made_by}
     own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return json.dumps(content | {"sha256": own}, indent=1, sort_keys=True) + "\n"
@@ -194,10 +194,10 @@ def _sealed(made_by: str, files: Mapping[str, Any]) -> str:
 
 
 def read(folder: Path, fold: str | None = None, seed: int | None = None, *, new_clips: bool = True) -> Run:
-    """Reads the run out of a bundle, when every file was checked; arguments as of `prediction.read_run`.
+    """Checks every file of a bundle and reads its run; arguments as for `run.read_run`.
 
     Raises:
-      AvjaxError: what `check` raises; it has no such lanes, or, for new clips, was trained on tables.
+      AvjaxError: as `check`; it has no such lanes, or, for new clips, was trained on tables.
     """
     check(folder)
     settings = run_directory.read_settings(folder / "config.json")
@@ -213,25 +213,25 @@ def read(folder: Path, fold: str | None = None, seed: int | None = None, *, new_
 def _restored(folder: Path, settings: Settings) -> Run:
     from safetensors.numpy import load_file
 
-    labels, says = (read_json(folder / f"{name}.json") for name in ("labels", "provenance"))
+    labels, made = (read_json(folder / f"{name}.json") for name in ("labels", "provenance"))
     tree = unflatten_dict(load_file(folder / WEIGHTS), sep="/")
-    lanes = tuple((lane["fold"], lane["seed"]) for lane in says["lanes"])
+    lanes = tuple((lane["fold"], lane["seed"]) for lane in made["lanes"])
     model = models.build(settings.model, len(labels["classes"]), labels["task"])
-    streams = says["preprocessing"]["streams"]
+    streams = made["preprocessing"]["streams"]
     return Run(
-        name=says["run"],
-        dataset=says["title"],
-        protocol=says["protocol"],
+        name=made["run"],
+        dataset=made["title"],
+        protocol=made["protocol"],
         classes=tuple(labels["classes"]),
         preset=settings.preset,
         text_source=settings.model.text_source,
         model=model.replace(constants=tree.get("constants", {})),
         best=tree["best"],
         best_head=tree["best_head"],
-        stats={stream: (found["mean"], found["std"]) for stream, found in tree.get("stats", {}).items()},
+        stats={stream: (s["mean"], s["std"]) for stream, s in tree.get("stats", {}).items()},
         lanes=lanes,
-        made_by=says["features"]["made_by"],
-        random=says["random_weights"],
+        made_by=made["features"]["made_by"],
+        random=made["random_weights"],
         predictor=predictors.restored(model, folder, lanes),
         streams={name: (tuple(stream["longest"]), stream["dtype"]) for name, stream in streams.items()},
     )
@@ -239,10 +239,12 @@ def _restored(folder: Path, settings: Settings) -> Run:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A bundle that has been read and found whole.
+    """A bundle that was read and checked.
 
     Attributes:
-      folder: where it is; run: what is in it; settings: with which that was trained.
+      folder: its folder.
+      run: the run in it.
+      settings: those that the run was trained with.
     """
 
     folder: Path
@@ -251,26 +253,29 @@ class Bundle:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What answers are about, in their order."""
+        """Returns the classes, in the order of predictions."""
         return self.run.classes
 
     @property
     def lanes(self) -> tuple[tuple[str, int], ...]:
-        """(fold, seed) of each lane; an answer is their mean."""
+        """Returns (fold, seed) of each lane; a prediction is their mean."""
         return self.run.lanes
 
     def predict(
         self, paths: Iterable[str | os.PathLike], *, clip_seconds: float = extraction.CLIP_SECONDS
     ) -> tuple[list[Prediction], list[tuple[str, str]]]:
-        """Answers for files and folders of clips, as `python -m avjax.predict` gives them.
+        """Predicts files and folders of clips, like `python -m avjax.predict`.
 
         Args:
+          paths: of files and folders.
           clip_seconds: time limit for measuring one clip.
+
         Returns:
-          the answers, and (file, reason) of each file that cannot be used.
+          the predictions, and (file, reason) of each file that cannot be used.
+
         Raises:
-          AvjaxError: a folder has no media files; the bundle is of features from tables; clips are measured otherwise
-            now than when it was trained.
+          AvjaxError: a folder has no media files; the bundle was trained on features from tables, or on features that
+            this version measures differently.
         """
         runs.check_measurable(self.folder, self.settings)
         clips = prediction.find_clips(map(os.fspath, paths))
@@ -281,7 +286,7 @@ def load(folder: str | os.PathLike) -> Bundle:
     """Reads a bundle of `avjax.export`.
 
     Raises:
-      AvjaxError: it is not whole, or not what was written; see `check`.
+      AvjaxError: it is incomplete or was changed; see `check`.
     """
-    place = Path(folder)
-    return Bundle(place, read(place, new_clips=False), run_directory.read_settings(place / "config.json"))
+    path = Path(folder)
+    return Bundle(path, read(path, new_clips=False), run_directory.read_settings(path / "config.json"))

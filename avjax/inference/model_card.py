@@ -1,4 +1,4 @@
-"""The model card of a bundle: data, figures, limits, licences, and code that runs."""
+"""The model card of a bundle: data, scores, limits, licences, and code that runs."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from typing import Any
 from avjax.evaluation.report import tables
 from avjax.tasks import ONE_CLASS
 
-_STEPS = 16  # of the made-up clips in the card, where there is a choice
+_STEPS = 16  # of the synthetic clips in the card, if their number is free
 
 
-def markdown(name: str, provenance: Mapping[str, Any], metrics: tables.Metrics, known: Any | None, params: Any) -> str:
-    """The card as Markdown.
+def markdown(
+    name: str, provenance: Mapping[str, Any], metrics: tables.Metrics, published: Any | None, params: Any
+) -> str:
+    """Renders the card as Markdown.
 
     Args:
-      name: of the bundle's folder; provenance: content of `provenance.json`; metrics: of the run's `metrics.json`.
-      known: what is known of a public data set (`datasets.metadata.Metadata`), else None.
+      name: of the bundle's folder.
+      provenance: content of `provenance.json`.
+      metrics: content of the run's `metrics.json`.
+      published: metadata of a public data set (`datasets.metadata.Metadata`), else None.
       params: of one of the networks.
     """
     import jinja2
     from clu import parameter_overview
     from markupsafe import Markup
 
-    # Names come out of data: they are shown, never obeyed.
+    # Names come from data: they are shown, never interpreted.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -41,7 +45,7 @@ def markdown(name: str, provenance: Mapping[str, Any], metrics: tables.Metrics, 
         folder_in_shell=Markup(shlex.quote(name)),
         provenance=provenance,
         metrics=metrics,
-        known=known,
+        published=published,
         kind={"regression": "a value for each of", "multilabel": "the probability of each of"}.get(
             metrics["task"], "one probability for each of these, adding up to 1:"
         ),
@@ -53,8 +57,8 @@ def markdown(name: str, provenance: Mapping[str, Any], metrics: tables.Metrics, 
         overview=Markup(parameter_overview.get_parameter_overview(params, include_stats=False)),
         measured=bool(provenance["pretrained"]),
         folds=len({lane["fold"] for lane in provenance["lanes"]}),
-        lengths=_lengths([about["shape"][1] for about in provenance["inputs"].values()]),
-        arrays=[Markup(_made_up(key, about)) for key, about in provenance["inputs"].items()],
+        lengths=_lengths([array["shape"][1] for array in provenance["inputs"].values()]),
+        arrays=[Markup(_synthetic(key, array)) for key, array in provenance["inputs"].items()],
     )
 
 
@@ -64,28 +68,28 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _by_class(metrics: tables.Metrics) -> str:
-    """The pooled figures of each class, value or label."""
+    """Tabulates the pooled scores of each class, target or label."""
     if metrics["task"] not in ONE_CLASS:
         return _table(tables.value_columns(metrics), tables.value_rows(metrics))
     confusion = metrics["confusion"]
     rows = []
     for at, name in enumerate(metrics["classes"]):
-        clips, answered, right = sum(confusion[at]), sum(row[at] for row in confusion), confusion[at][at]
-        shares = (right / max(clips, 1), right / max(answered, 1), 2 * right / max(clips + answered, 1))
-        rows.append((name, str(clips), *map(tables.percent, shares)))
+        clips, predicted, right = sum(confusion[at]), sum(row[at] for row in confusion), confusion[at][at]
+        ratios = (right / max(clips, 1), right / max(predicted, 1), 2 * right / max(clips + predicted, 1))
+        rows.append((name, str(clips), *map(tables.percent, ratios)))
     return _table(("class", "tested", "recall", "precision", "F1"), rows)
 
 
 def _lengths(steps: Sequence[int | str]) -> str:
-    """How free the numbers of steps are."""
+    """Returns how free the numbers of steps are: fixed, grouped or any."""
     if all(isinstance(count, int) for count in steps):
         return "fixed"
     return "grouped" if any("*" in str(count) for count in steps) else "any"
 
 
-def _made_up(key: str, about: Mapping[str, Any]) -> str:
-    """A line of code with an input of two clips."""
-    _, steps, *step = about["shape"]
+def _synthetic(key: str, array: Mapping[str, Any]) -> str:
+    """Returns a line of code with an input of two clips."""
+    _, steps, *step = array["shape"]
     shape = (2, steps if isinstance(steps, int) else _STEPS, *step)
-    made = f"np.ones({shape}, bool)" if key.endswith("_mask") else f"np.zeros({shape}, np.{about['dtype']})"
-    return f'"{key}": {made},  # {", ".join(map(str, about["shape"]))}'
+    made = f"np.ones({shape}, bool)" if key.endswith("_mask") else f"np.zeros({shape}, np.{array['dtype']})"
+    return f'"{key}": {made},  # {", ".join(map(str, array["shape"]))}'

@@ -21,7 +21,7 @@ from avjax.training import batches, loop
 from avjax.utils.media_files import shown
 from avjax.utils.progress import Stopwatch
 
-# What is taken from a folder; a file that is named itself is tried whatever its name.
+# Suffixes of the files that are used of a folder; a file that is given by name may have any.
 _VIDEO = "3gp avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts vob webm wmv"
 _AUDIO = "aac aif aiff flac m4a mp3 oga ogg opus wav wma"
 SUFFIXES = tuple(f".{name}" for name in f"{_VIDEO} {_AUDIO}".split())
@@ -29,14 +29,14 @@ SUFFIXES = tuple(f".{name}" for name in f"{_VIDEO} {_AUDIO}".split())
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The answer for one clip.
+    r"""The prediction for one clip.
 
     Attributes:
-      file: as given; bytes of its name that are not UTF-8 are shown as `\\xe9`.
-      scores: class → probability, in the order of the run's classes, adding up to 1; label → probability of yes; or
-        name → value, by the run's task.
-      sentence: what the model read, "" for none.
-      missing: "picture", "sound" or "sentence" → why the model had to do without.
+      file: as given; bytes of its name that are not UTF-8 are shown as `\xe9`.
+      scores: class → probability, in the order of the run's classes, adding up to 1; label → probability; or target →
+        value, by the run's task.
+      sentence: the text that the model read, "" for none.
+      missing: "video", "audio" or "sentence" → why it is missing.
     """
 
     file: str
@@ -46,14 +46,14 @@ class Prediction:
 
     @property
     def ranked(self) -> list[tuple[str, float]]:
-        """The answers, the largest first."""
+        """Returns the scores, the largest first."""
         return sorted(self.scores.items(), key=lambda item: -item[1])
 
 
 def find_clips(arguments: Iterable[str]) -> list[Clip]:
-    """The clips that files and folders name, each once; a folder stands for all files in and below it, sorted.
+    """Lists the clips of files and folders, each once; a folder means all files in and below it, sorted.
 
-    Of a folder, files with one of `SUFFIXES` are taken. A clip's id is its path as given.
+    Of a folder, files with one of `SUFFIXES` are used. A clip's id is its path as given.
 
     Raises:
       AvjaxError: a folder has no such file.
@@ -69,39 +69,41 @@ def predict(
     *,
     clip_seconds: float = extraction.CLIP_SECONDS,
 ) -> tuple[list[Prediction], list[tuple[str, str]]]:
-    """Measures clips and answers for all that can be used; progress goes to `console`.
+    """Measures clips and predicts all that can be used; progress goes to `console`.
 
-    The answer for a clip does not depend on the others. It is that of extraction and training for the same file, with
-    one exception: where the data had a column of speakers, "high" and "low" in a stored sentence are judged against the
-    speaker's usual pitch, and here, for want of a speaker, against fixed bounds; a transcript is not known here either.
+    The prediction for a clip does not depend on the others. It is that of extraction and training for the same file,
+    with one exception: if the data had a column of speakers, "high" and "low" in a stored sentence are relative to the
+    speaker's usual pitch; new clips have no speaker, and fixed bounds apply. They have no transcript either.
 
     Returns:
-      the answers, and (file, reason) of each clip that cannot be used, both in the order of the clips.
+      the predictions, and (file, reason) of each clip that cannot be used, both in the order of the clips.
+
     Raises:
-      AvjaxError: what `measure` raises.
+      AvjaxError: as `measure`.
     """
-    found, missing, rejected = measure(run, clips, console, clip_seconds=clip_seconds)
-    if found is None:
+    features, missing, rejected = measure(run, clips, console, clip_seconds=clip_seconds)
+    if features is None:
         return [], rejected
-    shares = probabilities(run, found)
-    sentences = found.sentences[run.text_source] if run.text_source else [""] * len(found.ids)
-    answers = [
+    scores = probabilities(run, features)
+    sentences = features.sentences[run.text_source] if run.text_source else [""] * len(features.ids)
+    predictions = [
         Prediction(clip_id, dict(zip(run.classes, map(float, row), strict=True)), sentence, lacking)
-        for clip_id, row, sentence, lacking in zip(found.ids, shares, sentences, missing, strict=True)
+        for clip_id, row, sentence, lacking in zip(features.ids, scores, sentences, missing, strict=True)
     ]
-    return answers, rejected
+    return predictions, rejected
 
 
 def measure(
     run: Run, clips: Sequence[Clip], console: Console, *, clip_seconds: float = extraction.CLIP_SECONDS
 ) -> tuple[stores.Features | None, list[dict[str, str]], list[tuple[str, str]]]:
-    """The features of clips, made as those were that the run was trained on.
+    """Measures clips like those that the run was trained on.
 
     Returns:
-      features of the clips that can be used, None where there is none; what each of them lacks
-      (`Prediction.missing`); and (file, reason) of the others.
+      features of the usable clips, None if there are none; what each of them lacks (`Prediction.missing`); and (file,
+      reason) of the others.
+
     Raises:
-      AvjaxError: what extraction raises, or the run was trained on features of another kind than are made now.
+      AvjaxError: as extraction, or the run was trained on features that are measured differently now.
     """
     settings = presets.preset(run.preset, random=run.random)
     trouble = {clip.id: clip.trouble() for clip in clips}
@@ -121,10 +123,10 @@ def measure(
         _check_made_by(run, extraction.made_by(measured[0]))
         examples = list(extraction.examples(measured, sentences, settings, store))
         missing = [_missing(clip, run, sentences[clip.id], facts[clip.id]) for clip, _ in measured]
-    found = _features(run, [c for c, _ in measured], examples)
+    features = _features(run, [c for c, _ in measured], examples)
     if run.text_source == prompts.UTTERANCE:
-        found = prompts.attach_utterances(found, run.preset, run.random, console)
-    return found, missing, rejected
+        features = prompts.attach_utterances(features, run.preset, run.random, console)
+    return features, missing, rejected
 
 
 def read_outputs(run: Run, clips: stores.Features) -> Any:
@@ -142,14 +144,14 @@ def probabilities(run: Run, clips: stores.Features) -> np.ndarray:
 def _paths(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
-    if not found:
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and not p.is_dir())
+    if not files:
         raise AvjaxError(f"{shown(str(path))}: no media file in this folder; looked for {', '.join(SUFFIXES)}")
-    return found
+    return files
 
 
 def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> stores.Features:
-    """New clips as a feature store would give them, without labels."""
+    """Returns the features of new clips like those of a feature store, without labels."""
     arrays, masks = stores.stacked(examples)
     return stores.Features(
         dataset=run.dataset,
@@ -171,22 +173,22 @@ def _features(run: Run, clips: Sequence[Clip], examples: Sequence[Mapping]) -> s
 
 def _missing(clip: Clip, run: Run, sentences: Mapping[str, str], facts: clip_features.Facts) -> dict[str, str]:
     if run.text_source == prompts.UTTERANCE:
-        unsaid = "" if clip.transcript else "no transcript is given"
+        reason = "" if clip.transcript else "no transcript is given"
     else:
         silent = run.text_source and not sentences[run.text_source]
-        unsaid = "nothing to say: no face and no voice was measured" if silent else ""
-    why = {
+        reason = "nothing to describe: no face and no voice was measured" if silent else ""
+    reasons = {
         "video": facts.why["video"],
         "audio": facts.why["audio"],
-        "sentence": unsaid,
+        "sentence": reason,
     }
-    return {what: reason for what, reason in why.items() if reason}
+    return {what: reason for what, reason in reasons.items() if reason}
 
 
 def _check_made_by(run: Run, now: Mapping[str, str]) -> None:
-    """Whether the features are made as those were that the run was trained on: settings, weights, code."""
+    """Checks that features are made as in training: by the same settings, weights and code."""
     if other := [feature for feature, key in now.items() if run.made_by.get(feature) != key]:
         raise AvjaxError(
-            f"run {run.name} was trained on features made otherwise than now ({', '.join(other)}: other weights, or "
-            "another version of avjax); extract and train again"
+            f"run {run.name} was trained on features that are made differently now ({', '.join(other)}: other weights "
+            "or another version of avjax); extract and train again"
         )

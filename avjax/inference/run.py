@@ -18,22 +18,27 @@ from avjax.training import checkpoint, run_directory, standardise
 from avjax.utils.media_files import shown
 from avjax.utils.storage import read_json
 
-# Of a bundle: one of them is there even if the other is lost.
+# Files of a bundle: either identifies it if the other is lost.
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run, or those of its lanes that are to answer.
+    """A finished run, or those of its lanes that predict.
 
     Attributes:
-      name: of its directory; dataset, protocol: as every table names them; classes: in the order of the logits.
-      preset: how clips are measured; text_source: which sentence the model reads, "" for none.
-      model: without parameters; best, best_head, stats: of the lanes, with a leading lane axis (`loop.State`).
-      lanes: (fold, seed) of each; predictor: of these lanes.
-      made_by: how the features were made that it was trained on (`extraction.made_by`).
-      random: whether those came from encoders with weights drawn at random.
-      streams: of each stream that the model reads, the shape that its longest clip in training had, and its dtype.
+      name: that of its directory.
+      dataset, protocol: titles, as in all tables.
+      classes: in the order of the logits.
+      preset: name of the preset of features.
+      text_source: the sentence that the model reads, "" for none.
+      model: without parameters.
+      best, best_head, stats: of the lanes, with a leading lane axis (`loop.State`).
+      lanes: (fold, seed) of each.
+      predictor: of these lanes.
+      made_by: provenance of the features that it was trained on (`extraction.made_by`).
+      random: whether these came from encoders with random weights.
+      streams: stream that the model reads → shape of its longest clip in training, and dtype.
     """
 
     name: str
@@ -54,77 +59,79 @@ class Run:
 
     @property
     def task(self) -> str:
-        """The kind of task (`avjax.tasks.SCORINGS`)."""
+        """Returns the kind of task (`avjax.tasks.SCORINGS`)."""
         return self.model.task
 
 
 def read_run(workdir: Path, fold: str | None = None, seed: int | None = None, *, new_clips: bool = True) -> Run:
-    """Reads a finished run; of its lanes those of `fold` and `seed` where given.
+    """Reads a finished run, or its lanes of `fold` and `seed`.
 
     Args:
-      new_clips: whether it is to answer for such; then a run that cannot is refused.
+      workdir: the run directory.
+      fold: name of a fold; None = all.
+      seed: one of its seeds; None = all.
+      new_clips: whether it is to predict new clips; a run that cannot is refused.
+
     Raises:
-      AvjaxError: no finished run there, one of its files is damaged, it has no such fold or seed, or it standardises
-        features per speaker, which takes more than a clip.
+      AvjaxError: there is no finished run, one of its files is damaged, it has no such fold or seed, or it standardises
+        features per speaker, which requires several clips of one.
     """
     settings = _settings(workdir)
     if new_clips:
         check_measurable(workdir, settings)
     if not run_directory.is_finished(workdir):
-        raise AvjaxError(f"{workdir}: an unfinished run; start its avjax.train command again, which goes on to the end")
+        raise AvjaxError(f"{workdir}: an unfinished run; repeat its avjax.train command, which continues it")
     metrics = read_json(workdir / "metrics.json")
     try:
         if new_clips:
             check_statistics(workdir, settings)
         names = tuple((lane["fold"], lane["seed"]) for lane in metrics["folds"])
-        about = {key: metrics[key] for key in ("dataset", "protocol")}
+        entries = {key: metrics[key] for key in ("dataset", "protocol")}
         classes = tuple(metrics["classes"])
-        about |= {"classes": classes, "preset": settings.preset, "text_source": settings.model.text_source}
+        entries |= {"classes": classes, "preset": settings.preset, "text_source": settings.model.text_source}
         made = read_json(workdir / "environment.json")["features"]
-        about |= {"made_by": made["made_by"], "random": made["random"]}
+        entries |= {"made_by": made["made_by"], "random": made["random"]}
         model = models.build(settings.model, len(classes), metrics["task"])
     except (KeyError, AttributeError, TypeError) as error:
         raise AvjaxError(f"{workdir}: not of this version of avjax (without {error}); train again") from error
     saved = checkpoint.read(workdir / "checkpoints", "best", "best_head", "stats")
     if "params" not in saved["best"]:
         raise AvjaxError(f"{workdir}: its checkpoints are not of this version of avjax; train again")
-    there = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
-    if there != {len(names)}:
-        raise AvjaxError(f"{workdir}: metrics.json has {len(names)} lanes, checkpoints/ {there}; train again")
-    about["predictor"] = predictors.restored(model, workdir, names)
-    if constants := about["predictor"].constants:
+    counts = {leaf.shape[0] for leaf in jax.tree.leaves(saved)}
+    if counts != {len(names)}:
+        raise AvjaxError(f"{workdir}: metrics.json has {len(names)} lanes, checkpoints/ {counts}; train again")
+    entries["predictor"] = predictors.restored(model, workdir, names)
+    if constants := entries["predictor"].constants:
         model = model.replace(constants=constants)
-    # Runs of before that was kept answer all the same; they cannot be exported.
-    about["streams"] = _shapes(model, settings.model.text_source, made.get("streams", {}))
-    run = Run(shown(workdir.resolve().name), **about, model=model, **saved, lanes=names)
+    # Earlier runs lack this entry: they can predict but cannot be exported.
+    entries["streams"] = _shapes(model, settings.model.text_source, made.get("streams", {}))
+    run = Run(shown(workdir.resolve().name), **entries, model=model, **saved, lanes=names)
     return select_lanes(run, workdir, fold, seed)
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder is a bundle of `avjax.export`, whole or not, and no run directory."""
+    """Returns whether a folder is a bundle of `avjax.export`, complete or not, and no run directory."""
     return any((folder / name).is_file() for name in (MANIFEST, WEIGHTS))
 
 
 def check_measurable(where: Path, settings: Settings) -> None:
-    """Raises AvjaxError where a run with `settings` reads what cannot be measured in a clip."""
+    """Raises AvjaxError if a run with `settings` reads features that cannot be measured in a clip."""
     if settings.tables is not None:
         raise AvjaxError(f"{where}: trained on features from tables, which avjax cannot measure in a clip")
 
 
 def check_statistics(where: Path, settings: Settings) -> None:
-    """Raises AvjaxError where a run with `settings` standardises features per speaker, which takes more than a clip."""
+    """Raises AvjaxError if a run with `settings` standardises features per speaker, which requires several clips."""
     if (way := settings.protocol.standardise) not in ("train", "none"):
         raise AvjaxError(
             f"{where}: protocol.standardise is {way!r}; such a run needs the feature statistics of the speaker, "
-            "which a new clip does not bring. Train one without speaker_norm or enrol"
+            "which a new clip does not have. Train one without speaker_norm or enrol"
         )
 
 
 def select_lanes(run: Run, where: Path, fold: str | None, seed: int | None) -> Run:
-    """Gives the run with those of its lanes alone that are of `fold` and `seed`, as far as these are given.
+    """Selects the lanes of `fold` and `seed`, as far as these are given; `where` is the run's path, for errors.
 
-    Args:
-      where: it was read from, for the error.
     Raises:
       AvjaxError: it has no such fold or seed.
     """
@@ -135,7 +142,7 @@ def select_lanes(run: Run, where: Path, fold: str | None, seed: int | None) -> R
 
 
 def _shapes(model: Model, text_source: str, made: Mapping) -> dict[str, tuple[tuple[int, ...], str]]:
-    """`Run.streams`, of what the run directory says of the features."""
+    """Returns `Run.streams` from the features' entry in the run directory."""
     named = {stream: f"text_{text_source}" if stream == "text" else stream for stream in model.streams}
     return {stream: (tuple(made[name][0]), made[name][1]) for stream, name in named.items() if name in made}
 
@@ -144,16 +151,16 @@ def _settings(workdir: Path) -> Settings:
     if is_bundle(workdir):
         raise AvjaxError(f"{workdir}: a bundle of avjax.export, not a run of avjax.train; set --workdir to a run")
     if not (workdir / "config.json").is_file():
-        raise AvjaxError(f"{workdir}: no run of avjax.train here (no config.json); set --workdir to the one it wrote")
+        raise AvjaxError(f"{workdir}: no run of avjax.train (it has no config.json); set --workdir to a run directory")
     return run_directory.read_settings(workdir / "config.json")
 
 
 def _chosen(workdir: Path, names: Sequence[tuple[str, int]], fold: str | None, seed: int | None) -> list[int]:
-    """The positions of the lanes of `fold` and `seed`."""
-    for what, wanted, there in (("fold", fold, [f for f, _ in names]), ("seed", seed, [s for _, s in names])):
-        if wanted is not None and wanted not in there:
-            known = ", ".join(map(str, dict.fromkeys(there)))
-            raise AvjaxError(f"{workdir}: no {what} {wanted!r}; its {what}s are {known}")
+    """Returns the positions of the lanes of `fold` and `seed`."""
+    for what, wanted, names_of in (("fold", fold, [f for f, _ in names]), ("seed", seed, [s for _, s in names])):
+        if wanted is not None and wanted not in names_of:
+            choices = ", ".join(map(str, dict.fromkeys(names_of)))
+            raise AvjaxError(f"{workdir}: no {what} {wanted!r}; its {what}s are {choices}")
     return [i for i, (f, s) in enumerate(names) if fold in (None, f) and seed in (None, s)]
 
 

@@ -1,7 +1,7 @@
-"""The answer of a run as one program that JAX alone can run: weights and streams in, probabilities out (`jax.export`).
+"""Prediction as one program that JAX alone can run: weights and streams in, probabilities out (`jax.export`).
 
-The weights are an argument, not a part of the program: they are stored once, and no limit of size is met. The program
-answers each clip by itself, so that neighbours in a batch and padding cannot matter.
+The weights are an argument, not a part of the program: they are stored once, and no size limit applies. The program
+predicts each clip by itself, so that neighbours in a batch and padding do not matter.
 """
 
 import contextlib
@@ -21,20 +21,20 @@ from avjax.models.end_to_end import EndToEnd
 from avjax.training import batches
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# The numbers of steps that a stream may have: any; multiples, of models that group steps or ask for a least number; or
-# that of the longest clip in training, up to which others are padded, of encoders that are trained along.
+# The numbers of steps that a stream may have: any; multiples, for models that group steps or need a minimum; or that of
+# the longest clip in training, to which others are padded, for encoders that are trained too.
 LENGTHS = ("{name}", "16*{name}", "{longest}")
-# Flow stands on the time base of the picture.
+# Flow has the time base of the video.
 _TIME_BASE = {"flow": "video"}
 
 Program = Callable[[Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]
 
 
 def weights_of(run: Run) -> dict[str, np.ndarray]:
-    """All arrays that an answer depends on, by names joined by "/".
+    """Returns all arrays that a prediction depends on, by names joined by "/".
 
-    The first axis is that of the lanes, but for `constants/`, which all lanes share. `best/` are the variables that a
-    lane answers with, `best_head` is the place of its head, `stats/<stream>/mean` and `std` (lanes, 1, d) standardise.
+    The first axis is that of the lanes, except in `constants/`, which all lanes share. `best/` are the variables that a
+    lane predicts with, `best_head` is the index of its head, `stats/<stream>/mean` and `std` (lanes, 1, d) standardise.
     """
     read = {stream: run.stats[stream] for stream in run.model.streams if stream in run.stats}
     tree = {
@@ -47,14 +47,14 @@ def weights_of(run: Run) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
 
 
-def answer(run: Run) -> Program:
-    """The program of a run: (weights as `weights_of` names them, streams) → (b, c) float32.
+def program_of(run: Run) -> Program:
+    """Returns the program of a run: (weights as named by `weights_of`, streams) → (b, c) float32.
 
-    Streams are `<stream> (b, n, …)` and `<stream>_mask (b, n)`, False where nothing is. The answers are those of
-    `predict.probabilities`: the mean over lanes of probabilities, or of values. To a model of conversations each clip
-    is one of its own.
+    Streams are `<stream> (b, n, …)` and `<stream>_mask (b, n)`, False for padding. The result is that of
+    `predict.probabilities`: the mean over lanes of probabilities, or of values. To a model of conversations, each clip
+    is a conversation of its own.
     """
-    # What pictures and encoders take grows with lanes and clips: these go one by one.
+    # The memory of frames and encoders grows with lanes and clips: these run one by one.
     over = jax.lax.map if run.model.frame_stream or isinstance(run.model.module, EndToEnd) else _together
 
     def program(weights: Mapping[str, jax.Array], streams: Mapping[str, jax.Array]) -> jax.Array:
@@ -78,7 +78,7 @@ def _read(run: Run, lane: Mapping[str, Any], constants: Mapping[str, Any], clip:
     """Reads what the predictor takes of a lane's output for a clip, streams (n, …): a tree with leaves (1, …)."""
     model, lead = run.model, (1, 1) if run.model.turns else (1,)
     rows = {key: value.reshape(*lead, *value.shape) for key, value in clip.items()}
-    stats = {stream: (found["mean"], found["std"]) for stream, found in lane.get("stats", {}).items()}
+    stats = {stream: (s["mean"], s["std"]) for stream, s in lane.get("stats", {}).items()}
     batch = batches.prepared(rows, jnp.zeros(lead, jnp.int32), stats, jnp.ones(lead, bool), jnp.ones(lead))
     output = model.module.apply(lane["best"], batch | dict(constants), train=False)
     read = run.predictor.read(output, lane["best_head"])
@@ -86,23 +86,22 @@ def _read(run: Run, lane: Mapping[str, Any], constants: Mapping[str, Any], clip:
 
 
 def exported(run: Run, weights: Mapping[str, np.ndarray]) -> export.Exported:
-    """`answer` for any number of clips and steps, for all `PLATFORMS`; products are float32's own everywhere.
+    """Exports `program_of(run)` for any number of clips and steps and all `PLATFORMS`, with products in float32.
 
-    Args:
-      weights: as `weights_of` gives them.
+    `weights` are those of `weights_of`.
+
     Raises:
-      AvjaxError: it is not known what the run's streams are like, or its model has no such program.
+      AvjaxError: the run has no record of its streams, or its model has no such program.
     """
     if lacking := [stream for stream in run.model.streams if stream not in run.streams]:
         raise AvjaxError(
-            f"run {run.name}: not of this version of avjax (it does not say how wide {', '.join(lacking)} are); train "
-            "again"
+            f"run {run.name}: not of this version of avjax (it has no width of {', '.join(lacking)}); train again"
         )
     trouble = None
     for form in LENGTHS:
         try:
             return _exported(run, weights, form)
-        except Exception as error:  # what a model cannot do with an unknown length raises errors of many kinds
+        except Exception as error:  # a model that does not support a symbolic length raises errors of many kinds
             trouble = error
     reason = textwrap.shorten(str(trouble), 200)
     raise AvjaxError(f"run {run.name}: no portable program of its model ({type(trouble).__name__}: {reason})") from (
@@ -119,13 +118,13 @@ def _exported(run: Run, weights: Mapping[str, np.ndarray], form: str) -> export.
         lead = export.symbolic_shape(f"clips, {steps}", scope=scope)
         streams[stream] = jax.ShapeDtypeStruct((*lead, *step), dtype)
         streams[f"{stream}_mask"] = jax.ShapeDtypeStruct(lead, bool)
-    with jax.default_matmul_precision("highest"), _without_places():
-        return export.export(jax.jit(answer(run)), platforms=PLATFORMS)(shapes, streams)
+    with jax.default_matmul_precision("highest"), _without_paths():
+        return export.export(jax.jit(program_of(run)), platforms=PLATFORMS)(shapes, streams)
 
 
 @contextlib.contextmanager
-def _without_places() -> Iterator[None]:
-    """Where the source files are on this machine is nobody's business."""
+def _without_paths() -> Iterator[None]:
+    """Keeps the paths of source files on this machine out of the program."""
     before = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
@@ -135,7 +134,7 @@ def _without_places() -> Iterator[None]:
 
 
 def inputs(program: export.Exported) -> dict[str, dict[str, object]]:
-    """What the program reads beside the weights: name → its `shape`, unknown sizes by name, and `dtype`."""
+    """Returns the inputs of a program besides the weights: name → `shape`, symbolic sizes by name, and `dtype`."""
     _, streams = jax.tree.unflatten(program.in_tree, program.in_avals)[0]
     return {
         name: {"shape": [size if isinstance(size, int) else str(size) for size in aval.shape], "dtype": aval.dtype.name}

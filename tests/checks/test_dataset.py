@@ -178,7 +178,7 @@ def test_equal_input_gives_equal_bytes(defects, result, tmp_path):
 
 
 def facts(**changes):
-    whole = {"sha256": "a", "frames": 20, "stated_frames": 20, "fps": 20.0, "picture": (0.0, 1.0), "sound": (0.0, 1.0)}
+    whole = {"sha256": "a", "frames": 20, "stated_frames": 20, "fps": 20.0, "video": (0.0, 1.0), "audio": (0.0, 1.0)}
     return Facts("clip", [], **(whole | {"peak": 0.5, "rate": 16000, "speaks": 0.1, "stated": 1.0} | changes))
 
 
@@ -190,15 +190,15 @@ def facts(**changes):
         ({"face": False}, ["no face"]),
         ({"stated_frames": 40}, ["damaged"]),
         ({"stated_frames": 40, "stated": 2.0}, ["truncated"]),
-        ({"picture_stated": 2.0}, ["truncated"]),
-        ({"sound_stated": 2.0}, ["truncated"]),
+        ({"video_stated": 2.0}, ["truncated"]),
+        ({"audio_stated": 2.0}, ["truncated"]),
         ({"stated": 1.4}, []),
-        ({"stated": 20.9, "picture": (0.0, 20.0), "sound": (0.0, 20.0)}, []),
+        ({"stated": 20.9, "video": (0.0, 20.0), "audio": (0.0, 20.0)}, []),
         ({"black": 0.2, "speaks": 0.5}, []),
         ({"fps": 130.0}, ["frame rate"]),
         ({"failed": "its decoder crashed (exit status -11)"}, ["broken"]),
         ({"failed": "no such file"}, ["missing"]),
-        ({"no_picture": "x", "no_sound": "x"}, ["broken"]),
+        ({"no_video": "x", "no_audio": "x"}, ["broken"]),
     ],
 )
 def test_verdict(changes, kinds):
@@ -206,7 +206,7 @@ def test_verdict(changes, kinds):
 
 
 def test_sound_in_a_file_of_its_own_may_last_longer_than_a_film_that_is_cut():
-    cut = facts(stated=4.0, sound=(0.0, 4.0))
+    cut = facts(stated=4.0, audio=(0.0, 4.0))
     assert [f.kind for f in findings.of_clip(cut, "folder", apart=True)] == ["truncated", "lengths"]
 
 
@@ -219,8 +219,8 @@ def test_part_of_a_file_is_all_that_is_opened(tmp_path):
     path = clips.write_mp4(tmp_path / "long.mp4", seconds=4, fps=20)
     part = clip_facts.inspect(Clip("part", path, "a", start=1.0, end=2.0), [])
     assert part.frames == 20
-    assert part.picture == pytest.approx((1.0, 2.0), abs=0.05)
-    assert part.sound == pytest.approx((1.0, 2.0), abs=0.1)
+    assert part.video == pytest.approx((1.0, 2.0), abs=0.05)
+    assert part.audio == pytest.approx((1.0, 2.0), abs=0.1)
     assert not list(findings.of_clip(part, "folder"))
     beyond = clip_facts.inspect(Clip("beyond", path, "a", start=1.0, end=9.0), [])
     assert [f.kind for f in findings.of_clip(beyond, "folder")] == ["truncated"]
@@ -446,34 +446,34 @@ def test_numbers_stand_for_the_classes_that_most_of_their_clips_have():
     agreeing = [("00000", "4"), ("1", "7"), ("2", "4"), ("3", "7"), ("4", "4")]
     assert not list(findings.of_lists(data, [listed(*agreeing, ("5", "7"))], []))
     (found,) = findings.of_lists(data, [listed(*agreeing, ("5", "4"))], [])
-    assert dataclasses.astuple(found) == ("invalid", "label", "5", "labelled y here, 4 (x) in the list")
+    assert dataclasses.astuple(found) == ("invalid", "label", "5", "labelled y in the data, 4 (x) in the list")
 
 
 def test_names_of_classes_stand_for_themselves():
     data = corpus(labels="xyxy", speakers="----").clips
     found = list(findings.of_lists(data, [listed(("0", "y"), ("1", "y"), ("2", "y"), ("3", "y"))], []))
-    assert [(f.clip, f.reason) for f in found] == [(i, "labelled x here, y in the list") for i in "02"]
+    assert [(f.clip, f.reason) for f in found] == [(i, "labelled x in the data, y in the list") for i in "02"]
 
 
 def test_what_lists_lack_and_what_is_wrong_with_them():
     data = corpus(speakers="----").clips
     found = list(findings.of_lists(data, [listed(("0", "x"), ("9", "x"))], ["val and test are the same 3 clips"]))
     assert kinds(found) == [("invalid", "list"), ("note", "list coverage"), ("note", "list coverage")]
-    assert found[1].reason == "1 clips are in the lists but not here: 9"
-    assert found[2].reason == "3 clips are here but in no list: 1, 2, 3"
+    assert found[1].reason == "1 clips are in the lists but not in the data: 9"
+    assert found[2].reason == "3 clips are in the data but in no list: 1, 2, 3"
 
 
 def test_counts_against_the_published_ones_and_clips_known_as_broken():
     known = Metadata("A", {"x": 2, "y": 5, "z": None}, clips=9, broken={"1": "no audio in the original"})
     data = corpus(rejected=(("7", "no such file"), ("8", "label is 'q'")))
     assert [f.reason for f in findings.of_counts(data, known)] == [
-        "y: 2 clips; published are 5",
-        "4 clips; published are 9",
+        "y: 2 clips; published: 5",
+        "4 clips; published: 9",
     ]
-    assert [(f.clip, f.reason) for f in findings.of_known(data.clips, known)] == [("1", "no audio in the original")]
+    assert [(f.clip, f.reason) for f in findings.of_broken(data.clips, known)] == [("1", "no audio in the original")]
     rejected = findings.of_rejected([*data.rejected, ("1", known.broken["1"])], known)
     assert [f.kind for f in rejected] == ["missing", "rejected", "known broken"]
-    assert not [*findings.of_counts(data, None), *findings.of_known(data.clips, None)]
+    assert not [*findings.of_counts(data, None), *findings.of_broken(data.clips, None)]
 
 
 def test_regression_has_no_classes():

@@ -60,14 +60,14 @@ def by_name(rows):
 def test_packages_against_their_ranges(monkeypatch, version, state, expected):
     pretend(monkeypatch, {"jax": version})
     row = by_name(machine_checks.packages())["jax"]
-    assert (row.state, row.found) == (state, expected)
-    assert row.mend == ("pip install 'jax<0.13,>=0.10.2'" if state == "broken" else "")
+    assert (row.state, row.value) == (state, expected)
+    assert row.fix == ("pip install 'jax<0.13,>=0.10.2'" if state == "broken" else "")
 
 
 def test_python_is_checked(monkeypatch):
     monkeypatch.setattr(machine_checks.platform, "python_version", lambda: "3.9.1")
     row = by_name(machine_checks.packages())["python"]
-    assert (row.state, row.found) == ("broken", "3.9.1; supported is >=3.11")
+    assert (row.state, row.value) == ("broken", "3.9.1; supported: >=3.11")
 
 
 def test_without_its_metadata_no_range_is_known(monkeypatch):
@@ -88,8 +88,8 @@ def test_extras_may_be_missing_but_not_be_out_of_range(monkeypatch, versions, st
     pretend(monkeypatch, versions)
     (row,) = [row for row in machine_checks.extras() if row.what.startswith("media")]
     assert row.state == state
-    assert row.mend == "pip install 'avjax[media]'"
-    assert "av" in row.what + row.found
+    assert row.fix == "pip install 'avjax[media]'"
+    assert "av" in row.what + row.value
 
 
 def test_codecs_are_tried():
@@ -99,17 +99,17 @@ def test_codecs_are_tried():
 
 
 def test_a_codec_that_is_missing_is_broken(monkeypatch):
-    monkeypatch.setattr(machine_checks, "_known", lambda codec, mode: codec != "mp3")
+    monkeypatch.setattr(machine_checks, "_has_codec", lambda codec, mode: codec != "mp3")
     rows = by_name(machine_checks.codecs())
     assert rows["mp3 (mp3)"].state == rows["flv (flv, mp3)"].state == "broken"
-    assert rows["mp3 (mp3)"].found == "cannot be decoded: no mp3"
+    assert rows["mp3 (mp3)"].value == "cannot be decoded: no mp3"
     assert rows["wav (pcm_s16le)"].state == "ok"
 
 
 def test_a_codec_that_cannot_be_written_is_not_tried(monkeypatch):
-    monkeypatch.setattr(machine_checks, "_known", lambda codec, mode: mode == "r" or codec != "libx264")
+    monkeypatch.setattr(machine_checks, "_has_codec", lambda codec, mode: mode == "r" or codec != "libx264")
     row = by_name(machine_checks.codecs())["mp4 (h264, aac)"]
-    assert (row.state, row.found) == ("ok", "has a decoder; not tried: no libx264 to write it with")
+    assert (row.state, row.value) == ("ok", "has a decoder; not tried: no libx264 to write it with")
 
 
 def test_what_is_written_but_not_read_is_broken(monkeypatch):
@@ -118,26 +118,26 @@ def test_what_is_written_but_not_read_is_broken(monkeypatch):
 
 
 def test_unknown_codec_is_not_known():
-    assert machine_checks._known("aac", "r")
-    assert not machine_checks._known("no_such_codec", "r")
+    assert machine_checks._has_codec("aac", "r")
+    assert not machine_checks._has_codec("no_such_codec", "r")
 
 
 def test_without_av_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(machine_checks.importlib.util, "find_spec", lambda name: None)
     (row,) = machine_checks.codecs()
-    assert (row.state, row.mend) == ("note", "pip install 'avjax[media]'")
+    assert (row.state, row.fix) == ("note", "pip install 'avjax[media]'")
 
 
 def test_places(monkeypatch, tmp_path):
     monkeypatch.setenv("AVJAX_DATA", str(tmp_path))
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path / "not" / "there" / "yet"))
-    rows = by_name(machine_checks.places())
+    rows = by_name(machine_checks.folders())
     assert {row.state for row in rows.values()} == {"ok"}
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     monkeypatch.setenv("AVJAX_DATA", str(tmp_path / "none"))
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path / "file"))
-    rows = by_name(machine_checks.places())
+    rows = by_name(machine_checks.folders())
     assert rows["AVJAX_DATA"].state == "note"
     assert rows["AVJAX_CACHE"].state == "broken"
 
@@ -145,12 +145,12 @@ def test_places(monkeypatch, tmp_path):
 def test_a_small_disk_is_noted(monkeypatch, tmp_path):
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path))
     monkeypatch.setattr(machine_checks, "_LITTLE_DISK", 1e18)
-    assert by_name(machine_checks.places())["AVJAX_CACHE"].state == "note"
+    assert by_name(machine_checks.folders())["AVJAX_CACHE"].state == "note"
 
 
 def test_machine_has_devices_and_cores():
     rows = by_name(machine_checks.machine())
-    assert rows["device 0"].found.startswith("cpu")
+    assert rows["device 0"].value.startswith("cpu")
     assert {"cores", "memory"} <= set(rows)
 
 
@@ -179,7 +179,7 @@ def tiny(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("content", "state", "expected"),
     [
-        (b"x", "ok", "here, checksums right"),
+        (b"x", "ok", "available, checksums match"),
         (b"y", "broken", "sha256 is"),
         (None, "ok", "absent; fetched at first use: somewhere"),
     ],
@@ -190,13 +190,13 @@ def test_weights_are_looked_at_not_fetched(tiny, content, state, expected):
         tiny.write_bytes(content)
     (row,) = machine_checks.weights()
     assert row.state == state
-    assert expected in row.found
+    assert expected in row.value
 
 
 def test_weights_without_a_source_are_noted(tiny, monkeypatch):
     monkeypatch.setitem(REGISTRY, "tiny", Entry("a test", "none", {"a.bin": File("", 0)}, ()))
     (row,) = machine_checks.weights()
-    assert (row.state, row.found) == ("note", "absent, and no source is known (a test)")
+    assert (row.state, row.value) == ("note", "absent, and no source is known (a test)")
 
 
 def test_a_folder_of_ones_own_must_be_whole(tiny, monkeypatch, tmp_path):
@@ -211,10 +211,10 @@ def test_what_cannot_be_looked_at_is_broken_and_stops_nothing(monkeypatch):
     def fail():
         raise RuntimeError("driver too old\nmore")
 
-    monkeypatch.setattr(machine_checks, "SECTIONS", {"machine": fail, "places": machine_checks.places})
+    monkeypatch.setattr(machine_checks, "SECTIONS", {"machine": fail, "folders": machine_checks.folders})
     rows = machine_checks.check()
     assert rows[0] == machine_checks.Row("machine", "all", "RuntimeError: driver too old", "broken")
-    assert {row.section for row in rows[1:]} == {"places"}
+    assert {row.section for row in rows[1:]} == {"folders"}
     assert machine_checks.as_json(rows)["broken"] >= 1
 
 

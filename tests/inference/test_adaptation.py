@@ -114,11 +114,11 @@ def test_a_joined_cache_scores_as_the_mean_of_the_lanes_does_without_votes(whole
 def test_a_cache_is_opened_where_it_is_and_begun_where_it_is_not(whole, tmp_path):
     workdir, run = whole
     path = tmp_path / "mine.npz"
-    first = adaptation.opened(path, workdir, run)
+    first = adaptation.open_cache(path, workdir, run)
     assert not path.exists()
     caches.save(caches.remove(first, first.ids[:1]), path)
-    assert adaptation.opened(path, workdir, run).ids == first.ids[1:]
-    assert adaptation.taught(path, run).ids == first.ids[1:]
+    assert adaptation.open_cache(path, workdir, run).ids == first.ids[1:]
+    assert adaptation.read_cache(path, run).ids == first.ids[1:]
 
 
 def test_caches_of_other_runs_and_damaged_ones_are_refused(whole, tmp_path):
@@ -127,22 +127,22 @@ def test_caches_of_other_runs_and_damaged_ones_are_refused(whole, tmp_path):
     cache = adaptation.new_cache(workdir, run)
     caches.save(dataclasses.replace(cache, origin="another"), path)
     with pytest.raises(AvjaxError, match=r"mine\.npz: a cache of another run than W"):
-        adaptation.taught(path, run)
+        adaptation.read_cache(path, run)
     caches.save(dataclasses.replace(cache, classes=("a", "b", "c")), path)
     with pytest.raises(AvjaxError, match=r"mine\.npz: a cache of another run than W"):
-        adaptation.opened(path, workdir, run)
+        adaptation.open_cache(path, workdir, run)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(AvjaxError, match=r"mine\.npz: not a readable cache"):
-        adaptation.opened(path, workdir, run)
+        adaptation.open_cache(path, workdir, run)
     with pytest.raises(AvjaxError, match=r"gone\.npz"):
-        adaptation.taught(tmp_path / "gone.npz", run)
+        adaptation.read_cache(tmp_path / "gone.npz", run)
 
 
 def test_a_run_without_a_cache_cannot_be_adapted(whole, tmp_path):
     workdir, run = whole[0], without_caches(whole[1])
     for call in (
         lambda: adaptation.new_cache(workdir, run),
-        lambda: adaptation.taught(tmp_path / "any", run),
+        lambda: adaptation.read_cache(tmp_path / "any", run),
         lambda: adaptation.curve(workdir, run, (1,), 1),
     ):
         with pytest.raises(AvjaxError, match=r"run W has no cache to adapt; .*configs/emoasst_folder\.py"):

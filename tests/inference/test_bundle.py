@@ -211,7 +211,7 @@ def test_no_file_may_be_missing(copied, name):
 def test_no_file_may_be_too_much(copied, name):
     (copied / name).parent.mkdir(exist_ok=True)
     (copied / name).write_text("")
-    with pytest.raises(AvjaxError, match=rf"{name} does not belong there; get the bundle again"):
+    with pytest.raises(AvjaxError, match=rf"{name} is not part of it; get the bundle again"):
         bundle.read(copied)
 
 
@@ -239,7 +239,7 @@ def test_names_that_lead_out_are_refused(copied, tmp_path, name):
         ("[]", r"manifest\.json: cannot be used"),
         ('{"format": 1, "files": 2}', r"manifest\.json: cannot be used"),
         ("[" * 100_000, r"manifest\.json: cannot be used"),
-        (bundle._sealed(bundle.FORMAT, {"labels.json": 7}), "is missing|does not belong|has been changed"),
+        (bundle._sealed(bundle.FORMAT, {"labels.json": 7}), "is missing|is not part of it|has been changed"),
     ],
 )
 def test_other_manifests(copied, text, message):
@@ -263,7 +263,7 @@ def test_what_is_there_stays(workdir, tmp_path):
     (tmp_path / "B").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     for name in ("B", "link"):
-        with pytest.raises(AvjaxError, match=rf"{name}: is there already; give another --out, or remove it"):
+        with pytest.raises(AvjaxError, match=rf"{name}: already exists; give another --out, or remove it"):
             bundle.write(workdir, tmp_path / name)
     assert list((tmp_path / "B").iterdir()) == []
 
@@ -308,7 +308,7 @@ def test_a_kill_leaves_a_whole_bundle_or_none(workdir, tmp_path):
         if out.exists():
             bundle.check(out)
         for left in tmp_path.glob(".*.unfinished"):
-            with pytest.raises(AvjaxError, match=r"cannot be used|is missing|does not belong"):
+            with pytest.raises(AvjaxError, match=r"cannot be used|is missing|is not part of it"):
                 bundle.check(left)
     assert False in ended
 
@@ -353,7 +353,7 @@ def test_features_of_tables_are_exported_and_clips_refused(workdir, tmp_path):
     change(moved / "config.json", preset="tables", tables={"streams": columns})
     bundle.write(moved, tmp_path / "B")
     says = read_json(tmp_path / "B", "provenance.json")
-    assert says["preprocessing"]["streams"]["video"]["what"] == "of tables: face:AU01..AU45"
+    assert says["preprocessing"]["streams"]["video"]["what"] == "from tables: face:AU01..AU45"
     assert says["pretrained"] == {}
     text = (tmp_path / "B" / "model_card.md").read_text()
     assert "this bundle predicts from\nfeatures only" in text

@@ -252,4 +252,4 @@ def test_a_cache_that_a_run_was_taught_answers_for_its_bundle(tmp_path_factory, 
     assert "a bundle of avjax.export, not a run of avjax.train" in refused.stderr
     bundle.write(workdir, tmp_path / "one", fold="1")
     refused = answered(tmp_path / "one", *one)
-    assert "C: is of all lanes of the run; this bundle has 1 of them" in refused.stderr
+    assert "C: made for all lanes of the run; this bundle has 1 of them" in refused.stderr

@@ -370,5 +370,5 @@ def test_features_made_otherwise_than_in_training_are_refused(trained, tmp_path)
     run = runs.read_run(trained[2])
     other = dataclasses.replace(run, made_by=run.made_by | {"audio": "another key"})
     one = prediction.find_clips([str(clips.write_wav(tmp_path / "voice.wav"))])
-    with pytest.raises(AvjaxError, match=r"run W was trained on features made otherwise than now \(audio: other"):
+    with pytest.raises(AvjaxError, match=r"run W was trained on features that are made differently now \(audio: other"):
         prediction.predict(other, one, Console(quiet=True))
