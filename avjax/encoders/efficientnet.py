@@ -287,7 +287,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> 
 
 
 def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> EfficientNet:
-    """The module for the contents of a hub's config.json.
+    """Builds the module from the contents of a hub config.json.
 
     Raises:
       AvjaxError: the configuration is not supported, or a layer is asked for.
@@ -341,7 +341,7 @@ IGNORED = re.compile(r"^classifier\.|\.num_batches_tracked$|^(onnx::\w+_)?\d+$")
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: EfficientNetConfig) -> dict[str, Any]:
-    """Converts a checkpoint of transformers, with or without its prefix, or timm to the params of `EfficientNet(config)`.
+    """Converts a checkpoint of transformers, with or without its prefix, or of timm to the params of an EfficientNet.
 
     The batch norms of timm may be folded, as in the tensors that `formats.read` returns for an ONNX file.
 

@@ -179,7 +179,7 @@ def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.
       settings: contents of preprocessor_config.json; {}: the defaults of the original.
 
     Returns:
-      spectra (batch, bins, frames) float32, a frame every 10 ms, and mask (batch, frames); zeros where the mask is False.
+      spectra (batch, bins, frames) float32, a frame every 10 ms, zero-padded, and mask (batch, frames).
 
     Raises:
       AvjaxError: a waveform is not mono, or the settings ask for something unsupported.
