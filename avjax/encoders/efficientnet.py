@@ -195,7 +195,7 @@ def _pixels(padding: Padding, sides: Sequence[int], kernel: int, stride: int) ->
 
 
 class EfficientNet(nn.Module):
-    """The network up to its last feature map. Params are float32; `dtype` is that of convolutions and products."""
+    """The network up to its last feature map. Params are float32; `dtype` is the dtype of convolutions and products."""
 
     config: EfficientNetConfig
     dtype: jnp.dtype = jnp.float32

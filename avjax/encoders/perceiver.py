@@ -125,7 +125,7 @@ def _check(config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
 
 
 class Perceiver(nn.Module):
-    """The network for optical flow. Params are float32; `dtype` is that of the matrix products.
+    """The network for optical flow. Params are float32; `dtype` is the dtype of matrix products.
 
     A pair of the trained size takes 1.4 tera floating-point operations and, on a CPU, 0.3 GB beside the params (four
     pairs at once: 0.8 GB); all scores at once would take 1.5 GB each way.

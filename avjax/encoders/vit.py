@@ -99,7 +99,7 @@ def _check(config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
 
 
 class ViT(nn.Module):
-    """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products.
+    """The encoder without pooler and heads. Params are float32; `dtype` is the dtype of matrix products.
 
     `layer` is the number of blocks to compute; None: all, and the last normalisation. With `remat`, gradients recompute
     activations within blocks to save memory.

@@ -157,7 +157,7 @@ class RowNorm(nn.Module):
 
 
 class Wav2Vec2(nn.Module):
-    """The encoder without quantiser and heads. Params are float32; `dtype` is that of the products.
+    """The encoder without quantiser and heads. Params are float32; `dtype` is the dtype of products.
 
     `layer` is the number of blocks to compute; None: all. With `remat`, gradients recompute activations within blocks
     to save memory.

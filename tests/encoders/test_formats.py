@@ -175,7 +175,7 @@ def test_hostile_pickles_are_refused_by_name_and_not_run(tmp_path, function, nam
         (b"ccollections\nOrderedDict\n" + group(group()) + b"R", "malformed"),  # a call with contents
         (number(3), "w: not tensors; save the model's state_dict alone"),
         (b"}", "w: not tensors"),
-        (b"N" + number(3) + tensor(), "keys are no names"),
+        (b"N" + number(3) + tensor(), "keys are not names"),
         (storage(), "w: not tensors"),
         (tensor(storage("DoubleStorage")), r"torch\.DoubleStorage"),
         (tensor(number(3)), "malformed.*without a storage"),
@@ -326,7 +326,7 @@ def test_lies_of_ctranslate2_files_are_refused(tmp_path):
     for more, message in [
         (biased, "linear_0/bias: the bias of the keys is not zero"),
         ({norm: np.ones(WIDTH, np.int8)}, f"{norm} is quantised"),
-        ({"encoder/layer_0/gate/weight": np.ones(3, np.float32)}, "has no encoder/layer_0/gate/weight"),
+        ({"encoder/layer_0/gate/weight": np.ones(3, np.float32)}, "gate/weight is not a known variable"),
         ({"decoder/layer_0/attention/linear_1/bias": np.ones(3, np.float32)}, "does not split into"),
     ]:
         refused(packed(tmp_path, given | more), message)

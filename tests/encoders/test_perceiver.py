@@ -161,7 +161,7 @@ def test_what_files_leave_out_is_the_originals_default():
     [
         ({k: v for k, v in HUB.items() if k != "d_latents"}, "of a perceiver lacks d_latents"),
         (HUB | {"hidden_act": "mish"}, "'mish' is not known"),
-        (HUB | {"architectures": ["PerceiverForMaskedLM"]}, "PerceiverForMaskedLM.*only the one for optical flow"),
+        (HUB | {"architectures": ["PerceiverForMaskedLM"]}, "PerceiverForMaskedLM.*that for optical flow"),
         (HUB | {"qk_channels": 12}, "qk_channels and v_channels .* expected null"),
         (HUB | {"v_channels": 12}, "qk_channels and v_channels .* expected null"),
         (HUB | {"cross_attention_shape_for_attention": "v"}, "is 'v' in config.json, expected kv or q"),

@@ -227,8 +227,8 @@ def test_what_config_json_leaves_out_is_the_originals_default():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"add_adapter": True}, "adapters .* are not computed"),
-        ({"adapter_attn_dim": 16}, "adapters .* are not computed"),
+        ({"add_adapter": True}, "adapters .* are not supported"),
+        ({"adapter_attn_dim": 16}, "adapters .* are not supported"),
         ({"feat_extract_norm": "batch"}, "feat_extract_norm is 'batch', expected 'group' or 'layer'"),
         ({"hidden_act": "mish"}, "activation 'mish'"),
         ({"feat_extract_activation": "mish"}, "activation 'mish'"),
