@@ -114,7 +114,7 @@ def test_the_table_is_long_enough_and_every_key_has_a_meaning():
         ({"model.loss_weights": (1.0, 1.0)}, "expected 4 values"),
         ({"model.text_source": ""}, "model.text_source is empty"),
         ({"model.text_source": "given"}, "text of tables"),
-        ({"model.text_source": "utterance"}, "only a configuration with prompts"),
+        ({"model.text_source": "utterance"}, "requires a configuration with prompts"),
         ({"model.name": "mult"}, "choose one of etg_aver, etg_aver_raw"),
         ({"model.encoders.frozen": ("(",)}, "model.encoders.frozen: .* no regular expression"),
         ({"model.encoders.lora.targets": ("(",)}, "model.encoders.lora.targets"),
@@ -244,7 +244,7 @@ def test_keys_lists_every_key_with_value_and_meaning(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line for line in lines}
     assert rows.keys() >= {key for key, _, _ in Settings().rows()}
-    assert rows["train.epochs"].split() == ["train.epochs", "3", "epochs", "at", "most"]
+    assert rows["train.epochs"].split() == ["train.epochs", "3", "maximum", "number", "of", "epochs"]
     assert "'open'" in rows["preset"]
 
 

@@ -58,7 +58,7 @@ class Inputs:
         if mask.shape != shape:
             raise AvjaxError(f"inputs {inputs.shape} and mask {mask.shape}: expected a mask {shape} for {self.what}")
         if self.prefix and (mask[:, 1:] > mask[:, :-1]).any():
-            raise AvjaxError(f"the mask of {self.what} has gaps; padding may only follow what is real")
+            raise AvjaxError(f"the mask of {self.what} has gaps; padding may only follow real steps")
         return mask
 
 

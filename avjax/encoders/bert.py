@@ -48,7 +48,7 @@ class BertConfig(base.TextConfig):
         fields = base.read(config, _KEYS[config["model_type"]])
         base.activation(fields["activation"])
         if config.get("position_embedding_type", "absolute") != "absolute" or config.get("is_decoder"):
-            raise AvjaxError("only BERT encoders with absolute positions are computed; see config.json")
+            raise AvjaxError("only BERT encoders with absolute positions are supported; see config.json")
         return cls(**{"types": 0, "eps": 1e-12} | fields)
 
 
@@ -79,7 +79,7 @@ _KEYS = {
 
 
 class Bert(nn.Module):
-    """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products.
+    """The encoder without pooler and heads. Params are float32; `dtype` is the dtype of matrix products.
 
     `layer` is the number of blocks to compute; None: all. With `remat`, gradients recompute activations within blocks
     to save memory.

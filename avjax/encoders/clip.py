@@ -169,7 +169,7 @@ def tower_config(config: Mapping[str, Any], tower: str) -> dict[str, Any]:
 
 
 class Vision(nn.Module):
-    """The vision tower. Params are float32; `dtype` is that of the matrix products.
+    """The vision tower. Params are float32; `dtype` is the dtype of matrix products.
 
     `layer` is the number of blocks to compute; None: all. If `projected`, returns the embedding in the joint space.
     """
@@ -218,7 +218,7 @@ class Vision(nn.Module):
 
 
 class Text(nn.Module):
-    """The text tower. Params are float32; `dtype` is that of the matrix products.
+    """The text tower. Params are float32; `dtype` is the dtype of matrix products.
 
     `layer` is the number of blocks to compute; None: all, and the last normalisation. If `projected`, returns the
     embedding in the joint space.
@@ -277,7 +277,7 @@ def _end(ids: jax.Array, mask: jax.Array, end: int) -> jax.Array:
 
 
 class CLIP(nn.Module):
-    """Both towers and the similarity of their embeddings. Params are float32; `dtype` is that of the products."""
+    """Both towers and the similarity of their embeddings. Params are float32; `dtype` is the dtype of products."""
 
     config: CLIPConfig
     dtype: jnp.dtype = jnp.float32

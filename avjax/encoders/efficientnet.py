@@ -195,7 +195,7 @@ def _pixels(padding: Padding, sides: Sequence[int], kernel: int, stride: int) ->
 
 
 class EfficientNet(nn.Module):
-    """The network up to its last feature map. Params are float32; `dtype` is that of convolutions and products."""
+    """The network up to its last feature map. Params are float32; `dtype` is the dtype of convolutions and products."""
 
     config: EfficientNetConfig
     dtype: jnp.dtype = jnp.float32
@@ -287,7 +287,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> 
 
 
 def build(config: Mapping[str, Any], dtype: jnp.dtype, layer: int | None) -> EfficientNet:
-    """The module for the contents of a hub's config.json.
+    """Builds the module from the contents of a hub config.json.
 
     Raises:
       AvjaxError: the configuration is not supported, or a layer is asked for.
@@ -341,7 +341,7 @@ IGNORED = re.compile(r"^classifier\.|\.num_batches_tracked$|^(onnx::\w+_)?\d+$")
 
 
 def convert(tensors: Mapping[str, np.ndarray], config: EfficientNetConfig) -> dict[str, Any]:
-    """Converts a checkpoint of transformers, with or without its prefix, or timm to the params of `EfficientNet(config)`.
+    """Converts a checkpoint of transformers, with or without its prefix, or of timm to the params of an EfficientNet.
 
     The batch norms of timm may be folded, as in the tensors that `formats.read` returns for an ONNX file.
 

@@ -109,7 +109,7 @@ def _filled(settings: Mapping[str, Any], processor: str) -> dict[str, Any]:
     if kind not in DEFAULTS:
         raise AvjaxError(f"image processor {named!r} is not known; known are {', '.join(DEFAULTS)}")
     if settings.get("do_pad"):
-        raise AvjaxError("preprocessor_config.json asks for do_pad, which is not computed; images are cropped only")
+        raise AvjaxError("preprocessor_config.json asks for do_pad, which is not supported; images are only cropped")
     filled = DEFAULTS[kind] | dict(settings)
     missing = [key for step, keys in _NEEDED.items() if filled[step] for key in keys if filled.get(key) is None]
     if missing:

@@ -99,7 +99,7 @@ def _check(config: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
 
 
 class ViT(nn.Module):
-    """The encoder without pooler and heads. Params are float32; `dtype` is that of the matrix products.
+    """The encoder without pooler and heads. Params are float32; `dtype` is the dtype of matrix products.
 
     `layer` is the number of blocks to compute; None: all, and the last normalisation. With `remat`, gradients recompute
     activations within blocks to save memory.
@@ -154,10 +154,8 @@ def _grid(config: ViTConfig, shape: tuple[int, ...]) -> tuple[int, int]:
     """Returns the rows and columns of patches of images of `shape` (height, width, 3)."""
     (height, width), (patch_height, patch_width) = config.image_size, config.patch
     if config.model_type == "dinov2":
-        fits, expected = (
-            not (shape[0] % patch_height or shape[1] % patch_width),
-            f"sides that are multiples of {patch_height}",
-        )
+        fits = not (shape[0] % patch_height or shape[1] % patch_width)
+        expected = f"sides that are multiples of {patch_height}"
     else:
         fits, expected = shape[:2] == config.image_size, f"{height} x {width}"
     if not fits or shape[2] != 3 or 0 in shape:
@@ -171,9 +169,7 @@ def _positions(positions: jax.Array, old: tuple[int, int], new: tuple[int, int])
         return positions
     patches = positions[0, 1:].reshape(*old, -1)
     rows, columns = (_bicubic(*sides) for sides in zip(old, new, strict=True))
-    patches = jnp.einsum(
-        "yh,xw,hwd->yxd", rows, columns, patches, precision="highest"
-    )  # small; float32 in the original
+    patches = jnp.einsum("yh,xw,hwd->yxd", rows, columns, patches, precision="highest")  # float32 in the original
     return jnp.concatenate([positions[:, :1], patches.reshape(1, -1, positions.shape[-1])], 1)
 
 

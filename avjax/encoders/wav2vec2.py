@@ -157,7 +157,7 @@ class RowNorm(nn.Module):
 
 
 class Wav2Vec2(nn.Module):
-    """The encoder without quantiser and heads. Params are float32; `dtype` is that of the products.
+    """The encoder without quantiser and heads. Params are float32; `dtype` is the dtype of products.
 
     `layer` is the number of blocks to compute; None: all. With `remat`, gradients recompute activations within blocks
     to save memory.
@@ -173,8 +173,8 @@ class Wav2Vec2(nn.Module):
         """Maps waves (b, n) at 16 kHz with mask (b, n) bool, real samples first, to hidden states and their mask.
 
         Returns:
-          features (b, s, d) in `dtype` and mask (b, s), where s is `config.steps(n)`. A row has as many real steps as it
-          would have alone.
+          features (b, s, d) in `dtype` and mask (b, s), where s is `config.steps(n)`. A row has as many real steps as
+          without the other rows.
         """
         c = self.config
         depth = base.block_count(self.layer, c.layers)
@@ -275,8 +275,8 @@ IGNORED = re.compile(
 def convert(tensors: Mapping[str, np.ndarray], config: Wav2Vec2Config) -> dict[str, Any]:
     """Converts a PyTorch checkpoint, with or without its model's prefix, to the params of `Wav2Vec2(config)`.
 
-    Weight normalisation (Salimans & Kingma 2016) stores the positional convolution of wav2vec 2.0 as gain and direction;
-    the params hold the resulting kernel.
+    The positional convolution of wav2vec 2.0 is stored as gain and direction (weight normalisation, Salimans & Kingma
+    2016); the params hold the resulting kernel.
 
     Raises:
       AvjaxError: tensors are missing, left over and not IGNORED, or of a wrong shape; the message names them.

@@ -75,7 +75,7 @@ _KEYS = {
 
 
 class Whisper(nn.Module):
-    """The encoder without the decoder. Params are float32; `dtype` is that of the matrix products.
+    """The encoder without the decoder. Params are float32; `dtype` is the dtype of matrix products.
 
     `layer` is the number of blocks to compute; None: all. With `remat`, gradients recompute activations within blocks
     to save memory.
@@ -179,14 +179,14 @@ def prepare(raw: Sequence[np.ndarray], settings: Mapping[str, Any]) -> tuple[np.
       settings: contents of preprocessor_config.json; {}: the defaults of the original.
 
     Returns:
-      spectra (batch, bins, frames) float32, a frame every 10 ms, and mask (batch, frames); zeros where the mask is False.
+      spectra (batch, bins, frames) float32, a frame every 10 ms, zero-padded, and mask (batch, frames).
 
     Raises:
       AvjaxError: a waveform is not mono, or the settings ask for something unsupported.
     """
     for key, value in _FIXED.items():
         if settings.get(key, value) != value:
-            raise AvjaxError(f"preprocessor_config.json: {key} is {settings[key]}, but only {value} is computed")
+            raise AvjaxError(f"preprocessor_config.json: {key} is {settings[key]}, but only {value} is supported")
     bins = settings.get("feature_size", 80)
     longest = settings.get("chunk_length", 30) * _SAMPLE_RATE
     return base.pad_rows([_log_mel(waveform[:longest], bins) for waveform in raw], np.float32(0), (bins,))

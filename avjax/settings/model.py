@@ -1,4 +1,4 @@
-"""Settings of models: of ETG-AVER each by name, of fusions and EmoAsst checked against the defaults of the model."""
+"""Settings of models: fields for ETG-AVER; for fusions and EmoAsst, settings checked against the model's defaults."""
 
 import dataclasses
 import types
@@ -15,17 +15,17 @@ TEXT_SOURCES = ("both", "audio", "video", "constant", "utterance", "given")
 
 @dataclasses.dataclass(frozen=True)
 class FusionSettings(Part):
-    """A fusion of feature sequences, or EmoAsst; `settings` are its own (`avjax.models.check`)."""
+    """Settings of a fusion of feature sequences or EmoAsst; `settings` are those of the model itself."""
 
     prefix = "model."
     name: str = setting("concat", "name in the registry of models")
     streams: tuple[str, ...] = setting(STREAMS, "streams that the model reads")
-    text_source: str = setting("both", "what the text is made from", choices=("", *TEXT_SOURCES))
+    text_source: str = setting("both", "source of the text", choices=("", *TEXT_SOURCES))
     dtype: str = setting("float32", "type of activations; parameters are float32", choices=DTYPES)
     settings: Mapping[str, Any] = setting(dict, "settings of the model itself")
 
     def check_together(self) -> None:
-        """Checks that streams are named once, and that text has a source."""
+        """Checks that each stream is named once, and that text has a source."""
         check_streams(self.streams, self.text_source)
 
     def rows(self) -> Iterator[tuple[str, Any, str]]:
@@ -36,7 +36,7 @@ class FusionSettings(Part):
 
 
 def check_streams(streams: Sequence[str], text_source: str) -> None:
-    """Raises AvjaxError where there is no stream, one is named twice, or the text has no source."""
+    """Raises AvjaxError if there is no stream, a stream is named twice, or the text has no source."""
     if not streams or len(set(streams)) < len(streams):
         raise AvjaxError(f"model.streams is {streams}; expected one or more, each once")
     if "text" in streams and not text_source:
@@ -45,13 +45,13 @@ def check_streams(streams: Sequence[str], text_source: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LoraSettings(Part):
-    """Low-rank changes of the encoders' weights."""
+    """Settings of low-rank updates of encoder weights (LoRA)."""
 
     prefix = "model.encoders.lora."
-    rank: int = setting(8, "rank of the changes", least=1)
-    alpha: float = setting(16.0, "factor of the changes, divided by the rank", above=0)
+    rank: int = setting(8, "rank of the updates", least=1)
+    alpha: float = setting(16.0, "scale of the updates, divided by the rank", above=0)
     targets: tuple[str, ...] = setting(
-        (r"/attention/(query|key|value|out)/kernel$",), "patterns of the paths of the kernels that are changed"
+        (r"/attention/(query|key|value|out)/kernel$",), "patterns of the paths of updated kernels"
     )
 
     def check_together(self) -> None:
@@ -61,15 +61,15 @@ class LoraSettings(Part):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSettings(Part):
-    """Encoders that are trained with `etg_aver_raw`."""
+    """Settings of encoders trained with `etg_aver_raw`."""
 
     prefix = "model.encoders."
-    tune: str = setting("full", "all weights but the frozen, or low-rank changes", choices=("full", "lora"))
+    tune: str = setting("full", "train all weights except frozen ones, or low-rank updates", choices=("full", "lora"))
     frozen: tuple[str, ...] = setting((), "patterns of paths that are not trained, such as ^text/ or /words/")
-    lora: LoraSettings = setting(LoraSettings, "low-rank changes")
-    remat: bool = setting(True, "on accelerators, compute blocks again for gradients: less memory")
+    lora: LoraSettings = setting(LoraSettings, "low-rank updates")
+    remat: bool = setting(True, "recompute blocks for gradients on accelerators to save memory")
     preset: str = setting("lite", "preset of the encoders; follows `preset`")
-    random: bool = setting(False, "weights drawn at random; follows `weights.random`")
+    random: bool = setting(False, "use random weights; follows `weights.random`")
 
     def check_together(self) -> None:
         """Checks the patterns."""
@@ -78,28 +78,28 @@ class EncoderSettings(Part):
 
 @dataclasses.dataclass(frozen=True)
 class EtgAverSettings(Part):
-    """ETG-AVER on features, or from raw input with its encoders (`etg_aver_raw`)."""
+    """Settings of ETG-AVER on features, or on raw input with its encoders (`etg_aver_raw`)."""
 
     prefix = "model."
     name: str = setting("etg_aver", "name in the registry of models", choices=("etg_aver", "etg_aver_raw"))
     width: int = setting(128, "width of the model; the paper's encoders give 768", least=1)
     streams: tuple[str, ...] = setting(STREAMS, "streams that the model reads", choices=STREAMS)
-    text_source: str = setting("both", "what the text is made from", choices=("", *TEXT_SOURCES))
+    text_source: str = setting("both", "source of the text", choices=("", *TEXT_SOURCES))
     guide: bool = setting(True, "let the text weight audio and video (Eqs. 3-4)")
     fusion: str = setting("attention", "fusion (Eq. 5, Table IV)", choices=("concat", "additive", "attention"))
-    hlo: bool = setting(True, "a loss of its own for each modality (Eqs. 6-7)")
+    hlo: bool = setting(True, "add a separate loss for each modality (Eqs. 6-7)")
     loss_weights: tuple[float, float, float, float] = setting(
         (2.0, 2.0, 1.0, 1.0), "weights of the losses of fusion, text, audio and video", least=0
     )
-    weighting: str = setting("softmax", "reading of Eq. 4", choices=("softmax", "ratio"))
+    weighting: str = setting("softmax", "interpretation of Eq. 4", choices=("softmax", "ratio"))
     temperature: float = setting(0.1, "temperature of the softmax of Eq. 4", above=0)
-    query: str = setting("tokens", "what of the text asks in Eq. 5", choices=("tokens", "summary"))
-    summary: str = setting("mean", "how tokens become one vector", choices=("first", "mean"))
-    segment_count: int = setting(8, "equal spans of time that audio and video are averaged to", least=1)
+    query: str = setting("tokens", "text features that are the queries of Eq. 5", choices=("tokens", "summary"))
+    summary: str = setting("mean", "pooling of tokens to one vector", choices=("first", "mean"))
+    segment_count: int = setting(8, "equal time spans over which audio and video are averaged", least=1)
     dropout: float = setting(0.0, "dropout", least=0, below=1)
     imbalance: str = setting(
         "none",
-        "what is done about rare classes",
+        "treatment of class imbalance",
         choices=("none", "class_weights", "logit_adjustment", "focal"),
     )
     smoothing: float = setting(0.0, "label smoothing", least=0, below=1)
@@ -111,7 +111,7 @@ class EtgAverSettings(Part):
         check_streams(self.streams, self.text_source)
         if self.imbalance == "focal" and self.smoothing:
             raise AvjaxError(
-                f"model.smoothing is {self.smoothing} with model.imbalance='focal'; the focal loss reads hard labels: "
+                f"model.smoothing is {self.smoothing} with model.imbalance='focal'; the focal loss takes hard labels: "
                 "set model.smoothing=0.0, or choose another model.imbalance"
             )
         if (self.guide or self.fusion != "concat") and set(self.streams) != set(STREAMS):
@@ -125,10 +125,12 @@ class EtgAverSettings(Part):
 def check_model_settings(
     given: Mapping[str, Any], default: Mapping[str, Any], choices: Mapping[str, Sequence[str]]
 ) -> None:
-    """Checks the own settings of a model by its defaults: keys, types, words and sizes.
+    """Checks settings of a model against its defaults: keys, types, choices and sizes.
 
     Args:
-      choices: setting → the values it may have, of those that are words.
+      given: the settings that are given.
+      default: all settings with their defaults.
+      choices: setting → allowed values, for settings with choices.
 
     Raises:
       AvjaxError: a setting is unknown or does not fit.
@@ -138,13 +140,13 @@ def check_model_settings(
         if name in choices:
             choose(f"model.settings.{name}", value, choices[name])
         _check_like(f"model.settings.{name}", value, default[name])
-    whole = {**default, **given}
-    if whole.get("heads") and isinstance(whole.get("width"), int) and whole["width"] % whole["heads"]:
-        raise AvjaxError(f"model.settings.width is {whole['width']}; expected a multiple of heads, {whole['heads']}")
+    merged = {**default, **given}
+    if merged.get("heads") and isinstance(merged.get("width"), int) and merged["width"] % merged["heads"]:
+        raise AvjaxError(f"model.settings.width is {merged['width']}; expected a multiple of heads, {merged['heads']}")
 
 
 def _check_like(key: str, value: Any, default: Any) -> None:
-    """Checks that a value is of the kind of its default: whole numbers count things, a dropout is below 1."""
+    """Checks that a value has the type of its default, and its range: integers are counts, a dropout is below 1."""
     if isinstance(default, Mapping):
         for name in mapping(key, value):
             choose(f"{key} key", name, default)
@@ -154,7 +156,7 @@ def _check_like(key: str, value: Any, default: Any) -> None:
     elif isinstance(default, tuple):
         for item in typed(key, value, types.GenericAlias(tuple, (type(default[0]), ...))):
             _check_like(key, item, default[0])
-        if not value or ("dropout" in key and len(value) != len(default)):  # widths make as many layers
+        if not value or ("dropout" in key and len(value) != len(default)):  # each width adds a layer
             raise AvjaxError(f"{key} is {value!r}; expected {len(default)} values, such as {default}")
     else:
         value = typed(key, value, type(default))

@@ -1,4 +1,4 @@
-"""Parts of the settings: fields with a meaning, choices and limits, checked when a part is made."""
+"""Parts of the settings: fields with a meaning, choices and limits, checked on construction."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 from avjax.errors import AvjaxError, choose
 
-# What a limit of a field is called in messages, and how it compares.
+# Limit of a field → its name in messages, and its comparison.
 _LIMITS = {
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -21,11 +21,13 @@ _LIMITS = {
 
 
 def setting(default: Any, meaning: str, *, choices: Sequence[Any] = (), **limits: float) -> Any:
-    """Declares a field: its default, what it means, and what values it takes; both hold for each item of a tuple.
+    """Declares a field; choices and limits apply to each item of a tuple.
 
     Args:
       default: a value, or a class that makes it.
-      choices: the values it may have, () for any; limits: of a number, by the names of `_LIMITS`.
+      meaning: a description, which `--keys` prints.
+      choices: the allowed values; (): any.
+      **limits: of a number, by the names in `_LIMITS`.
     """
     metadata = {"meaning": meaning, "choices": tuple(choices), "limits": limits}
     kind = "default_factory" if isinstance(default, type) else "default"
@@ -34,10 +36,10 @@ def setting(default: Any, meaning: str, *, choices: Sequence[Any] = (), **limits
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part of the settings: checks type, choice and limits of every field when it is made.
+    """A part of the settings; checks type, choices and limits of every field on construction.
 
     Raises:
-      AvjaxError: a value does not fit; the message has its key, the value and what is expected.
+      AvjaxError: a value does not fit; the message gives its key, the value and what was expected.
     """
 
     prefix: ClassVar[str] = ""
@@ -52,11 +54,11 @@ class Part:
         self.check_together()
 
     def check_together(self) -> None:
-        """Checks what depends on several fields."""
+        """Checks conditions on several fields."""
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
-        """Makes the part of plain values; a key that is left out has its default.
+        """Makes the part from plain values; omitted keys have their defaults.
 
         Raises:
           AvjaxError: a key is unknown, or a value does not fit.
@@ -66,7 +68,7 @@ class Part:
         return cls(**plain)
 
     def to_dict(self) -> dict[str, Any]:
-        """Gives plain values; parts that are absent (None) are left out."""
+        """Returns plain values, without absent parts (None)."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {k: v.to_dict() if isinstance(v, Part) else v for k, v in values.items() if v is not None}
 
@@ -96,7 +98,7 @@ _EXPECTED = {
 
 
 def typed(key: str, value: Any, hint: Any) -> Any:
-    """Gives the value as the type that is declared, or raises AvjaxError."""
+    """Returns the value as its declared type, or raises AvjaxError."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return None if value is None and type(None) in inner else _one_of_parts(key, value, inner)
@@ -118,6 +120,7 @@ def _one_of_parts(key: str, value: Any, hints: Sequence[Any]) -> Any:
 
 
 def mapping(key: str, value: Any) -> dict[str, Any]:
+    """Returns a mapping as a dict; raises AvjaxError for other values."""
     if not isinstance(value, Mapping):
         raise AvjaxError(f"{key} is {value!r}; expected {_EXPECTED[Mapping]}")
     return dict(value)
@@ -135,12 +138,13 @@ def _tuple(key: str, value: Any, hint: Any) -> tuple[Any, ...]:
 
 
 def check_limits(key: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    """Raises AvjaxError if a value, or an item of a tuple, is outside its choices or limits."""
     for item in value if isinstance(value, tuple) else (value,):
         if metadata["choices"]:
             choose(key, item, metadata["choices"])
         if isinstance(item, int | float) and not _within(item, metadata["limits"]):
-            said = [f"{_LIMITS[name][0]} {limit:g}" for name, limit in metadata["limits"].items()]
-            raise AvjaxError(f"{key} is {value!r}; expected {' and '.join(said) or 'a finite number'}")
+            limits = [f"{_LIMITS[name][0]} {limit:g}" for name, limit in metadata["limits"].items()]
+            raise AvjaxError(f"{key} is {value!r}; expected {' and '.join(limits) or 'a finite number'}")
 
 
 def _within(value: float, limits: Mapping[str, float]) -> bool:
@@ -148,7 +152,7 @@ def _within(value: float, limits: Mapping[str, float]) -> bool:
 
 
 def check_patterns(patterns: Iterable[str], key: str) -> None:
-    """Raises AvjaxError where one of the `patterns` of paths is no regular expression."""
+    """Raises AvjaxError if one of the `patterns` of paths is not a regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern)

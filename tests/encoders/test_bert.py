@@ -1,4 +1,4 @@
-"""BERT and DistilBERT: checkpoints as they are found, mistakes, the tokenizer, and the real sentence encoder."""
+"""BERT and DistilBERT: checkpoints as published, mistakes, the tokenizer, and the real sentence encoder."""
 
 import dataclasses
 import random

@@ -1,4 +1,4 @@
-"""What is particular to EfficientNet; parity with the original is in test_parity.py."""
+"""Tests specific to EfficientNet; parity with the original is in test_parity.py."""
 
 import functools
 import json
@@ -58,7 +58,7 @@ def state(model):
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-def pictures(*shape):
+def frames(*shape):
     return np.random.default_rng(0).normal(size=(*shape, 3)).astype(np.float32)
 
 
@@ -87,7 +87,7 @@ def assert_same(got, want, **tolerance):
 
 
 def timm_tensors(hub, seed=0):
-    """A checkpoint as timm names it, of the blocks that `hub` describes, with the number of its normed convolutions."""
+    """A checkpoint with timm's names, of the blocks in `hub`, and the number of its convolutions with norms."""
     rng = np.random.default_rng(seed)
     tensors = {}
 
@@ -121,15 +121,15 @@ def timm_tensors(hub, seed=0):
 
 
 def in_hub_names(tensors):
-    """The same checkpoint as transformers names it, blocks counted in their order."""
-    places = sorted({tuple(map(int, m.groups())) for n in tensors if (m := re.match(r"blocks\.(\d+)\.(\d+)\.", n))})
-    separable = {p for p in places if f"blocks.{p[0]}.{p[1]}.conv_pwl.weight" not in tensors}
+    """The same checkpoint with transformers' names; blocks are numbered in order."""
+    positions = sorted({tuple(map(int, m.groups())) for n in tensors if (m := re.match(r"blocks\.(\d+)\.(\d+)\.", n))})
+    separable = {p for p in positions if f"blocks.{p[0]}.{p[1]}.conv_pwl.weight" not in tensors}
     renamed = {}
     for name, tensor in tensors.items():
         if match := re.match(r"blocks\.(\d+)\.(\d+)\.(.+)\.(\w+)$", name):
-            place, part = tuple(map(int, match.groups()[:2])), match[3]
+            position, part = tuple(map(int, match.groups()[:2])), match[3]
             projection = {"conv_pw": "conv_pwl", "bn1": "bn2", "bn2": "bn3"}
-            part = projection.get(part, part) if place in separable else part
+            part = projection.get(part, part) if position in separable else part
             theirs = {
                 "conv_pw": "expansion.expand_conv",
                 "bn1": "expansion.expand_bn",
@@ -140,7 +140,7 @@ def in_hub_names(tensors):
                 "conv_pwl": "projection.project_conv",
                 "bn3": "projection.project_bn",
             }[part]
-            name = f"encoder.blocks.{places.index(place)}.{theirs}.{match[4]}"
+            name = f"encoder.blocks.{positions.index(position)}.{theirs}.{match[4]}"
         else:
             ends = {
                 "conv_stem": "embeddings.convolution",
@@ -167,7 +167,7 @@ def test_a_timm_checkpoint_is_the_original_under_other_names():
     params = efficientnet.convert(tensors, config)
     assert_same(efficientnet.convert(in_hub_names(tensors), config), params, rtol=0)
     assert_same(efficientnet.convert(state(model), config), params, rtol=0)
-    batch = pictures(2, 41, 47)
+    batch = frames(2, 41, 47)
     got, mask = run(config, params, batch)
     want, _ = ORIGINAL.reference(model.efficientnet.eval(), batch, mask)
     assert np.abs(got - want).max() < 1e-4 * want.std()
@@ -294,7 +294,7 @@ def test_same_padding_is_tensorflows_at_any_size(size):
     for block in model.encoder.blocks:
         block.depthwise_conv.depthwise_conv_pad = Same(block.depthwise_conv.depthwise_conv.kernel_size[0])
     config = EfficientNetConfig.from_hub(SAME)
-    batch = pictures(2, *size)
+    batch = frames(2, *size)
     got, mask = run(config, efficientnet.convert(state(model), config), batch)
     want, _ = ORIGINAL.reference(model, batch, mask)
     assert got.shape == want.shape
@@ -369,7 +369,7 @@ def test_features_are_row_by_row_and_their_mean_is_the_pooler_output():
     torch, _ = torch_and_transformers()
     model = original(SMALL)
     config = EfficientNetConfig.from_hub(SMALL)
-    batch = pictures(2, 48, 80)
+    batch = frames(2, 48, 80)
     got, _ = run(config, efficientnet.convert(state(model), config), batch)
     with torch.no_grad():
         want = model(torch.tensor(batch).permute(0, 3, 1, 2))
@@ -381,7 +381,7 @@ def test_features_are_row_by_row_and_their_mean_is_the_pooler_output():
 
 def test_pictures_under_the_mask_leave_no_trace():
     config, params = random_params(SAME)
-    batch, mask = pictures(3, 37, 40), np.array([True, False, True])
+    batch, mask = frames(3, 37, 40), np.array([True, False, True])
     want, real = run(config, params, batch, mask)
     np.testing.assert_array_equal(real, np.repeat(mask[:, None], want.shape[1], 1))
     for value in (np.nan, np.inf, -1e30):
@@ -400,7 +400,7 @@ def test_features_have_the_dtype_of_the_products_and_params_are_float32():
     config, params = random_params(SMALL)
     assert {leaf.dtype for leaf in jax.tree.leaves(efficientnet.shapes(config))} == {np.dtype("float32")}
     apply = EfficientNet(config, jnp.bfloat16).apply
-    features, _ = jax.eval_shape(apply, {"params": params}, pictures(1, 40, 40), np.ones(1, bool))
+    features, _ = jax.eval_shape(apply, {"params": params}, frames(1, 40, 40), np.ones(1, bool))
     assert features.dtype == jnp.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""Pictures prepared as the image processors of transformers prepare them."""
+"""Preprocessing of images, which equals that of the image processors of transformers."""
 
 import numpy as np
 import pytest
@@ -26,13 +26,13 @@ EFFICIENTNET_B2 = {
 OFF = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
 
 
-def pictures(sizes=SIZES):
+def frames(sizes=SIZES):
     rng = np.random.default_rng(0)
     return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
 
 
 def theirs(processor, settings, raw):
-    """What transformers gives through Pillow, channels last."""
+    """The output of transformers through Pillow, channels last."""
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
@@ -66,14 +66,14 @@ def theirs(processor, settings, raw):
     ],
 )
 def test_equal_to_the_processors_of_transformers(processor, settings):
-    want = theirs(processor, settings, pictures())
-    got = images.prepare(pictures(), settings, processor)
+    want = theirs(processor, settings, frames())
+    got = images.prepare(frames(), settings, processor)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
 def test_one_array_is_as_good_as_a_sequence():
-    raw = np.stack(pictures([(50, 60)] * 3))
+    raw = np.stack(frames([(50, 60)] * 3))
     np.testing.assert_array_equal(images.prepare(raw, {}), images.prepare(list(raw), {}))
 
 
@@ -87,12 +87,12 @@ def test_one_array_is_as_good_as_a_sequence():
     ],
 )
 def test_the_file_says_which_processor_fills_in_what_it_leaves_out(name, processor):
-    raw = pictures([(50, 60)])
+    raw = frames([(50, 60)])
     np.testing.assert_allclose(images.prepare(raw, name), theirs(processor, {}, raw), rtol=0, atol=1e-6)
 
 
 def test_nothing_is_done_that_is_not_asked_for():
-    raw = np.stack(pictures([(5, 6)]))
+    raw = np.stack(frames([(5, 6)]))
     np.testing.assert_array_equal(images.prepare(raw, OFF), raw.astype(np.float32))
 
 
@@ -113,7 +113,7 @@ def test_other_pictures_are_refused(raw, message):
 
 def test_pictures_that_remain_of_different_sizes_are_refused():
     with pytest.raises(AvjaxError, match=r"2 images.*\(5, 6, 3\), \(7, 8, 3\).* one size"):
-        images.prepare(pictures([(7, 8), (5, 6)]), OFF)
+        images.prepare(frames([(7, 8), (5, 6)]), OFF)
 
 
 @pytest.mark.parametrize(
@@ -130,4 +130,4 @@ def test_pictures_that_remain_of_different_sizes_are_refused():
 )
 def test_settings_that_are_not_computed_are_refused(settings, message):
     with pytest.raises(AvjaxError, match=message):
-        images.prepare(pictures([(7, 8)]), settings)
+        images.prepare(frames([(7, 8)]), settings)

@@ -56,13 +56,13 @@ def asked(kind, config, seed=0):
 
 
 def assert_close(got, want, mask, tolerance=1e-4):
-    """The bound on float32 parity: a share of the standard deviation of the output, on real steps."""
+    """The bound on float32 parity: a fraction of the standard deviation of the output, on real steps."""
     assert got.shape == want.shape
     assert np.abs(got - want)[mask].max() <= tolerance * want[mask].std()
 
 
 def quick(kinds):
-    """All kinds, those that are not among `kinds` as thorough tests."""
+    """All kinds; those not in `kinds` as thorough tests."""
     return [kind if kind in kinds else pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS]
 
 
@@ -76,8 +76,8 @@ def of_random_params(kind, seed=0, dtype=jnp.float32, layer=None, pool=None):
     rng = np.random.default_rng(seed)
 
     def param(path, leaf):
-        about = {"kernel": (0, np.prod(leaf.shape[:-1]) ** -0.5), "scale": (1, 0.1)}.get(path[-1].key, (0, 0.1))
-        return rng.normal(*about, leaf.shape).astype(np.float32)
+        mean_and_std = {"kernel": (0, np.prod(leaf.shape[:-1]) ** -0.5), "scale": (1, 0.1)}.get(path[-1].key, (0, 0.1))
+        return rng.normal(*mean_and_std, leaf.shape).astype(np.float32)
 
     params = jax.tree_util.tree_map_with_path(param, family.shapes(module.config))
     return encoders.Encoder(family, module, params, {}, pool=pool), config
@@ -119,7 +119,7 @@ LAYERED = [kind for kind in KINDS if kind not in ("efficientnet", "perceiver")]
 
 @pytest.mark.parametrize("kind", ["bert", "clip_text_model", "vit", "wav2vec2", "whisper"])  # one of each family
 def test_a_layer_is_the_originals(tmp_path, kind):
-    """The one below the last."""
+    """The layer below the last."""
     model, config = in_pytorch(kind, SEEDS[0])
     model.save_pretrained(tmp_path)
     depth = layers_of(config)
@@ -142,7 +142,7 @@ def layers_of(config):
 
 
 def assert_is_the_originals(model, config, folder, layer):
-    """The features after `layer` blocks, of the last one as `last_hidden_state` has them."""
+    """The features after `layer` blocks; after the last, `last_hidden_state`."""
     kind = config.model_type
     inputs, mask = asked(kind, config, SEEDS[0])
     enc = encoders.load(folder, layer=layer, dtype="float32")
@@ -256,7 +256,7 @@ def test_rows_without_a_real_step_and_empty_batches_give_zeros(kind, seed):
 
 @pytest.mark.parametrize(
     "kind",
-    # texts, pictures, sound
+    # texts, images, audio
     ["distilbert", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("efficientnet", "wav2vec2"))],
 )
 def test_pooling_is_one_step_or_the_mean_of_the_real_ones(kind):

@@ -1,4 +1,4 @@
-"""What is particular to the flow network; parity with the original is in test_parity.py."""
+"""Tests specific to the flow network; parity with the original is in test_parity.py."""
 
 import functools
 import random
@@ -72,13 +72,13 @@ def frames_of(count, size, seed=0):
 def test_going_over_the_pixels_in_portions_changes_nothing(monkeypatch, height, portions):
     hub = HUB | {"train_size": [height, 10]}
     pairs, mask = pairs_of(2, (height, 10)), np.ones(2, bool)
-    whole, _ = made(hub)(pairs, mask)
+    full, _ = made(hub)(pairs, mask)
     for pixels, count in portions.items():
         monkeypatch.setattr(perceiver, "_PIXELS", pixels)
         assert len(perceiver.Pixels.of(jnp.zeros((2, height, 10, 64))).portions[0]) == count
         parts, _ = made(hub)(pairs, mask)
         # The flow of a network drawn at random is about 34: it has few digits below its deviation.
-        np.testing.assert_allclose(parts, whole, rtol=1e-6, atol=1e-5 * whole.std())
+        np.testing.assert_allclose(parts, full, rtol=1e-6, atol=1e-5 * full.std())
 
 
 def test_in_portions_it_equals_the_original(monkeypatch):
@@ -161,7 +161,7 @@ def test_what_files_leave_out_is_the_originals_default():
     [
         ({k: v for k, v in HUB.items() if k != "d_latents"}, "of a perceiver lacks d_latents"),
         (HUB | {"hidden_act": "mish"}, "'mish' is not known"),
-        (HUB | {"architectures": ["PerceiverForMaskedLM"]}, "PerceiverForMaskedLM.*only the one for optical flow"),
+        (HUB | {"architectures": ["PerceiverForMaskedLM"]}, "PerceiverForMaskedLM.*that for optical flow"),
         (HUB | {"qk_channels": 12}, "qk_channels and v_channels .* expected null"),
         (HUB | {"v_channels": 12}, "qk_channels and v_channels .* expected null"),
         (HUB | {"cross_attention_shape_for_attention": "v"}, "is 'v' in config.json, expected kv or q"),
@@ -200,7 +200,7 @@ def test_prepare_refuses_what_is_no_pair(raw):
 
 
 class Fake:
-    """Stands in for an encoder: gives the red of the first picture as x and that of the second as y."""
+    """Stands in for an encoder: returns the red channel of the first frame as x and of the second as y."""
 
     config = PerceiverConfig.from_hub(TILES)
 

@@ -1,4 +1,4 @@
-"""Weights drawn at random: of the true shape, the same every time, and said to be random."""
+"""Random weights: of the true shape, reproducible, and marked as random."""
 
 import numpy as np
 import pytest
@@ -42,9 +42,9 @@ def test_every_registered_architecture_is_known(name):
 
 
 def test_features_of_pictures_neither_vanish_nor_explode():
-    pictures = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
     enc = encoders.load("hsemotion_b2", random=True, pool="mean", dtype="float32")
-    features, _ = enc(*enc.prepare(pictures))
+    features, _ = enc(*enc.prepare(frames))
     assert features.shape == (2, 1408)
     assert 1e-4 < features.std() < 1e3, "they are stored in half precision"
 

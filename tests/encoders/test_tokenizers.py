@@ -1,4 +1,4 @@
-"""Tokenizers as folders have them: tokenizer.json, or the vocabulary files of older checkpoints."""
+"""Tokenizers in folders: tokenizer.json, or the vocabulary files of older checkpoints."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def byte_pairs(folder):
 
 
 def encoder(folder, family, config):
-    """A small encoder without weights worth the name, which lies in `folder`."""
+    """A small encoder in `folder` with meaningless weights."""
     (folder / "config.json").write_text(json.dumps(config))
     module = family.build(config, np.dtype("float32"), None)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), family.shapes(module.config))

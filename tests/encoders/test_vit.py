@@ -1,4 +1,4 @@
-"""What is particular to vision transformers; parity with the originals is in test_parity.py."""
+"""Tests specific to vision transformers; parity with the originals is in test_parity.py."""
 
 import dataclasses
 import functools
@@ -38,28 +38,28 @@ def torch_and_transformers():
     return transformers
 
 
-def pictures(*shape):
+def frames(*shape):
     return np.random.default_rng(0).normal(size=(*shape, 3)).astype(np.float32)
 
 
 def initial(hub, layer=None, dtype=jnp.float32):
     """A module and random params for it."""
     module = vit.build(hub, dtype, layer)
-    picture = jax.ShapeDtypeStruct((1, hub["image_size"], hub["image_size"], 3), jnp.float32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), picture, jax.ShapeDtypeStruct((1,), bool))
+    frame = jax.ShapeDtypeStruct((1, hub["image_size"], hub["image_size"], 3), jnp.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), frame, jax.ShapeDtypeStruct((1,), bool))
     rng = np.random.default_rng(0)
     return module, jax.tree.map(lambda leaf: rng.normal(0.3, 0.3, leaf.shape).astype(leaf.dtype), shapes)
 
 
 @functools.cache
-def answered(kind, layer=None):
+def compiled(kind, layer=None):
     """A compiled network of a kind, random params for it, and its module."""
     module, variables = initial({"vit": VIT, "dinov2": DINO}[kind], layer)
     return jax.jit(module.apply), variables, module
 
 
 def saved(model, folder):
-    """The tensors of a PyTorch model as its checkpoint file has them."""
+    """The tensors in the checkpoint file of a PyTorch model."""
     model.save_pretrained(folder)
     return formats.read(folder / "model.safetensors")
 
@@ -68,7 +68,7 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-# Pictures of other sizes
+# Images of other sizes
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_positions_of_dinov2_are_interpolated_as_in_the_original(tmp_path, grid)
     model = stirred(transformers.Dinov2Model(transformers.Dinov2Config(**hub)), 0)
     module = vit.build(hub, jnp.float32, 0)
     params = vit.convert(saved(model, tmp_path), module.config)
-    batch, mask = pictures(2, 2 * grid[0], 2 * grid[1]), np.ones(2, bool)
+    batch, mask = frames(2, 2 * grid[0], 2 * grid[1]), np.ones(2, bool)
     got, got_mask = module.apply({"params": params}, batch, mask)
     want, _ = KINDS["dinov2"].reference(model, batch, mask, 0)
     assert got_mask.shape == (2, 1 + grid[0] * grid[1])
@@ -113,27 +113,27 @@ def test_pictures_of_a_wrong_size_are_refused(hub, shape, message):
 
 @every_kind
 def test_class_token_first_then_patches_row_by_row(kind):
-    answer, variables, module = answered(kind, layer=0)
-    plain, mask = answer(variables, np.zeros((1, 12, 12, 3), np.float32), np.ones(1, bool))
+    apply, variables, module = compiled(kind, layer=0)
+    plain, mask = apply(variables, np.zeros((1, 12, 12, 3), np.float32), np.ones(1, bool))
     spot = np.zeros((1, 12, 12, 3), np.float32)
     spot[0, 2, 9] = 1  # in the first row of patches, the third column
-    changed, _ = answer(variables, spot, np.ones(1, bool))
+    changed, _ = apply(variables, spot, np.ones(1, bool))
     np.testing.assert_array_equal(np.flatnonzero(np.abs(changed - plain)[0].sum(-1)), [3])
     assert plain.shape == (1, module.config.steps(0), 12)
     assert mask.shape == (1, 10)
 
 
 @every_kind
-def test_pictures_under_the_mask_leave_no_trace(kind):
-    answer, variables, _ = answered(kind)
-    batch = pictures(3, 12, 12)
-    alone, _ = answer(variables, batch[:1], np.ones(1, bool))
+def test_masked_images_leave_no_trace(kind):
+    apply, variables, _ = compiled(kind)
+    batch = frames(3, 12, 12)
+    alone, _ = apply(variables, batch[:1], np.ones(1, bool))
     batch[1:] = np.nan
-    features, mask = answer(variables, batch, np.array([True, False, False]))
+    features, mask = apply(variables, batch, np.array([True, False, False]))
     np.testing.assert_allclose(features[0], alone[0], atol=1e-5)
     np.testing.assert_array_equal(mask, np.repeat([[True], [False], [False]], 10, 1))
     assert np.isfinite(features).all()
-    nothing, _ = answer(variables, batch, np.zeros(3, bool))
+    nothing, _ = apply(variables, batch, np.zeros(3, bool))
     assert np.isfinite(nothing).all()
 
 
@@ -141,7 +141,7 @@ def test_pictures_under_the_mask_leave_no_trace(kind):
 @pytest.mark.parametrize("layer", [0, 1, None])
 def test_only_blocks_below_the_layer_are_computed_in_the_asked_precision(hub, layer):
     module, variables = initial(hub, layer, jnp.bfloat16)
-    features, _ = jax.eval_shape(module.apply, variables, pictures(1, 12, 12), np.ones(1, bool))
+    features, _ = jax.eval_shape(module.apply, variables, frames(1, 12, 12), np.ones(1, bool))
     assert features.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     computed = {name for name in variables["params"] if name.startswith(("block_", "norm"))}
@@ -169,9 +169,9 @@ def test_heads_and_prefix_of_a_checkpoint_are_put_aside(tmp_path, kind, head):
     model = stirred(getattr(transformers, head)(config), 0)
     ours = ViTConfig.from_hub(config.to_dict())
     bare = saved(getattr(model, kind, model), tmp_path / "bare")
-    whole = saved(model, tmp_path / "whole")
-    assert head == "ViTModel" or whole.keys() != bare.keys()
-    assert same(vit.convert(whole, ours), vit.convert(bare, ours))
+    full = saved(model, tmp_path / "whole")
+    assert head == "ViTModel" or full.keys() != bare.keys()
+    assert same(vit.convert(full, ours), vit.convert(bare, ours))
 
 
 @pytest.fixture(params=["vit", "dinov2"])
@@ -236,11 +236,11 @@ def test_configs_that_are_not_computed_are_refused(hub, message):
 
 def test_prepare_gives_what_the_encoder_takes():
     raw = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8)
-    answer, variables, _ = answered("vit")
+    apply, variables, _ = compiled("vit")
     batch, mask = vit.prepare(raw, {"size": 12})
     assert batch.shape == (2, 12, 12, 3)
     assert mask.tolist() == [True, True]
-    features, _ = answer(variables, batch, mask)
+    features, _ = apply(variables, batch, mask)
     assert np.abs(features[0] - features[1]).max() > 1e-3
     default, _ = vit.prepare(raw, {})
     assert default.shape == (2, 224, 224, 3)
@@ -248,7 +248,7 @@ def test_prepare_gives_what_the_encoder_takes():
 
 @pytest.fixture(scope="module")
 def real(java_sed):
-    """The encoder vit_s14, its file, and frames of real clips as it takes them."""
+    """The encoder vit_s14, its file, and prepared frames of real clips."""
     try:
         file = weights.fetch("vit_s14")
     except AvjaxError as error:

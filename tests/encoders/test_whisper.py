@@ -1,4 +1,4 @@
-"""What is particular to Whisper: log-mel spectra, true lengths, checkpoints that carry a decoder, the real weights."""
+"""Tests specific to Whisper: log-mel spectra, true lengths, checkpoints that carry a decoder, the real weights."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def noise(*lengths):
 
 @pytest.fixture
 def extractor(monkeypatch):
-    """transformers' processor in NumPy. In PyTorch, its other way, float32 costs it the digits of quiet bands."""
+    """Transformers' processor in NumPy. In PyTorch, its other way, float32 costs it the digits of quiet bands."""
     from transformers.models.whisper import feature_extraction_whisper as original
 
     monkeypatch.setattr(original, "is_torch_available", lambda: False)
@@ -182,9 +182,9 @@ def test_decoder_heads_and_prefix_of_a_checkpoint_are_put_aside(tmp_path, head):
     model.save_pretrained(tmp_path)
     encoder = model.encoder if hasattr(model, "encoder") else model.model.encoder
     bare = {name: tensor.numpy() for name, tensor in encoder.state_dict().items()}
-    whole = formats.read(tmp_path / "model.safetensors")
-    assert len(whole) > len(bare)
-    same = jax.tree.map(np.array_equal, whisper.convert(whole, config), whisper.convert(bare, config))
+    full = formats.read(tmp_path / "model.safetensors")
+    assert len(full) > len(bare)
+    same = jax.tree.map(np.array_equal, whisper.convert(full, config), whisper.convert(bare, config))
     assert all(jax.tree.leaves(same))
 
 
@@ -220,8 +220,8 @@ def test_configs_that_are_not_computed_are_refused(hub, message):
 # The real weights
 
 
-def sound(clip):
-    av = pytest.importorskip("av", reason="the sound of real clips (extra media)")
+def read_audio(clip):
+    av = pytest.importorskip("av", reason="the audio of real clips (extra media)")
     resampler = av.AudioResampler("flt", "mono", 16000)
     with av.open(str(clip)) as container:
         frames = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
@@ -230,7 +230,7 @@ def sound(clip):
 
 @pytest.fixture(scope="module")
 def clip(java_sed):
-    return sound(sorted(java_sed.rglob("*.mp4"))[0])
+    return read_audio(sorted(java_sed.rglob("*.mp4"))[0])
 
 
 @pytest.fixture(scope="module", params=["whisper_tiny_en", pytest.param("whisper_base", marks=pytest.mark.thorough)])
@@ -245,7 +245,8 @@ def real(request):
 
 def assert_close(got, want):
     """Real Whisper has a few steps so ill-conditioned that float32 leaves PyTorch itself 2.6e-4 to 2.6e-3 from float64
-    there, by processor."""
+    there, by processor.
+    """
     error = np.abs(got - want) / want.std()
     assert error.max() <= 2e-3
     assert np.sqrt(np.square(error).mean()) <= 1e-5
