@@ -29,6 +29,7 @@ def attend(
       key, value: (b, k, h, d).
       mask: (b, k), True for keys that may be attended to; or (b, q, k), where that differs between queries.
       drop: dropout of the weights before they are used.
+
     Returns:
       context (b, q, h, d), zeros where no key may be attended to, and weights (b, h, q, k).
     """

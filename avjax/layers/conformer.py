@@ -20,6 +20,7 @@ def pack(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Args:
       x: (b, n, d); mask: (b, n).
+
     Returns:
       x with zeros behind the real steps, and its mask, which is True up to the number of real steps.
     """
@@ -34,6 +35,7 @@ def unpack(x: jax.Array, mask: jax.Array) -> jax.Array:
 
     Args:
       x: (b, n, d), real steps first; mask: (b, n), as `pack` was given it.
+
     Returns:
       x with zeros under False.
     """

@@ -19,6 +19,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) 
 
     Args:
       query: (b, q, h, d); key, value: (b, k, h, d); mask: (b, 1, k) or (b, q, k).
+
     Returns:
       (b, q, h, d).
     """
@@ -53,6 +54,7 @@ def convolve2d(x: jax.Array, kernel: jax.Array, stride: int, dilation: int, chan
 
     Args:
       x: (n, h, w, d); kernel: (k, k, d, width), or (k, k, 1, width) if `channelwise`.
+
     Returns:
       (n, ceil(h / stride), ceil(w / stride), width).
     """

@@ -25,6 +25,7 @@ def no_future(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
     Args:
       queries: (b, q); keys: (b, k), masks of the streams.
+
     Returns:
       (b, q, k).
     """

@@ -16,6 +16,7 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     Args:
       scores: (..., n).
       mask: broadcastable to `scores`.
+
     Returns:
       (..., n) in the dtype of `scores`; each row sums to 1, or to 0 where its mask is empty.
     """
@@ -86,6 +87,7 @@ def align(x: jax.Array, mask: jax.Array, onto: jax.Array) -> tuple[jax.Array, ja
     Args:
       x: (b, n, d); mask: (b, n).
       onto: (b, m), the other stream's mask.
+
     Returns:
       averages (b, m, d) and their mask (b, m): False where `onto` is, and where the whole span is masked.
     """
@@ -112,6 +114,7 @@ def turns(
 
     Args:
       batch: `<stream>` (b, u, n, w) with `<stream>_mask` (b, u, n), and `turn_mask` (b, u): b conversation, u turn.
+
     Returns:
       stream → the means (b, u, w) of each turn's real steps, and which turns have the stream (b, u).
     """

@@ -170,6 +170,7 @@ def zero_shot_scores(rows: np.ndarray | jax.Array, text: np.ndarray | jax.Array)
     Args:
       rows: (…, k, m, d) features of m clips in k modalities, of length 1, or zeros where a clip lacks the modality.
       text: (…, c, d) class weights, of length 1.
+
     Returns:
       (…, m, c), zeros for a clip without any.
     """

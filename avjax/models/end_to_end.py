@@ -39,7 +39,8 @@ class EndToEnd(nn.Module):
     @nn.compact
     def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
         """Reads `<stream> (b, n, …)` as the encoder takes it, `<stream>_mask (b, n)`, and {stream: params} under
-        `PRETRAINED`."""
+        `PRETRAINED`.
+        """
         if self.is_initializing():
             self.tuning.check(batch[PRETRAINED])
         encoded = dict(batch)

@@ -96,6 +96,7 @@ def segments(x: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Array, jax.
 
     Args:
       x: (b, n, d); mask: (b, n).
+
     Returns:
       pooled (b, count, d) and their mask (b, count).
     """
@@ -325,6 +326,7 @@ def hierarchical_loss(
       weights: head name → factor.
       imbalance: as `EtgAverSettings.imbalance`; "focal" takes the focal loss for the cross entropy, with γ = 2.
       smoothing: label smoothing, which the focal loss has none of.
+
     Returns:
       {head: (b,)}.
     """

@@ -85,7 +85,8 @@ def _factors(key: jax.Array, path: str, shape: tuple[int, ...], rank: int) -> di
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
     """The numbers of inputs and outputs of a kernel: heads split the axis of either, and where cannot be told by shape
-    alone; but the matrix of an attention projection is square, so the split that is nearest to that is taken."""
+    alone; but the matrix of an attention projection is square, so the split that is nearest to that is taken.
+    """
     splits = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
     return min(splits, key=lambda sides: max(sides) / min(sides))
 

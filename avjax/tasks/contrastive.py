@@ -36,6 +36,7 @@ def clip_loss(
       weight: (b,), 0 for clips that are in nobody's set and cost 0; what is in their rows is not read.
       temperature: τ > 0, which divides the similarities; a gradient reaches it.
       block: clips whose similarities to all are held at a time; it changes memory, not values.
+
     Returns:
       (b,) float32.
     """
@@ -65,8 +66,10 @@ def supcon(
     Args:
       label: (b,) integers, any.
       x, y, weight, temperature: as of `clip_loss`; block: as there, of features.
+
     Returns:
       (b,) float32.
+
     Raises:
       AvjaxError: the labels are no classes.
     """
@@ -100,6 +103,7 @@ def _log_sum_exp(query: jax.Array, key: jax.Array, valid: jax.Array, others: boo
     Args:
       query, key: (m, d) float32; valid: (m,).
       block: queries at a time: (block, m) similarities are held, in the backward pass too.
+
     Returns:
       (m,) float32.
     """

@@ -27,6 +27,7 @@ def cross_entropy(
       label: (b,) integers in [0, c); or (b, c) shares, each row summing to 1.
       smoothing: the share of the target that is spread evenly over all classes, in [0, 1).
       class_weight: (c,) factor by the true class, of shares their mean factor before smoothing; or None for 1.
+
     Returns:
       (b,) float32.
     """
@@ -57,8 +58,10 @@ def focal(
       label: (b,) integers in [0, c).
       gamma: γ ≥ 0, how much less the clips count that are answered well; 0 is `cross_entropy`.
       class_weight: (c,) factor by the true class, or None for 1.
+
     Returns:
       (b,) float32.
+
     Raises:
       AvjaxError: the labels are shares: there is no one true class.
     """
@@ -77,6 +80,7 @@ def binary_cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
     Args:
       logits: (b, c), for yes.
       label: (b, c) bool, or 0 and 1.
+
     Returns:
       (b,) float32.
     """
@@ -93,6 +97,7 @@ def concordance(prediction: jax.Array, label: jax.Array, weight: jax.Array) -> j
     Args:
       prediction, label: (..., r), r values per clip, about as large as 1; what is in rows of weight 0 is not read.
       weight: (...), 0 for padding rows.
+
     Returns:
       (r,) float32, from 0 (they agree) to 2.
     """

@@ -20,6 +20,7 @@ def confusion(label: jax.Array, predicted: jax.Array, weight: jax.Array, classes
     Args:
       label, predicted: (…) integers.
       weight: (…), 0 for padding rows.
+
     Returns:
       (classes, classes) float32.
     """
@@ -63,6 +64,7 @@ def binary_confusion(label: Array, answer: Array, weight: Array) -> Array:
     Args:
       label, answer: (..., c) bool, or 0 and 1.
       weight: (...), 0 for padding rows.
+
     Returns:
       (c, 2, 2), of JAX arrays float32, of NumPy arrays float64. `f1` and `war` take the stack.
     """
@@ -91,6 +93,7 @@ def scoring_sums(label: Array, predicted: Array, weight: Array) -> Array:
     Args:
       label, predicted: (..., r), r values per clip; what is in rows of weight 0 is not read.
       weight: (...), 0 for padding rows.
+
     Returns:
       (r, 6).
     """

@@ -48,9 +48,11 @@ def describe(
       names: the A columns as "AU1", "AU12", ...; blinking (AU43, AU45) may be among them and is never named.
       threshold: intensity from which (inclusive) a unit counts as active.
       at_most: the number of units named.
+
     Returns:
       Such as "raised cheeks, pulled-up lip corners and parted lips"; "a neutral face" when nothing is active;
       None, unknown, when no frame has a face.
+
     Raises:
       AvjaxError: shapes disagree, a name is unknown, or an intensity in a frame with a face is not finite.
     """

@@ -26,6 +26,7 @@ def prompts(
 
     Args:
       utterance: what is said; speaker: by name; gender: "female", "male", or None.
+
     Raises:
       AvjaxError: the gender is none of these.
     """

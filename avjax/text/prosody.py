@@ -23,8 +23,10 @@ def pitch_word(
       speaker_median_hz: the same over all clips of the speaker (no labels needed), Hz; None where unknown.
       semitones: with a known speaker, more than so far below is low, more than so far above is high.
       bounds_hz: without, below the first is low and above the second is high.
+
     Returns:
       The word, or None for no measurement.
+
     Raises:
       AvjaxError: a frequency is not a positive finite number.
     """
@@ -43,6 +45,7 @@ def rate_word(syllables_per_second: float | None, *, bounds: tuple[float, float]
 
     Args:
       syllables_per_second: syllable nuclei per second of speech.
+
     Raises:
       AvjaxError: the rate is not a positive finite number.
     """
@@ -57,6 +60,7 @@ def stress_word(db: float | None, *, bounds_db: tuple[float, float] = (6.0, 10.0
 
     Args:
       db: energy of the clip's loudest syllables over the clip's median, dB.
+
     Raises:
       AvjaxError: the stress is not finite, as over digital silence without a floor.
     """

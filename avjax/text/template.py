@@ -51,8 +51,10 @@ def sentence(parts: Parts, source: str = "both") -> str:
     Args:
       parts: of the clip; a part without a single letter or digit counts as missing.
       source: one of `SOURCES`; "audio" leaves out scene and face, "video" leaves out transcript and prosody.
+
     Returns:
       One line, or "" when nothing is known: the clip's text is then to be masked.
+
     Raises:
       AvjaxError: `source` is unknown.
     """

@@ -92,6 +92,7 @@ def adaptive_triplet(x: jax.Array, label: jax.Array, counts: jax.Array) -> jax.A
 
     Args:
       x: (n, d); label: (n,); counts: (n,) bool, which may be anchors or be compared with.
+
     Returns:
       (n,) float32, 0 for an anchor that lacks either.
     """

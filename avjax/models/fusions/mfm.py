@@ -105,6 +105,7 @@ def normal_discrepancy(z: jax.Array, rows: jax.Array) -> jax.Array:
     Args:
       z: (b, d) float32.
       rows: (b,), which of them count.
+
     Returns:
       () float32; 0 where none does.
     """

@@ -95,6 +95,7 @@ def moment_discrepancy(x: jax.Array, y: jax.Array, rows: jax.Array) -> jax.Array
     Args:
       x, y: (b, d).
       rows: (b,), which of them are drawn from the two distributions.
+
     Returns:
       () float32.
     """
