@@ -1,7 +1,7 @@
-"""EmoAsst's emotion prompts: six sentences that name a clip's label, for training alone (Wang and Yang 2024, Fig. 3).
+"""EmoAsst's emotion prompts: six sentences that name a clip's label, for training only (Wang and Yang 2024, Fig. 3).
 
-What a clip does not bring leaves no gap: without a gender the speaker is a person, without a name "the speaker",
-without a transcript "something".
+What is unknown of a clip is replaced: without a gender the speaker is a person, without a name "the speaker", and
+without a transcript they say "something".
 """
 
 from avjax.errors import choose
@@ -15,20 +15,23 @@ FORMATS = (
     "{speaker} is {label} in this video.",
     "The utterance {utterance}shows the speaker's {label}.",
 )
-# Those that name nothing but the label: their mean weighs a class in the zero-shot classifier (Eq. 2).
+# Formats that name only the label; their mean embedding is a class weight of the zero-shot classifier (Eq. 2).
 OF_CLASSES = (0, 2)
 
 
 def prompts(
     label: str, utterance: str | None = None, speaker: str | None = None, gender: str | None = None
 ) -> tuple[str, ...]:
-    """The six prompts of a clip, in the order of the figure.
+    """Returns the six prompts of a clip, in the order of the figure.
 
     Args:
-      utterance: what is said; speaker: by name; gender: "female", "male", or None.
+      label: the emotion.
+      utterance: the transcript.
+      speaker: the speaker's name.
+      gender: "female", "male", or None.
 
     Raises:
-      AvjaxError: the gender is none of these.
+      AvjaxError: the gender is unknown.
     """
     choose("gender", gender, _PEOPLE)
     person, they = _PEOPLE[gender]
@@ -45,5 +48,5 @@ def prompts(
 
 
 def of_class(label: str) -> tuple[str, ...]:
-    """The prompts that name nothing but a class."""
+    """Returns the prompts that name only a class."""
     return tuple(FORMATS[i].format(label=label) for i in OF_CLASSES)

@@ -1,7 +1,7 @@
-"""How a voice sounds, in one word each: the `[R]`, `[P]` and `[S]` of ETG-AVER's sentence (Eq. 1).
+"""Speech rate, pitch and stress in one word each: the `[R]`, `[P]` and `[S]` of ETG-AVER's sentence (Eq. 1).
 
-Bounds are fixed numbers rather than quantiles of a training set, so that a clip has one sentence whatever the fold; a
-value on a bound is the middle word. Quantiles pooled over speakers would, for pitch, encode sex rather than emotion.
+Bounds are fixed numbers rather than quantiles of a training set, so that a clip has the same sentence in every fold. A
+value on a bound gets the middle word. Pitch quantiles pooled over speakers would encode sex rather than emotion.
 """
 
 import math
@@ -16,16 +16,16 @@ def pitch_word(
     semitones: float = 2.0,
     bounds_hz: tuple[float, float] = (140.0, 220.0),
 ) -> str | None:
-    """One of "low", "normal", "high", judged against the speaker's own median where that is known.
+    """Returns "low", "normal" or "high", relative to the speaker's own median where that is known.
 
     Args:
-      f0_hz: median fundamental frequency over the clip's voiced frames, Hz; None where nothing is voiced.
-      speaker_median_hz: the same over all clips of the speaker (no labels needed), Hz; None where unknown.
-      semitones: with a known speaker, more than so far below is low, more than so far above is high.
-      bounds_hz: without, below the first is low and above the second is high.
+      f0_hz: median fundamental frequency over the clip's voiced frames, Hz; None if no frame is voiced.
+      speaker_median_hz: the same over all clips of the speaker (no labels needed), Hz; None if unknown.
+      semitones: for a known speaker, how far below the median is low, and above it high.
+      bounds_hz: for an unknown speaker, below the first is low and above the second is high.
 
     Returns:
-      The word, or None for no measurement.
+      The word, or None without a measurement.
 
     Raises:
       AvjaxError: a frequency is not a positive finite number.
@@ -41,10 +41,11 @@ def pitch_word(
 
 
 def rate_word(syllables_per_second: float | None, *, bounds: tuple[float, float] = (3.3, 5.0)) -> str | None:
-    """Is "slow" below the first bound, "fast" above the second, else "normal"; None for no measurement.
+    """Returns "slow" below the first bound, "fast" above the second, else "normal"; None without a measurement.
 
     Args:
       syllables_per_second: syllable nuclei per second of speech.
+      bounds: in syllables per second.
 
     Raises:
       AvjaxError: the rate is not a positive finite number.
@@ -56,13 +57,14 @@ def rate_word(syllables_per_second: float | None, *, bounds: tuple[float, float]
 
 
 def stress_word(db: float | None, *, bounds_db: tuple[float, float] = (6.0, 10.0)) -> str | None:
-    """Is "weak" below the first bound, "strong" above the second, else "moderate"; None for no measurement.
+    """Returns "weak" below the first bound, "strong" above the second, else "moderate"; None without a measurement.
 
     Args:
       db: energy of the clip's loudest syllables over the clip's median, dB.
+      bounds_db: in dB.
 
     Raises:
-      AvjaxError: the stress is not finite, as over digital silence without a floor.
+      AvjaxError: the stress is not finite, as for digital silence without a floor.
     """
     if db is None:
         return None
