@@ -7,7 +7,7 @@ from avjax.layers import cpu
 
 
 def shifted(x: jax.Array, kernel: int) -> list[jax.Array]:
-    """Returns the first, second, … step of all windows of `kernel` steps of x (b, n, d): (b, n - kernel + 1, d) each."""
+    """Returns the first, second, … step of all windows of `kernel` steps of x (b, n, d): (b, n - k + 1, d) each."""
     length = x.shape[1] - kernel + 1
     return [x[:, i : i + length] for i in range(kernel)]
 

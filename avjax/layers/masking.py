@@ -47,7 +47,7 @@ def masked_max(x: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def causal(mask: jax.Array) -> jax.Array:
-    """Returns the causal mask (b, l, l), queries first, of `mask` (b, l): steps attend to real ones up to themselves."""
+    """Returns the causal mask (b, l, l), queries first, of `mask` (b, l): real steps up to the query's own."""
     return mask[:, None] & jnp.tri(mask.shape[1], dtype=bool)[None]
 
 

@@ -1,0 +1,1 @@
+"""Texts about clips: sentences of action units and prosody, and emotion prompts."""

@@ -1,7 +1,7 @@
 """Facial action units in plain words: the `[D_AUs]` of ETG-AVER's sentence (section III-A, "predefined rules").
 
-A unit is named if its intensity passes a threshold, never by rank alone, so a unit that the detector never moves is
-never named. The 90th percentile catches an expression held for a tenth of the clip, which a mean would miss.
+The rules use absolute activity above a threshold, never ranks alone: a unit without any activity is never named. The
+90th percentile detects an expression held for a tenth of the clip, which a mean over the clip would miss.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from avjax.errors import AvjaxError
 
-# Noun phrases without "and" or commas, so that they join into a grammatical list.
+# Noun phrases without "and" or commas, so that any few of them join into one grammatical list.
 PHRASES: dict[str, str] = {
     "AU1": "raised inner brows",
     "AU2": "raised outer brows",
@@ -34,49 +34,49 @@ PHRASES: dict[str, str] = {
     "AU28": "sucked-in lips",
 }
 NEUTRAL = "a neutral face"
-BLINKING = frozenset({"AU43", "AU45"})  # everyone blinks: no sign of emotion
+BLINKING = frozenset({"AU43", "AU45"})  # everyone blinks: it carries no information about emotion
 
 
 def describe(
-    intensities: np.ndarray, has_face: np.ndarray, names: Sequence[str], *, threshold: float = 1.0, at_most: int = 6
+    intensities: np.ndarray, present: np.ndarray, names: Sequence[str], *, threshold: float = 1.0, at_most: int = 6
 ) -> str | None:
     """Names the units whose 90th percentile over the frames with a face is at least `threshold`, strongest first.
 
     Args:
-      intensities: (T, A) on OpenFace's scale 0–5; frames without a face are not read.
-      has_face: (T,) bool, True for frames with a face.
+      intensities: (T, A) on OpenFace's scale 0–5; values of frames without a face are ignored.
+      present: (T,) bool, whether a frame shows the face.
       names: the A columns as "AU1", "AU12", ...; blinking (AU43, AU45) may be among them and is never named.
       threshold: intensity from which (inclusive) a unit counts as active.
-      at_most: the number of units named.
+      at_most: the maximum number of units named.
 
     Returns:
-      For example "raised cheeks, pulled-up lip corners and parted lips"; "a neutral face" if no unit is active;
-      None if no frame has a face.
+      Such as "raised cheeks, pulled-up lip corners and parted lips"; "a neutral face" if nothing is active; None,
+      unknown, if no frame shows a face.
 
     Raises:
       AvjaxError: shapes disagree, a name is unknown, or an intensity in a frame with a face is not finite.
     """
-    rows = _rows_with_face(intensities, has_face, names)
-    return _in_words(np.percentile(rows, 90, axis=0), names, threshold, at_most) if len(rows) else None
+    seen = _seen(intensities, present, names)
+    return _in_words(np.percentile(seen, 90, axis=0), names, threshold, at_most) if len(seen) else None
 
 
-def _rows_with_face(values: np.ndarray, has_face: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Returns the rows of `values` with a face, as float32 (frames, A), after checking them."""
-    values, has_face = np.asarray(values), np.asarray(has_face, bool)
-    if has_face.ndim != 1 or values.shape != (len(has_face), len(names)):
+def _seen(values: np.ndarray, present: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Checks `values` and returns their rows with a face, float32 (frames, A)."""
+    values, present = np.asarray(values), np.asarray(present, bool)
+    if present.ndim != 1 or values.shape != (len(present), len(names)):
         raise AvjaxError(
-            f"action units of shape {values.shape} with `has_face` of shape {has_face.shape} and {len(names)} names: "
+            f"action units of shape {values.shape} with `present` of shape {present.shape} and {len(names)} names: "
             "expected (frames, units), (frames,) and one name per unit"
         )
     if unknown := [name for name in names if name not in PHRASES and name not in BLINKING]:
         raise AvjaxError(
             f"no phrase for the action units {', '.join(unknown)}: write names as AU1 or AU12 and drop the columns "
-            f"of other units; available are {', '.join(PHRASES)}"
+            f"of other units; known are {', '.join(PHRASES)}"
         )
-    rows = values[has_face].astype(np.float32)
-    if bad := [name for name, fine in zip(names, np.isfinite(rows).all(0), strict=True) if not fine]:
-        raise AvjaxError(f"not a finite number in {', '.join(bad)}: mark frames without measurements as having no face")
-    return rows
+    seen = values[present].astype(np.float32)
+    if bad := [name for name, fine in zip(names, np.isfinite(seen).all(0), strict=True) if not fine]:
+        raise AvjaxError(f"not a finite number in {', '.join(bad)}: mark frames without measurements as not found")
+    return seen
 
 
 def _in_words(strength: np.ndarray, names: Sequence[str], threshold: float, at_most: int) -> str:

@@ -1,7 +1,7 @@
 """EmoAsst's emotion prompts: six sentences that name a clip's label, for training only (Wang and Yang 2024, Fig. 3).
 
-What is unknown of a clip is replaced: without a gender the speaker is a person, without a name "the speaker", and
-without a transcript they say "something".
+Missing parts leave no gap: without a gender the speaker is a "person", without a name "the speaker", without a
+transcript the utterance is "something".
 """
 
 from avjax.errors import choose
@@ -15,7 +15,7 @@ FORMATS = (
     "{speaker} is {label} in this video.",
     "The utterance {utterance}shows the speaker's {label}.",
 )
-# Formats that name only the label; their mean embedding is a class weight of the zero-shot classifier (Eq. 2).
+# Those that name only the label: their mean is the weight of a class in the zero-shot classifier (Eq. 2).
 OF_CLASSES = (0, 2)
 
 
@@ -25,13 +25,13 @@ def prompts(
     """Returns the six prompts of a clip, in the order of the figure.
 
     Args:
-      label: the emotion.
+      label: name of the emotion.
       utterance: the transcript.
-      speaker: the speaker's name.
+      speaker: name of the speaker.
       gender: "female", "male", or None.
 
     Raises:
-      AvjaxError: the gender is unknown.
+      AvjaxError: the gender is none of these.
     """
     choose("gender", gender, _PEOPLE)
     person, they = _PEOPLE[gender]

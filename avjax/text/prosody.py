@@ -1,7 +1,7 @@
 """Speech rate, pitch and stress in one word each: the `[R]`, `[P]` and `[S]` of ETG-AVER's sentence (Eq. 1).
 
-Bounds are fixed numbers rather than quantiles of a training set, so that a clip has the same sentence in every fold. A
-value on a bound gets the middle word. Pitch quantiles pooled over speakers would encode sex rather than emotion.
+Bounds are fixed numbers rather than quantiles of a training set, so that a clip has the same sentence in every fold; a
+value on a bound gets the middle word. Quantiles over all speakers would, for pitch, encode sex rather than emotion.
 """
 
 import math
@@ -16,13 +16,13 @@ def pitch_word(
     semitones: float = 2.0,
     bounds_hz: tuple[float, float] = (140.0, 220.0),
 ) -> str | None:
-    """Returns "low", "normal" or "high", relative to the speaker's own median where that is known.
+    """Returns "low", "normal" or "high", relative to the speaker's own median if it is known.
 
     Args:
-      f0_hz: median fundamental frequency over the clip's voiced frames, Hz; None if no frame is voiced.
+      f0_hz: median fundamental frequency over the clip's voiced frames, Hz; None if nothing is voiced.
       speaker_median_hz: the same over all clips of the speaker (no labels needed), Hz; None if unknown.
-      semitones: for a known speaker, how far below the median is low, and above it high.
-      bounds_hz: for an unknown speaker, below the first is low and above the second is high.
+      semitones: distance from the speaker's median beyond which pitch is low or high.
+      bounds_hz: without that median, below the first is low and above the second is high.
 
     Returns:
       The word, or None without a measurement.
@@ -60,11 +60,11 @@ def stress_word(db: float | None, *, bounds_db: tuple[float, float] = (6.0, 10.0
     """Returns "weak" below the first bound, "strong" above the second, else "moderate"; None without a measurement.
 
     Args:
-      db: energy of the clip's loudest syllables over the clip's median, dB.
+      db: energy of the clip's loudest syllables relative to the clip's median, dB.
       bounds_db: in dB.
 
     Raises:
-      AvjaxError: the stress is not finite, as for digital silence without a floor.
+      AvjaxError: the stress is not finite, as relative to digital silence without a floor.
     """
     if db is None:
         return None

@@ -1,7 +1,7 @@
 """The emotion-aware sentence of ETG-AVER (Eq. 2) and its text sources (Table VI), composed of a clip's parts.
 
-Missing parts are left out. People read and edit the sentence, so parts are cleaned of what would break a line, close a
-quotation early or end a sentence twice.
+A missing part leaves no trace. People read and edit the sentence, so parts are cleaned of characters that would break a
+line, close a quotation early or end a sentence twice.
 """
 
 import re
@@ -15,12 +15,12 @@ CONSTANT = "A person is speaking."
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a sentence; None where unknown.
+    """The parts of a sentence; None if unknown.
 
     Attributes:
-      scene: what the video shows, `[D_env]`, such as "a woman sitting at a table".
+      scene: description of the scene, `[D_env]`, such as "a woman sitting at a table".
       face: the facial expression, `[D_AUs]`, such as "raised cheeks and parted lips".
-      transcript: in English, `[T_audio]`.
+      transcript: the transcript in English, `[T_audio]`.
       rate, pitch, stress: one word each, `[R]`, `[P]`, `[S]`.
     """
 
@@ -42,36 +42,36 @@ SOURCES = tuple(_ALLOWED)
 
 
 def sentence(parts: Parts, source: str = "both") -> str:
-    """Composes the emotion-aware sentence of one clip.
+    """Returns the emotion-aware sentence of one clip.
 
-    Complete parts give the paper's template to the letter, with its capital in "The pitch":
+    Complete parts yield exactly the paper's template, including its capital "The pitch":
     `[D_env]. Their facial expressions reveal [D_AUs]. The translated speech says '[T_audio]'. The speech rate is [R],
     The pitch is [P], and the stress is [S].`
 
     Args:
-      parts: a part without a letter or digit counts as missing.
-      source: one of `SOURCES`; "audio" leaves out scene and face, "video" leaves out transcript and prosody.
+      parts: of the clip; a part without any letter or digit counts as missing.
+      source: one of `SOURCES`; "audio" omits scene and face, "video" omits transcript and prosody.
 
     Returns:
-      One line, or "" if no part is given: the clip's text is then masked.
+      One line, or "" if no part is known: the clip's text must then be masked.
 
     Raises:
       AvjaxError: `source` is unknown.
     """
     choose("text source", source, SOURCES)
-    given = {name: text for name in _ALLOWED[source] if (text := _clean(name, getattr(parts, name)))}
+    texts = {name: text for name in _ALLOWED[source] if (text := _clean(name, getattr(parts, name)))}
     clauses = (
-        f"{given['scene']}." if "scene" in given else "",
-        f"Their facial expressions reveal {given['face']}." if "face" in given else "",
-        f"The translated speech says '{given['transcript']}'." if "transcript" in given else "",
-        _voice(given),
+        f"{texts['scene']}." if "scene" in texts else "",
+        f"Their facial expressions reveal {texts['face']}." if "face" in texts else "",
+        f"The translated speech says '{texts['transcript']}'." if "transcript" in texts else "",
+        _voice(texts),
     )
     return " ".join(filter(None, clauses))
 
 
-def _voice(given: dict[str, str]) -> str:
+def _voice(texts: dict[str, str]) -> str:
     names = {"rate": "speech rate", "pitch": "pitch", "stress": "stress"}
-    clauses = [f"{name} is {given[part]}" for part, name in names.items() if part in given]
+    clauses = [f"{name} is {texts[part]}" for part, name in names.items() if part in texts]
     if len(clauses) == 3:
         return f"The {clauses[0]}, The {clauses[1]}, and the {clauses[2]}."
     return f"The {', and the '.join(clauses)}." if clauses else ""
@@ -83,13 +83,13 @@ _SINGLE_QUOTED = re.compile(r"(?<!\w)'(?=\S)(.*?)(?<=\S)'(?!\w)")
 
 
 def _clean(name: str, text: str | None) -> str:
-    """Returns one line without control characters, doubled blanks, repeated full stops or a final full stop."""
+    """Returns one line without control characters, repeated spaces, repeated full stops or a final full stop."""
     text = (text or "").translate(_PLAIN)
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     text = re.sub(r"\.{2,}", "…", text)
     if name == "transcript":
-        # Inner quotations get double quotes; apostrophes stay.
+        # Quoted words get double quotes; apostrophes stay.
         text = _SINGLE_QUOTED.sub(r'"\1"', text)
-    # "!", "?" and "…" matter in speech, but not in descriptions of the video.
+    # "!", "?" and "…" express how something was said, but not what is seen.
     text = text.rstrip(" ." if name == "transcript" else " .,;:!?…")
     return text if any(map(str.isalnum, text)) else ""

@@ -94,7 +94,7 @@ def test_factors_differ_between_kernels_and_are_of_the_size_of_a_projection():
 
 def test_what_is_no_kernel_has_no_factors():
     how = Tuning(lora=LoraSettings(targets=("conv_0|norm",)))
-    with pytest.raises(AvjaxError, match=r"targets names text/norm/scale of shape \(5,\), which is no kernel"):
+    with pytest.raises(AvjaxError, match=r"targets names text/norm/scale of shape \(5,\), which is not a kernel"):
         lora.init_params(jax.random.key(0), how, "text", {"norm": {"scale": np.ones(5)}})
 
 

@@ -69,7 +69,7 @@ def test_at_most_six_and_ties_keep_the_column_order():
     assert action_units.describe(*always([2.0] * len(names)), names, at_most=1) == "raised inner brows"
 
 
-def test_blinking_is_never_named_and_takes_no_place():
+def test_blinking_is_never_named_and_does_not_count():
     names = ["AU45", "AU43", "AU6"]
     assert action_units.describe(*always([5.0, 5.0, 1.0]), names, at_most=1) == "raised cheeks"
     assert action_units.describe(*always([5.0, 5.0, 0.0]), names) == "a neutral face"
@@ -84,7 +84,7 @@ def test_phrases_are_distinct_noun_phrases_that_join():
 
 
 @pytest.mark.parametrize(
-    ("intensities", "found", "names", "says"),
+    ("intensities", "present", "names", "message"),
     [
         (np.zeros((3, 2)), np.ones(4, bool), ["AU1", "AU2"], r"shape \(3, 2\)"),
         (np.zeros((3, 2)), np.ones(3, bool), ["AU1"], "1 names"),
@@ -93,9 +93,9 @@ def test_phrases_are_distinct_noun_phrases_that_join():
         (np.array([[np.nan, 1.0]]), np.ones(1, bool), ["AU1", "AU2"], "finite number in AU1:"),
     ],
 )
-def test_bad_measurements_are_refused(intensities, found, names, says):
-    with pytest.raises(AvjaxError, match=says):
-        action_units.describe(intensities, found, names)
+def test_bad_measurements_are_refused(intensities, present, names, message):
+    with pytest.raises(AvjaxError, match=message):
+        action_units.describe(intensities, present, names)
 
 
 def test_real_openface_output():
@@ -104,14 +104,14 @@ def test_real_openface_output():
     if not path.is_file():
         pytest.skip(f"no OpenFace output at {path}")
     rows = list(csv.DictReader(path.read_text().splitlines(), skipinitialspace=True))
-    found = np.array([row["success"] == "1" for row in rows])
+    present = np.array([row["success"] == "1" for row in rows])
     columns = [column for column in rows[0] if re.fullmatch(r"AU\d+_r", column)]
     names = [f"AU{int(column[2:4])}" for column in columns]
     intensities = np.array([[float(row[column]) for column in columns] for row in rows], np.float32)
-    assert found.sum() == 100
-    assert action_units.describe(intensities, found, names) == "a neutral face"
+    assert present.sum() == 100
+    assert action_units.describe(intensities, present, names) == "a neutral face"
     assert (
-        action_units.describe(intensities, found, names, threshold=0.6)
+        action_units.describe(intensities, present, names, threshold=0.6)
         == "lowered brows, raised outer brows and raised inner brows"
     )
 
@@ -265,13 +265,13 @@ def test_any_text_gives_one_clean_line(parts, source):
 
 
 @given(parts_of_any_text)
-def test_both_sources_say_what_each_says(parts):
+def test_both_is_the_union_of_the_sources(parts):
     video, audio = template.sentence(parts, "video"), template.sentence(parts, "audio")
     assert template.sentence(parts, "both") == " ".join(filter(None, [video, audio]))
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("spoken", "shown"),
     [
         ("I don't know.", "I don't know"),
         ("What?!", "What?!"),
@@ -283,8 +283,8 @@ def test_both_sources_say_what_each_says(parts):
         ("The dogs' bowl", "The dogs' bowl"),
     ],
 )
-def test_transcripts_stay_readable(said, shown):
-    assert template.sentence(template.Parts(transcript=said)) == f"The translated speech says '{shown}'."
+def test_transcripts_stay_readable(spoken, shown):
+    assert template.sentence(template.Parts(transcript=spoken)) == f"The translated speech says '{shown}'."
 
 
 @pytest.mark.parametrize("blank", ["", "  ", "...", "?", "\n", '""'])
