@@ -145,7 +145,8 @@ class DeIII(FusionModule):
         merges them first. The others also encode once: the video's real steps and then the flow's
         ("concat_time"), their channels side by side before one linear layer ("concat_channel"), or the sum of their
         linear layers ("sum").
-      sequence: one of `SEQUENCES`. A "transformer" is the vanilla one that the paper cites (Vaswani et al. 2017): it normalises after each sum, has ReLU inside, sinusoids added to its input, and dropout only there.
+      sequence: one of `SEQUENCES`. A "transformer" is the vanilla one that the paper cites (Vaswani et al. 2017): it
+        normalises after each sum, has ReLU inside, sinusoids added to its input, and dropout only there.
       inter: whether IFE is used; without it the modalities meet only in the head "fusion".
       head: which of `HEADS` predicts, or "validation" for the best on the validation set.
       legacy_relative: see `conformer.RelativeAttention`.
