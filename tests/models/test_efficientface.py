@@ -34,10 +34,10 @@ def test_each_quarter_has_its_place_and_its_weights():
     local = efficientface.LocalFeatures(6)
     x = jnp.asarray(PICTURES)
     variables = local.init(jax.random.key(0), x)
-    whole = local.apply(variables, x)
-    assert whole.shape == (2, 16, 24, 6)
+    full = local.apply(variables, x)
+    assert full.shape == (2, 16, 24, 6)
     changed = local.apply(variables, x.at[:, 16:, :24].add(1.0))  # bottom left
-    moved = np.asarray(jnp.abs(changed - whole).max((0, -1)) > 0)
+    moved = np.asarray(jnp.abs(changed - full).max((0, -1)) > 0)
     assert moved[8:, :12].any()
     assert not moved[:8].any()
     assert not moved[:, 12:].any()
@@ -52,9 +52,9 @@ def test_the_gate_is_the_sigmoid_of_a_product():
     variables = modulator.init(jax.random.key(0), x)
     gates = {"channel_out": {"kernel": jnp.zeros((1, 1, 2, 8)), "bias": jnp.arange(8.0)}}
     gates |= {"place_out": {"kernel": jnp.zeros((1, 1, 2, 1)), "bias": jnp.array([-0.5])}}
-    answer = modulator.apply({**variables, "params": variables["params"] | gates}, x)
+    output = modulator.apply({**variables, "params": variables["params"] | gates}, x)
     np.testing.assert_allclose(
-        answer, x / (1 + np.exp(0.5 * np.arange(8.0, dtype=np.float32))[None, None, None]), rtol=1e-5
+        output, x / (1 + np.exp(0.5 * np.arange(8.0, dtype=np.float32))[None, None, None]), rtol=1e-5
     )
 
 

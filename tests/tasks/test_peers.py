@@ -25,17 +25,17 @@ def columns(path, name):
 def lists(path):
     """(clip name, eight answers) of a table that has them in one cell."""
     with path.open(newline="") as file:
-        for name, answers in csv.reader(file):
-            yield name.removesuffix(".csv"), ast.literal_eval(answers)
+        for name, scores in csv.reader(file):
+            yield name.removesuffix(".csv"), ast.literal_eval(scores)
 
 
 def confusion(rows, classes):
     rows = list(rows)
     label = np.array([classes.index(name.split("-")[2]) for name, _ in rows])
-    return metrics.count(label, np.argmax([answers for _, answers in rows], -1), 8)
+    return metrics.count(label, np.argmax([scores for _, scores in rows], -1), 8)
 
 
-SOUND = [
+AUDIO = [
     (columns(ROOT / f"wav2Vec/posteriors/20211020_094500/fold{i}/posteriors_test.csv", "name"), BY_NAME)
     for i in range(5)
 ]
@@ -48,7 +48,7 @@ BOTH = [(columns(ROOT / f"Fusion/posteriors/test_fold{i}.csv", "video_name"), BY
 
 @pytest.mark.skipif(not ROOT.is_dir(), reason=f"the peers' answers are not at {ROOT} (set AVJAX_TEST_DATA)")
 @pytest.mark.parametrize(
-    ("folds", "published"), [(SOUND, 81.82), (FACE, 62.13), (BOTH, 86.70)], ids=["sound", "face", "both"]
+    ("folds", "published"), [(AUDIO, 81.82), (FACE, 62.13), (BOTH, 86.70)], ids=["sound", "face", "both"]
 )
 def test_luna_jimenez_2022_on_ravdess(folds, published):
     """Luna-Jiménez et al., Applied Sciences 12(1):327: means of the accuracies of five folds."""

@@ -23,7 +23,7 @@ from avjax.models.fusions.base import FusionModule, counted, for_clips, named, o
 # Loss weights for MOSI, the defaults of the released code.
 SIMILARITY, DIFFERENCE, RECONSTRUCTION = 1.0, 0.3, 1.0
 # K of the central moment discrepancy.
-ORDERS = 5
+MOMENT_ORDERS = 5
 
 
 class Misa(FusionModule):
@@ -88,7 +88,7 @@ class Misa(FusionModule):
 
 
 def moment_discrepancy(x: jax.Array, y: jax.Array, rows: jax.Array) -> jax.Array:
-    """Computes the central moment discrepancy (Zellinger et al. 2017) of vectors in [0, 1], up to order `ORDERS`.
+    """Computes the central moment discrepancy (Zellinger et al. 2017) of vectors in [0, 1] up to `MOMENT_ORDERS`.
 
     Args:
       x: (b, d).
@@ -101,7 +101,7 @@ def moment_discrepancy(x: jax.Array, y: jax.Array, rows: jax.Array) -> jax.Array
     means = [masked_mean(v, rows) for v in (x, y)]
     away = [v - mean[None] for v, mean in zip((x, y), means, strict=True)]
     distances = [optax.safe_norm(means[0] - means[1], 0.0)]
-    for order in range(2, ORDERS + 1):
+    for order in range(2, MOMENT_ORDERS + 1):
         first, second = (masked_mean(v**order, rows) for v in away)
         distances.append(optax.safe_norm(first - second, 0.0))
     return sum(distances)

@@ -43,5 +43,5 @@ def dense(x: np.ndarray, layer: Mapping[str, Any]) -> np.ndarray:
 
 def softmax(scores: np.ndarray) -> np.ndarray:
     """Shares of some scores (n,) that sum to 1."""
-    shares = np.exp(scores - np.max(scores))
-    return shares / shares.sum()
+    probabilities = np.exp(scores - np.max(scores))
+    return probabilities / probabilities.sum()

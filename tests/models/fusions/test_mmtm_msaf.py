@@ -37,11 +37,11 @@ def test_msaf_shares_sum_to_one_over_the_blocks_of_what_is_there():
     block = msaf.MsafBlock(3)
     ones = {s: np.ones_like(x) for s, x in STEPS.items()}
     variables = randomised(block, ones, MASKS)
-    for masks, sound in ((MASKS, True), (NO_SOUND, False)):
+    for masks, has_audio in ((MASKS, True), (NO_SOUND, False)):
         share = {s: np.asarray(x)[0, 0] for s, x in jax.jit(block.apply)(variables, ones, masks).items()}
-        picture = share["video"][:2] + share["video"][3:]
-        np.testing.assert_allclose(picture + share["audio"], 1, atol=1e-6)
-        assert share["audio"].any() == sound
+        video_shares = share["video"][:2] + share["video"][3:]
+        np.testing.assert_allclose(video_shares + share["audio"], 1, atol=1e-6)
+        assert share["audio"].any() == has_audio
 
 
 def test_msaf_drops_whole_blocks():

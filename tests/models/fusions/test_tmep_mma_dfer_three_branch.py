@@ -148,6 +148,6 @@ def test_tmeps_streams_hear_each_other_across_and_together(kept):
 def test_dropout_acts_in_training(name):
     module = FUSIONS[name].module(classes=3, **SMALL[name])
     train = jax.jit(functools.partial(module.apply, train=True))
-    answer = lambda key: train(compiled(name)[0], batch(), rngs={"dropout": jax.random.key(key, impl="rbg")})  # noqa: E731
-    one, other = (answer(key).logits["fusion"] for key in (1, 2))
+    predict = lambda key: train(compiled(name)[0], batch(), rngs={"dropout": jax.random.key(key, impl="rbg")})  # noqa: E731
+    one, other = (predict(key).logits["fusion"] for key in (1, 2))
     assert float(jnp.abs(one - other).max()) > 1e-3
