@@ -17,19 +17,19 @@ CLASSES, WIDTH, HEADS = 3, 8, 2
 STREAMS = ("audio", "video")
 RNG = np.random.default_rng(0)
 _ALL = [*((name, 0) for name in VARIANTS), ("full", 32)]
-# Every row, on features, and the whole on pictures of so many pixels a side.
+# Every row, on features, and the full model on frames of this side in pixels.
 ALL = pytest.mark.parametrize(("name", "side"), _ALL)
 # Rows whose parts, or whose very network, are among those of the others.
 _ALIKE = ("it1", "ct1", "ct4", "softhard")
 FEW = pytest.mark.parametrize(
     ("name", "side"), [pytest.param(*row, marks=[pytest.mark.thorough] * (row[0] in _ALIKE)) for row in _ALL]
 )
-# Programs run a few times here: most of the time would go into making them fast.
+# Programs run a few times, so that optimising them would take most of the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def batch_of(clips: int = 4, seed: int = 0, side: int = 0) -> dict[str, np.ndarray]:
-    """Clips of many lengths, one of a single audio step; with a `side`, of pictures."""
+    """Clips of many lengths, one of a single audio step; with a `side`, of frames."""
     rng = np.random.default_rng(seed)
     video = rng.integers(0, 256, (clips, 5, side, side, 3)).astype(np.uint8) if side else rng.normal(size=(clips, 5, 6))
     out = {"audio": rng.normal(size=(clips, 11, 7)).astype(np.float32)}
@@ -99,7 +99,7 @@ def audio_block(x, p, s):
 
 
 def convolved_map(x, kernel, bias=0.0, stride=1, depthwise=False):
-    """Conv2D over 3 x 3 places of a map (h, w, d), zeros beyond its edges."""
+    """Conv2D over 3 x 3 pixels of a map (h, w, d), zeros beyond its edges."""
     padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
     out = np.zeros((-(-x.shape[0] // stride), -(-x.shape[1] // stride), kernel.shape[-1]))
     for i, j, m, n in np.ndindex(*out.shape[:2], 3, 3):
@@ -142,7 +142,7 @@ def seen(image, p, s):
 
 
 def attended(x, source, p):
-    """Eqs. 2, 3a and 3b: x (q, d) asks source (k, d). Answers and the mean weights of all heads (q, k)."""
+    """Eqs. 2, 3a and 3b: x (q, d) attends to source (k, d). Contexts and the mean weights of all heads (q, k)."""
     heads, size = p["query"]["kernel"].shape[1:]
     out, weights = np.zeros_like(x), np.zeros((len(x), len(source)))
     for h, i in np.ndindex(heads, len(x) if len(source) else 0):
@@ -256,11 +256,11 @@ def test_attention_by_loops(heads):
     got, weights = jit(avt_ca.Attention(heads).apply)(variables, x, source, mask)
     assert weights.shape == (3, heads, 7, 5)
     for i in range(3):
-        want, shares = attended(np.float64(x[i]), np.float64(source[i][mask[i]]), exact(variables)[0])
+        want, mean_weights = attended(np.float64(x[i]), np.float64(source[i][mask[i]]), exact(variables)[0])
         np.testing.assert_allclose(got[i], want, atol=1e-5)
-        np.testing.assert_allclose(weights[i].mean(0)[:, mask[i]], shares, atol=1e-5)
+        np.testing.assert_allclose(weights[i].mean(0)[:, mask[i]], mean_weights, atol=1e-5)
         assert not weights[i][..., ~mask[i]].any()
-    assert not got[1].any(), "nobody answers"
+    assert not got[1].any(), "no real key"
 
 
 def test_transformer_block_by_loops():
@@ -274,7 +274,7 @@ def test_transformer_block_by_loops():
 
 @pytest.mark.slow
 def test_dropout_is_between_the_layers_of_the_feed_forward_network():
-    """Eq. 5b: with an output map that only passes on, a value is gone or divided by 1 − p; nothing else is."""
+    """Eq. 5b: with an identity output map, a value is gone or divided by 1 − p; nothing else is."""
     x = STEPS[..., :4]
     variables = drawn(avt_ca.TransformerBlock(2, 0.1), x, REAL)
 
@@ -351,7 +351,7 @@ def test_a_clip_by_loops(name, side, missing):
         for queries, keys in (STREAMS, STREAMS[::-1]) if weights else ():
             want = np.zeros(output.attention[queries].shape[1:])
             want[np.ix_(steps_of[queries], steps_of[keys])] = weights[queries]
-            np.testing.assert_allclose(output.attention[asks][i], want, atol=1e-4)
+            np.testing.assert_allclose(output.attention[queries][i], want, atol=1e-4)
 
 
 @FEW
@@ -365,7 +365,7 @@ def test_parameter_count_on_pictures():
 
     Audio: conv 3·10·64 + 64 = 1,984 and norm 128; conv 3·64·128 + 128 = 24,704 and norm 256: 27,072.
     Stem: 3·3·3·64 + 64 = 1,792. Channel attention 64→4→64: 260 + 320 = 580. Spatial attention: 3·3·64 = 576.
-    Local: 3·3·64·64 + 64 = 36,928. With the two blocks that follow, pictures have 230,596.
+    Local: 3·3·64·64 + 64 = 36,928. With the two blocks that follow, frames have 230,596.
     Inverted residual 64→256→128: 64·256 + 9·256 + 256·128 = 51,456, norms 2·(256 + 256 + 128) = 1,280: 52,736.
     Inverted residual 128→512→128: 128·512 + 9·512 + 512·128 = 135,680, norms 2·(512 + 512 + 128) = 2,304: 137,984.
     Transformer block: 4·128² = 65,536, norm 256, 128·512 + 512 + 512·128 + 128 = 131,712: 197,504; two: 395,008.
@@ -378,7 +378,7 @@ def test_parameter_count_on_pictures():
 
 
 def test_parameter_count_on_features():
-    """As on pictures, but for them a linear layer from 35 features: 35·128 + 128 = 4,608."""
+    """As on frames, but with a linear layer instead from 35 features: 35·128 + 128 = 4,608."""
     assert counted(AvtCa(8), (1, 2, 35), np.float32) == {"params": 784_780 - 230_596 + 4_608, "batch_stats": 384}
     for blocks, less in (("self", 131_072), ("cross", 395_008)):
         assert counted(AvtCa(8, blocks=blocks), (1, 2, 35), np.float32)["params"] == 558_792 - less
@@ -399,7 +399,7 @@ def test_padding_and_neighbours_change_no_answer(name, side):
     batch, rubbish = batch_of(side=side), 255 if side else np.nan
     want = predict(name, batch)
     assert want.dtype == np.float32
-    assert np.ptp(want, 0).max() > 1e-3, "clips are told apart"
+    assert np.ptp(want, 0).max() > 1e-3, "clips differ"
     np.testing.assert_array_equal(predict(name, hidden(batch, rubbish)), want)
     np.testing.assert_allclose(predict(name, larger(batch, rubbish))[2:], want, atol=2e-5)
 

@@ -1,4 +1,4 @@
-"""What AVT-CA says of itself, and what it refuses."""
+"""The registry entry of AVT-CA, and refused settings."""
 
 import jax
 import pytest

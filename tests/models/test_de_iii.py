@@ -43,7 +43,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def batch(seed: int = 0) -> dict[str, np.ndarray]:
-    """Seven clips: whole, with gaps, without video, flow, sound, both pictures, and without anything; NaN where not."""
+    """Seven clips: complete, with gaps, without video, flow, audio, video and flow, and all streams; NaN elsewhere."""
     rng = np.random.default_rng(seed)
     out = {"label": np.arange(7) % CLASSES, "weight": np.ones(7, np.float32)}
     for s, (steps, width) in SHAPES.items():
@@ -70,7 +70,7 @@ def built(row: str = "full", **changes) -> DeIII:
 
 @functools.cache
 def compiled(row: str = "full"):
-    """Variables off the start, and the answer."""
+    """Variables after some steps, and the output."""
     module = built(row)
     return random_variables(jax.eval_shape(module.init, jax.random.key(0), batch())), jit(module.apply)
 
@@ -138,7 +138,7 @@ def eqs_2_and_3(p, flow: np.ndarray | None, video: np.ndarray | None) -> np.ndar
 
 
 def eqs_4_to_6(p, queries, keys, temperature=1.0, residual=False) -> tuple[np.ndarray, np.ndarray]:
-    """What the steps asks (q, d) become by asking answers (k, d), and α (q, k)."""
+    """The queries (q, d) after attention to keys (k, d), and α (q, k)."""
     out, alpha = [], np.zeros((len(queries), len(keys)))
     for i, x in enumerate(queries):
         query, scores = linear(p["query"], x), []
@@ -233,7 +233,7 @@ def test_ife_is_equations_4_to_6(temperature, residual):
     np.testing.assert_allclose(enhanced[0], expected, atol=1e-5)
     np.testing.assert_allclose(weights[0][:, ::2], alpha, atol=1e-5)
     assert not weights[0][:, 1].any()
-    # Nobody answers: the attention adds nothing.
+    # No real key: the attention adds nothing.
     expected, _ = eqs_4_to_6(p, np.float64(x[1, ::2]), [], temperature, residual)
     np.testing.assert_allclose(enhanced[1, ::2], expected, atol=1e-5)
     assert not weights[1].any()
@@ -276,7 +276,7 @@ def joined_inputs(row: str, clip: int) -> list[np.ndarray]:
     ["time_concat", *(pytest.param(row, marks=pytest.mark.thorough) for row in ("channel_concat", "sum", "early"))],
 )
 def test_one_encoder_reads_both_pictures(row):
-    """Against loops over a clip in which either picture lacks steps that the other has."""
+    """Against loops over a clip in which video and flow each lack steps that the other has."""
     variables, output = weights_of(row), predicted(row)
     seen = eq_1(variables, "visual", joined_inputs(row, GAPS), entered=True)
     audio = eq_1(variables, "audio", streams_of(batch(), GAPS)["audio"])
@@ -314,7 +314,7 @@ def test_padding_and_neighbours_change_nothing(row):
         assert ours.logits[head].dtype == np.float32
         np.testing.assert_allclose(theirs.logits[head][3:], ours.logits[head], atol=2e-5)
         np.testing.assert_allclose(theirs.features[head][3:], ours.features[head], atol=2e-5)
-        assert np.ptp(ours.logits[head][: GAPS + 1], 0).max() > 1e-3, "clips are told apart"
+        assert np.ptp(ours.logits[head][: GAPS + 1], 0).max() > 1e-3, "clips differ"
     for name, weights in ours.attention.items():
         np.testing.assert_allclose(theirs.attention[name][3:, 1:-2, 1:-2], weights, atol=2e-5)
         assert float(jnp.sum(theirs.attention[name][3:])) == pytest.approx(weights.sum(), abs=1e-4)
@@ -488,7 +488,7 @@ def test_dropout_acts_in_training_only(row):
 @pytest.mark.thorough
 @pytest.mark.parametrize(("setting", "value"), [("legacy_relative", True), ("temperature", 0.1), ("residual", True)])
 def test_settings_reach_their_modules(setting, value):
-    """Those that no parameter shows: each changes the answer. The depths and widths are in the counts."""
+    """Those that no parameter shows: each changes the output. The depths and widths are in the counts."""
     variables, before = compiled("video_only")[0], predicted("video_only").logits["video"][0]
     after = jit(built("video_only", **{setting: value}).apply)(variables, batch()).logits["video"][0]
     assert np.abs(after - before).max() > 1e-4

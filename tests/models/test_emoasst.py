@@ -118,7 +118,7 @@ def text_of(one, clip: int) -> np.ndarray:
 
 
 def expected(one, queries: np.ndarray) -> dict[str, np.ndarray]:
-    """The features of all clips; `queries (b, e)` ask the pictures."""
+    """The features of all clips; `queries (b, e)` attend to the frames."""
     p, zeros = weights_of(), np.zeros(JOINT)
     real = {s: [np.float64(x[m]) for x, m in zip(one[s], one[f"{s}_mask"], strict=True)] for s in SHAPES}
     return {
@@ -261,20 +261,20 @@ def test_dropout_is_drawn_on_every_branch_in_training_alone():
 # ---- What is drawn -------------------------------------------------------------------------------------------------
 
 
-def places(one, seed: int) -> np.ndarray:
+def drawn_prompts(one, seed: int) -> np.ndarray:
     """Which prompts were drawn, where `one` has the unit vectors of its six for prompts."""
     return predicted(one, seed, train=True).features["text"].argmax(-1)
 
 
 def test_each_clip_draws_one_of_six_at_each_step_whatever_it_holds():
     marked = np.broadcast_to(np.eye(6, JOINT, dtype=np.float32), (6, 6, JOINT))
-    drawn = np.array([places(batch() | {"prompts": marked}, seed) for seed in range(100)])  # steps, clips
+    drawn = np.array([drawn_prompts(batch() | {"prompts": marked}, seed) for seed in range(100)])  # steps, clips
     assert all(set(clip) == set(range(6)) for clip in drawn.T)
     # 600 draws of a fair die: 100 ± 5 times the standard deviation of each face.
     assert np.abs(np.bincount(drawn.ravel()) - 100).max() < 5 * np.sqrt(600 * 5 / 36)
     assert all(np.mean(drawn[:, 0] == drawn[:, i]) < 0.5 for i in range(1, 6))
     other = batch(5) | {"prompts": marked, "weight": np.array([1, 0, 1, 0, 1, 1], np.float32)}
-    np.testing.assert_array_equal([places(other, seed) for seed in range(20)], drawn[:20])
+    np.testing.assert_array_equal([drawn_prompts(other, seed) for seed in range(20)], drawn[:20])
 
 
 # ---- Masks ---------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def test_loss_is_equations_6_and_7():
         for b, y in enumerate((2, 0)):
             expected = -weights[head] * (v[b][y] - math.log(sum(math.exp(z) for z in v[b])))
             if head == "audio" and b == 1:
-                expected = 0.0  # the clip has no sound: its audio head is left out
+                expected = 0.0  # the clip has no audio: its audio head is left out
             assert float(terms[head][b]) == pytest.approx(expected, abs=1e-5)
 
 

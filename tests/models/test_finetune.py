@@ -1,4 +1,4 @@
-"""ETG-AVER with its encoders in training: from raw inputs to answers, by all weights and by changes of low rank."""
+"""ETG-AVER with its encoders in training: from raw inputs to predictions, with all weights and with LoRA."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ def predict_logits(model, variables, one) -> dict[str, np.ndarray]:
 
 
 def stirred(variables, seed: int = 0):
-    """All that is trained at random places near where it was."""
+    """All trained params, moved a little at random."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), variables)
 
@@ -120,9 +120,7 @@ def test_only_what_is_trained_is_a_parameter():
     assert not variables["params"].get("text")
     trained = set(flatten_dict(variables["params"]["video"], sep="/"))
     everything = set(flatten_dict(one[PRETRAINED]["video"], sep="/"))
-    assert trained == {
-        path for path in everything if not path.endswith("bias") and not path.startswith("block_0")
-    }
+    assert trained == {path for path in everything if not path.endswith("bias") and not path.startswith("block_0")}
     assert variables["params"].keys() >= {"core", "audio", "video"}
 
 
@@ -139,7 +137,7 @@ def test_blocks_above_the_layer_are_not_there():
     assert {k for k in one[PRETRAINED]["audio"] if k.startswith("block_")} == {"block_0"}
 
 
-# ---- Answers ------------------------------------------------------------------------------------------------------
+# ---- Predictions --------------------------------------------------------------------------------------------------
 
 
 @every_sound
@@ -166,7 +164,7 @@ def test_neighbours_and_padding_change_no_answer(preset):
 @pytest.mark.slow
 @every_sound
 def test_a_missing_modality_costs_no_gradient_and_brings_no_nan(preset):
-    """Clip 3 lacks sound, 5 a face, 7 its sentence; each alone, with rubbish in the place of what is not there."""
+    """Clip 3 lacks audio, 5 a face, 7 its sentence; each alone, with arbitrary values for what is missing."""
     model, _, variables = started("finetune", preset)
 
     @jax.jit
@@ -341,7 +339,7 @@ def test_remat_gives_the_same_and_holds_less_for_the_gradient(kind):
 
 @pytest.mark.parametrize("preset", ["open_raw", "etg_raw"])
 def test_lora_trains_less_than_two_percent(preset):
-    """Of the encoders at their true sizes, which need not be at hand."""
+    """Of the encoders at their true sizes, which need not be available."""
     chosen, how = presets.preset(preset), lora.Tuning(lora=LoraSettings())
     trained = total = 0
     for stream, e in (("video", chosen.image), ("audio", chosen.sound), ("text", chosen.text)):
@@ -374,7 +372,7 @@ def test_a_model_is_described_without_weights(monkeypatch):
         ({"frozen": ("(",)}, r"model\.encoders\.frozen: '\(' is no regular expression"),
         ({"lora__targets": ("[",)}, r"model\.encoders\.lora\.targets: '\[' is no regular expression"),
         ({"lora__rank": 0}, r"model\.encoders\.lora\.rank is 0; expected at least 1"),
-        ({"preset": "open"}, r"preset 'open' has features, .*; take one of .*open_raw, etg_raw"),
+        ({"preset": "open"}, r"preset 'open' stages features, .*; take one of .*open_raw, etg_raw"),
         (
             {"preset": "tiny_b2"},
             r"hsemotion_b2: this encoder cannot be trained; those of bert, .*, whisper can",

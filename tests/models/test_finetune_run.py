@@ -1,4 +1,4 @@
-"""A whole run that trains its encoders: clips, their raw inputs, training, merged weights, answers for new clips."""
+"""A run that trains its encoders: clips, their raw inputs, training, merged weights, predictions for new clips."""
 
 import csv
 

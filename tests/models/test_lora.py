@@ -101,7 +101,7 @@ def test_what_is_no_kernel_has_no_factors():
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (Tuning(frozen=("^video/", "^sound/")), r"frozen: '\^sound/' is found in no path .* look like video/words"),
+        (Tuning(frozen=("^video/", "^flow/")), r"frozen: '\^flow/' is found in no path .* look like video/words"),
         (Tuning(lora=LoraSettings(targets=("querry",))), r"lora\.targets: 'querry' is found in no path"),
     ],
 )

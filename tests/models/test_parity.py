@@ -1,4 +1,4 @@
-"""What published systems answer, number by number: every file of the parity folder, compiled and not.
+"""The outputs of published systems, number by number: every file of the parity folder, compiled and not.
 
 `AVJAX_PARITY_DIR` names another folder of the same form (`parity/README.md`); the default is the copy beside the tests.
 """
@@ -28,7 +28,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 class Case(NamedTuple):
-    """One parity file: our module with the reference's weights and inputs, and what the reference answers."""
+    """One parity file: our module with the reference's weights and inputs, and the reference's outputs."""
 
     reference: ModuleType
     hyper: dict
@@ -112,7 +112,7 @@ def test_parameters_are_those_of_the_module(name):
 
 @pytest.mark.slow
 def test_another_folder_of_the_same_recipe_passes(tmp_path):
-    """Other weights, inputs and numbers of clips, answered by the restatements in PyTorch that pass on this folder."""
+    """Other weights, inputs and numbers of clips, computed by the PyTorch restatements that match this folder."""
     torch = pytest.importorskip("torch", reason="the reference is in PyTorch (extra parity)")
     shutil.copy(FOLDER / "recipe.py", tmp_path)
     for name in NAMES:

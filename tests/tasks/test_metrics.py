@@ -9,7 +9,7 @@ from sklearn import metrics as sk
 
 from avjax.tasks import metrics
 
-# No clip of class 3, none answered 2, and class 4 neither occurs nor is answered.
+# No clip of class 3, none predicted 2, and class 4 neither occurs nor is predicted.
 LABEL = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 0, 1])
 PREDICTED = np.array([0, 0, 1, 3, 1, 0, 0, 1, 1, 0, 1])
 CLASSES = 5
@@ -228,7 +228,7 @@ GUESSED = np.array([-2.2, 0.4, -0.1, -0.3, 0.2, 0.7, 2.4, 3.9])
 
 def test_sentiment_by_hand():
     scores = metrics.sentiment(metrics.sentiment_sums(FEELING, GUESSED))
-    # 0 counts as positive: the answers to -1.2 and to the first 0 are wrong.
+    # 0 counts as positive: the predictions for -1.2 and for the first 0 are wrong.
     assert scores["acc2_has0"] == pytest.approx(6 / 8)
     assert scores["acc2_non0"] == pytest.approx(5 / 6)
     # Of has0: negative 2 of 3 found, 3 said; the rest 4 of 5 found, 5 said.

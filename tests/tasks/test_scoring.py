@@ -193,13 +193,15 @@ def test_what_has_weight_0_does_not_change_the_loss_of_the_others_nor_their_grad
 
 def test_shares_of_one_class_cost_to_the_bit_what_the_class_costs():
     label, logits = made("single")
-    shares = tasks.encoded([tuple(row) for row in np.eye(CLASSES)[label]], ("a", "b", "c"), "soft")
-    soft = tasks.SCORINGS["soft"].loss(jnp.asarray(logits), jnp.asarray(shares), jnp.ones(60))
+    soft_labels = tasks.encoded([tuple(row) for row in np.eye(CLASSES)[label]], ("a", "b", "c"), "soft")
+    soft = tasks.SCORINGS["soft"].loss(jnp.asarray(logits), jnp.asarray(soft_labels), jnp.ones(60))
     hard = tasks.SCORINGS["single"].loss(jnp.asarray(logits), jnp.asarray(label), jnp.ones(60))
     np.testing.assert_array_equal(soft, hard)
     for count in ("count", "table"):
         more = () if count == "count" else (jnp.ones(60),)
-        tables = (getattr(tasks.SCORINGS[k], count)(y, logits, *more) for k, y in (("soft", shares), ("single", label)))
+        tables = (
+            getattr(tasks.SCORINGS[k], count)(y, logits, *more) for k, y in (("soft", soft_labels), ("single", label))
+        )
         np.testing.assert_array_equal(*tables)
 
 

@@ -74,7 +74,7 @@ PARAMETERS = {
 }
 LIGHT = ("concat", "lmf", "mag", "bc_lstm")
 LARGE = 8  # clips of the larger batch
-# Programs run once or twice here: most of the time would go into making them fast.
+# Programs run once or twice, so that optimising them would take most of the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -124,7 +124,7 @@ def _padded(x: np.ndarray, axis: int, value) -> np.ndarray:
 
 
 def without(batch: dict[str, np.ndarray], *streams: str) -> dict[str, np.ndarray]:
-    """The streams missing from all clips but the first, with NaN in their place."""
+    """The streams missing from all clips but the first, replaced by NaN."""
     out = dict(batch)
     for s in streams:
         out[s], out[f"{s}_mask"] = batch[s].copy(), batch[f"{s}_mask"].copy()
@@ -134,7 +134,7 @@ def without(batch: dict[str, np.ndarray], *streams: str) -> dict[str, np.ndarray
 
 @functools.cache
 def compiled(name: str, dtype: str = "float32"):
-    """The model, variables off the start (gates of zero keep gradients from what stands behind), and its answer."""
+    """The model, variables after some steps (gates of zero block gradients), and its output function."""
     model = built(name, dtype)
     shapes = jax.eval_shape(model.module.init, jax.random.key(0), batch_of(name))
     return model, random_variables(shapes), jit(model.module.apply)
@@ -187,7 +187,7 @@ def test_heads_and_shapes(name):
         assert logits.shape == (*batch["label"].shape, CLASSES)
         assert logits.dtype == jnp.float32
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(variables))
-    assert np.ptp(predict(name, batch), 0).max() > 1e-3, "clips are told apart"
+    assert np.ptp(predict(name, batch), 0).max() > 1e-3, "clips differ"
 
 
 def test_padding_and_neighbours_change_no_answer(name):
@@ -198,7 +198,7 @@ def test_padding_and_neighbours_change_no_answer(name):
 
 
 def test_missing_streams_are_answered(name):
-    """With NaN in the place of what is missing, and nothing of it gets out; clips that have it are not concerned."""
+    """Missing streams are NaN, which never reaches the output; clips that have the stream do not change."""
     batch = batch_of(name)
     full = predict(name, batch)
     for streams in [(s,) for s in FUSIONS[name].streams] + [FUSIONS[name].streams]:

@@ -42,9 +42,11 @@ def test_a_cross_modal_block_by_loops():
         scores = [
             np.tanh(x @ p["steps"]["kernel"] + p["steps"]["bias"] + heard) @ p["score"]["kernel"] for x in X[b, mask[b]]
         ]
-        shares = np.exp(scores).ravel() / np.exp(scores).sum()
-        np.testing.assert_allclose(weights[b, mask[b]], shares, atol=1e-5)
-        np.testing.assert_allclose(got[b, mask[b]], X[b, mask[b]] * (1 + mask[b].sum() * shares)[:, None], atol=1e-4)
+        weights_of_steps = np.exp(scores).ravel() / np.exp(scores).sum()
+        np.testing.assert_allclose(weights[b, mask[b]], weights_of_steps, atol=1e-5)
+        np.testing.assert_allclose(
+            got[b, mask[b]], X[b, mask[b]] * (1 + mask[b].sum() * weights_of_steps)[:, None], atol=1e-4
+        )
 
 
 def test_even_weights_double_every_step_however_long_the_clip():
