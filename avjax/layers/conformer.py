@@ -23,7 +23,7 @@ def pack(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
       mask: (b, n).
 
     Returns:
-      x with zeros behind the real steps, and its mask, which is True up to the number of real steps.
+      x with zeros after the real steps, and its mask, which is True up to the number of real steps.
     """
     order = jnp.argsort(~mask, axis=-1, stable=True)
     front = jnp.take_along_axis(mask, order, -1)

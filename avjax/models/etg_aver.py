@@ -237,7 +237,7 @@ class EtgAver(nn.Module):
       streams: which of text, audio, video are read.
       guide: reweight audio and video by the text, Eqs. 3–4.
       fusion: "concat", "additive" or "attention"; "concat" concatenates the averaged streams.
-      hlo: a head for every stream beside the fusion head, Eqs. 6–7.
+      hlo: whether every stream has a head as well, Eqs. 6–7.
       weighting, temperature: Eq. 4, "softmax" or "ratio".
       query: the queries of Eq. 5, all text "tokens" or only the "summary".
       summary: the text's "first" token, or the "mean" of its tokens for encoders trained that way.

@@ -106,10 +106,10 @@ def concordance(prediction: jax.Array, label: jax.Array, weight: jax.Array) -> j
     axes = tuple(range(weight.ndim))
     real = weight[..., None] > 0
     x, y = (jnp.where(real, v, 0).astype(jnp.float32) for v in (prediction, label))
-    share = (weight / jnp.maximum(jnp.sum(weight), _TINY)).astype(jnp.float32)[..., None]
+    normed = (weight / jnp.maximum(jnp.sum(weight), _TINY)).astype(jnp.float32)[..., None]
 
     def mean(v: jax.Array) -> jax.Array:
-        return jnp.sum(v * share, axes, keepdims=True)
+        return jnp.sum(v * normed, axes, keepdims=True)
 
     apart = mean(x - y)
     x, y = x - mean(x), y - mean(y)

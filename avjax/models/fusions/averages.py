@@ -39,7 +39,7 @@ class Averages(FusionModule):
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams.
 
-        Features hold the combined vector as "joint", beside what the head reads.
+        Features also hold the combined vector as "joint".
         """
         steps, masks = stream_inputs(batch, self.streams, self.dtype)
         present = jnp.stack([jnp.any(masks[s], -1) for s in self.streams], -1)

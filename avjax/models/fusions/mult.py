@@ -1,4 +1,4 @@
-"""MulT: every modality attends to the others, before a transformer of its own.
+"""MulT: every modality attends to the others, then goes through its own transformer.
 
 Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences", ACL 2019.
 Shapes: b clip, n step of a stream, d width, c class.
