@@ -11,7 +11,7 @@ from avjax.layers.dropout import Dropout
 from avjax.layers.linear import Project
 from avjax.layers.masking import masked_softmax
 
-# Keys up to which attention head by head is no faster.
+# Below this number of keys, attention head by head is no faster.
 _FEW = 32
 
 
@@ -22,15 +22,17 @@ def attend(
     mask: jax.Array,
     drop: Callable[[jax.Array], jax.Array] = lambda weights: weights,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scaled dot-product attention, any number of heads.
+    """Computes scaled dot-product attention with any number of heads.
 
     Args:
       query: (b, q, h, d).
-      key, value: (b, k, h, d).
-      mask: (b, k), True for keys that may be attended to; or (b, q, k), where that differs between queries.
-      drop: dropout of the weights before they are used.
+      key: (b, k, h, d).
+      value: (b, k, h, d).
+      mask: (b, k), True for keys that may be attended to; or (b, q, k) for a mask per query.
+      drop: dropout of the weights.
+
     Returns:
-      context (b, q, h, d), zeros where no key may be attended to, and weights (b, h, q, k).
+      The context (b, q, h, d), zeros where no key may be attended to, and weights (b, h, q, k).
     """
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(query.shape[-1]).astype(query.dtype)
     weights = drop(masked_softmax(scores, _for_queries(mask)[:, None]))
@@ -38,12 +40,12 @@ def attend(
 
 
 def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """The context of `attend`, for those who need no weights.
+    """Computes the context of `attend` alone, without weights.
 
-    On a CPU one head after another, so that its scores stay in the cache: two to three times faster at 40 to 1,500
-    steps. Elsewhere, and where there are few steps, all at once: that gains nothing there and is quicker to compile.
+    A CPU computes one head after another, so that the scores stay in the cache: two to three times faster at 40 to
+    1,500 steps. For few steps, and on other devices, all heads are computed at once, which compiles faster.
     """
-    # Of `jax.export` the number of steps may be a symbol.
+    # Under `jax.export` the number of steps may be symbolic.
     if isinstance(key.shape[1], int) and key.shape[1] < _FEW:
         return attend(query, key, value, mask)[0]
     return jax.lax.platform_dependent(
@@ -52,14 +54,14 @@ def attended(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 
 
 def _for_queries(mask: jax.Array) -> jax.Array:
-    """A mask of `attend` as (b, 1, k) or (b, q, k)."""
+    """Reshapes a mask of `attend` to (b, 1, k) or (b, q, k)."""
     return mask if mask.ndim == 3 else mask[:, None]
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of one sequence to the admitted steps of another.
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2) of one sequence to the unmasked steps of another.
 
-    `unbiased` names those of query, key and value that have no bias; `dropout` is the rate on the weights.
+    `unbiased` lists which of query, key and value have no bias; `dropout` is the rate on the weights.
     """
 
     heads: int
@@ -83,9 +85,9 @@ class CrossAttention(nn.Module):
 
 
 class SelfAttention(CrossAttention):
-    """Multi-head attention of a sequence to its own admitted steps.
+    """Multi-head attention of a sequence to its own unmasked steps.
 
-    With `causal(mask)` for a mask no step sees those after it, as in a decoder.
+    With `causal(mask)` as its mask, no step attends to later ones, as in a decoder.
     """
 
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:

@@ -16,12 +16,14 @@ from avjax.layers.masking import masked_softmax
 
 
 def pack(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves the real steps of a stream to its front, in their order, so that positions count real steps only.
+    """Moves the real steps of a stream to its front, keeping their order, so that positions count only real steps.
 
     Args:
-      x: (b, n, d); mask: (b, n).
+      x: (b, n, d).
+      mask: (b, n).
+
     Returns:
-      x with zeros behind the real steps, and its mask, which is True up to the number of real steps.
+      x with zeros after the real steps, and its mask, which is True up to the number of real steps.
     """
     order = jnp.argsort(~mask, axis=-1, stable=True)
     front = jnp.take_along_axis(mask, order, -1)
@@ -30,10 +32,12 @@ def pack(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def unpack(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Puts back in their places what `pack` moved to the front.
+    """Moves the steps that `pack` moved to the front back to their positions.
 
     Args:
-      x: (b, n, d), real steps first; mask: (b, n), as `pack` was given it.
+      x: (b, n, d), real steps first.
+      mask: (b, n), the one passed to `pack`.
+
     Returns:
       x with zeros under False.
     """
@@ -44,8 +48,8 @@ def unpack(x: jax.Array, mask: jax.Array) -> jax.Array:
 class StepNorm(nn.BatchNorm):
     """Batch norm over real steps whose running statistics are state, not parameters (collection "batch_stats").
 
-    It normalises by the running statistics, in training too: the answer for a clip then never depends on its batch.
-    Only a caller that makes "batch_stats" mutable normalises by its batch, and moves the statistics towards it.
+    It normalises by the running statistics, in training too, so that a clip's prediction never depends on its batch.
+    Only if "batch_stats" is mutable does it normalise by the batch, and updates the statistics.
     """
 
     momentum: float = 0.9
@@ -53,21 +57,21 @@ class StepNorm(nn.BatchNorm):
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Maps x (b, n, d) under mask (b, n) to (b, n, d)."""
         moves = self.is_mutable_collection("batch_stats") and not self.is_initializing()
-        # A batch without a real step has no statistics: then its zeros count.
+        # A batch without any real step has no statistics: its zeros are counted instead.
         counted = mask | ~jnp.any(mask)
         return super().__call__(x, use_running_average=not moves, mask=counted[..., None])
 
 
 def interleaved_sinusoids(positions: np.ndarray | jax.Array, width: int, xp: Any = np) -> np.ndarray | jax.Array:
-    """Sine and cosine in turn of each position (Vaswani et al. 2017, section 3.5): (r,) → (r, width) float32."""
+    """Embeds positions by alternating sine and cosine (Vaswani et al. 2017, section 3.5): (r,) → (r, width) float32."""
     angle = positions[:, None] * (1e4 ** (-(np.arange(width) // 2 * 2) / width))[None]
     return xp.where((np.arange(width) % 2 == 0)[None], xp.sin(angle), xp.cos(angle)).astype(np.float32)
 
 
 def _shift(scores: jax.Array) -> jax.Array:
-    """Row i of (b, h, n, r) moved left by n − 1 − i, and cut to n columns: Transformer-XL (Dai et al. 2019), app. B.
+    """Shifts row i of (b, h, n, r) left by n − 1 − i, cut to n columns: Transformer-XL (Dai et al. 2019), appendix B.
 
-    With r = n there is too little to move in, and what is missing wraps around from the next row.
+    With r = n the columns do not suffice, and the missing ones wrap around from the next row.
     """
     b, h, n, r = scores.shape
     padded = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (1, 0))).reshape(b, h, r + 1, n)
@@ -80,7 +84,7 @@ class RelativeAttention(nn.Module):
     Attributes:
       heads: must divide the width.
       legacy_relative: n positions instead of 2n − 1 offsets, a shift that wraps around, and scores divided by the
-        square root of the whole width: a popular implementation. Its answer depends on padding.
+        square root of the full width, as in a popular implementation. Its output depends on padding.
     """
 
     heads: int
@@ -93,13 +97,13 @@ class RelativeAttention(nn.Module):
         n, width = x.shape[1:]
         split = (self.heads, width // self.heads)
         query, key, value = (Project(split, dtype=self.dtype, name=name)(x) for name in ("query", "key", "value"))
-        xp = np if isinstance(n, int) else jnp  # of `jax.export` the number of steps may be a symbol
+        xp = np if isinstance(n, int) else jnp  # under `jax.export` the number of steps may be symbolic
         offsets = xp.arange(n) if self.legacy_relative else xp.arange(n - 1, -n, -1)
-        place = Project(split, dtype=self.dtype, bias=False, name="position")(
+        embedded = Project(split, dtype=self.dtype, bias=False, name="position")(
             interleaved_sinusoids(offsets, width, xp)
         )  # r h d
         content = jnp.einsum("bqhd,bkhd->bhqk", query + self._bias("content_bias", split), key)
-        position = _shift(jnp.einsum("bqhd,rhd->bhqr", query + self._bias("position_bias", split), place))
+        position = _shift(jnp.einsum("bqhd,rhd->bhqr", query + self._bias("position_bias", split), embedded))
         scale = (width if self.legacy_relative else split[1]) ** -0.5
         weights = masked_softmax((content + position) * scale, mask[:, None, None])
         context = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
@@ -139,6 +143,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps x (..., d) to the same shape."""
         drop = Dropout(self.dropout, train)
         width = x.shape[-1]
         x = Project((self.expansion * width,), dtype=self.dtype, name="up")(_norm("norm", self.dtype)(x))
@@ -149,10 +154,10 @@ class ConformerBlock(nn.Module):
     """One Conformer block (Gulati et al. 2020, Eq. 1): half feed-forward, attention, convolution, half feed-forward.
 
     Attributes:
-      heads: of the attention; must divide the width.
-      kernel: odd number of steps that the depthwise convolution spans.
-      expansion: of the feed-forward modules.
-      dropout: rate at the end of each module and inside the feed-forward ones, training only.
+      heads: number of attention heads; must divide the width.
+      kernel: odd kernel size of the depthwise convolution, in steps.
+      expansion: inner width of the feed-forward modules, as a multiple of the width.
+      dropout: rate after each module and inside the feed-forward modules, training only.
       legacy_relative: see `RelativeAttention`.
     """
 
@@ -178,5 +183,5 @@ class ConformerBlock(nn.Module):
 
 
 def _norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
-    """Flax computes its statistics and affine in float32, whatever `dtype` it returns."""
+    """Returns a layer norm; Flax computes its statistics and affine map in float32, whatever its `dtype`."""
     return nn.LayerNorm(1e-5, dtype, use_fast_variance=False, name=name)

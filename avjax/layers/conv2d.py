@@ -1,4 +1,4 @@
-"""Convolutions over pictures that train on a CPU too."""
+"""Convolutions over images that train fast on a CPU too."""
 
 import functools
 
@@ -10,14 +10,14 @@ from avjax.layers import cpu
 
 
 class FrameConvolution(nn.Module):
-    """2-d convolution, zeros around the picture, the same on all sides; parameters as those of Flax's `Conv`.
+    """2-d convolution, zero-padded equally on all sides; parameters as in Flax's `Conv`.
 
     On a CPU it is a sum of products (`cpu.convolve2d`), elsewhere XLA's convolution.
 
     Attributes:
-      width: of the result.
-      kernel: side of the window, odd; stride, dilation: as in any convolution.
-      channelwise: every channel by itself (depthwise); `width` is then a multiple of the input's.
+      width: output channels.
+      kernel: side of the window, odd; stride, dilation: of the convolution.
+      channelwise: whether it is depthwise; `width` is then a multiple of the input's.
     """
 
     width: int
@@ -35,10 +35,10 @@ class FrameConvolution(nn.Module):
         inputs = 1 if self.channelwise else x.shape[-1]
         kernel = self.param("kernel", self.kernel_init, (self.kernel, self.kernel, inputs, self.width))
         kernel = kernel.astype(self.dtype)
-        way = {"stride": self.stride, "dilation": self.dilation}
-        products = functools.partial(cpu.convolve2d, channelwise=self.channelwise, **way)
+        geometry = {"stride": self.stride, "dilation": self.dilation}
+        products = functools.partial(cpu.convolve2d, channelwise=self.channelwise, **geometry)
         y = jax.lax.platform_dependent(
-            x.astype(self.dtype), kernel, cpu=products, default=functools.partial(convolve, **way)
+            x.astype(self.dtype), kernel, cpu=products, default=functools.partial(convolve, **geometry)
         )
         if not self.bias:
             return y
@@ -46,13 +46,13 @@ class FrameConvolution(nn.Module):
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
-    """Convolves x (n, h, w, d) with a kernel (k, k, d or 1, width), zeros around the picture."""
-    around = len(kernel) // 2 * dilation
+    """Convolves x (n, h, w, d) with a kernel (k, k, d or 1, width), zero-padded."""
+    padding = len(kernel) // 2 * dilation
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        ((around, around),) * 2,
+        ((padding, padding),) * 2,
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1] // kernel.shape[2],
@@ -60,7 +60,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax
 
 
 def halved(x: jax.Array) -> jax.Array:
-    """Maximum over 2 x 2 places of what is at least 0: (n, h, w, d) to (n, ceil(h / 2), ceil(w / 2), d)."""
+    """Max-pools non-negative x over 2 x 2 pixels: (n, h, w, d) → (n, ceil(h / 2), ceil(w / 2), d)."""
     x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])

@@ -1,11 +1,11 @@
 """Crossmodal transformer (Tsai et al. 2019, "Multimodal Transformer for Unaligned Multimodal Language Sequences").
 
-Shapes: b clip, n step of a stream (q one that asks, k one that answers), d width.
+Shapes: b clip, n step of a stream (q queries, k keys), d width.
 
-Released systems know of no masks: they attend to padding, count as padding the steps whose first projected channel is
-zero, and predict from the last step of the batch, padded or not. Here the masks are true ones and positions count from
-the first real step; `as_released` gives the released positions back, padding read as zeros. On full masks both are the
-same. A stream that is missing, an all-False mask, adds nothing but biases where others ask it.
+The released systems have no masks: they attend to padding, treat steps whose first projected channel is zero as
+padding, and predict from the last step of the batch, padded or not. These layers use true masks, and positions count
+from the first real step; `as_released` restores the released positions, with padding read as zeros. On full masks both
+agree. A missing stream, with an all-False mask, contributes only biases to the streams that attend to it.
 """
 
 import flax.linen as nn
@@ -18,25 +18,27 @@ from avjax.layers.transformer import CrossBlock, sinusoids
 
 
 def no_future(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """What each step of one stream may ask of another, as in the released code (the paper has no such mask).
+    """Returns which steps of another stream a step may attend to, as in the released code (not in the paper).
 
-    A step sees the other's steps up to its own number plus the difference of their lengths: with the stream itself for
-    the other this is the causal mask. Numbers and lengths are the clip's own.
+    A step attends to the other's steps up to its own position plus the difference of their lengths. Within one stream
+    this is the causal mask. Positions and lengths are those of the clip, without padding.
 
     Args:
-      queries: (b, q); keys: (b, k), masks of the streams.
+      queries: (b, q), mask of the stream that attends.
+      keys: (b, k), mask of the other.
+
     Returns:
       (b, q, k).
     """
-    asks, answers = positions(queries)[:, :, None], positions(keys)[:, None, :]
-    slack = jnp.abs(jnp.max(asks, 1, keepdims=True) - jnp.max(answers, 2, keepdims=True))
-    return keys[:, None, :] & (answers - asks <= slack)
+    query, key = positions(queries)[:, :, None], positions(keys)[:, None, :]
+    slack = jnp.abs(jnp.max(query, 1, keepdims=True) - jnp.max(key, 2, keepdims=True))
+    return keys[:, None, :] & (key - query <= slack)
 
 
 class CrossmodalEncoder(nn.Module):
-    """A stack of `CrossBlock`s on scaled and, if `placed`, position-embedded streams, with a last norm.
+    """A stack of `CrossBlock`s on scaled and, if `placed`, position-embedded streams, with a final norm.
 
-    `causal` hides the future (`no_future`); `mixed` as in `CrossBlock`; `as_released` as in this file's description.
+    `causal` hides the future (`no_future`); `mixed` is as in `CrossBlock`, `as_released` as in the module docstring.
     """
 
     layers: int
@@ -59,7 +61,7 @@ class CrossmodalEncoder(nn.Module):
         source_mask: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Maps x (b, q, d), asking source (b, k, d) or else itself, under their masks, to (b, q, d)."""
+        """Maps x (b, q, d), attending to source (b, k, d) or else to itself, under their masks, to (b, q, d)."""
         mask_of_keys = mask if source is None else source_mask
         admitted = no_future(mask, mask_of_keys) if self.causal else mask_of_keys
         drop = Dropout(self.embedding_dropout, train)
@@ -77,7 +79,7 @@ class CrossmodalEncoder(nn.Module):
         scaled = x * jnp.sqrt(x.shape[-1]).astype(x.dtype)
         if not self.placed:
             return scaled
-        place = positions(mask)
+        position = positions(mask)
         if self.as_released:
-            place = jnp.where(x[..., 0] != 0, place, 0)
-        return scaled + sinusoids(place, x.shape[-1]).astype(x.dtype)
+            position = jnp.where(x[..., 0] != 0, position, 0)
+        return scaled + sinusoids(position, x.shape[-1]).astype(x.dtype)

@@ -12,15 +12,15 @@ from avjax.utils import murmur3
 
 
 class Dropout(nn.Module):
-    """Zeros each value by the chance `rate` in training, and divides the others by 1 − rate.
+    """Zeros each value with probability `rate` in training, and divides the others by 1 − rate.
 
-    Whether a value stays is a hash of its index and the key (rng "dropout"), not a draw of JAX's: cheaper to run and to
+    The mask is a hash of each value's index and the key (rng "dropout") rather than drawn by JAX: cheaper to run and to
     compile, and the same for a lane alone and among others.
 
     Attributes:
-      rate: from 0 to below 1; any other raises AvjaxError.
-      train: whether this is training; else nothing happens.
-      shared: axes along which all values share one fate.
+      rate: in [0, 1); any other raises AvjaxError.
+      train: whether dropout is applied.
+      shared: axes along which values are dropped together.
     """
 
     rate: float
@@ -40,7 +40,7 @@ class Dropout(nn.Module):
 
 
 def hashed(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Hashes each index of `shape` with both words of a key: uint32; good for masks, not for secrets."""
+    """Hashes each index of `shape` with both words of a key: uint32; not cryptographic."""
     index = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     for word in jax.random.key_data(key):
         index = murmur3.finalise(index ^ word)

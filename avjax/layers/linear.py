@@ -1,4 +1,4 @@
-"""Affine maps of the last axes, and convolutions over time as one."""
+"""Affine maps of the last axes, and convolutions over time as such maps."""
 
 import math
 
@@ -10,19 +10,19 @@ from avjax.layers.depthwise import depthwise, shifted
 
 
 def _product(x: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
-    """`jnp.tensordot` as one product of matrices.
+    """Computes `jnp.tensordot` as one product of matrices.
 
-    Of arrays of more axes XLA turns the kernel's gradient round, computing what it is made of again: on a CPU the
-    gradient of a layer takes 1.1 to 1.5 times as long.
+    With more axes XLA transposes the kernel's gradient and recomputes its operands: on a CPU the gradient of a layer
+    takes 1.1 to 1.5 times as long.
     """
-    *before, width = *x.shape[: x.ndim - inputs], math.prod(kernel.shape[:inputs])
-    return (x.reshape(-1, width) @ kernel.reshape(width, -1)).reshape(*before, *kernel.shape[inputs:])
+    *batch, width = *x.shape[: x.ndim - inputs], math.prod(kernel.shape[:inputs])
+    return (x.reshape(-1, width) @ kernel.reshape(width, -1)).reshape(*batch, *kernel.shape[inputs:])
 
 
 class Project(nn.Module):
     """Affine map of the last `inputs` axes of x onto the axes `features`: (..., *inputs) → (..., *features).
 
-    Params are float32 and of full rank, so that heads shard: kernel (*inputs, *features) and, unless `bias` is False,
+    Parameters are float32 and keep all axes, so that heads can be sharded: kernel (*inputs, *features) and, if `bias`,
     bias (*features).
     """
 
@@ -33,6 +33,7 @@ class Project(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (..., *inputs) to (..., *features)."""
         shape = (*x.shape[x.ndim - self.inputs :], *self.features)
         axes = tuple(range(self.inputs)), tuple(range(self.inputs, len(shape)))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=axes[0], out_axis=axes[1])
@@ -45,15 +46,15 @@ class Project(nn.Module):
 
 
 class TimeConvolution(nn.Module):
-    """Convolution over the steps of a sequence, in the form and with the parameters of Flax's 1-d `Conv`.
+    """Convolution over the steps of a sequence, with the parameters of Flax's 1-d `Conv`.
 
-    It is one product of each step's window with the kernel: for `vmap` that is a batched product, while a convolution
-    would become a grouped one, many times slower on a CPU. `channelwise` maps every channel by itself (depthwise).
+    It is one product of each step's window with the kernel. Under `vmap` that is a batched product, while a convolution
+    would become a grouped one, many times slower on a CPU. `channelwise` makes it depthwise.
 
     Attributes:
-      width: of the result; if `channelwise`, that of the input.
-      kernel: number of steps k that it spans.
-      padding: "SAME", zeros around the sequence, or "VALID", k − 1 steps fewer.
+      width: output channels; if `channelwise`, those of the input.
+      kernel: number of steps k.
+      padding: "SAME" for zero padding, or "VALID" for k − 1 steps fewer.
     """
 
     width: int

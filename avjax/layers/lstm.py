@@ -1,7 +1,7 @@
-"""The recurrence of an LSTM, with a gradient of its own: that of the kernel is one product over all steps.
+"""LSTM with a custom gradient: that of the kernel is one product over all steps.
 
-Left to itself `jax.grad` adds up that gradient step by step, which for a few clips costs more than all the rest.
-Shapes: n step, b clip, d width. The gates stand side by side: input, forget, candidate, output.
+`jax.grad` would add up that gradient step by step, which for a few clips costs more than all the rest. Shapes: n step,
+b clip, d width. The gates are concatenated: input, forget, candidate, output.
 """
 
 import functools
@@ -18,26 +18,26 @@ States = tuple[jax.Array, jax.Array]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def lstm(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: bool) -> States:
-    """Hidden and cell state after each step, (n, b, d) float32 each; the state is held where a step is not real.
+    """Computes the hidden and cell state after each step, (n, b, d) float32 each; masked steps keep the state.
 
-    Products are in the dtype of the inputs. Only reverse-mode derivatives exist.
+    Products have the dtype of the inputs. Only reverse mode can be differentiated.
 
     Args:
-      inputs: (n, b, 4 d), what a step adds to the gates.
+      inputs: (n, b, 4 d), the projected inputs of the gates.
       real: (n, b) bool.
-      kernel: (d, 4 d) float32, from the hidden state to the gates.
-      reverse: whether the last step comes first.
+      kernel: (d, 4 d) float32, the map from hidden state to gates.
+      reverse: whether to run from the last step to the first.
     """
     return _forward(inputs, real, kernel, reverse)[0]
 
 
 def _forward(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: bool) -> tuple[States, jax.Array]:
-    """The states, and the gates (n, b, 4 d) float32 past their sigmoids and tanh."""
+    """Computes the states, and the gates (n, b, 4 d) float32 after their sigmoids and tanh."""
     kernel = kernel.astype(inputs.dtype)
 
     def step(state: Any, now: Any) -> tuple[Any, Any]:
-        (hidden, cell), (given, real) = state, now
-        gates = (given + hidden.astype(given.dtype) @ kernel).astype(jnp.float32)
+        (hidden, cell), (projected, real) = state, now
+        gates = (projected + hidden.astype(projected.dtype) @ kernel).astype(jnp.float32)
         admit, keep, candidate, emit = jnp.split(gates, 4, -1)
         admit, keep, emit = (jax.nn.sigmoid(gate) for gate in (admit, keep, emit))
         candidate = jnp.tanh(candidate)
@@ -51,7 +51,7 @@ def _forward(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: boo
 
 def _kept(inputs: jax.Array, real: jax.Array, kernel: jax.Array, reverse: bool) -> tuple[States, Any]:
     states, gates = _forward(inputs, real, kernel, reverse)
-    # Of the inputs the dtype alone is needed.
+    # Only the dtype of the inputs is needed.
     return states, (inputs[:0], real, kernel, gates, *states)
 
 
@@ -70,14 +70,14 @@ def _backward(reverse: bool, kept: Any, grads: States) -> tuple[jax.Array, None,
     start = jnp.zeros_like(hidden[0]), jnp.zeros_like(cell[0])
     steps = grads, real, gates, cell, _before(cell, reverse)
     _, of_gates = jax.lax.scan(step, start, steps, reverse=not reverse)
-    known = _before(hidden, reverse).astype(inputs.dtype)
-    return of_gates, None, jnp.einsum("nbd,nbg->dg", known, of_gates, preferred_element_type=jnp.float32)
+    previous = _before(hidden, reverse).astype(inputs.dtype)
+    return of_gates, None, jnp.einsum("nbd,nbg->dg", previous, of_gates, preferred_element_type=jnp.float32)
 
 
 def _through_gates(
     of_hidden: jax.Array, of_cell: jax.Array, gates: jax.Array, cell: jax.Array, before: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients by the gates, ahead of their sigmoids and tanh, (b, 4 d), and by the cell state before (b, d)."""
+    """Computes gradients of the gates before their activations, (b, 4 d), and of the previous cell state (b, d)."""
     admit, keep, candidate, emit = jnp.split(gates, 4, -1)
     squashed = jnp.tanh(cell)
     of_cell += of_hidden * emit * (1 - squashed**2)
@@ -91,19 +91,19 @@ def _through_gates(
 
 
 def _before(states: jax.Array, reverse: bool) -> jax.Array:
-    """The state that each step finds."""
-    nothing = jnp.zeros_like(states[:1])
-    return jnp.concatenate([states[1:], nothing] if reverse else [nothing, states[:-1]])
+    """Returns the state before each step."""
+    zeros = jnp.zeros_like(states[:1])
+    return jnp.concatenate([states[1:], zeros] if reverse else [zeros, states[:-1]])
 
 
 lstm.defvjp(_kept, _backward)
 
 
 class Recurrence(nn.Module):
-    """LSTM (Hochreiter and Schmidhuber 1997) over the real steps of a sequence; the state is held on the others.
+    """LSTM (Hochreiter and Schmidhuber 1997) over the real steps of a sequence; masked steps keep the state.
 
-    So a backward one (`reverse`) starts at the last real step, and neither knows of any padding. The gates stand in
-    PyTorch's order: input, forget, candidate, output; its two biases are one here. The state is float32.
+    So a backward LSTM (`reverse`) starts at the last real step, and padding has no effect. The gates are in PyTorch's
+    order: input, forget, candidate, output; its two biases are merged into one. The state is float32.
     """
 
     width: int
@@ -114,12 +114,12 @@ class Recurrence(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps x (b, n, d) under mask (b, n) to the hidden and the cell state after each step, (b, n, width) each.
 
-        The last state is that at index -1, or at 0 if `reverse`: zeros for a clip without a real step.
+        The final state is at index -1, or at 0 if `reverse`: zeros for a clip without a real step.
         """
         x = jnp.where(mask[..., None], x, 0)
         inputs = Project((4, self.width), dtype=self.dtype, name="input")(x)  # b n 4 d
-        # PyTorch's, uniform within 1 / sqrt(width). An orthogonal start would need a QR decomposition, and on two cores
-        # those of several lanes wait for each other for ever (jaxlib 0.10's batched LAPACK calls share one pool).
+        # PyTorch's initialisation, uniform within 1 / sqrt(width). An orthogonal one needs a QR decomposition, and on
+        # two cores those of several lanes deadlock (jaxlib 0.10's batched LAPACK calls share one pool).
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         kernel = self.param("kernel", init, (self.width, 4 * self.width))
         over_time = jnp.moveaxis(inputs.reshape(*x.shape[:2], 4 * self.width), 1, 0)
@@ -128,7 +128,7 @@ class Recurrence(nn.Module):
 
 
 class LstmEncoder(nn.Module):
-    """An LSTM over the real steps of a stream, beside one from behind if `bidirectional`."""
+    """An LSTM over the real steps of a stream, with a backward one if `bidirectional`."""
 
     width: int
     bidirectional: bool = False
@@ -136,9 +136,9 @@ class LstmEncoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps x (b, n, w) under mask (b, n) to the states after each step (b, n, d) and the last of each way (b, d).
+        """Maps x (b, n, w) under mask (b, n) to the states after each step (b, n, d) and the final states (b, d).
 
-        d is `width`, or twice that. States are in `dtype`, and zeros for a clip without a real step.
+        d is `width`, or twice that if bidirectional. States are in `dtype`, and zeros for a clip without a real step.
         """
         states, _ = Recurrence(self.width, dtype=self.dtype, name="forth")(x, mask)
         last = states[:, -1]

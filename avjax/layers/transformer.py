@@ -13,9 +13,9 @@ from avjax.layers.linear import Project
 
 
 def sinusoids(position: jax.Array, width: int) -> jax.Array:
-    """Sinusoidal embedding of positions (b, n): (b, n, width) float32, zeros where the position is 0.
+    """Embeds positions (b, n) by sinusoids: (b, n, width) float32, zeros where the position is 0.
 
-    The layout of tensor2tensor: sines in the first half, cosines in the second, an odd last channel of zeros.
+    The layout is tensor2tensor's: sines in the first half, cosines in the second, a last channel of zeros if odd.
     """
     half = width // 2
     frequency = jnp.exp(-jnp.log(10000.0) / max(half - 1, 1) * jnp.arange(half))
@@ -27,8 +27,8 @@ def sinusoids(position: jax.Array, width: int) -> jax.Array:
 class PostNormBlock(nn.Module):
     """Transformer layer that normalises after each residual sum (Vaswani et al. 2017; BERT).
 
-    Given a `source`, it attends to that, too, between itself and the feed-forward layer: a decoder's layer. `dropout`
-    is the rate on attention weights, hidden units and residual branches.
+    Given a `source`, it also attends to that before the feed-forward layer, as a decoder layer does. `dropout` is the
+    rate on attention weights, hidden units and residual branches.
     """
 
     heads: int
@@ -48,15 +48,15 @@ class PostNormBlock(nn.Module):
         train: bool = False,
     ) -> jax.Array:
         """Maps x (b, l, d) under mask (b, l), and a source (b, k, d) under its mask (b, k), to (b, l, d)."""
-        # Flax computes statistics and affine in float32 here, whatever `dtype` it returns.
+        # Flax computes statistics and affine map in float32, whatever the `dtype`.
         norm = functools.partial(nn.LayerNorm, self.eps, self.dtype, use_fast_variance=False)
         project = functools.partial(Project, dtype=self.dtype)
         drop = Dropout(self.dropout, train)
         attention = SelfAttention(self.heads, self.dtype, dropout=self.dropout, name="attention")
         x = norm(name="attention_norm")(x + drop(attention(x, mask, train)))
         if source is not None:
-            asked = CrossAttention(self.heads, self.dtype, dropout=self.dropout, name="source_attention")
-            x = norm(name="source_norm")(x + drop(asked(x, source, source_mask, train)))
+            cross = CrossAttention(self.heads, self.dtype, dropout=self.dropout, name="source_attention")
+            x = norm(name="source_norm")(x + drop(cross(x, source, source_mask, train)))
         hidden = drop(self.activation(project((self.inner,), name="up")(x)))
         return norm(name="norm")(x + drop(project(x.shape[-1:], name="down")(hidden)))
 
@@ -64,7 +64,7 @@ class PostNormBlock(nn.Module):
 class PreNormBlock(nn.Module):
     """Transformer layer that normalises before each residual branch (ViT, Whisper, wav2vec2 large).
 
-    `scaled` multiplies each branch by learned factors (layer scale, Touvron et al. 2021; DINOv2); `unbiased` as in
+    `scaled` multiplies each branch by learned factors (layer scale, Touvron et al. 2021; DINOv2); `unbiased` is as in
     `SelfAttention`.
     """
 
@@ -78,7 +78,7 @@ class PreNormBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Maps x (b, l, d) under mask (b, l), or (b, l, l) as `SelfAttention`, to (b, l, d)."""
+        """Maps x (b, l, d) under mask (b, l) or (b, l, l) to (b, l, d)."""
         norm = functools.partial(nn.LayerNorm, self.eps, self.dtype, use_fast_variance=False)
         project = functools.partial(Project, dtype=self.dtype)
         attention = SelfAttention(self.heads, self.dtype, self.unbiased, name="attention")
@@ -93,10 +93,10 @@ class PreNormBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Pre-norm transformer layer that asks one sequence and is answered by another (Tsai et al. 2019, Eqs. 3–4).
+    """Pre-norm transformer layer in which one sequence attends to another (Tsai et al. 2019, Eqs. 3–4).
 
-    Both are normalised by the same parameters, so with the sequence itself for a source this is a plain layer.
-    `mixed` learns a number that weighs each sum against its residual branch (Goncalves and Busso 2022).
+    Both are normalised by the same parameters, so with the sequence itself as source this is a standard layer.
+    `mixed` learns the weight of the residual stream against its branch (Goncalves and Busso 2022).
     """
 
     heads: int
@@ -123,7 +123,7 @@ class CrossBlock(nn.Module):
 
 
 def _residual(x: jax.Array, branch: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """The sum of both, or their mixture with the share `keep` of `x`."""
+    """Returns the sum of both, or their mixture with weight `keep` for `x`."""
     if keep is None:
         return x + branch
     keep = keep.astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The registry of models: name → a function of (settings of the model, number of classes, task)."""
+"""The registry of models: name → a function of (model settings, number of classes, task)."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ from avjax.settings import EtgAverSettings, FusionSettings
 
 
 def _end_to_end(settings: EtgAverSettings, classes: int, task: str) -> Model:
-    # Models know arrays; this one brings pretrained encoders, which know files.
+    # imported late: only this model needs pretrained encoders
     from avjax.models import finetune
 
     return finetune.build(settings, classes, task)
@@ -25,7 +25,7 @@ REGISTRY: dict[str, Build] = {
 
 
 def check(settings: EtgAverSettings | FusionSettings) -> None:
-    """Checks what only the registry knows: the name of the model, its streams and its own settings.
+    """Checks the model's name, its streams and its own settings.
 
     Raises:
       AvjaxError: no model has that name, or a setting does not fit it.
@@ -41,7 +41,7 @@ def check(settings: EtgAverSettings | FusionSettings) -> None:
 
 
 def meanings(name: str) -> dict[str, str]:
-    """Gives what the own settings of a fusion or of EmoAsst mean, out of the docstring of its module."""
+    """Returns descriptions of the settings of a fusion or of EmoAsst, from the docstring of its module."""
     module = emoasst.EmoAsst if name == "emoasst" else fusions.FUSIONS[name].module
     listed = (inspect.getdoc(module) or "").partition("Attributes:")[2]
     text = " ".join(listed.split())
@@ -51,7 +51,7 @@ def meanings(name: str) -> dict[str, str]:
 
 
 def build(settings: EtgAverSettings | FusionSettings, classes: int, task: str = "single") -> Model:
-    """Builds the model of `settings` for `classes` classes, labels or targets of a kind of task.
+    """Builds the model of `settings` for `classes` classes, labels or targets of a task.
 
     Raises:
       AvjaxError: as `check`, or a setting does not fit the task.

@@ -1,18 +1,19 @@
-"""DE-III: optical flow sharpens the picture, and sound and picture ask each other.
+"""DE-III: optical flow enhances video, and audio and video attend to each other.
 
 Shi, Ge, Jose, Pugeault, Henderson 2024, "Detail-Enhanced Intra- and Inter-modal Interaction for Audio-Visual Emotion
 Recognition". Equation and table numbers are the paper's. Shapes: b clip, t video step, s audio step, n step of any
-sequence, q and k steps that ask and answer, d width, c class.
+sequence, q query, k key, d width, c class.
 
-One module holds every row of Tables 2 and 3, because each is a choice of five things: which streams enter, how the two
-visual ones become one (Eqs. 2–3), what runs over a sequence (Eq. 1), whether the modalities ask each other (Eqs. 4–6),
-and which head predicts.
+One module covers every row of Tables 2 and 3, as each combines five choices: which streams are read, how the two visual
+ones are merged (Eqs. 2–3), what encodes a sequence (Eq. 1), whether the modalities attend to each other (Eqs. 4–6), and
+which head predicts.
 
-Video and flow share one time base, on which either may lack a step that the other has: a clip's face is not found, or
-its flow not computed. Each is encoded over its own real steps and takes part alone where the other is missing.
+Video and flow share one time base, on which either may lack a step that the other has: the face was not detected, or
+the flow not computed. Each is encoded over its own real steps and is used alone where the other is missing.
 
-A missing stream is an all-False mask. The other one of video and flow then stands for both; without either, or without
-sound, the vector of that modality is zero and adds nothing to the other. A head that reads zeros answers by its biases.
+A missing stream is an all-False mask. If video or flow is missing, the other one is used for both. Without either, or
+without audio, the vector of that modality is zero and adds nothing to the other. A head that reads zeros predicts by
+its biases.
 """
 
 import dataclasses
@@ -43,10 +44,10 @@ from avjax.models.fusions.base import FusionModule
 VISUALS = ("pae", "early", "concat_time", "concat_channel", "sum")
 SEQUENCES = ("conformer", "transformer")
 HEADS = ("video", "audio", "fusion")
-# Below this square of its length a vector counts as short, so that the cosine of a zero has a gradient.
+# Lower bound of a squared length, so that the cosine of a zero vector has a gradient.
 _SHORT = 1e-6
 
-# The paper's tables as settings, and streams, by a name for each row.
+# The rows of the paper's tables: name → settings and streams.
 VARIANTS: dict[str, dict[str, object]] = {
     # Table 1, and the last rows of Tables 2 and 3.
     "full": {},
@@ -67,9 +68,9 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 class Pae(nn.Module):
-    """The weighing of pair-wise attention enhancement (PAE), Eqs. 2–3: a sum of flow and video, step by step.
+    """Pair-wise attention enhancement (PAE), Eqs. 2–3: a weighted sum of flow and video in each step.
 
-    A step that only one of the two has gives that one all the weight.
+    Where a step is real in only one of the two, that one gets all the weight.
     """
 
     width: int
@@ -77,26 +78,26 @@ class Pae(nn.Module):
 
     @nn.compact
     def __call__(self, flow: Stream, video: Stream) -> Stream:
-        """Maps flow and video (b, t, d) under masks (b, t) to (b, t, width), real where either is."""
+        """Maps flow and video (b, t, d) under masks (b, t) to (b, t, width), real where either is real."""
         (flow, flow_mask), (video, video_mask) = flow, video
         scores = Project((2,), dtype=self.dtype, name="weights")(jnp.concatenate([flow, video], -1))
         real = jnp.stack([flow_mask, video_mask], -1)  # b t 2
-        share = masked_softmax(scores.astype(jnp.float32), real).astype(self.dtype)
+        weights = masked_softmax(scores.astype(jnp.float32), real).astype(self.dtype)
         linear = lambda name: Project((self.width,), dtype=self.dtype, bias=False, name=name)  # noqa: E731
-        weighed = share[..., :1] * linear("flow")(flow) + share[..., 1:] * linear("video")(video)
-        return weighed, jnp.any(real, -1)
+        weighted = weights[..., :1] * linear("flow")(flow) + weights[..., 1:] * linear("video")(video)
+        return weighted, jnp.any(real, -1)
 
 
 class Ife(nn.Module):
-    """Inter-modal feature enhancement (IFE), Eqs. 4–6, of the modality that asks: one head, scores that are cosines.
+    """Inter-modal feature enhancement (IFE), Eqs. 4–6: single-head attention to the other modality by cosines.
 
-    The feed-forward block behind it has a ReLU between its two linear layers, as that of a transformer has: with
-    nothing between, two would be one.
+    The feed-forward block has a ReLU between its two linear layers, as in a transformer; without it, two linear layers
+    would amount to one.
 
     Attributes:
       width: d of both modalities, of the projections and of the two layers.
       temperature: divides the cosines before the softmax.
-      residual: a second sum, around the two layers; Eq. 6 has the first alone.
+      residual: whether the two layers have a residual too; Eq. 6 has only the first.
     """
 
     width: int
@@ -105,23 +106,23 @@ class Ife(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, asks: Stream, answers: Stream) -> tuple[jax.Array, jax.Array]:
-        """Maps asks (b, q, d) and answers (b, k, d), with masks, to (b, q, d) and the weights α (b, q, k), float32.
+    def __call__(self, queries: Stream, source: Stream) -> tuple[jax.Array, jax.Array]:
+        """Maps queries (b, q, d) and source (b, k, d), with masks, to (b, q, d) and the weights α (b, q, k), float32.
 
-        A step that asks nobody, or is not there, has no weights; what stands under its False mask means nothing.
+        Masked queries, and queries without a real key, have zero weights; the output at masked queries is undefined.
         """
-        (x, mask), (other, other_mask) = asks, answers
+        (x, mask), (other, other_mask) = queries, source
         linear = lambda name, bias=False: Project((self.width,), dtype=self.dtype, bias=bias, name=name)  # noqa: E731
         query, key, value = linear("query")(x), linear("key")(other), linear("value")(other)
         cosines = jnp.einsum("bqd,bkd->bqk", _unit(query), _unit(key), preferred_element_type=jnp.float32)
         weights = masked_softmax(cosines / self.temperature, mask[:, :, None] & other_mask[:, None, :])
         x += jnp.einsum("bqk,bkd->bqd", weights.astype(self.dtype), value)
-        fed = linear("down", bias=True)(nn.relu(linear("up", bias=True)(x)))
-        return (x + fed if self.residual else fed), weights
+        output = linear("down", bias=True)(nn.relu(linear("up", bias=True)(x)))
+        return (x + output if self.residual else output), weights
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x (..., d) at length 1, in its own dtype; zeros stay zeros, and their gradient finite."""
+    """Scales x (..., d) to length 1, in its own dtype; zeros stay zeros, with a finite gradient."""
     wide = x.astype(jnp.float32)
     squares = jnp.sum(wide * wide, -1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(squares, _SHORT))).astype(x.dtype)
@@ -130,24 +131,24 @@ def _unit(x: jax.Array) -> jax.Array:
 class DeIII(FusionModule):
     """DE-III and, by its settings, every row of the paper's Tables 2 and 3: see `VARIANTS`.
 
-    Not stated by the paper and chosen here: `kernel`, `expansion`, `dropout`; biases, which all layers have but those
-    that Eqs. 3, 4 and 6 write as matrices.
+    The paper does not state `kernel`, `expansion` and `dropout`, nor biases, which all layers have except the matrices
+    of Eqs. 3, 4 and 6.
 
     Attributes:
-      streams: audio, and one or both of video and flow; one of these alone takes the place of both.
+      streams: audio, and one or both of video and flow; one alone is used for both.
       width, heads, kernel, expansion: of the blocks; heads divides width, kernel is odd.
-      depths: stream → number of blocks; a single encoder of video and flow has the video's.
-      output: width of a sequence behind its blocks, in PAE and in IFE; hidden: of the heads.
+      depths: stream → number of blocks; a joint encoder of video and flow has the video's.
+      output: width of a sequence after its blocks, in PAE and in IFE; hidden: inner width of the heads.
       dropout: rate in the blocks, training only.
       temperature, residual: see `Ife`.
-      visual: how video and flow become one sequence, of `VISUALS`. "pae" encodes each and weighs them by `Pae`;
-        "early" weighs them first. The others also encode once: the video's real steps and then the flow's
+      visual: how video and flow are merged, one of `VISUALS`. "pae" encodes each and merges them by `Pae`; "early"
+        merges them first. The others also encode once: the video's real steps and then the flow's
         ("concat_time"), their channels side by side before one linear layer ("concat_channel"), or the sum of their
         linear layers ("sum").
-      sequence: the blocks, of `SEQUENCES`. A "transformer" is the vanilla one that the paper cites (Vaswani et al.
-        2017): it normalises after each sum, has ReLU inside, sinusoids added to its input, and dropout there alone.
-      inter: whether IFE is there; without it neither modality hears of the other, but in the head "fusion".
-      head: which of `HEADS` predicts, or "validation" for the best of them there.
+      sequence: one of `SEQUENCES`. A "transformer" is the vanilla one that the paper cites (Vaswani et al. 2017): it
+        normalises after each sum, has ReLU inside, sinusoids added to its input, and dropout only there.
+      inter: whether IFE is used; without it the modalities meet only in the head "fusion".
+      head: which of `HEADS` predicts, or "validation" for the best on the validation set.
       legacy_relative: see `conformer.RelativeAttention`.
       dtype: compute dtype; parameters stay float32, as do softmax, lengths of vectors, and logits.
     """
@@ -173,10 +174,9 @@ class DeIII(FusionModule):
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; video and flow have the same n.
 
-        Heads and features "video", "audio" and "fusion": "video" is what video and flow have become, whichever there
-        is. Attention "video" (b, t, s) and "audio" (b, s, t), zeros where a step is not real: the paper's Figure 2.
-        After "concat_time", where a point in time has a step of video and one of flow, "video" is the mean of both and
-        "audio" the sum.
+        Heads and features are "video", for video and flow merged, "audio" and "fusion". Attention is "video" (b, t, s)
+        and "audio" (b, s, t), zeros where a step is masked: the paper's Figure 2. With "concat_time" each point in time
+        has a step of video and one of flow: "video" averages their weights, "audio" sums them.
 
         Raises:
           AvjaxError: video and flow have different numbers of steps.
@@ -190,7 +190,7 @@ class DeIII(FusionModule):
             sequences, attention = self._enhance(sequences)
         vectors = {name: masked_max(*sequence) for name, sequence in sequences.items()}
         vectors["fusion"] = jnp.concatenate([vectors["video"], vectors["audio"]], -1)
-        return Output({h: self._answer(h, vectors[h]) for h in HEADS}, vectors, attention)
+        return Output({h: self._predict(h, vectors[h]) for h in HEADS}, vectors, attention)
 
     @property
     def _both(self) -> bool:
@@ -205,21 +205,21 @@ class DeIII(FusionModule):
         return Project((width,), dtype=self.dtype, name=name)
 
     def _input(self, name: str, stream: Stream) -> Stream:
-        """A stream through its input layer: (b, n, width)."""
+        """Applies the input layer of a stream: (b, n, width)."""
         x, mask = stream
         return jnp.where(mask[..., None], self._linear(f"{name}_input", self.width)(x), 0), mask
 
     def _alone(self, name: str, streams: Mapping[str, Stream], train: bool) -> Stream:
-        """Eq. 1 of one stream: (b, n, output)."""
+        """Encodes one stream (Eq. 1): (b, n, output)."""
         return self._encode(name, self.depths[name], self._input(name, streams[name]), train)
 
     def _encode(self, name: str, depth: int, stream: Stream, train: bool) -> Stream:
-        """The real steps of (b, n, width) through `depth` blocks and an output layer: (b, n, output)."""
+        """Encodes the real steps of (b, n, width) by `depth` blocks and an output layer: (b, n, output)."""
         x, mask = stream
         x, front = pack(x, mask)
         if self.sequence == "transformer":
-            places = interleaved_sinusoids(np.arange(x.shape[1]), self.width)
-            x = Dropout(self.dropout, train)(x + places[None].astype(self.dtype))
+            embedded = interleaved_sinusoids(np.arange(x.shape[1]), self.width)
+            x = Dropout(self.dropout, train)(x + embedded[None].astype(self.dtype))
         for i in range(depth):
             x = self._block(f"{name}_block_{i}", x, front, train)
         x = self._linear(f"{name}_output", self.output)(unpack(x, mask))
@@ -232,7 +232,7 @@ class DeIII(FusionModule):
         return ConformerBlock(*settings, name=name)(x, mask, train)
 
     def _visual(self, streams: Mapping[str, Stream], train: bool) -> Stream:
-        """What the picture is to IFE: (b, t, output), or (b, 2t, output) after "concat_time"."""
+        """Encodes video and flow for IFE: (b, t, output), or (b, 2t, output) for "concat_time"."""
         if not self._both:
             return self._alone("flow" if "flow" in self.streams else "video", streams, train)
         if self.visual == "pae":
@@ -241,7 +241,7 @@ class DeIII(FusionModule):
         return self._encode("visual", self.depths["video"], self._joined(streams), train)
 
     def _joined(self, streams: Mapping[str, Stream]) -> Stream:
-        """Flow and video as one sequence before any block: (b, t, width), or (b, 2t, width) for "concat_time"."""
+        """Merges flow and video before any block: (b, t, width), or (b, 2t, width) for "concat_time"."""
         (flow, flow_mask), (video, video_mask) = streams["flow"], streams["video"]
         if self.visual == "concat_channel":
             joined = jnp.concatenate([flow, video], -1)
@@ -254,24 +254,24 @@ class DeIII(FusionModule):
         return jnp.concatenate([video, flow], 1), jnp.concatenate([video_mask, flow_mask], 1)
 
     def _enhance(self, sequences: Mapping[str, Stream]) -> tuple[dict[str, Stream], dict[str, jax.Array]]:
-        """`Ife` both ways: the two sequences again, and the weights by the name of the one that asks."""
+        """Applies `Ife` in both directions: the enhanced sequences, and the weights by the name of the queries."""
         enhanced, attention = {}, {}
-        for asks, answers in (("video", "audio"), ("audio", "video")):
-            ife = Ife(self.output, self.temperature, self.residual, self.dtype, name=f"{asks}_ife")
-            x, attention[asks] = ife(sequences[asks], sequences[answers])
-            enhanced[asks] = x, sequences[asks][1]
+        for name, other in (("video", "audio"), ("audio", "video")):
+            ife = Ife(self.output, self.temperature, self.residual, self.dtype, name=f"{name}_ife")
+            x, attention[name] = ife(sequences[name], sequences[other])
+            enhanced[name] = x, sequences[name][1]
         if self._both and self.visual == "concat_time":
             attention = _by_time(attention["video"], attention["audio"], sequences["video"][1])
         return enhanced, attention
 
-    def _answer(self, head: str, x: jax.Array) -> jax.Array:
-        """A perceptron's logits (b, c), float32."""
+    def _predict(self, head: str, x: jax.Array) -> jax.Array:
+        """Computes the logits (b, c) of a head, float32."""
         hidden = nn.relu(self._linear(f"{head}_hidden", self.hidden)(x))
         return nn.Dense(self.classes, name=f"{head}_head")(hidden.astype(jnp.float32))
 
 
 def _by_time(video: jax.Array, audio: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Weights video (b, 2t, s) and audio (b, s, 2t) under mask (b, 2t) by the t points in time that two steps share."""
+    """Merges attention weights video (b, 2t, s) and audio (b, s, 2t) under mask (b, 2t) to t points in time."""
     b, twice, s = video.shape
     halves = video.reshape(b, 2, twice // 2, s).swapaxes(1, 2)  # b t 2 s
     real = mask.reshape(b, 2, twice // 2).swapaxes(1, 2)
@@ -279,7 +279,7 @@ def _by_time(video: jax.Array, audio: jax.Array, mask: jax.Array) -> dict[str, j
 
 
 def heads(module: DeIII) -> tuple[str, ...]:
-    """The three heads, the one that is named to predict first."""
+    """Returns the three heads, the predicting one first."""
     return tuple(sorted(HEADS, key=lambda head: head != module.head))
 
 
@@ -295,7 +295,7 @@ FUSIONS: dict[str, Fusion] = {
         least=2,
         most=3,
         choices={"visual": VISUALS, "sequence": SEQUENCES, "head": ("validation", *HEADS)},
-        # The batch is not stated.
+        # The paper does not state the batch size.
         recipe={"optimizer": "adamw", "learning_rate": 5e-6, "batch_size": 32, "weight_decay": 5e-2, "epochs": 20},
         small={
             "width": 128,

@@ -1,11 +1,11 @@
-"""EfficientFace (Zhao, Liu, Zhou 2021), the frame network of MMER and of the released AVT-CA: picture → vector.
+"""EfficientFace (Zhao, Liu, Zhou 2021), the frame network of MMER and of the released AVT-CA: image → vector.
 
-ShuffleNetV2 units (Ma et al. 2018) whose second stage is weighed by a channel and a spatial gate and joined by local
-features of the four quarters of the picture. Shapes: n picture, h row, w column, d width.
+ShuffleNetV2 units (Ma et al. 2018), whose first stage is weighted by a channel and a spatial gate and summed with local
+features of the four quarters of the image. Shapes: n image, h row, w column, d width.
 
-Batch norms are those of inference: running statistics are state (collection "batch_stats"), which comes with
-pretrained weights and never moves, in training neither; without pretrained weights they are 0 and 1, and the
-initialisation of the convolutions keeps the scale. So no video's vector depends on other pictures.
+Batch norms run in inference mode: running statistics are state (collection "batch_stats"), which comes with pretrained
+weights and is never updated. Without pretrained weights they are 0 and 1, and the initialisation of the convolutions
+keeps the scale. So no video's vector depends on other images.
 """
 
 import flax.linen as nn
@@ -19,7 +19,7 @@ _KEEPS_SCALE = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm of inference and, unless `linear`, ReLU; padding as PyTorch's, the same on all sides."""
+    """Convolution, batch norm in inference mode and, unless `linear`, ReLU; padded on all sides, as in PyTorch."""
 
     width: int
     kernel: int = 1
@@ -51,7 +51,7 @@ class ConvNorm(nn.Module):
 class ShuffleUnit(nn.Module):
     """A ShuffleNetV2 unit (Ma et al. 2018, figure 3c and d): two branches whose channels are interleaved.
 
-    With stride 1 half of the channels pass untouched; with stride 2 both branches see all of them.
+    With stride 1 half of the channels pass unchanged; with stride 2 both branches read all of them.
     """
 
     width: int
@@ -78,7 +78,7 @@ class ShuffleUnit(nn.Module):
 
 
 class Modulator(nn.Module):
-    """Weighs every value by the sigmoid of a channel gate times a spatial gate; `reduction` narrows both."""
+    """Multiplies x by the sigmoid of a channel gate times a spatial gate; `reduction` narrows both."""
 
     reduction: int = 16
     dtype: jnp.dtype = jnp.float32
@@ -91,15 +91,15 @@ class Modulator(nn.Module):
         pooled = jnp.mean(x, (1, 2), keepdims=True)
         channel = ConvNorm(narrow, bias=True, dtype=self.dtype, name="channel")(pooled)
         channel = FrameConvolution(width, 1, dtype=self.dtype, name="channel_out")(channel)  # n 1 1 d
-        place = ConvNorm(narrow, bias=True, dtype=self.dtype, name="place")(x)
+        spatial = ConvNorm(narrow, bias=True, dtype=self.dtype, name="place")(x)
         for i in range(2):
-            place = ConvNorm(narrow, 3, dilation=4, bias=True, dtype=self.dtype, name=f"place_{i}")(place)
-        place = FrameConvolution(1, 1, dtype=self.dtype, name="place_out")(place)  # n h w 1
-        return nn.sigmoid(channel * place) * x
+            spatial = ConvNorm(narrow, 3, dilation=4, bias=True, dtype=self.dtype, name=f"place_{i}")(spatial)
+        spatial = FrameConvolution(1, 1, dtype=self.dtype, name="place_out")(spatial)  # n h w 1
+        return nn.sigmoid(channel * spatial) * x
 
 
 class LocalFeatures(nn.Module):
-    """Two depthwise convolutions for each quarter of the picture, with weights of its own, stitched again."""
+    """Two depthwise convolutions with separate weights for each quarter of the image, put together again."""
 
     width: int
     dtype: jnp.dtype = jnp.float32
@@ -119,11 +119,11 @@ class LocalFeatures(nn.Module):
 
 
 class EfficientFace(nn.Module):
-    """The whole frame network without its classifier.
+    """The frame network without its classifier.
 
     Attributes:
       stem: width of the first convolution; stages: widths of the three stages of units; repeats: units in each.
-      width: of the vector.
+      width: of the output vector.
     """
 
     stem: int = 29
@@ -133,18 +133,18 @@ class EfficientFace(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, pictures: jax.Array) -> jax.Array:
-        """Maps pictures (n, h, w, 3), RGB in [0, 1], to (n, width).
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images (n, h, w, 3), RGB in [0, 1], to (n, width).
 
         Raises:
-          AvjaxError: height or width is not a multiple of 16, so that quarters and stages would not meet.
+          AvjaxError: height or width is not a multiple of 16, so that quarters and stages do not align.
         """
-        if pictures.shape[1] % 16 or pictures.shape[2] % 16:
+        if images.shape[1] % 16 or images.shape[2] % 16:
             raise AvjaxError(
-                f"frames of {pictures.shape[1]} x {pictures.shape[2]} pixels do not fit EfficientFace: "
+                f"frames of {images.shape[1]} x {images.shape[2]} pixels do not fit EfficientFace: "
                 "resize them to multiples of 16, such as the paper's 224 x 224"
             )
-        x = ConvNorm(self.stem, 3, 2, dtype=self.dtype, name="stem")(pictures)
+        x = ConvNorm(self.stem, 3, 2, dtype=self.dtype, name="stem")(images)
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         local = LocalFeatures(self.stages[0], self.dtype, name="local")(x)
         x = Modulator(dtype=self.dtype, name="modulator")(self._stage(0, x)) + local

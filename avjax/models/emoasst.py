@@ -1,13 +1,13 @@
-"""EmoAsst: frozen encoders of picture and sound, adapted to emotions by contrast with prompts that name them.
+"""EmoAsst: frozen video and audio encoders, adapted to emotions by contrastive learning with prompts.
 
 Wang and Yang 2024, "EmoAsst: emotion recognition assistant via text-guided transfer learning on pre-trained visual and
 acoustic models". Section and equation numbers are the paper's. Shapes: b clip, t video step, s audio step, d width,
-e width of the texts, c class.
+e width of text features, c class.
 
-The module gives one vector of length 1 for each modality, and the answers of the zero-shot classifier (Eq. 2); the
-classifiers that read the vectors come after training (`Model.readers`). In training the query of the picture is a
-prompt, drawn for each clip at each step, that names the label; everywhere else it is the text of the clip alone, and no
-label is read. The paper trains both branches separately: they share no parameter, and their losses are added.
+The module outputs one vector of length 1 per modality, and the logits of the zero-shot classifier (Eq. 2); the
+classifiers that read the vectors are fitted after training (`Model.readers`). In training the video query is a prompt
+with the label, drawn for each clip at each step; otherwise it is the text of the clip, and no label is read. The paper
+trains both branches separately; as they share no parameters, their losses are simply added.
 """
 
 import functools
@@ -25,9 +25,9 @@ from avjax.models.base import Loss, Model, Output
 from avjax.settings import STREAMS, FusionSettings, check_model_settings
 from avjax.tasks import contrastive
 
-TEMPERATURE = 0.07  # τ of the losses, and at which cosines become probabilities
+TEMPERATURE = 0.07  # τ of the losses and of the zero-shot softmax over cosines
 READERS = ("cache", "tuned", "zero", "probe")
-PREDICTING = READERS[:3]  # the linear probe measures features (Table 2)
+PREDICTING = READERS[:3]  # the linear probe only evaluates features (Table 2)
 CHOICES = {"visual_loss": ("clip", "supcon"), "reader": PREDICTING}
 BOTH = "both"
 _OF_MODULE = ("width", "heads", "inner", "queries", "dropout", "prompt", "label_in_query")
@@ -37,8 +37,8 @@ _EPS = 1e-5
 class VisualFusion(nn.Module):
     """The visual fusion module (section 3.2.1): an encoder layer for each frame alone, then two decoder layers.
 
-    The queries ask the frames; with one of them the decoder's self-attention leaves its query and key without gradient,
-    as the encoder layer's always are.
+    The queries attend to the frames. With a single query, the decoder's self-attention gives its query and key
+    projections no gradient; the encoder layer's never get one.
     """
 
     heads: int
@@ -59,7 +59,7 @@ class VisualFusion(nn.Module):
 
 
 class AuditoryAdapter(nn.Module):
-    """The auditory adapter (section 3.3.1): three encoder layers over the sound, and the mean of its steps."""
+    """The auditory adapter (section 3.3.1): three encoder layers over audio, then the mean over steps."""
 
     heads: int
     inner: int
@@ -67,26 +67,26 @@ class AuditoryAdapter(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, sound: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
-        """Maps sound (b, s, d) under mask (b, s) to (b, d)."""
+    def __call__(self, audio: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
+        """Maps audio (b, s, d) under mask (b, s) to (b, d)."""
         for i in range(3):
             block = PostNormBlock(self.heads, self.inner, nn.relu, _EPS, self.dtype, self.dropout, name=f"block_{i}")
-            sound = block(sound, mask, train=train)
-        return masked_mean(sound, mask)
+            audio = block(audio, mask, train=train)
+        return masked_mean(audio, mask)
 
 
 class EmoAsst(nn.Module):
     """Both branches and the zero-shot classifier.
 
     Attributes:
-      streams: of "text", "audio" and "video"; text is what the query and the contrast say where no prompt is drawn.
-      width: d. What has another width enters by a linear layer, and where the texts have another, which features are
-        compared with, features leave by one.
-      heads, inner: of all transformer layers; queries: m of the visual fusion module; dropout: as PyTorch's layers have
-        it.
-      prompt: contrast with prompts in training; False = with the text of the clip, as rows without "+ prompt" do.
-      label_in_query: whether the query of the video is the drawn prompt too, with the label, as in the paper; False =
-        always the text of the clip.
+      streams: of "text", "audio" and "video"; text is the query and the contrast where no prompt is drawn.
+      width: d. Inputs of another width are mapped by a linear layer, and features to the width of the texts, if that
+        differs, by another one.
+      heads, inner: of all transformer layers; queries: m of the visual fusion module; dropout: rate, placed as in
+        PyTorch's layers.
+      prompt: contrast with prompts in training; False = with the text of the clip, as in rows without "+ prompt".
+      label_in_query: whether the video query is the drawn prompt, with the label, as in the paper; False = always the
+        text of the clip.
     """
 
     streams: tuple[str, ...] = ("text", "audio", "video")
@@ -103,26 +103,25 @@ class EmoAsst(nn.Module):
     def __call__(self, batch: Mapping[str, jax.Array], train: bool = False, with_label: bool = False) -> Output:
         """Reads `<stream> (b, n, w)`, `<stream>_mask (b, n)`, `classes (c, e)`, and in training `prompts (b, p, e)`.
 
-        Args:
-          with_label: outside of training, query the video with the first prompt, which names the label: to measure how
-            much is lost without it.
+        With `with_label`, the video query outside of training is the first prompt, which names the label, to measure
+        how much is lost without it.
         """
-        said = self._said(batch)
-        drawn = self._drawn(batch) if train and self.prompt else said
-        query = drawn if self.label_in_query else said
+        text = self._text(batch)
+        drawn = self._drawn(batch) if train and self.prompt else text
+        query = drawn if self.label_in_query else text
         if with_label:
             query = contrastive.unit(batch["prompts"][:, 0])
-        branches = {"video": functools.partial(self._seen, query), "audio": self._heard}
+        branches = {"video": functools.partial(self._video, query), "audio": self._audio}
         features = {m: branches[m](batch, train) for m in modalities(self.streams)}
         rows, classes = jnp.stack([*features.values()]), contrastive.unit(batch["classes"])
-        asked = dict(zip(features, rows[:, None], strict=True))
+        inputs = dict(zip(features, rows[:, None], strict=True))
         if len(features) > 1:
-            asked = {BOTH: rows} | asked
-        logits = {f"{name}_zero": zero_shot_scores(some, classes) / TEMPERATURE for name, some in asked.items()}
+            inputs = {BOTH: rows} | inputs
+        logits = {f"{name}_zero": zero_shot_scores(x, classes) / TEMPERATURE for name, x in inputs.items()}
         return Output(logits=logits, features=features | {"text": drawn}, attention={})
 
-    def _said(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """What the text of each clip says, (b, e) of length 1; zeros where it has none."""
+    def _text(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns the text feature of each clip, (b, e) of length 1; zeros where it has none."""
         width = batch["classes"].shape[-1]
         if "text" not in self.streams:
             return jnp.zeros((batch["weight"].shape[0], width))
@@ -134,44 +133,45 @@ class EmoAsst(nn.Module):
         return contrastive.unit(masked_mean(batch["text"], batch["text_mask"]))
 
     def _drawn(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """One of the prompts of each clip, (b, e) of length 1."""
+        """Draws one of the prompts of each clip: (b, e), of length 1."""
         count, formats = batch["prompts"].shape[:2]
-        place = jax.random.randint(self.make_rng("dropout"), (count, 1, 1), 0, formats)
-        return contrastive.unit(jnp.take_along_axis(batch["prompts"], place, 1)[:, 0])
+        index = jax.random.randint(self.make_rng("dropout"), (count, 1, 1), 0, formats)
+        return contrastive.unit(jnp.take_along_axis(batch["prompts"], index, 1)[:, 0])
 
-    def _seen(self, text: jax.Array, batch: Mapping[str, jax.Array], train: bool) -> jax.Array:
-        asked = self.param("query", nn.initializers.normal(0.02), (self.queries, self.width))
-        query = asked[None].astype(self.dtype) + self._fitting("text", text.astype(self.dtype))[:, None]
+    def _video(self, text: jax.Array, batch: Mapping[str, jax.Array], train: bool) -> jax.Array:
+        learned = self.param("query", nn.initializers.normal(0.02), (self.queries, self.width))
+        query = learned[None].astype(self.dtype) + self._projected("text", text.astype(self.dtype))[:, None]
         fusion = VisualFusion(self.heads, self.inner, self.dropout, self.dtype, name="vfm")
-        return self._of(batch, "video", lambda x, mask: fusion(query, x, mask, train))
+        return self._feature(batch, "video", lambda x, mask: fusion(query, x, mask, train))
 
-    def _heard(self, batch: Mapping[str, jax.Array], train: bool) -> jax.Array:
+    def _audio(self, batch: Mapping[str, jax.Array], train: bool) -> jax.Array:
         adapter = AuditoryAdapter(self.heads, self.inner, self.dropout, self.dtype, name="aa")
-        return self._of(batch, "audio", lambda x, mask: adapter(x, mask, train))
+        return self._feature(batch, "audio", lambda x, mask: adapter(x, mask, train))
 
-    def _of(self, batch: Mapping[str, jax.Array], stream: str, branch: Callable[..., jax.Array]) -> jax.Array:
-        """The feature of a modality, (b, e) of length 1; zeros where a clip lacks it."""
+    def _feature(self, batch: Mapping[str, jax.Array], stream: str, branch: Callable[..., jax.Array]) -> jax.Array:
+        """Computes the feature of a modality, (b, e) of length 1; zeros where a clip lacks it."""
         mask = batch[f"{stream}_mask"]
         x = jnp.where(mask[..., None], batch[stream], 0).astype(self.dtype)
-        feature, joint = branch(self._fitting(stream, x), mask), batch["classes"].shape[-1]
+        feature, joint = branch(self._projected(stream, x), mask), batch["classes"].shape[-1]
         if joint != self.width:
             feature = Project((joint,), dtype=self.dtype, name=f"express_{stream}")(feature)
         return jnp.where(jnp.any(mask, -1)[:, None], contrastive.unit(feature), 0)
 
-    def _fitting(self, name: str, x: jax.Array) -> jax.Array:
+    def _projected(self, name: str, x: jax.Array) -> jax.Array:
         if x.shape[-1] == self.width:
             return x
         return Project((self.width,), dtype=self.dtype, name=f"project_{name}")(x)
 
 
 def zero_shot_scores(rows: np.ndarray | jax.Array, text: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """Computes the cosines of clips to the class texts (Eq. 2), the mean over the modalities that a clip has.
+    """Computes the cosines of clips to the class texts (Eq. 2), averaged over the modalities that a clip has.
 
     Args:
       rows: (…, k, m, d) features of m clips in k modalities, of length 1, or zeros where a clip lacks the modality.
       text: (…, c, d) class weights, of length 1.
+
     Returns:
-      (…, m, c), zeros for a clip without any.
+      (…, m, c), zeros for a clip without any modality.
     """
     count = (rows != 0).any(-1).sum(-2).astype(rows.dtype).clip(1)  # (…, m)
     cosines = rows @ text.swapaxes(-1, -2)[..., None, :, :]
@@ -179,23 +179,25 @@ def zero_shot_scores(rows: np.ndarray | jax.Array, text: np.ndarray | jax.Array)
 
 
 def modalities(streams: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the streams those that are recognised, picture first."""
+    """Returns the modalities among the streams, video first."""
     return tuple(m for m in ("video", "audio") if m in streams)
 
 
 def contrast(visual: str, temperature: float = TEMPERATURE) -> Loss:
-    """The losses of both branches (sections 3.2.2 and 3.3.2): clips in which a modality or the text is missing cost
-    nothing there and are in nobody's set.
+    """Returns the loss of both branches (sections 3.2.2 and 3.3.2).
+
+    Clips without a modality, or without text, are left out of its loss and cost 0.
 
     Args:
-      visual: "clip", the symmetric loss of pairs, or "supcon"; the sound's is always SupCon (Eq. 1).
+      visual: the video loss, "clip", the symmetric loss of pairs, or "supcon"; that of audio is always SupCon (Eq. 1).
+      temperature: τ.
     """
 
     def loss(output: Output, batch: Mapping[str, jax.Array], prior: jax.Array) -> dict[str, jax.Array]:
         text, terms = output.features["text"], {}
-        there = batch["weight"] * jnp.any(text != 0, -1)
+        has_text = batch["weight"] * jnp.any(text != 0, -1)
         for m in modalities(tuple(output.features)):
-            x, counts = output.features[m], there * jnp.any(batch[f"{m}_mask"], -1)
+            x, counts = output.features[m], has_text * jnp.any(batch[f"{m}_mask"], -1)
             if m == "video" and visual == "clip":
                 terms[m] = contrastive.clip_loss(x, text, counts, temperature=temperature)
             else:
@@ -206,11 +208,11 @@ def contrast(visual: str, temperature: float = TEMPERATURE) -> Loss:
 
 
 def settings() -> dict[str, Any]:
-    """What `model.settings` may hold, with the paper's values; `CHOICES` has those that are words."""
+    """Returns the settings with the paper's values; `CHOICES` lists the allowed strings."""
     return {name: getattr(EmoAsst, name) for name in _OF_MODULE} | {
         "visual_loss": "clip",
         "reader": "cache",
-        "shots": 16,  # K, not stated
+        "shots": 16,  # K, not stated by the paper
         "tune_steps": 100,  # of the tuned keys
         "tune_rate": 1e-3,
     }
@@ -230,17 +232,17 @@ def check(given: FusionSettings) -> None:
 
 
 def build(given: FusionSettings, classes: int, task: str) -> Model:
-    """Makes the model of settings that `check` has passed."""
+    """Builds the model from checked settings (`check`)."""
     own, read = settings() | dict(given.settings), modalities(given.streams)
     shape = {key: own[key] for key in _OF_MODULE}
     module = EmoAsst(streams=given.streams, dtype=jnp.dtype(given.dtype), **shape)
-    answered = (BOTH, *read) if len(read) > 1 else read
-    primary = f"{answered[0]}_{own['reader']}"
-    others = [head for m in answered for reader in READERS if (head := f"{m}_{reader}") != primary]
+    predicted = (BOTH, *read) if len(read) > 1 else read
+    primary = f"{predicted[0]}_{own['reader']}"
+    others = [head for m in predicted for reader in READERS if (head := f"{m}_{reader}") != primary]
     return Model(
         module=module,
         loss=contrast(own["visual_loss"]),
-        heads=tuple(f"{m}_zero" for m in answered),
+        heads=tuple(f"{m}_zero" for m in predicted),
         streams=given.streams,
         task=task,
         readers=(primary, *others),

@@ -1,7 +1,7 @@
-"""ETG-AVER with its encoders in front: from pictures, sound and token ids to emotions, and gradients all the way back.
+"""ETG-AVER trained end to end with its encoders: from frames, audio and token ids to emotions.
 
-The pretrained weights come with the batch, under `PRETRAINED`: one copy for all lanes. The params of the module are the
-core's and those that are trained of each encoder (`avjax.models.lora`), under the name of its stream.
+The pretrained weights come with the batch, under `PRETRAINED`: one copy for all lanes. The module's parameters are the
+core's and, under the name of its stream, the trained ones of each encoder (`avjax.models.lora`).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from avjax.models.base import Output
 from avjax.models.etg_aver import EtgAver
 
 PRETRAINED = "pretrained"
-# Clips that are encoded at once where no gradient is asked for: evaluation takes larger batches than training.
+# Clips that are encoded at once without gradients: evaluation has larger batches than training.
 _AT_ONCE = 4
 
 # (params, raw inputs (b, n, …), mask (b, n)) → features (b, s, d) and their mask (b, s).
@@ -24,12 +24,12 @@ Encode = Callable[[Mapping[str, Any], jax.Array, jax.Array], tuple[jax.Array, ja
 
 
 class EndToEnd(nn.Module):
-    """The core behind the encoders of its streams.
+    """The core model on top of the encoders of its streams.
 
     Attributes:
-      core: reads what the encoders make.
-      encoders: (stream, how it is encoded) of each.
-      tuning: what of them is trained.
+      core: the model that reads the encoders' features.
+      encoders: (stream, its encoder) pairs.
+      tuning: which encoder weights are trained.
     """
 
     core: EtgAver
@@ -38,8 +38,7 @@ class EndToEnd(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Mapping[str, Any], train: bool = False) -> Output:
-        """Reads `<stream> (b, n, …)` as the encoder takes it, `<stream>_mask (b, n)`, and {stream: params} under
-        `PRETRAINED`."""
+        """Reads encoder inputs `<stream> (b, n, …)`, `<stream>_mask (b, n)`, and {stream: params} at `PRETRAINED`."""
         if self.is_initializing():
             self.tuning.check(batch[PRETRAINED])
         encoded = dict(batch)

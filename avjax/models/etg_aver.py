@@ -1,15 +1,15 @@
-"""ETG-AVER: a sentence made from the clip guides the fusion of its sound and picture.
+"""ETG-AVER: a sentence generated from the clip guides the fusion of audio and video.
 
 Wei et al., "Emotion-Aware Text Generation for Instructing Audio-Visual Emotion Recognition". Equation numbers are the
 paper's. Shapes: b clip, n step of a stream (l token, s audio step, t video step), g segment, d width, c class.
 
-One module holds every row of the paper's ablations, because each is a choice of four things: which streams enter,
-whether the text reweights the others (Eqs. 3–4), how they are fused (Eq. 5 and Table IV), and whether every modality
-has a head of its own (Eqs. 6–7).
+One module covers every row of the paper's ablations, as each combines four choices: which streams are read, whether the
+text reweights the others (Eqs. 3–4), how they are fused (Eq. 5 and Table IV), and whether every modality has a head of
+its own (Eqs. 6–7).
 
-A missing modality is an all-False mask. Then its weights, pools and contexts are zeros; Eq. 5 without sound attends
-evenly over the video segments, without picture it reads the audio segments instead; without a sentence there is no
-query, so the fused vector of Eq. 5 is zero and the answer rests on the classifier's bias alone.
+A missing modality is an all-False mask; its weights, averages and contexts are zeros. Without audio, Eq. 5 attends
+evenly to the video segments; without video it reads the audio segments instead. Without a sentence there is no query,
+so the fused vector of Eq. 5 is zero and only the classifier's bias predicts.
 """
 
 import functools
@@ -38,7 +38,7 @@ _SETTINGS = (
     "dropout",
 )
 
-# The paper's tables as settings of `config.model`, by the name that stands after the colon of `--config file.py:name`.
+# The paper's tables as settings of `config.model`, by the variant name in `--config file.py:name`.
 VARIANTS: dict[str, dict[str, object]] = {
     "full": {},
     # Table III, from the bottom row up; `no_hlo` is also Figure 3 (c).
@@ -68,17 +68,17 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Eq. 3: cosine along the last axis, 0 where either vector is zero; in float32."""
+    """Computes the cosine along the last axis (Eq. 3), 0 where either vector is zero; in float32."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     norm = jax.lax.rsqrt(jnp.maximum(jnp.sum(a * a, -1) * jnp.sum(b * b, -1), 1e-12))
     return jnp.sum(a * b, -1) * norm
 
 
 def step_weights(similarity: jax.Array, mask: jax.Array, weighting: str, temperature: float) -> jax.Array:
-    """Eq. 4 over the steps of a clip: (b, n), summing to 1 over the valid steps, zeros for a clip without any.
+    """Computes the step weights of Eq. 4: (b, n), summing to 1 over the valid steps, zeros for a clip without any.
 
-    `softmax` divides the cosines by `temperature`; `ratio` is the paper's own quotient with negative cosines clipped
-    at 0, even weights where none is positive.
+    `softmax` divides the cosines by `temperature`; `ratio` is the paper's quotient with negative cosines clipped to 0,
+    and even weights if none is positive.
     """
     if weighting == "softmax":
         return masked_softmax(similarity / temperature, mask)
@@ -89,15 +89,18 @@ def step_weights(similarity: jax.Array, mask: jax.Array, weighting: str, tempera
 
 
 def segments(x: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Masked average pooling of a stream onto `count` equal spans of its clip: the common time base of Eq. 5.
+    """Averages a masked stream over `count` equal spans of its clip: the common time base of Eq. 5.
 
     Span g covers the steps from floor(g·n/count) up to ceil((g+1)·n/count), where n is the clip's own number of steps
-    (up to its last valid one), so padding moves nothing and a short clip leaves no span empty.
+    (up to its last valid one), so padding has no effect and a short clip leaves no span empty.
 
     Args:
-      x: (b, n, d); mask: (b, n).
+      x: (b, n, d).
+      mask: (b, n).
+      count: number of spans.
+
     Returns:
-      pooled (b, count, d) and their mask (b, count).
+      Averages (b, count, d) and their mask (b, count).
     """
     step = jnp.arange(x.shape[1])[None, None, :]  # (1, 1, n)
     span = jnp.arange(count)[None, :, None]  # (1, g, 1)
@@ -111,9 +114,9 @@ def segments(x: jax.Array, mask: jax.Array, count: int) -> tuple[jax.Array, jax.
 
 
 class Guide(nn.Module):
-    """Eqs. 3–4: weighs the steps of a stream by their likeness to the text summary.
+    """Eqs. 3–4: reweights the steps of a stream by their similarity to the text summary.
 
-    The one text row is mapped into the stream's space by a trained linear layer: the encoders' spaces are untied.
+    A trained linear layer maps the text vector into the stream's space, as the encoders' spaces are unrelated.
     """
 
     weighting: str
@@ -124,7 +127,7 @@ class Guide(nn.Module):
     def __call__(
         self, summary: jax.Array, has_text: jax.Array, x: jax.Array, mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """summary (b, d), has_text (b,), x (b, n, d), mask (b, n) → reweighted x and its weights (b, n)."""
+        """Maps summary (b, d), has_text (b,), x (b, n, d) and mask (b, n) to x reweighted and its weights (b, n)."""
         mapped = nn.Dense(x.shape[-1], dtype=self.dtype, name="map")(summary)
         similarity = jnp.where(has_text[:, None], cosine(mapped[:, None, :], x), 0.0)
         weights = step_weights(similarity, mask, self.weighting, self.temperature)
@@ -134,34 +137,36 @@ class Guide(nn.Module):
 
 
 class Linear(nn.Module):
-    """Affine map of the last axis of x, (..., inputs) → (..., width), that can be asked from behind."""
+    """Affine map of the last axis of x, (..., inputs) → (..., width), with a transpose (`transposed`)."""
 
     inputs: int
     width: int
     dtype: jnp.dtype
 
     def setup(self) -> None:
+        """Creates kernel and bias."""
         self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.inputs, self.width))
         self.bias = self.param("bias", nn.initializers.zeros, (self.width,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x (..., inputs) to (..., width)."""
         y = jnp.tensordot(x.astype(self.dtype), self.kernel.astype(self.dtype), 1)
         return y + jnp.broadcast_to(self.bias.astype(self.dtype), y.shape)
 
-    def behind(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rows (..., width) as (..., inputs) and (...), so that map(x)·row = x·result + offset for any x.
+    def transposed(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps rows (..., width) to a result (..., inputs) and an offset (...) with map(x)·row = x·result + offset.
 
-        Many x that meet few rows need not be mapped then: the rows are, once.
+        For products of many x with few rows, this maps the few rows instead of the many x.
         """
         rows = rows.astype(self.dtype)
         return rows @ self.kernel.T.astype(self.dtype), jnp.tensordot(rows, self.bias.astype(self.dtype), 1)
 
 
 class TextQuery(nn.Module):
-    """Eq. 5: text asks, audio is asked, video answers, on a common number of segments.
+    """Eq. 5: attention with text as queries, audio as keys and video as values, on a common number of segments.
 
     `kind` "attention" is the scaled dot product, "additive" Bahdanau's v·tanh(Wq + Wk) (Table IV). The fused vector is
-    the mean of the contexts of all tokens, so it is one value row of the tokens' mean weights.
+    the mean of the contexts of all tokens, computed from the tokens' mean weights.
     """
 
     kind: str
@@ -181,36 +186,39 @@ class TextQuery(nn.Module):
         """Maps the streams to the fused vector (b, d) and weights (b, l, g).
 
         Args:
-          text: what asks (b, l, w); audio: what is asked (b, n, d); video: what answers (b, n, d), each with its mask.
-          project: brings text to the model's width; kept: (b, 1, d), what its features are multiplied by.
+          text: queries (b, l, w) and their mask.
+          audio: keys (b, n, d) and their mask.
+          video: values (b, n, d) and their mask.
+          project: maps text to the model's width.
+          kept: (b, 1, d), dropout factors of the text features.
         """
         text, text_mask = text
         linear = lambda name: Linear(self.width, self.width, self.dtype, name=name)  # noqa: E731
-        audio, heard = segments(*audio, self.count)
-        video, seen = segments(*video, self.count)
-        sighted = jnp.any(seen, -1)
-        source = jnp.where(sighted[:, None, None], video, audio)
-        valid = jnp.where(sighted[:, None], seen, heard)  # (b, g)
-        # A segment without sound scores 0: without any sound the video segments share evenly.
-        key = jnp.where(heard[..., None], linear("key")(audio), 0)
+        audio, has_audio = segments(*audio, self.count)
+        video, has_video = segments(*video, self.count)
+        any_video = jnp.any(has_video, -1)
+        source = jnp.where(any_video[:, None, None], video, audio)
+        valid = jnp.where(any_video[:, None], has_video, has_audio)  # (b, g)
+        # A segment without audio scores 0, so that without any audio the video segments get even weights.
+        key = jnp.where(has_audio[..., None], linear("key")(audio), 0)
         if self.kind == "additive":
             query = linear("query")(kept * (project(text) if project else text))
-            scores = jnp.where(heard[:, None, :], self._additive(query, key), 0)
+            scores = jnp.where(has_audio[:, None, :], self._additive(query, key), 0)
         else:
             scores = self._dot(linear("query"), text, project, kept, key)
         weights = masked_softmax(scores, valid[:, None, :])  # (b, l, g)
         mean = masked_mean(weights, text_mask).astype(self.dtype)  # (b, g)
-        answer = linear("value")(jnp.einsum("bg,bgd->bd", mean, source))
-        there = jnp.any(valid, -1) & jnp.any(text_mask, -1)
-        return jnp.where(there[:, None], answer, 0), weights
+        fused = linear("value")(jnp.einsum("bg,bgd->bd", mean, source))
+        defined = jnp.any(valid, -1) & jnp.any(text_mask, -1)
+        return jnp.where(defined[:, None], fused, 0), weights
 
     def _dot(
         self, query: Linear, text: jax.Array, project: Linear | None, kept: jax.Array, key: jax.Array
     ) -> jax.Array:
-        rows, offset = query.behind(key / jnp.sqrt(self.width).astype(key.dtype))
+        rows, offset = query.transposed(key / jnp.sqrt(self.width).astype(key.dtype))
         rows = rows * kept
         if project:
-            rows, more = project.behind(rows)
+            rows, more = project.transposed(rows)
             offset = offset + more
         return jnp.einsum("blw,bgw->blg", text.astype(rows.dtype), rows) + offset[:, None]
 
@@ -225,14 +233,14 @@ class EtgAver(nn.Module):
 
     Attributes:
       classes: number of classes c.
-      width: model width d; a stream of another width enters through a linear layer.
-      streams: which of text, audio, video enter.
+      width: model width d; streams of another width are mapped by a linear layer.
+      streams: which of text, audio, video are read.
       guide: reweight audio and video by the text, Eqs. 3–4.
-      fusion: "concat", "additive" or "attention"; "concat" joins the pooled streams.
-      hlo: a head for every stream beside the fusion head, Eqs. 6–7.
+      fusion: "concat", "additive" or "attention"; "concat" concatenates the averaged streams.
+      hlo: whether every stream has a head as well, Eqs. 6–7.
       weighting, temperature: Eq. 4, "softmax" or "ratio".
-      query: Eq. 5 asks with all text "tokens", or with the "summary" alone.
-      summary: the text's "first" token, or the "mean" of its tokens for encoders that were trained on their mean.
+      query: the queries of Eq. 5, all text "tokens" or only the "summary".
+      summary: the text's "first" token, or the "mean" of its tokens for encoders trained that way.
       segment_count: g of Eq. 5.
       dropout: rate on the features of the projected streams and of the fused vector, training only.
       dtype: compute dtype; parameters stay float32, as do softmax, cosine and logits.
@@ -257,13 +265,13 @@ class EtgAver(nn.Module):
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
         masks = {s: batch[f"{s}_mask"] for s in self.streams}
-        given = {s: jnp.where(masks[s][..., None], batch[s], 0).astype(self.dtype) for s in self.streams}
-        maps = {s: self._map(s, given[s].shape[-1]) for s in self.streams}
+        inputs = {s: jnp.where(masks[s][..., None], batch[s], 0).astype(self.dtype) for s in self.streams}
+        maps = {s: self._map(s, inputs[s].shape[-1]) for s in self.streams}
         kept = {s: self._kept(len(masks[s]), train) for s in self.streams}
         vectors = dict.fromkeys(self.streams)
-        steps = {s: self._mapped(maps[s], given[s], masks[s]) * kept[s] for s in self.streams if s != "text"}
+        steps = {s: self._mapped(maps[s], inputs[s], masks[s]) * kept[s] for s in self.streams if s != "text"}
         if "text" in self.streams:
-            vectors["text"] = self._summary(maps["text"], given["text"], masks["text"]) * kept["text"][:, 0]
+            vectors["text"] = self._summary(maps["text"], inputs["text"], masks["text"]) * kept["text"][:, 0]
         attention = {}
         for s in steps:
             if self.guide:
@@ -275,22 +283,22 @@ class EtgAver(nn.Module):
             fused = jnp.concatenate([vectors[s] for s in self.streams], -1)
         else:
             fuse = TextQuery(self.fusion, self.width, self.segment_count, self.dtype, name="fuse")
-            answering = (steps["audio"], masks["audio"]), (steps["video"], masks["video"])
+            sources = (steps["audio"], masks["audio"]), (steps["video"], masks["video"])
             if self.query == "tokens":
-                asking, more = (given["text"], masks["text"]), (maps["text"], kept["text"])
+                queries, extra = (inputs["text"], masks["text"]), (maps["text"], kept["text"])
             else:
-                asking, more = (vectors["text"][:, None], jnp.any(masks["text"], -1, keepdims=True)), ()
-            fused, attention["fusion"] = fuse(asking, *answering, *more)
+                queries, extra = (vectors["text"][:, None], jnp.any(masks["text"], -1, keepdims=True)), ()
+            fused, attention["fusion"] = fuse(queries, *sources, *extra)
         features = {"fusion": drop(fused)} | (vectors if self.hlo else {})
         logits = {head: self._classify(head, x) for head, x in features.items()}
         return Output(logits=logits, features=features, attention=attention)
 
     def _map(self, name: str, inputs: int) -> Linear | None:
-        """The layer that brings a stream to the model's width, where it has another."""
+        """Returns the layer that maps a stream to the model's width, None if it has that width."""
         return None if inputs == self.width else Linear(inputs, self.width, self.dtype, name=f"project_{name}")
 
     def _kept(self, clips: int, train: bool) -> jax.Array:
-        """The factors (b, 1, d) of dropout, the same for every step: independent drops would average out in pools."""
+        """Draws dropout factors (b, 1, d), the same for all steps: independent ones would average out over steps."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
         return drop(jnp.ones((clips, 1, self.width), self.dtype))
 
@@ -298,11 +306,11 @@ class EtgAver(nn.Module):
         return jnp.where(mask[..., None], project(x), 0) if project else x
 
     def _summary(self, project: Linear | None, text: jax.Array, mask: jax.Array) -> jax.Array:
-        """The text (b, l, w) as one vector (b, d); pooled first, which leaves one row to map."""
-        pooled, there = text[:, 0], mask[:, 0]
+        """Summarises the text (b, l, w) in one vector (b, d); pooled first, so that only one row is mapped."""
+        pooled, present = text[:, 0], mask[:, 0]
         if self.summary == "mean":
-            pooled, there = masked_mean(text, mask), jnp.any(mask, -1)
-        return self._mapped(project, pooled, there)
+            pooled, present = masked_mean(text, mask), jnp.any(mask, -1)
+        return self._mapped(project, pooled, present)
 
     def _classify(self, head: str, x: jax.Array) -> jax.Array:
         return nn.Dense(self.classes, name=f"head_{head}")(x.astype(jnp.float32))
@@ -317,14 +325,16 @@ def hierarchical_loss(
     imbalance: str,
     smoothing: float,
 ) -> dict[str, jax.Array]:
-    """Eqs. 6–7: one weighted cross entropy per head and clip; a modality that a clip lacks costs nothing there.
+    """Computes one weighted cross entropy per head and clip (Eqs. 6–7), 0 for modalities that a clip lacks.
 
     Args:
-      output: the model's answer; batch: with `label (b,)` and the masks of the streams.
-      prior: (c,) shares of the training labels, for the imbalance options.
+      output: of the model.
+      batch: with `label (b,)` and the masks of the streams.
+      prior: (c,) class frequencies of the training labels, for the imbalance options.
       weights: head name → factor.
-      imbalance: as `EtgAverSettings.imbalance`; "focal" takes the focal loss for the cross entropy, with γ = 2.
-      smoothing: label smoothing, which the focal loss has none of.
+      imbalance: as `EtgAverSettings.imbalance`; "focal" replaces the cross entropy by the focal loss with γ = 2.
+      smoothing: label smoothing, not used by the focal loss.
+
     Returns:
       {head: (b,)}.
     """
@@ -341,12 +351,10 @@ def hierarchical_loss(
 
 
 def build(settings: EtgAverSettings, classes: int, task: str) -> Model:
-    """Makes the model for a kind of task.
-
-    Of other tasks than "single" their own loss stands in the place of the cross entropy.
+    """Builds the model for a task; other tasks than "single" replace the cross entropy by their own loss.
 
     Raises:
-      AvjaxError: a setting for classes is used for another task.
+      AvjaxError: a setting for single-label classification is used for another task.
     """
     if task != "single" and (settings.imbalance != "none" or settings.smoothing):
         raise AvjaxError(

@@ -1,6 +1,6 @@
-"""Models that train their encoders along: built from a configuration, and their encoders written out after training.
+"""Models that fine-tune their encoders: built from a configuration, with the encoders saved after training.
 
-A run reads what a raw preset stages (`presets.Preset.raw`): the inputs of the very encoders that are trained.
+A run reads the inputs of its encoders, as staged by a raw preset (`presets.Preset.raw`).
 """
 
 import functools
@@ -31,14 +31,13 @@ _EPS = 1e-5
 
 
 class Pretrained(Mapping):
-    """What every batch has under `PRETRAINED`: stream → params. Weights are fetched and read when first asked for, so
-    that a model can be described where there are none.
+    """The constants of every batch: `PRETRAINED` → {stream: params}.
 
-    Args:
-      encodings: stream → encoder; random: as for `encoders.load`.
+    Weights are fetched and read on first use, so that a model can be described without them.
     """
 
     def __init__(self, encodings: Mapping[str, Encoding], random: bool) -> None:
+        """Keeps the encoder of each stream; `random` is passed to `encoders.load`."""
         self._encodings, self._random = encodings, random
 
     def __getitem__(self, key: str) -> dict[str, Any]:
@@ -54,7 +53,7 @@ class Pretrained(Mapping):
 
     @functools.cached_property
     def weights(self) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
-        """Stream → (params on the host, provenance of the encoder)."""
+        """Loads the weights: stream → (params on the host, provenance of the encoder)."""
         out = {}
         for stream, e in self._encodings.items():
             encoder = encoders.load(e.source, layer=e.layer, pool=e.pool, dtype="float32", random=self._random)
@@ -63,13 +62,13 @@ class Pretrained(Mapping):
 
 
 def build(settings: EtgAverSettings, classes: int, task: str) -> Model:
-    """Makes ETG-AVER with the encoders of `settings.encoders.preset`.
+    """Builds ETG-AVER with the encoders of `settings.encoders.preset`.
 
-    Steps of sound are kept as the encoder gives them: the core averages them to segments of its own. Features of a
-    middle layer, which come before the encoder's last norm, are brought to mean 0 and variance 1 in each step.
+    Audio steps stay as the encoder returns them: the core averages them into segments. Features of a middle layer,
+    which lack the encoder's final norm, are normalised to mean 0 and variance 1 in each step.
 
     Raises:
-      AvjaxError: the preset does not stage raw inputs of all streams, or as `etg_aver.build`.
+      AvjaxError: the preset does not stage raw inputs, or as `etg_aver.build`.
     """
     model, own = etg_aver.build(settings, classes, task), settings.encoders
     encodings = _encodings(own.preset, model.streams)
@@ -86,17 +85,17 @@ def _encodings(preset: str, streams: Sequence[str]) -> dict[str, Encoding]:
     chosen = presets.preset(preset)
     if not chosen.raw:
         raw = ", ".join(name for name, other in presets.PRESETS.items() if other.raw)
-        raise AvjaxError(f"preset {preset!r} has features, not the inputs of their encoders; take one of {raw}")
-    there = {"video": chosen.image, "audio": chosen.speech, "text": chosen.text}
-    return {stream: there[stream] for stream in streams}
+        raise AvjaxError(f"preset {preset!r} stages features, not the inputs of their encoders; take one of {raw}")
+    available = {"video": chosen.image, "audio": chosen.speech, "text": chosen.text}
+    return {stream: available[stream] for stream in streams}
 
 
 def _encode(encoding: Encoding, dtype: str, remat: bool) -> Encode:
     family, module, settings = encoders.architecture(encoding.source, layer=encoding.layer, dtype=dtype)
     if family not in FAMILIES:
-        known = ", ".join(f.__name__.rpartition(".")[2] for f in FAMILIES)
-        raise AvjaxError(f"{encoding.source}: this encoder cannot be trained; those of {known} can")
-    # On a CPU, XLA orders what is computed once more so that it costs its time and saves no memory.
+        families = ", ".join(f.__name__.rpartition(".")[2] for f in FAMILIES)
+        raise AvjaxError(f"{encoding.source}: this encoder cannot be trained; those of {families} can")
+    # On a CPU, XLA schedules the recomputation so that it takes time but saves no memory.
     module = module.clone(remat=remat and jax.default_backend() != "cpu")
 
     def run(params: Mapping[str, Any], inputs: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -106,41 +105,44 @@ def _encode(encoding: Encoding, dtype: str, remat: bool) -> Encode:
             features = jax.nn.standardize(wide, variance=jnp.var(wide, -1, keepdims=True), epsilon=_EPS)
         return (features[:, None], real[:, None]) if encoding.pool else (features, real)
 
-    def of_pictures(params: Mapping[str, Any], raw: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_frames(params: Mapping[str, Any], raw: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         b = raw.shape[0]
-        pictures = images.normalised(raw.reshape(-1, *raw.shape[2:]), settings)
-        features, real = run(params, pictures, mask.reshape(-1))
+        frames = images.normalised(raw.reshape(-1, *raw.shape[2:]), settings)
+        features, real = run(params, frames, mask.reshape(-1))
         return features.reshape(b, -1, features.shape[-1]), real.reshape(b, -1)
 
     def of_sequences(params: Mapping[str, Any], raw: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         return run(params, raw.swapaxes(1, 2) if family.INPUTS.rank == 3 else raw[..., 0], mask)
 
-    return of_pictures if family.INPUTS.length_axis is None else of_sequences
+    return of_frames if family.INPUTS.length_axis is None else of_sequences
 
 
 def write_merged(folder: Path, model: Model, best: Mapping[str, Any], names: Sequence[tuple[str, int]]) -> None:
-    """Writes the encoders of a run that was trained by LoRA, the changes added to the kernels; of other runs nothing.
+    """Writes the encoders of a run trained with LoRA, the updates merged into the kernels; for other runs nothing.
 
-    One file for each lane and stream, `<fold>-<seed>-<stream>.safetensors`, with all params by their paths; its
-    metadata have the source and the sha256 of the weights that it began with.
+    Each lane and stream has one file, `<fold>-<seed>-<stream>.safetensors`, with all params by their paths; its
+    metadata hold the source and the sha256 of the pretrained weights.
 
     Args:
-      best: the variables of the lanes (`loop.State.best`); names: (fold, seed) of each lane.
+      folder: to write to.
+      model: the model of the run.
+      best: the variables of the lanes (`loop.State.best`).
+      names: (fold, seed) of each lane.
     """
     if not (isinstance(model.module, EndToEnd) and model.module.tuning.lora):
         return
     for lane, (fold, seed) in enumerate(names):
         for stream, (params, provenance) in model.constants.weights.items():
             trained = jax.tree.map(lambda leaf, lane=lane: leaf[lane], best["params"].get(stream, {}))
-            about = {key: provenance[key] for key in ("source", "sha256")}
-            # A fold may be called after a folder.
+            metadata = {key: provenance[key] for key in ("source", "sha256")}
+            # A fold may be named after a folder.
             path = folder / f"{quote(fold, safe='')}-{seed}-{stream}.safetensors"
-            _write(path, tuning.merged(model.module.tuning, params, trained), about)
+            _write(path, tuning.merged(model.module.tuning, params, trained), metadata)
 
 
-def _write(path: Path, params: Mapping[str, Any], about: dict[str, str]) -> None:
+def _write(path: Path, params: Mapping[str, Any], metadata: dict[str, str]) -> None:
     from safetensors.numpy import save
 
     flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
     with replacing(path, "wb") as file:
-        file.write(save(flat, about))
+        file.write(save(flat, metadata))

@@ -1,8 +1,8 @@
-"""The kinds of tasks: what a label is, its loss and the scores of predictions. One registry, kind → `Scoring`.
+"""The kinds of tasks: their labels, losses and scores. One registry, kind → `Scoring`.
 
-Labels are int32 (b,) of "single", float32 (b, c) that sum to 1 of "soft", bool (b, c) of "multilabel" and float32
-(b, c) of "regression". Which kind they are, data and model say (`Features.task`, `Resident.task`, `Model.task`).
-Everything counted is a table that merges by addition.
+Labels are int32 (b,) for "single", float32 (b, c) that sum to 1 for "soft", bool (b, c) for "multilabel" and float32
+(b, c) for "regression". Data and model both hold the kind (`Features.task`, `Resident.task`, `Model.task`). Counts are
+tables that merge by addition.
 """
 
 import dataclasses
@@ -15,24 +15,24 @@ import numpy as np
 from avjax.tasks import losses, metrics
 
 Array = np.ndarray | jax.Array
-ONE_CLASS = ("single", "soft")  # the kinds whose answer is one of the classes
+ONE_CLASS = ("single", "soft")  # the kinds that predict one of the classes
 
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """How predictions of a kind of task are trained, counted and scored.
+    """The loss, counts and scores of a kind of task.
 
     Attributes:
-      names: score → how it is called; the first is what runs are compared by, the second stands beside it.
-      picks: the score, larger is better, by which validation picks epoch and head.
-      shape: of a table, for c classes or values.
+      names: score → its displayed name; runs are compared by the first, and the second is shown with it.
+      picks: the score, larger is better, by which validation chooses epoch and head.
+      shape: number of classes or targets → shape of a table.
       table: (label, logits (…, c), weight (…)) → table, inside jit; count: (label (n,), logits (n, c)) → table in
         float64, on the host.
-      scores: table → {score: value}, over leading axes of a stack of tables.
+      scores: table → {score: value}; tables may be stacked along leading axes.
       loss: (logits (…, c), label, weight (…)) → (…) float32, the cost of each clip; weight is 0 for clips that do not
         count.
-      predict: logits (…, c) → probabilities that add up to 1, a probability for each label, or values.
-      set_loss: table → the loss of a head over the whole set, where no sum over clips gives it.
+      predict: logits (…, c) → probabilities that sum to 1, a probability for each label, or targets.
+      set_loss: table → the loss of a head over the whole set, where it is not a sum over clips.
     """
 
     names: Mapping[str, str]
@@ -47,7 +47,7 @@ class Scoring:
 
 
 def _concordance(logits: jax.Array, label: jax.Array, weight: jax.Array) -> jax.Array:
-    """1 − CCC of the whole batch, the mean over the values (DE-III, section 3.4): every clip costs the same."""
+    """Computes 1 − CCC of the batch, averaged over targets (DE-III, section 3.4): the same loss for every clip."""
     return jnp.broadcast_to(jnp.mean(losses.concordance(logits, label, weight)), weight.shape)
 
 
@@ -75,13 +75,13 @@ _SINGLE = Scoring(
 
 SCORINGS: dict[str, Scoring] = {
     "single": _SINGLE,
-    # Against the class of the largest share, the first of equals.
+    # Against the class of the largest probability, the first on ties.
     "soft": dataclasses.replace(
         _SINGLE,
         table=lambda label, logits, weight: _SINGLE.table(jnp.argmax(label, -1), logits, weight),
         count=lambda label, logits: _SINGLE.count(np.argmax(label, -1), logits),
     ),
-    # Means over the values.
+    # Means over the targets.
     "regression": Scoring(
         names={"ccc": "CCC", "pearson": "Pearson", "rmse": "RMSE"},
         picks="ccc",
@@ -127,5 +127,5 @@ def encoded(labels: list, classes: tuple[str, ...], task: str) -> np.ndarray:
 
 
 def prior(label: np.ndarray, classes: int) -> np.ndarray:
-    """Computes the shares of classes among training labels (n,), or the mean of each column of labels (n, c): (c,)."""
+    """Computes class frequencies of training labels (n,), or the mean of each column of labels (n, c): (c,)."""
     return np.bincount(label, minlength=classes) / len(label) if label.ndim == 1 else label.mean(0)

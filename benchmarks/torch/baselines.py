@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from avjax.models.fusions.amh import ROUND
 from avjax.models.fusions.mfm import PRIOR, REBUILT
-from avjax.models.fusions.misa import DIFFERENCE, MOMENTS, RECONSTRUCTION, SIMILARITY
+from avjax.models.fusions.misa import DIFFERENCE, MOMENT_ORDERS, RECONSTRUCTION, SIMILARITY
 from benchmarks.torch import fusions as torch_fusions
 from benchmarks.torch import states as torch_states
 from benchmarks.torch.fusions import layer_norm, linear
@@ -149,7 +149,7 @@ def _moment_discrepancy(x: Tensor, y: Tensor) -> Tensor:
     """Of vectors (b, d): ()."""
     means = x.mean(0), y.mean(0)
     x, y = x - means[0], y - means[1]
-    moments = [(x**order).mean(0) - (y**order).mean(0) for order in range(2, MOMENTS + 1)]
+    moments = [(x**order).mean(0) - (y**order).mean(0) for order in range(2, MOMENT_ORDERS + 1)]
     return sum(moment.norm() for moment in moments) + (means[0] - means[1]).norm()
 
 

@@ -22,7 +22,7 @@ MASK = jnp.arange(7)[None] < jnp.array([[7], [3], [0]])
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    """The few keys here are attended to as many are: head by head."""
+    """Few keys, too, are attended to head by head."""
     monkeypatch.setattr(attention_layers, "_FEW", 0)
 
 
@@ -125,8 +125,8 @@ def test_sinusoids_are_sines_then_cosines_and_nothing_where_nothing_is(width):
     got = layers.sinusoids(np.array([[0, 1, 9]]), width)
     assert got.shape == (1, 3, width)
     assert not got[0, 0].any()
-    for n, place in ((1, 1), (2, 9)):
-        angles = [place / 10000 ** (i / 2) for i in range(3)]
+    for n, position in ((1, 1), (2, 9)):
+        angles = [position / 10000 ** (i / 2) for i in range(3)]
         want = [*np.sin(angles), *np.cos(angles), *[0] * (width - 6)]
         np.testing.assert_allclose(got[0, n], want, atol=1e-6)
 

@@ -41,9 +41,9 @@ def test_scores_are_those_of_transformer_xl():
         for i in range(5):
             query, scores = x[0, i] @ maps["query"], []
             for j in range(4):
-                place = interleaved_sinusoids(np.array([i - j]), 4)[0] @ maps["position"]
+                embedded = interleaved_sinusoids(np.array([i - j]), 4)[0] @ maps["position"]
                 score = (query + weight["content_bias"][h]) @ (x[0, j] @ maps["key"])
-                scores.append(math.exp((score + (query + weight["position_bias"][h]) @ place) / math.sqrt(2)))
+                scores.append(math.exp((score + (query + weight["position_bias"][h]) @ embedded) / math.sqrt(2)))
             value[i, h] = sum(s / sum(scores) * (x[0, j] @ maps["value"]) for j, s in enumerate(scores))
     expected = np.einsum("nhd,hdw->nw", value, weight["out"]["kernel"])
     np.testing.assert_allclose(module.apply({"params": params}, x, mask)[0], expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Convolutions over pictures: those of Flax, whichever way they are computed, and so are their gradients."""
+"""Convolutions over images equal those of Flax, and so do their gradients, on all code paths."""
 
 import functools
 
@@ -18,8 +18,8 @@ LAYERS = {
     "many channels": ((5, 4), 18, 4, {}),
     "halved, many channels": ((7, 6), 16, 4, {"stride": 2}),
     "halved": ((6, 7), 3, 4, {"stride": 2}),
-    "one place": ((4, 5), 3, 6, {"kernel": 1}),
-    "one place, halved": ((4, 5), 17, 3, {"kernel": 1, "stride": 2}),
+    "one pixel": ((4, 5), 3, 6, {"kernel": 1}),
+    "one pixel, halved": ((4, 5), 17, 3, {"kernel": 1, "stride": 2}),
     "dilated and halved": ((9, 6), 2, 3, {"dilation": 4, "stride": 2}),
     "channelwise": ((6, 5), 3, 3, {"channelwise": True}),
     "channelwise, halved": ((6, 5), 17, 17, {"channelwise": True, "stride": 2}),
@@ -53,7 +53,7 @@ def flax_convolution(layer, channels):
 
 
 def answer_and_gradients(apply, params, x):
-    """Of random cotangents: a mistake in any place shows."""
+    """With random cotangents, so that an error at any pixel shows."""
     y, pull = jax.vjp(apply, params, x)
     return y, *pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))
 

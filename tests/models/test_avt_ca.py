@@ -17,19 +17,19 @@ CLASSES, WIDTH, HEADS = 3, 8, 2
 STREAMS = ("audio", "video")
 RNG = np.random.default_rng(0)
 _ALL = [*((name, 0) for name in VARIANTS), ("full", 32)]
-# Every row, on features, and the whole on pictures of so many pixels a side.
+# Every row, on features, and the full model on frames of this side in pixels.
 ALL = pytest.mark.parametrize(("name", "side"), _ALL)
 # Rows whose parts, or whose very network, are among those of the others.
 _ALIKE = ("it1", "ct1", "ct4", "softhard")
 FEW = pytest.mark.parametrize(
     ("name", "side"), [pytest.param(*row, marks=[pytest.mark.thorough] * (row[0] in _ALIKE)) for row in _ALL]
 )
-# Programs run a few times here: most of the time would go into making them fast.
+# Programs run a few times, so that optimising them would take most of the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def batch_of(clips: int = 4, seed: int = 0, side: int = 0) -> dict[str, np.ndarray]:
-    """Clips of many lengths, one of a single audio step; with a `side`, of pictures."""
+    """Clips of many lengths, one of a single audio step; with a `side`, of frames."""
     rng = np.random.default_rng(seed)
     video = rng.integers(0, 256, (clips, 5, side, side, 3)).astype(np.uint8) if side else rng.normal(size=(clips, 5, 6))
     out = {"audio": rng.normal(size=(clips, 11, 7)).astype(np.float32)}
@@ -99,7 +99,7 @@ def audio_block(x, p, s):
 
 
 def convolved_map(x, kernel, bias=0.0, stride=1, depthwise=False):
-    """Conv2D over 3 x 3 places of a map (h, w, d), zeros beyond its edges."""
+    """Conv2D over 3 x 3 pixels of a map (h, w, d), zeros beyond its edges."""
     padded = np.pad(x, ((1, 1), (1, 1), (0, 0)))
     out = np.zeros((-(-x.shape[0] // stride), -(-x.shape[1] // stride), kernel.shape[-1]))
     for i, j, m, n in np.ndindex(*out.shape[:2], 3, 3):
@@ -113,14 +113,14 @@ def refined(x, p):
     narrow = np.maximum(0, x.mean((0, 1)) @ p["channel"]["kernel"] + p["channel"]["bias"])
     channel = 1 / (1 + np.exp(-(narrow @ p["channel_out"]["kernel"] + p["channel_out"]["bias"])))
     scores = np.exp(convolved_map(x, p["place"]["kernel"])[..., 0])
-    places = scores / scores.sum() * scores.size
+    steps_of = scores / scores.sum() * scores.size
     local = np.zeros_like(x)
     rows, columns = (-(-side // 2) for side in x.shape[:2])
     upper, left = slice(0, rows), slice(0, columns)
     lower, right = slice(rows, None), slice(columns, None)
     for part in ((upper, left), (upper, right), (lower, left), (lower, right)):
         local[part] = convolved_map(x[part], p["local"]["kernel"], p["local"]["bias"])
-    return channel[None, None] * places[..., None] * x + local
+    return channel[None, None] * steps_of[..., None] * x + local
 
 
 def inverted(x, p, s):
@@ -130,9 +130,9 @@ def inverted(x, p, s):
     return norm(x @ p["project"]["kernel"], "norm")
 
 
-def seen(picture, p, s):
+def seen(image, p, s):
     """One frame's vector."""
-    x = np.maximum(0, convolved_map(picture / 255, p["stem"]["kernel"], p["stem"]["bias"], stride=2))
+    x = np.maximum(0, convolved_map(image / 255, p["stem"]["kernel"], p["stem"]["bias"], stride=2))
     halves = [range(0, side, 2) for side in x.shape[:2]]
     x = np.array([[x[i : i + 2, j : j + 2].max((0, 1)) for j in halves[1]] for i in halves[0]])
     x = refined(x, p["refinement"])
@@ -142,15 +142,15 @@ def seen(picture, p, s):
 
 
 def attended(x, source, p):
-    """Eqs. 2, 3a and 3b: x (q, d) asks source (k, d). Answers and the mean weights of all heads (q, k)."""
+    """Eqs. 2, 3a and 3b: x (q, d) attends to source (k, d). Contexts and the mean weights of all heads (q, k)."""
     heads, size = p["query"]["kernel"].shape[1:]
     out, weights = np.zeros_like(x), np.zeros((len(x), len(source)))
     for h, i in np.ndindex(heads, len(x) if len(source) else 0):
         query = x[i] @ p["query"]["kernel"][:, h]
         scores = np.array([math.exp(query @ (y @ p["key"]["kernel"][:, h]) / math.sqrt(size)) for y in source])
         scores /= scores.sum()
-        said = sum(share * (y @ p["value"]["kernel"][:, h]) for share, y in zip(scores, source, strict=True))
-        out[i] += said @ p["out"]["kernel"][h]
+        attended_values = sum(share * (y @ p["value"]["kernel"][:, h]) for share, y in zip(scores, source, strict=True))
+        out[i] += attended_values @ p["out"]["kernel"][h]
         weights[i] += scores / heads
     return out, weights
 
@@ -166,14 +166,14 @@ def block(x, p):
     return x
 
 
-def answered(variables, one, blocks="both", frames=False):
+def predicted(variables, one, blocks="both", frames=False):
     """Algorithm 1 on the real steps of one clip: logits, and the weights of both directions."""
     p, s = exact(variables)
     audio, video = (one[stream][one[f"{stream}_mask"]].astype(np.float64) for stream in STREAMS)
     for i in range(2):
         audio = audio_block(audio, p[f"audio_{i}"], s[f"audio_{i}"]) if len(audio) else np.zeros((0, WIDTH))
     if frames:
-        video = np.array([seen(picture, p["video"], s["video"]) for picture in video]).reshape(-1, WIDTH)
+        video = np.array([seen(image, p["video"], s["video"]) for image in video]).reshape(-1, WIDTH)
     else:
         video = video @ p["video"]["kernel"] + p["video"]["bias"]
     if blocks != "cross":
@@ -237,13 +237,13 @@ def test_inverted_residual_block_by_loops():
 
 def test_a_frame_by_loops():
     """Sides whose half, or whose quarter, is odd; floats are read like bytes, and a masked frame is not read."""
-    pictures = RNG.integers(0, 256, (3, 22, 12, 3)).astype(np.uint8)
+    images = RNG.integers(0, 256, (3, 22, 12, 3)).astype(np.uint8)
     module, mask = avt_ca.FrameBranch(WIDTH), np.array([True, True, False])
-    variables, apply = drawn(module, pictures, mask), jit(module.apply)
-    got = apply(variables, pictures, mask)
-    for one, ours in zip(pictures[:2], got[:2], strict=True):
+    variables, apply = drawn(module, images, mask), jit(module.apply)
+    got = apply(variables, images, mask)
+    for one, ours in zip(images[:2], got[:2], strict=True):
         np.testing.assert_allclose(ours, seen(np.float64(one), *exact(variables)), atol=1e-4)
-    floats = np.where(mask[:, None, None, None], np.float32(pictures), np.nan)
+    floats = np.where(mask[:, None, None, None], np.float32(images), np.nan)
     np.testing.assert_array_equal(apply(variables, floats, mask), got)
 
 
@@ -256,11 +256,11 @@ def test_attention_by_loops(heads):
     got, weights = jit(avt_ca.Attention(heads).apply)(variables, x, source, mask)
     assert weights.shape == (3, heads, 7, 5)
     for i in range(3):
-        want, shares = attended(np.float64(x[i]), np.float64(source[i][mask[i]]), exact(variables)[0])
+        want, mean_weights = attended(np.float64(x[i]), np.float64(source[i][mask[i]]), exact(variables)[0])
         np.testing.assert_allclose(got[i], want, atol=1e-5)
-        np.testing.assert_allclose(weights[i].mean(0)[:, mask[i]], shares, atol=1e-5)
+        np.testing.assert_allclose(weights[i].mean(0)[:, mask[i]], mean_weights, atol=1e-5)
         assert not weights[i][..., ~mask[i]].any()
-    assert not got[1].any(), "nobody answers"
+    assert not got[1].any(), "no real key"
 
 
 def test_transformer_block_by_loops():
@@ -274,7 +274,7 @@ def test_transformer_block_by_loops():
 
 @pytest.mark.slow
 def test_dropout_is_between_the_layers_of_the_feed_forward_network():
-    """Eq. 5b: with an output map that only passes on, a value is gone or divided by 1 − p; nothing else is."""
+    """Eq. 5b: with an identity output map, a value is gone or divided by 1 − p; nothing else is."""
     x = STEPS[..., :4]
     variables = drawn(avt_ca.TransformerBlock(2, 0.1), x, REAL)
 
@@ -302,7 +302,7 @@ def compiled(name: str, side: int = 0):
     return drawn(module, batch_of(side=side)), jit(module.apply)
 
 
-def answer(name: str, batch: dict[str, np.ndarray]) -> np.ndarray:
+def predict(name: str, batch: dict[str, np.ndarray]) -> np.ndarray:
     variables, apply = compiled(name, side_of(batch))
     return np.asarray(apply(variables, batch).logits["fusion"])
 
@@ -344,19 +344,19 @@ def test_a_clip_by_loops(name, side, missing):
     output = apply(variables, batch)
     for i in range(2 if side else 4):
         one = {k: x[i] for k, x in batch.items()}
-        logits, weights = answered(variables, one, VARIANTS[name].get("blocks", "both"), bool(side))
+        logits, weights = predicted(variables, one, VARIANTS[name].get("blocks", "both"), bool(side))
         np.testing.assert_allclose(output.logits["fusion"][i], logits, atol=1e-3 if side else 1e-4)
         assert output.attention.keys() == weights.keys()
-        places = {"audio": np.arange(-(-one["audio_mask"].sum() // 4)), "video": np.flatnonzero(one["video_mask"])}
-        for asks, answers in (STREAMS, STREAMS[::-1]) if weights else ():
-            want = np.zeros(output.attention[asks].shape[1:])
-            want[np.ix_(places[asks], places[answers])] = weights[asks]
-            np.testing.assert_allclose(output.attention[asks][i], want, atol=1e-4)
+        steps_of = {"audio": np.arange(-(-one["audio_mask"].sum() // 4)), "video": np.flatnonzero(one["video_mask"])}
+        for queries, keys in (STREAMS, STREAMS[::-1]) if weights else ():
+            want = np.zeros(output.attention[queries].shape[1:])
+            want[np.ix_(steps_of[queries], steps_of[keys])] = weights[queries]
+            np.testing.assert_allclose(output.attention[queries][i], want, atol=1e-4)
 
 
 @FEW
 def test_without_either_modality_the_head_answers_by_its_bias(name, side):
-    logits = answer(name, without(batch_of(side=side), *STREAMS))
+    logits = predict(name, without(batch_of(side=side), *STREAMS))
     np.testing.assert_array_equal(logits, np.tile(compiled(name, side)[0]["params"]["head"]["bias"], (4, 1)))
 
 
@@ -365,7 +365,7 @@ def test_parameter_count_on_pictures():
 
     Audio: conv 3·10·64 + 64 = 1,984 and norm 128; conv 3·64·128 + 128 = 24,704 and norm 256: 27,072.
     Stem: 3·3·3·64 + 64 = 1,792. Channel attention 64→4→64: 260 + 320 = 580. Spatial attention: 3·3·64 = 576.
-    Local: 3·3·64·64 + 64 = 36,928. With the two blocks that follow, pictures have 230,596.
+    Local: 3·3·64·64 + 64 = 36,928. With the two blocks that follow, frames have 230,596.
     Inverted residual 64→256→128: 64·256 + 9·256 + 256·128 = 51,456, norms 2·(256 + 256 + 128) = 1,280: 52,736.
     Inverted residual 128→512→128: 128·512 + 9·512 + 512·128 = 135,680, norms 2·(512 + 512 + 128) = 2,304: 137,984.
     Transformer block: 4·128² = 65,536, norm 256, 128·512 + 512 + 512·128 + 128 = 131,712: 197,504; two: 395,008.
@@ -373,12 +373,12 @@ def test_parameter_count_on_pictures():
     Running statistics: two for each channel of a norm, 2·(64 + 128 + 640 + 1,152).
     """
     for side in (112, 224):
-        found = counted(AvtCa(8, frames=True), (1, 2, side, side, 3), np.uint8)
-        assert found == {"params": 784_780, "batch_stats": 3_968}
+        numbers = counted(AvtCa(8, frames=True), (1, 2, side, side, 3), np.uint8)
+        assert numbers == {"params": 784_780, "batch_stats": 3_968}
 
 
 def test_parameter_count_on_features():
-    """As on pictures, but for them a linear layer from 35 features: 35·128 + 128 = 4,608."""
+    """As on frames, but with a linear layer instead from 35 features: 35·128 + 128 = 4,608."""
     assert counted(AvtCa(8), (1, 2, 35), np.float32) == {"params": 784_780 - 230_596 + 4_608, "batch_stats": 384}
     for blocks, less in (("self", 131_072), ("cross", 395_008)):
         assert counted(AvtCa(8, blocks=blocks), (1, 2, 35), np.float32)["params"] == 558_792 - less
@@ -397,11 +397,11 @@ def counted(module: AvtCa, shape: tuple[int, ...], dtype) -> dict[str, int]:
 @FEW
 def test_padding_and_neighbours_change_no_answer(name, side):
     batch, rubbish = batch_of(side=side), 255 if side else np.nan
-    want = answer(name, batch)
+    want = predict(name, batch)
     assert want.dtype == np.float32
-    assert np.ptp(want, 0).max() > 1e-3, "clips are told apart"
-    np.testing.assert_array_equal(answer(name, hidden(batch, rubbish)), want)
-    np.testing.assert_allclose(answer(name, larger(batch, rubbish))[2:], want, atol=2e-5)
+    assert np.ptp(want, 0).max() > 1e-3, "clips differ"
+    np.testing.assert_array_equal(predict(name, hidden(batch, rubbish)), want)
+    np.testing.assert_allclose(predict(name, larger(batch, rubbish))[2:], want, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -474,10 +474,10 @@ def test_a_few_clips_are_learned(name, side):
     variables = jit(built(name, frames=bool(side)).init)(jax.random.key(0), batch)
     params, running = variables["params"], {"batch_stats": variables["batch_stats"]}
     tx = optax.adam(1e-2)
-    moments, update = tx.init(params), jit(tx.update)
+    opt_state, update = tx.init(params), jit(tx.update)
     for seed in range(200):
         grads, running = compiled_gradient(name, side, jnp.float32, True)(params, running, batch, seed)
-        updates, moments = update(grads, moments)
+        updates, opt_state = update(grads, opt_state)
         params = optax.apply_updates(params, updates)
     logits = compiled(name, side)[1]({"params": params, **running}, batch).logits["fusion"]
     assert (np.argmax(logits, -1) == batch["label"]).mean() > 0.8

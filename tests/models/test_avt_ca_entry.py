@@ -1,11 +1,11 @@
-"""What AVT-CA says of itself, and what it refuses."""
+"""The registry entry of AVT-CA, and refused settings."""
 
 import jax
 import pytest
 
 from avjax.errors import AvjaxError
 from avjax.models import avt_ca, base
-from tests.models.test_avt_ca import STREAMS, answer, batch_of, built, compiled, jit, same
+from tests.models.test_avt_ca import STREAMS, batch_of, built, compiled, jit, predict, same
 
 
 def test_the_entry_reads_audio_and_video_in_any_order():
@@ -15,7 +15,7 @@ def test_the_entry_reads_audio_and_video_in_any_order():
     assert all(map(entry.fits, (STREAMS, STREAMS[::-1])))
     assert not any(map(entry.fits, (("audio",), ("audio", "text"))))
     turned = jit(built("full", streams=STREAMS[::-1]).apply)(variables, batch_of())
-    same(turned.logits["fusion"], answer("full", batch_of()))
+    same(turned.logits["fusion"], predict("full", batch_of()))
 
 
 @pytest.mark.parametrize(

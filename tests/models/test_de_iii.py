@@ -20,15 +20,8 @@ from benchmarks.step import random_variables
 FUSION = de_iii.FUSIONS["de_iii"]
 CLASSES = 3
 SHAPES = {"audio": (7, 7), "video": (5, 9), "flow": (5, 4)}  # most steps, width
-TINY = {
-    "width": 8,
-    "heads": 2,
-    "depths": {"audio": 1, "video": 1, "flow": 1},
-    "kernel": 3,
-    "expansion": 2,
-    "output": 6,
-    "hidden": 16,
-}
+DEPTHS = {"audio": 1, "video": 1, "flow": 1}
+TINY = {"width": 8, "heads": 2, "depths": DEPTHS, "kernel": 3, "expansion": 2, "output": 6, "hidden": 16}
 # The rows whose heads alone differ are one network.
 ROWS = [name for name in VARIANTS if name not in ("ife_video", "ife_audio", "ife_fusion")]
 # Gradients take longest to compile.
@@ -43,7 +36,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 
 
 def batch(seed: int = 0) -> dict[str, np.ndarray]:
-    """Seven clips: whole, with gaps, without video, flow, sound, both pictures, and without anything; NaN where not."""
+    """Seven clips: complete, with gaps, without video, flow, audio, video and flow, and all streams; NaN elsewhere."""
     rng = np.random.default_rng(seed)
     out = {"label": np.arange(7) % CLASSES, "weight": np.ones(7, np.float32)}
     for s, (steps, width) in SHAPES.items():
@@ -70,13 +63,13 @@ def built(row: str = "full", **changes) -> DeIII:
 
 @functools.cache
 def compiled(row: str = "full"):
-    """Variables off the start, and the answer."""
+    """Variables after some steps, and the output."""
     module = built(row)
     return random_variables(jax.eval_shape(module.init, jax.random.key(0), batch())), jit(module.apply)
 
 
 @functools.cache
-def answered(row: str = "full"):
+def predicted(row: str = "full"):
     variables, apply = compiled(row)
     return jax.tree.map(np.asarray, apply(variables, batch()))
 
@@ -130,23 +123,23 @@ def eq_1(variables, stream: str, x: np.ndarray, entered: bool = False) -> np.nda
 
 def eqs_2_and_3(p, flow: np.ndarray | None, video: np.ndarray | None) -> np.ndarray:
     """One step; None for what it lacks, whose score then is no term of the softmax."""
-    there = {"flow": flow, "video": video}
-    joined = np.concatenate([x if x is not None else 0 * (video if flow is None else flow) for x in there.values()])
-    scores = dict(zip(there, linear(p["weights"], joined), strict=True))
-    total = sum(math.exp(scores[k]) for k, x in there.items() if x is not None)
-    return sum(math.exp(scores[k]) / total * linear(p[k], x) for k, x in there.items() if x is not None)
+    inputs = {"flow": flow, "video": video}
+    joined = np.concatenate([x if x is not None else 0 * (video if flow is None else flow) for x in inputs.values()])
+    scores = dict(zip(inputs, linear(p["weights"], joined), strict=True))
+    total = sum(math.exp(scores[k]) for k, x in inputs.items() if x is not None)
+    return sum(math.exp(scores[k]) / total * linear(p[k], x) for k, x in inputs.items() if x is not None)
 
 
-def eqs_4_to_6(p, asks, answers, temperature=1.0, residual=False) -> tuple[np.ndarray, np.ndarray]:
-    """What the steps asks (q, d) become by asking answers (k, d), and α (q, k)."""
-    out, alpha = [], np.zeros((len(asks), len(answers)))
-    for i, x in enumerate(asks):
+def eqs_4_to_6(p, queries, keys, temperature=1.0, residual=False) -> tuple[np.ndarray, np.ndarray]:
+    """The queries (q, d) after attention to keys (k, d), and α (q, k)."""
+    out, alpha = [], np.zeros((len(queries), len(keys)))
+    for i, x in enumerate(queries):
         query, scores = linear(p["query"], x), []
-        for y in answers:
+        for y in keys:
             key = linear(p["key"], y)
             scores.append(query @ key / (math.sqrt(query @ query) * math.sqrt(key @ key)))
         met = x.copy()
-        for j, y in enumerate(answers):
+        for j, y in enumerate(keys):
             alpha[i, j] = math.exp(scores[j] / temperature) / sum(math.exp(s / temperature) for s in scores)
             met += alpha[i, j] * linear(p["value"], y)
         fed = linear(p["down"], np.maximum(linear(p["up"], met), 0))
@@ -164,7 +157,7 @@ def streams_of(one: dict[str, np.ndarray], clip: int) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("clip", [0, GAPS])
 def test_a_clip_is_answered_as_the_equations_say(clip):
-    variables, one, output = weights_of(), batch(), answered()
+    variables, one, output = weights_of(), batch(), predicted()
     p = variables["params"]
     encoded = {s: iter(eq_1(variables, s, x)) for s, x in streams_of(one, clip).items()}
     audio, video, times = np.array(list(encoded["audio"])), [], []
@@ -179,14 +172,14 @@ def test_a_clip_is_answered_as_the_equations_say(clip):
     for head, vector in expected.items():
         np.testing.assert_allclose(output.features[head][clip], vector, atol=1e-5)
         np.testing.assert_allclose(output.logits[head][clip], perceptron(p, head, vector), atol=1e-5)
-    sounds = np.flatnonzero(one["audio_mask"][clip])
-    np.testing.assert_allclose(output.attention["video"][clip][np.ix_(times, sounds)], asked, atol=1e-5)
-    np.testing.assert_allclose(output.attention["audio"][clip][np.ix_(sounds, times)], asking, atol=1e-5)
+    real_audio = np.flatnonzero(one["audio_mask"][clip])
+    np.testing.assert_allclose(output.attention["video"][clip][np.ix_(times, real_audio)], asked, atol=1e-5)
+    np.testing.assert_allclose(output.attention["audio"][clip][np.ix_(real_audio, times)], asking, atol=1e-5)
 
 
 def test_without_ife_the_heads_read_what_is_encoded():
     """Eq. 1, its greatest values over time, and nothing of the other modality."""
-    variables, output, clip = weights_of("none_ife"), answered("none_ife"), streams_of(batch(), GAPS)
+    variables, output, clip = weights_of("none_ife"), predicted("none_ife"), streams_of(batch(), GAPS)
     assert not {"video_ife", "audio_ife"} & set(variables["params"])
     assert output.attention == {}
     np.testing.assert_allclose(
@@ -197,7 +190,7 @@ def test_without_ife_the_heads_read_what_is_encoded():
     np.testing.assert_array_equal(changed.logits["video"], output.logits["video"])
     assert np.abs(changed.logits["fusion"] - output.logits["fusion"])[0].max() > 1e-3
     hears = compiled()[1](compiled()[0], other)
-    assert np.abs(hears.logits["video"] - answered().logits["video"])[0].max() > 1e-4
+    assert np.abs(hears.logits["video"] - predicted().logits["video"])[0].max() > 1e-4
 
 
 def test_one_of_flow_and_video_has_all_the_weight_where_the_other_is_missing():
@@ -233,7 +226,7 @@ def test_ife_is_equations_4_to_6(temperature, residual):
     np.testing.assert_allclose(enhanced[0], expected, atol=1e-5)
     np.testing.assert_allclose(weights[0][:, ::2], alpha, atol=1e-5)
     assert not weights[0][:, 1].any()
-    # Nobody answers: the attention adds nothing.
+    # No real key: the attention adds nothing.
     expected, _ = eqs_4_to_6(p, np.float64(x[1, ::2]), [], temperature, residual)
     np.testing.assert_allclose(enhanced[1, ::2], expected, atol=1e-5)
     assert not weights[1].any()
@@ -257,7 +250,7 @@ def joined_inputs(row: str, clip: int) -> list[np.ndarray]:
     p, one, out = weights_of(row)["params"], batch(), {"both": [], "video": [], "flow": []}
     for t in range(SHAPES["video"][0]):
         real = {s: bool(one[f"{s}_mask"][clip, t]) for s in ("flow", "video")}
-        steps = {s: np.float64(one[s][clip, t]) if there else np.zeros(SHAPES[s][1]) for s, there in real.items()}
+        steps = {s: np.float64(one[s][clip, t]) if is_real else np.zeros(SHAPES[s][1]) for s, is_real in real.items()}
         if row == "channel_concat":
             out["both"] += [linear(p["visual_input"], np.concatenate(list(steps.values())))] * any(real.values())
             continue
@@ -276,8 +269,8 @@ def joined_inputs(row: str, clip: int) -> list[np.ndarray]:
     ["time_concat", *(pytest.param(row, marks=pytest.mark.thorough) for row in ("channel_concat", "sum", "early"))],
 )
 def test_one_encoder_reads_both_pictures(row):
-    """Against loops over a clip in which either picture lacks steps that the other has."""
-    variables, output = weights_of(row), answered(row)
+    """Against loops over a clip in which video and flow each lack steps that the other has."""
+    variables, output = weights_of(row), predicted(row)
     seen = eq_1(variables, "visual", joined_inputs(row, GAPS), entered=True)
     audio = eq_1(variables, "audio", streams_of(batch(), GAPS)["audio"])
     enhanced, _ = eqs_4_to_6(variables["params"]["video_ife"], seen, audio)
@@ -287,18 +280,18 @@ def test_one_encoder_reads_both_pictures(row):
 def test_attention_after_concatenation_in_time_is_by_points_in_time():
     """A point in time asks by the mean of its real steps, and is asked by their sum."""
     row, one, clip = "time_concat", batch(), GAPS
-    variables, attention = weights_of(row), answered(row).attention
+    variables, attention = weights_of(row), predicted(row).attention
     seen = eq_1(variables, "visual", joined_inputs(row, clip), entered=True)
     audio = eq_1(variables, "audio", streams_of(one, clip)["audio"])
     _, asked = eqs_4_to_6(variables["params"]["video_ife"], seen, audio)
     _, asking = eqs_4_to_6(variables["params"]["audio_ife"], audio, seen)
     points = np.concatenate([np.flatnonzero(one[f"{s}_mask"][clip]) for s in ("video", "flow")])
-    sounds = np.flatnonzero(one["audio_mask"][clip])
+    real_audio = np.flatnonzero(one["audio_mask"][clip])
     for t in range(SHAPES["video"][0]):
         steps = np.flatnonzero(points == t)
         mean = np.mean([asked[i] for i in steps], 0) if len(steps) else 0
-        np.testing.assert_allclose(attention["video"][clip, t, sounds], mean, atol=1e-5)
-        np.testing.assert_allclose(attention["audio"][clip, sounds, t], sum(asking[:, i] for i in steps), atol=1e-5)
+        np.testing.assert_allclose(attention["video"][clip, t, real_audio], mean, atol=1e-5)
+        np.testing.assert_allclose(attention["audio"][clip, real_audio, t], sum(asking[:, i] for i in steps), atol=1e-5)
 
 
 # ---- Every row -----------------------------------------------------------------------------------------------------
@@ -307,12 +300,12 @@ def test_attention_after_concatenation_in_time_is_by_points_in_time():
 @pytest.mark.parametrize("row", FEW)
 def test_padding_and_neighbours_change_nothing(row):
     variables, apply = compiled(row)
-    ours, theirs = answered(row), apply(variables, larger(batch()))
+    ours, theirs = predicted(row), apply(variables, larger(batch()))
     for head in HEADS:
         assert ours.logits[head].dtype == np.float32
         np.testing.assert_allclose(theirs.logits[head][3:], ours.logits[head], atol=2e-5)
         np.testing.assert_allclose(theirs.features[head][3:], ours.features[head], atol=2e-5)
-        assert np.ptp(ours.logits[head][: GAPS + 1], 0).max() > 1e-3, "clips are told apart"
+        assert np.ptp(ours.logits[head][: GAPS + 1], 0).max() > 1e-3, "clips differ"
     for name, weights in ours.attention.items():
         np.testing.assert_allclose(theirs.attention[name][3:, 1:-2, 1:-2], weights, atol=2e-5)
         assert float(jnp.sum(theirs.attention[name][3:])) == pytest.approx(weights.sum(), abs=1e-4)
@@ -320,7 +313,7 @@ def test_padding_and_neighbours_change_nothing(row):
 
 @pytest.mark.parametrize("row", FEW)
 def test_missing_streams_leave_what_is_documented(row):
-    output, p = answered(row), weights_of(row)["params"]
+    output, p = predicted(row), weights_of(row)["params"]
     dark = set.intersection(*(set(LACKING[s]) for s in built(row).streams if s != "audio"))
     for name, lacking in (("audio", LACKING["audio"]), ("video", dark)):
         zero = ~output.features[name].any(-1)
@@ -336,9 +329,9 @@ def test_missing_streams_leave_what_is_documented(row):
 @pytest.mark.parametrize("row", LIGHT)
 def test_gradients_are_finite_in_bfloat16_and_reach_every_parameter(row):
     gradient, variables = compiled_loss(row, "bfloat16"), split(compiled(row)[0])
-    found = [gradient(*variables, batch(), seed) for seed in range(3)]
-    assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves(found))
-    reach = jax.tree.map(lambda *g: max(float(jnp.abs(x).max()) for x in g), *(g for g, _ in found))
+    gradients = [gradient(*variables, batch(), seed) for seed in range(3)]
+    assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves(gradients))
+    reach = jax.tree.map(lambda *g: max(float(jnp.abs(x).max()) for x in g), *(g for g, _ in gradients))
     # The same to all scores of a query, a key's bias moves no softmax: what reaches it is rounding.
     flat = {jax.tree_util.keystr(path): r for path, r in jax.tree_util.tree_leaves_with_path(reach)}
     assert not [path for path, r in flat.items() if not r > 0 and not path.endswith("['key']['bias']")]
@@ -376,10 +369,10 @@ def test_a_few_clips_are_learned(row):
     variables = jit(built(row).init)(jax.random.key(0), one)
     gradient, tx = compiled_loss(row, "float32"), optax.adam(1e-2)
     params, running = split(variables)
-    moments, update = tx.init(params), jit(tx.update)
+    opt_state, update = tx.init(params), jit(tx.update)
     for seed in range(200):
         grads, running = gradient(params, running, one, seed)
-        updates, moments = update(grads, moments)
+        updates, opt_state = update(grads, opt_state)
         params = optax.apply_updates(params, updates)
     logits = compiled(row)[1]({"params": params, **running}, one).logits
     for head in HEADS:
@@ -476,7 +469,7 @@ def test_pictures_of_different_lengths_are_refused():
 
 @pytest.mark.parametrize("row", [pytest.param("flow_only", marks=pytest.mark.thorough), "transformer"])
 def test_dropout_acts_in_training_only(row):
-    variables, calm = compiled(row)[0], answered(row).logits["fusion"]
+    variables, calm = compiled(row)[0], predicted(row).logits["fusion"]
     train = jit(functools.partial(built(row, dropout=0.5).apply, train=True))
     one, two = (train(variables, batch(), rngs={"dropout": jax.random.key(i)}).logits["fusion"] for i in (0, 1))
     assert np.abs(one - two)[0].max() > 1e-3
@@ -486,14 +479,14 @@ def test_dropout_acts_in_training_only(row):
 @pytest.mark.thorough
 @pytest.mark.parametrize(("setting", "value"), [("legacy_relative", True), ("temperature", 0.1), ("residual", True)])
 def test_settings_reach_their_modules(setting, value):
-    """Those that no parameter shows: each changes the answer. The depths and widths are in the counts."""
-    variables, before = compiled("video_only")[0], answered("video_only").logits["video"][0]
+    """Those that no parameter shows: each changes the output. The depths and widths are in the counts."""
+    variables, before = compiled("video_only")[0], predicted("video_only").logits["video"][0]
     after = jit(built("video_only", **{setting: value}).apply)(variables, batch()).logits["video"][0]
     assert np.abs(after - before).max() > 1e-4
 
 
 def test_bfloat16_stays_near_float32():
-    variables, full = compiled()[0], answered()
+    variables, full = compiled()[0], predicted()
     output = jit(built(dtype=jnp.bfloat16).apply)(variables, batch())
     assert {v.dtype for v in (*output.logits.values(), *output.attention.values())} == {jnp.dtype("float32")}
     for head in HEADS:

@@ -49,7 +49,7 @@ def compiled(train: bool = False, leaked: bool = False, **changes):
     return jit(lambda v, b, s: module.apply(v, b, train=train, with_label=leaked, rngs={"dropout": jax.random.key(s)}))
 
 
-def answered(one, seed: int = 0, train: bool = False, leaked: bool = False, **changes):
+def predicted(one, seed: int = 0, train: bool = False, leaked: bool = False, **changes):
     output = compiled(train, leaked, **changes)(variables(**changes), one, seed)
     return jax.tree.map(np.asarray, output)
 
@@ -104,38 +104,38 @@ def seen(p, text: np.ndarray, frames: np.ndarray) -> np.ndarray:
     return unit(linear(p["express_video"], query.mean(0)))
 
 
-def heard(p, sound: np.ndarray) -> np.ndarray:
+def audio_feature(p, audio: np.ndarray) -> np.ndarray:
     """Section 3.3.1 of one clip: its real steps (s, w)."""
-    x = linear(p["project_audio"], sound)
+    x = linear(p["project_audio"], audio)
     for i in range(3):
         x = block(p["aa"][f"block_{i}"], x)
     return unit(linear(p["express_audio"], x.mean(0)))
 
 
-def said(one, clip: int) -> np.ndarray:
+def text_of(one, clip: int) -> np.ndarray:
     real = np.float64(one["text"][clip][one["text_mask"][clip]])
     return unit(real.mean(0)) if len(real) else np.zeros(JOINT)
 
 
 def expected(one, queries: np.ndarray) -> dict[str, np.ndarray]:
-    """The features of all clips; `queries (b, e)` ask the pictures."""
+    """The features of all clips; `queries (b, e)` attend to the frames."""
     p, zeros = weights_of(), np.zeros(JOINT)
     real = {s: [np.float64(x[m]) for x, m in zip(one[s], one[f"{s}_mask"], strict=True)] for s in SHAPES}
     return {
         "video": np.array([seen(p, q, x) if len(x) else zeros for q, x in zip(queries, real["video"], strict=True)]),
-        "audio": np.array([heard(p, x) if len(x) else zeros for x in real["audio"]]),
+        "audio": np.array([audio_feature(p, x) if len(x) else zeros for x in real["audio"]]),
     }
 
 
 def test_features_and_zero_shot_answers_are_those_of_the_equations():
     one = batch()
-    output, texts = answered(one), np.array([said(one, i) for i in range(6)])
+    output, texts = predicted(one), np.array([text_of(one, i) for i in range(6)])
     features, classes = expected(one, texts), unit(np.float64(one["classes"]))
     np.testing.assert_allclose(output.features["text"], texts, atol=1e-6)
     scores = {m: x @ classes.T / TAU for m, x in features.items()}
-    there = sum(x.any(-1)[:, None] for x in features.values())
-    scores["both"] = (scores["video"] + scores["audio"]) / np.maximum(there, 1)  # Eq. 2, halved where both are there
-    assert there[:, 0].tolist() == [2, 2, 1, 1, 2, 0]
+    present = sum(x.any(-1)[:, None] for x in features.values())
+    scores["both"] = (scores["video"] + scores["audio"]) / np.maximum(present, 1)  # Eq. 2, halved where both are there
+    assert present[:, 0].tolist() == [2, 2, 1, 1, 2, 0]
     for m, x in features.items():
         np.testing.assert_allclose(output.features[m], x, atol=2e-6)
     assert set(output.logits) == {"both_zero", "video_zero", "audio_zero"}
@@ -143,30 +143,30 @@ def test_features_and_zero_shot_answers_are_those_of_the_equations():
         np.testing.assert_allclose(output.logits[f"{m}_zero"], x, atol=1e-4)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_in_training_the_drawn_prompt_is_contrasted_and_asks(told):
+@pytest.mark.parametrize("label_in_query", [True, False])
+def test_in_training_the_drawn_prompt_is_contrasted_and_asks(label_in_query):
     one = batch()
-    output, prompts = answered(one, train=True, label_in_query=told), unit(np.float64(one["prompts"]))
+    output, prompts = predicted(one, train=True, label_in_query=label_in_query), unit(np.float64(one["prompts"]))
     apart = np.abs(output.features["text"][:, None] - prompts).max(-1)
     assert (apart.min(1) < 1e-6).all()
     drawn = np.take_along_axis(prompts, apart.argmin(1)[:, None, None], 1)[:, 0]
-    queries = drawn if told else np.array([said(one, i) for i in range(6)])
+    queries = drawn if label_in_query else np.array([text_of(one, i) for i in range(6)])
     for m, x in expected(one, queries).items():
         np.testing.assert_allclose(output.features[m], x, atol=2e-6)
 
 
 def test_told_afterwards_it_is_asked_with_the_first_prompt():
     one = batch()
-    output = answered(one, leaked=True)
+    output = predicted(one, leaked=True)
     np.testing.assert_allclose(
         output.features["video"], expected(one, unit(np.float64(one["prompts"][:, 0])))["video"], atol=2e-6
     )
-    np.testing.assert_array_equal(output.features["text"], answered(one).features["text"])
+    np.testing.assert_array_equal(output.features["text"], predicted(one).features["text"])
 
 
 def test_without_prompts_it_trains_by_the_text_of_the_clip():
     one = batch() | {"prompts": np.full((6, 6, JOINT), np.nan, np.float32)}
-    trained, plain = answered(one, train=True, prompt=False), answered(one, prompt=False)
+    trained, plain = predicted(one, train=True, prompt=False), predicted(one, prompt=False)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), trained, plain)
 
 
@@ -174,10 +174,10 @@ def test_what_has_the_width_needs_no_projection():
     small = {"width": JOINT, "queries": 1}
     assert set(weights_of(**small)) == {"query", "vfm", "aa", "project_audio", "project_video"}
     one = batch()
-    output = answered(one, **small)
+    output = predicted(one, **small)
     p, clip = weights_of(**small), WHOLE
     frames = [block(p["vfm"]["frame"], x[None])[0] for x in linear(p["project_video"], np.float64(one["video"][clip]))]
-    query = p["query"] + said(one, clip)[None]
+    query = p["query"] + text_of(one, clip)[None]
     for i in range(2):
         query = block(p["vfm"][f"decoder_{i}"], query, np.array(frames))
     np.testing.assert_allclose(output.features["video"][clip], unit(query[0]), atol=2e-6)
@@ -261,20 +261,20 @@ def test_dropout_is_drawn_on_every_branch_in_training_alone():
 # ---- What is drawn -------------------------------------------------------------------------------------------------
 
 
-def places(one, seed: int) -> np.ndarray:
+def drawn_prompts(one, seed: int) -> np.ndarray:
     """Which prompts were drawn, where `one` has the unit vectors of its six for prompts."""
-    return answered(one, seed, train=True).features["text"].argmax(-1)
+    return predicted(one, seed, train=True).features["text"].argmax(-1)
 
 
 def test_each_clip_draws_one_of_six_at_each_step_whatever_it_holds():
     marked = np.broadcast_to(np.eye(6, JOINT, dtype=np.float32), (6, 6, JOINT))
-    drawn = np.array([places(batch() | {"prompts": marked}, seed) for seed in range(100)])  # steps, clips
+    drawn = np.array([drawn_prompts(batch() | {"prompts": marked}, seed) for seed in range(100)])  # steps, clips
     assert all(set(clip) == set(range(6)) for clip in drawn.T)
     # 600 draws of a fair die: 100 ± 5 times the standard deviation of each face.
     assert np.abs(np.bincount(drawn.ravel()) - 100).max() < 5 * np.sqrt(600 * 5 / 36)
     assert all(np.mean(drawn[:, 0] == drawn[:, i]) < 0.5 for i in range(1, 6))
     other = batch(5) | {"prompts": marked, "weight": np.array([1, 0, 1, 0, 1, 1], np.float32)}
-    np.testing.assert_array_equal([places(other, seed) for seed in range(20)], drawn[:20])
+    np.testing.assert_array_equal([drawn_prompts(other, seed) for seed in range(20)], drawn[:20])
 
 
 # ---- Masks ---------------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def larger(one):
 
 
 def test_padding_and_neighbours_change_nothing():
-    one, many = answered(batch()), answered(larger(batch()))
+    one, many = predicted(batch()), predicted(larger(batch()))
     for name in one.features:
         np.testing.assert_allclose(many.features[name][2:], one.features[name], atol=2e-6)
     for name in one.logits:
@@ -299,7 +299,7 @@ def test_padding_and_neighbours_change_nothing():
 
 
 def test_what_is_missing_is_zeros_and_the_rest_goes_on():
-    output = answered(batch())
+    output = predicted(batch())
     for s in ("audio", "video", "text"):
         length = np.linalg.norm(output.features[s], axis=-1)
         np.testing.assert_allclose(length, [float(i not in LACKING[s]) for i in range(6)], atol=1e-5)
@@ -311,7 +311,7 @@ def test_what_is_missing_is_zeros_and_the_rest_goes_on():
 @pytest.mark.parametrize("stream", ["video", "audio"])
 def test_one_modality_alone(stream):
     streams = ("text", stream)
-    output = answered(batch(), streams=streams)
+    output = predicted(batch(), streams=streams)
     assert list(output.logits) == [f"{stream}_zero"]
     assert set(output.features) == {"text", stream}
     inside = {"video": {"query", "vfm", "project_text"}, "audio": {"aa"}}[stream]
@@ -320,7 +320,7 @@ def test_one_modality_alone(stream):
 
 def test_without_text_the_embedding_asks_alone():
     one = {k: v for k, v in batch().items() if not k.startswith("text")}
-    output = answered(one, streams=("audio", "video"))
+    output = predicted(one, streams=("audio", "video"))
     assert not output.features["text"].any()
     np.testing.assert_allclose(output.features["video"], expected(batch(), np.zeros((6, JOINT)))["video"], atol=2e-6)
 
@@ -332,9 +332,9 @@ def test_without_text_the_embedding_asks_alone():
 def test_the_label_never_reaches_a_query_outside_of_training(value):
     one = batch()
     other = one | {"prompts": np.full_like(one["prompts"], value), "label": one["label"] * 0 + 2}
-    jax.tree.map(np.testing.assert_array_equal, answered(one), answered(other))
+    jax.tree.map(np.testing.assert_array_equal, predicted(one), predicted(other))
     without = {k: v for k, v in one.items() if k not in ("prompts", "label")}
-    jax.tree.map(np.testing.assert_array_equal, answered(one), answered(without))
+    jax.tree.map(np.testing.assert_array_equal, predicted(one), predicted(without))
 
 
 # ---- Losses --------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def supcon(x: np.ndarray, y: np.ndarray, label: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("train", [True, False])
 def test_each_branch_is_contrasted_with_the_text_where_both_are_there(visual, train):
     one = batch() | {"weight": np.array([1, 1, 1, 1, 1, 1], np.float32)}
-    output = answered(one, train=train)
+    output = predicted(one, train=train)
     terms = emoasst.contrast(visual)(output, one, jnp.ones(3) / 3)
     assert list(terms) == ["video", "audio"]
     features = jax.tree.map(np.float64, output.features)
@@ -431,9 +431,9 @@ def test_gradients_reach_everything_but_what_one_token_leaves_without(queries):
 @pytest.mark.thorough
 @pytest.mark.parametrize("clips", [3 * (BLIND, BLIND), 3 * (SILENT, SILENT), 3 * (EMPTY, EMPTY), 3 * (MUTE, WHOLE)])
 def test_gradients_are_finite_where_modalities_are_missing(clips):
-    found = gradients(clips=clips)
-    assert all(np.isfinite(slope).all() for slope in found.values())
-    moved = {path.split("/")[0] for path, slope in found.items() if slope.any()}
+    by_path = gradients(clips=clips)
+    assert all(np.isfinite(slope).all() for slope in by_path.values())
+    moved = {path.split("/")[0] for path, slope in by_path.items() if slope.any()}
     assert ("vfm" in moved) == (clips[1] in (SILENT, WHOLE))
     assert ("aa" in moved) == (clips[1] in (BLIND, WHOLE))
 
@@ -466,8 +466,8 @@ def moved(params, path: str, way: np.ndarray):
 
 
 def test_half_precision_is_close():
-    exact = answered(batch())
-    close = answered(batch(), dtype=jnp.dtype("bfloat16"))
+    exact = predicted(batch())
+    close = predicted(batch(), dtype=jnp.dtype("bfloat16"))
     for name, x in exact.features.items():
         assert close.features[name].dtype == np.float32
         np.testing.assert_allclose(close.features[name], x, atol=0.05)

@@ -24,7 +24,7 @@ TRAIN, VAL, TEST = slice(0, 26), slice(26, 36), slice(36, 48)  # of the first la
 
 
 @pytest.fixture(scope="module")
-def whole() -> Run:
+def trained_run() -> Run:
     return Run(FEATURES).train()
 
 
@@ -44,14 +44,14 @@ def spoilt(where: slice) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", ["video", "audio"])
-def test_both_branches_together_learn_as_each_alone(whole, stream):
-    rates = () if stream == "video" else whole.config.train.rates
+def test_both_branches_together_learn_as_each_alone(trained_run, stream):
+    rates = () if stream == "video" else trained_run.config.train.rates
     alone = Run(FEATURES, model__streams=("text", stream), train__rates=rates).train()
-    ours, theirs = (flatten_dict(run.state.params, sep="/") for run in (whole, alone))
+    ours, theirs = (flatten_dict(run.state.params, sep="/") for run in (trained_run, alone))
     assert {path.split("/")[0] for path in theirs} >= {"video": {"vfm", "query"}, "audio": {"aa"}}[stream]
     for path, leaf in theirs.items():
         np.testing.assert_allclose(ours[path], leaf, atol=2e-6, err_msg=path)
-    term = whole.sums["train_terms"][stream]
+    term = trained_run.sums["train_terms"][stream]
     np.testing.assert_allclose(term, alone.sums["train_terms"][stream], atol=1e-4)
 
 
@@ -59,11 +59,11 @@ def test_both_branches_together_learn_as_each_alone(whole, stream):
 def test_the_sound_learns_at_a_tenth_of_the_rate():
     """The first step of Adam is as long as the rate."""
     still = {"train__epochs": 1, "train__epochs_per_call": 1, "train__batch_size": 32, "train__weight_decay": 0.0}
-    begun = Run(FEATURES, **still)
-    first = jax.tree.map(np.asarray, begun.state.params)
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b)[0].max()), begun.train().state.params, first)
-    found = {path: step for path, step in flatten_dict(moved, sep="/").items() if path.endswith("kernel")}
-    for path, step in found.items():
+    initial = Run(FEATURES, **still)
+    first = jax.tree.map(np.asarray, initial.state.params)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b)[0].max()), initial.train().state.params, first)
+    vectors = {path: step for path, step in flatten_dict(moved, sep="/").items() if path.endswith("kernel")}
+    for path, step in vectors.items():
         if "frame/attention/query" in path or "frame/attention/key" in path or "decoder" in path:
             continue
         of_speech = path.split("/")[0] in ("aa", "project_audio", "express_audio")
@@ -78,8 +78,8 @@ def test_it_learns_and_is_not_traced_again():
     last = jax.tree.map(lambda v: v[:, -1].sum(-1), run.sums["train_terms"])
     assert all((last[m] < 0.8 * first[m]).all() for m in ("video", "audio"))
     assert run.trainer.epochs._cache_size() == 1
-    told, not_told = (run.represented(with_label=told)["video"] for told in (True, False))
-    scores = fewshot.query_mismatch(run.plan, FEATURES, told, not_told)
+    labelled, unlabelled = (run.represented(with_label=labelled)["video"] for labelled in (True, False))
+    scores = fewshot.query_mismatch(run.plan, FEATURES, labelled, unlabelled)
     assert scores["with_label"] > 0.8 > scores["without_label"] + 0.1 > 0.4
 
 
@@ -87,56 +87,56 @@ def test_it_learns_and_is_not_traced_again():
 
 
 @pytest.mark.budget(20)  # compiles what the others share
-def test_prompts_of_clips_that_do_not_train_are_never_read(whole):
+def test_prompts_of_clips_that_do_not_train_are_never_read(trained_run):
     other = Run(changed(prompts=spoilt(slice(26, 48)))).train()
-    equal(other.state, whole.state)
-    equal(other.sums, whole.sums)
-    equal(other.represented(), whole.represented())
+    equal(other.state, trained_run.state)
+    equal(other.sums, trained_run.sums)
+    equal(other.represented(), trained_run.represented())
     equal(
         other.trainer.predict(other.state, other.plan.lanes, other.data),
-        whole.trainer.predict(whole.state, whole.plan.lanes, whole.data),
+        trained_run.trainer.predict(trained_run.state, trained_run.plan.lanes, trained_run.data),
     )
 
 
-def test_prompts_of_training_clips_are_read_in_training(whole):
+def test_prompts_of_training_clips_are_read_in_training(trained_run):
     other = Run(changed(prompts=FEATURES.arrays["prompts"][::-1].copy())).train()
-    assert np.abs(other.state.params["query"] - whole.state.params["query"]).max() > 1e-5
+    assert np.abs(other.state.params["query"] - trained_run.state.params["query"]).max() > 1e-5
 
 
 @pytest.mark.slow
-def test_features_are_made_without_prompts_and_labels(whole):
+def test_features_are_made_without_prompts_and_labels(trained_run):
     blind = dataclasses.replace(changed(prompts=spoilt(slice(0, 48))), label=np.zeros(48, np.int32))
-    data = streamed_batches.choose(blind, whole.config, whole.model.constants)
-    equal(whole.represented(data), whole.represented())
+    data = streamed_batches.choose(blind, trained_run.config, trained_run.model.constants)
+    equal(trained_run.represented(data), trained_run.represented())
     del data.streams["prompts"], data.streams["prompts_mask"], data.streams["label"]
-    equal(whole.represented(data), whole.represented())
-    told, plain = whole.represented(with_label=True), whole.represented()
-    assert np.abs(told["video"] - plain["video"]).max() > 1e-3
-    equal(told["audio"], plain["audio"])
+    equal(trained_run.represented(data), trained_run.represented())
+    labelled, plain = trained_run.represented(with_label=True), trained_run.represented()
+    assert np.abs(labelled["video"] - plain["video"]).max() > 1e-3
+    equal(labelled["audio"], plain["audio"])
 
 
 @pytest.mark.slow
-def test_features_are_those_of_each_lanes_best_parameters(whole):
-    found = whole.represented()
+def test_features_are_those_of_each_lanes_best_parameters(trained_run):
+    vectors = trained_run.represented()
     index = jnp.array([47, 3, 5, 30])
     for lane in range(2):
-        best, stats = jax.tree.map(lambda v: v[lane], (whole.state.best, whole.state.stats))  # noqa: B023
-        batch = batches.gather(whole.data, stats, index, jnp.ones(4))
-        output = whole.model.module.apply(best, batch)
-        for m, x in found.items():
+        best, stats = jax.tree.map(lambda v: v[lane], (trained_run.state.best, trained_run.state.stats))  # noqa: B023
+        batch = batches.gather(trained_run.data, stats, index, jnp.ones(4))
+        output = trained_run.model.module.apply(best, batch)
+        for m, x in vectors.items():
             np.testing.assert_allclose(x[lane, np.array(index)], output.features[m], atol=1e-5)
-    assert np.abs(found["video"][0] - found["video"][1]).max() > 1e-3
-    assert not found["audio"][:, 3].any()
-    assert not found["video"][:, 5].any()
+    assert np.abs(vectors["video"][0] - vectors["video"][1]).max() > 1e-3
+    assert not vectors["audio"][:, 3].any()
+    assert not vectors["video"][:, 5].any()
 
 
 @pytest.mark.slow
-def test_streamed_clips_have_the_same_features(whole):
+def test_streamed_clips_have_the_same_features(trained_run):
     config = prompted.settings(data__mode="streamed")
-    data = streamed_batches.choose(FEATURES, config, whole.model.constants)
+    data = streamed_batches.choose(FEATURES, config, trained_run.model.constants)
     assert isinstance(data, streamed_batches.Streamed)
-    for m, x in whole.represented(data).items():
-        np.testing.assert_allclose(x, whole.represented()[m], atol=1e-6)
+    for m, x in trained_run.represented(data).items():
+        np.testing.assert_allclose(x, trained_run.represented()[m], atol=1e-6)
 
 
 def test_texts_of_another_width_than_the_prompts_are_told():
@@ -199,7 +199,7 @@ def test_the_loss_of_the_pictures_is_a_setting():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"depth": 2}, "model.settings key is 'depth'; choose one of width, heads"),
         ({"visual_loss": "triplet"}, "visual_loss is 'triplet'; choose one of clip, supcon"),
@@ -210,6 +210,6 @@ def test_the_loss_of_the_pictures_is_a_setting():
         ({"streams": ("video",), "prompt": False}, "add text to model.streams"),
     ],
 )
-def test_bad_settings_are_told(changes, says):
-    with pytest.raises(AvjaxError, match=says):
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(AvjaxError, match=message):
         built(**changes)

@@ -121,7 +121,7 @@ def test_loss_is_equations_6_and_7():
         for b, y in enumerate((2, 0)):
             expected = -weights[head] * (v[b][y] - math.log(sum(math.exp(z) for z in v[b])))
             if head == "audio" and b == 1:
-                expected = 0.0  # the clip has no sound: its audio head is left out
+                expected = 0.0  # the clip has no audio: its audio head is left out
             assert float(terms[head][b]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -225,10 +225,10 @@ def test_fits_a_tiny_set(variant):
     _, variables, step = compiled_variant(variant)
     adam = optax.adam(0.02)
     update = jax.jit(lambda v, m, g: (lambda d, m: (optax.apply_updates(v, d), m))(*adam.update(g, m)))
-    moments, losses = adam.init(variables), []
+    opt_state, losses = adam.init(variables), []
     for _ in range(60):
         (loss, _), grads = step(variables, batch())
-        variables, moments = update(variables, moments, grads)
+        variables, opt_state = update(variables, opt_state, grads)
         losses.append(float(loss))
     assert losses[-1] < 0.35 * losses[0]
 

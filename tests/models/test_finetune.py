@@ -1,4 +1,4 @@
-"""ETG-AVER with its encoders in training: from raw inputs to answers, by all weights and by changes of low rank."""
+"""ETG-AVER with its encoders in training: from raw inputs to predictions, with all weights and with LoRA."""
 
 import dataclasses
 import functools
@@ -60,12 +60,12 @@ def applied(model):
     return jax.jit(functools.partial(model.module.apply, train=False))
 
 
-def answer(model, variables, one) -> dict[str, np.ndarray]:
+def predict_logits(model, variables, one) -> dict[str, np.ndarray]:
     return jax.device_get(applied(model)(variables, one).logits)
 
 
 def stirred(variables, seed: int = 0):
-    """All that is trained at random places near where it was."""
+    """All trained params, moved a little at random."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), variables)
 
@@ -84,8 +84,8 @@ def test_begins_as_the_core_on_the_features_of_the_encoders(preset):
         encoder = encoders.load(e.source, layer=e.layer, pool=e.pool, random=True)
         raw, mask = one[stream], one[f"{stream}_mask"]
         if stream == "video":
-            pictures = ((raw.reshape(-1, 16, 16, 3) / 255 - 0.5) / 0.5).astype(np.float32)
-            encoded, real = encoder(pictures, mask.reshape(-1))
+            images = ((raw.reshape(-1, 16, 16, 3) / 255 - 0.5) / 0.5).astype(np.float32)
+            encoded, real = encoder(images, mask.reshape(-1))
             encoded, real = encoded.reshape(*mask.shape, -1), real.reshape(mask.shape)
         else:
             encoded, real = encoder(raw.swapaxes(1, 2) if raw.shape[-1] == 6 else raw[..., 0], mask)
@@ -94,10 +94,10 @@ def test_begins_as_the_core_on_the_features_of_the_encoders(preset):
         features |= {stream: encoded, f"{stream}_mask": real}
     core = {"params": variables["params"]["core"]}
     expected = jax.jit(full.module.core.apply)(core, features).logits
-    ours = answer(model, variables, one)
+    ours = predict_logits(model, variables, one)
     pretrained = one[PRETRAINED]
-    whole = {"params": {"core": core["params"], **{s: pretrained[s] for s in STREAMS}}}
-    same = answer(full, whole, one)
+    joint = {"params": {"core": core["params"], **{s: pretrained[s] for s in STREAMS}}}
+    same = predict_logits(full, joint, one)
     for head in model.heads:
         close(ours[head], expected[head], err_msg=head)
         np.testing.assert_array_equal(ours[head], same[head])
@@ -118,9 +118,9 @@ def test_only_what_is_trained_is_a_parameter():
     chosen = ("^text/", "/bias$", "^video/block_0")
     _, _, variables = started("finetune", model__encoders__frozen=chosen)
     assert not variables["params"].get("text")
-    there = set(flatten_dict(variables["params"]["video"], sep="/"))
+    trained = set(flatten_dict(variables["params"]["video"], sep="/"))
     everything = set(flatten_dict(one[PRETRAINED]["video"], sep="/"))
-    assert there == {path for path in everything if not path.endswith("bias") and not path.startswith("block_0")}
+    assert trained == {path for path in everything if not path.endswith("bias") and not path.startswith("block_0")}
     assert variables["params"].keys() >= {"core", "audio", "video"}
 
 
@@ -137,14 +137,14 @@ def test_blocks_above_the_layer_are_not_there():
     assert {k for k in one[PRETRAINED]["audio"] if k.startswith("block_")} == {"block_0"}
 
 
-# ---- Answers ------------------------------------------------------------------------------------------------------
+# ---- Predictions --------------------------------------------------------------------------------------------------
 
 
 @every_sound
 def test_neighbours_and_padding_change_no_answer(preset):
     model, one, variables = started("lora", preset)
     variables = stirred(variables)
-    whole = answer(model, variables, one)
+    joint = predict_logits(model, variables, one)
     wide = dict(one)
     for stream in STREAMS:
         x, mask = one[stream], one[f"{stream}_mask"]
@@ -152,19 +152,19 @@ def test_neighbours_and_padding_change_no_answer(preset):
         clean = np.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, np.asarray(55, x.dtype))
         wide[stream] = np.concatenate([clean, rubbish], 1)
         wide[f"{stream}_mask"] = np.concatenate([mask, np.zeros((len(x), 5), bool)], 1)
-    padded = answer(model, variables, wide)
+    padded = predict_logits(model, variables, wide)
     for row in (0, 3, 5, 7):
-        alone = answer(model, variables, batch_of(model, preset, slice(row, row + 1)))
+        alone = predict_logits(model, variables, batch_of(model, preset, slice(row, row + 1)))
         for head in model.heads:
-            close(whole[head][row], alone[head][0], err_msg=head)
+            close(joint[head][row], alone[head][0], err_msg=head)
     for head in model.heads:
-        close(whole[head], padded[head], atol=2e-5, err_msg=head)
+        close(joint[head], padded[head], atol=2e-5, err_msg=head)
 
 
 @pytest.mark.slow
 @every_sound
 def test_a_missing_modality_costs_no_gradient_and_brings_no_nan(preset):
-    """Clip 3 lacks sound, 5 a face, 7 its sentence; each alone, with rubbish in the place of what is not there."""
+    """Clip 3 lacks audio, 5 a face, 7 its sentence; each alone, with arbitrary values for what is missing."""
     model, _, variables = started("finetune", preset)
 
     @jax.jit
@@ -190,7 +190,7 @@ def test_a_missing_modality_costs_no_gradient_and_brings_no_nan(preset):
 def test_bfloat16_is_close():
     model, one, variables = started("lora")
     half, _ = built("lora", model__dtype="bfloat16")
-    exact, rough = answer(model, variables, one), answer(half, variables, one)
+    exact, rough = predict_logits(model, variables, one), predict_logits(half, variables, one)
     for head in model.heads:
         assert np.abs(rough[head] - exact[head]).max() < 0.1 * np.abs(exact[head]).max()
         assert not np.array_equal(rough[head], exact[head])
@@ -209,13 +209,13 @@ class Trained:
         self.data = batches.resident(CLIPS, "both", self.config.protocol.standardise, self.model.constants)
         loop.check_streams(self.model, self.data.resident(jnp.arange(1)), "tiny_raw")
         self.trainer = loop.make(self.model, self.config)
-        self.begun = self.state = self.trainer.init(self.plan.lanes, self.data)
-        self.begun = jax.tree.map(jnp.copy, self.begun)
+        self.initial = self.state = self.trainer.init(self.plan.lanes, self.data)
+        self.initial = jax.tree.map(jnp.copy, self.initial)
         self.rows = []
         for first in (1, 5):
             self.state, sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(first))
             self.rows += history.epoch_rows(sums, self.plan.names, first, self.model)
-        self.answers = jax.device_get(self.trainer.predict(self.state, self.plan.lanes, self.data))
+        self.predictions = jax.device_get(self.trainer.predict(self.state, self.plan.lanes, self.data))
 
 
 FREE = {"train__learning_rate": 5e-3, "train__schedule": "constant", "train__epochs": 8, "train__batch_size": 3}
@@ -235,9 +235,9 @@ def test_loss_falls_from_raw_inputs(low):
 
 @pytest.mark.slow
 def test_what_is_frozen_does_not_move_and_the_rest_does(low):
-    begun, ended = (flatten_dict(state.params, sep="/") for state in (low.begun, low.state))
+    initial, ended = (flatten_dict(state.params, sep="/") for state in (low.initial, low.state))
     assert not [path for path in ended if path.startswith("text/")]
-    still = [path for path in ended if np.array_equal(begun[path], ended[path])]
+    still = [path for path in ended if np.array_equal(initial[path], ended[path])]
     assert not still
     assert {path.split("/")[0] for path in ended} == {"core", "audio", "video"}
 
@@ -254,12 +254,12 @@ def test_merged_weights_answer_as_the_run_does(low, tmp_path):
         files = {s: tmp_path / "merged" / f"a%2Fb-{seed}-{s}.safetensors" for s in STREAMS}
         weights = {s: unflatten_dict(formats.read(file), sep="/") for s, file in files.items()}
         core = jax.tree.map(lambda leaf, lane=lane: leaf[lane], low.state.best["params"]["core"])
-        ours = answer(plain, {"params": {"core": core}}, one | {PRETRAINED: weights})
+        ours = predict_logits(plain, {"params": {"core": core}}, one | {PRETRAINED: weights})
         for head in low.model.heads:
-            close(ours[head], low.answers[head][lane], atol=1e-4, err_msg=head)
+            close(ours[head], low.predictions[head][lane], atol=1e-4, err_msg=head)
         for leaf, before in zip(*map(jax.tree.leaves, (weights["text"], one[PRETRAINED]["text"])), strict=True):
             np.testing.assert_array_equal(leaf, before)
-    assert not np.allclose(low.answers["fusion"][0], low.answers["fusion"][1], atol=1e-2)
+    assert not np.allclose(low.predictions["fusion"][0], low.predictions["fusion"][1], atol=1e-2)
 
 
 @pytest.mark.slow
@@ -284,8 +284,8 @@ def test_all_weights_are_trained_with_layer_wise_decay():
     run = Trained("finetune", train__layer_decay=0.1, **FREE | {"train__learning_rate": 1e-3})
     losses = [row["train_loss"] for row in run.rows]
     assert np.mean(losses[-2:]) < 0.5 * np.mean(losses[:2])
-    begun, ended = (flatten_dict(state.params, sep="/") for state in (run.begun, run.state))
-    moved = {path: float(np.abs(ended[path] - begun[path]).mean()) for path in ended}
+    initial, ended = (flatten_dict(state.params, sep="/") for state in (run.initial, run.state))
+    moved = {path: float(np.abs(ended[path] - initial[path]).mean()) for path in ended}
     kernels = ["video/patches/kernel", "video/block_0/up/kernel", "video/block_1/up/kernel", "core/head_video/kernel"]
     distances = [moved[path] for path in kernels]
     # Adam's steps are alike, so the ratios are about those of the rates; more of a run cancels where rates are large.
@@ -339,15 +339,15 @@ def test_remat_gives_the_same_and_holds_less_for_the_gradient(kind):
 
 @pytest.mark.parametrize("preset", ["open_raw", "etg_raw"])
 def test_lora_trains_less_than_two_percent(preset):
-    """Of the encoders at their true sizes, which need not be at hand."""
+    """Of the encoders at their true sizes, which need not be available."""
     chosen, how = presets.preset(preset), lora.Tuning(lora=LoraSettings())
     trained = total = 0
     for stream, e in (("video", chosen.image), ("audio", chosen.speech), ("text", chosen.text)):
         family, module, _ = encoders.architecture(e.source, layer=e.layer, dtype="float32")
         shapes = family.shapes(module.config)
-        begun = jax.eval_shape(lambda key, stream=stream, shapes=shapes: lora.init_params(key, how, stream, shapes),
+        initial = jax.eval_shape(lambda key, stream=stream, shapes=shapes: lora.init_params(key, how, stream, shapes),
                                jax.random.key(0))  # fmt: skip
-        trained += sum(leaf.size for leaf in jax.tree.leaves(begun))
+        trained += sum(leaf.size for leaf in jax.tree.leaves(initial))
         total += sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert 0.002 < trained / total < 0.02
 
@@ -372,7 +372,7 @@ def test_a_model_is_described_without_weights(monkeypatch):
         ({"frozen": ("(",)}, r"model\.encoders\.frozen: '\(' is no regular expression"),
         ({"lora__targets": ("[",)}, r"model\.encoders\.lora\.targets: '\[' is no regular expression"),
         ({"lora__rank": 0}, r"model\.encoders\.lora\.rank is 0; expected at least 1"),
-        ({"preset": "open"}, r"preset 'open' has features, .*; take one of .*open_raw, etg_raw"),
+        ({"preset": "open"}, r"preset 'open' stages features, .*; take one of .*open_raw, etg_raw"),
         (
             {"preset": "tiny_b2"},
             r"hsemotion_b2: this encoder cannot be trained; those of bert, .*, whisper can",

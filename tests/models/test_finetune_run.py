@@ -1,4 +1,4 @@
-"""A whole run that trains its encoders: clips, their raw inputs, training, merged weights, answers for new clips."""
+"""A run that trains its encoders: clips, their raw inputs, training, merged weights, predictions for new clips."""
 
 import csv
 
@@ -73,21 +73,21 @@ def test_prediction_answers_as_training_did(run):
     _, kept, workdir = run
     one = runs.read_run(workdir, fold=_folds(workdir)[0])
     features = store.load(kept, "tiny_raw")
-    answers = prediction.probabilities(one, features)
+    predicted = prediction.probabilities(one, features)
     with np.load(workdir / "predictions.npz") as written:
-        there = {key: written[key] for key in written.files}
-    rows = [i for i, fold in enumerate(there["fold"]) if fold == one.lanes[0][0]]
+        saved = {key: written[key] for key in written.files}
+    rows = [i for i, fold in enumerate(saved["fold"]) if fold == one.lanes[0][0]]
     assert rows
     for i in rows:
-        logits = np.float64(there["logits_fusion"][i])
+        logits = np.float64(saved["logits_fusion"][i])
         expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-        np.testing.assert_allclose(answers[features.ids.index(there["clip_id"][i])], expected, atol=1e-4)
+        np.testing.assert_allclose(predicted[features.ids.index(saved["clip_id"][i])], expected, atol=1e-4)
 
 
 def test_new_clips_are_measured_and_answered(run):
     data, _, workdir = run
-    found = prediction.find_clips([str(data / "mute.mp4"), str(data / "faceless.mp4")])
-    predictions, rejected = prediction.predict(runs.read_run(workdir), found, Console(quiet=True))
+    records = prediction.find_clips([str(data / "mute.mp4"), str(data / "faceless.mp4")])
+    predictions, rejected = prediction.predict(runs.read_run(workdir), records, Console(quiet=True))
     assert not rejected
     assert [sorted(p.scores) for p in predictions] == [["angry", "happy"]] * 2
     assert all(sum(p.scores.values()) == pytest.approx(1) for p in predictions)

@@ -94,14 +94,14 @@ def test_factors_differ_between_kernels_and_are_of_the_size_of_a_projection():
 
 def test_what_is_no_kernel_has_no_factors():
     how = Tuning(lora=LoraSettings(targets=("conv_0|norm",)))
-    with pytest.raises(AvjaxError, match=r"targets names text/norm/scale of shape \(5,\), which is no kernel"):
+    with pytest.raises(AvjaxError, match=r"targets names text/norm/scale of shape \(5,\), which is not a kernel"):
         lora.init_params(jax.random.key(0), how, "text", {"norm": {"scale": np.ones(5)}})
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (Tuning(frozen=("^video/", "^sound/")), r"frozen: '\^sound/' is found in no path .* look like video/words"),
+        (Tuning(frozen=("^video/", "^flow/")), r"frozen: '\^flow/' is found in no path .* look like video/words"),
         (Tuning(lora=LoraSettings(targets=("querry",))), r"lora\.targets: 'querry' is found in no path"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What published systems answer, number by number: every file of the parity folder, compiled and not.
+"""The outputs of published systems, number by number: every file of the parity folder, compiled and not.
 
 `AVJAX_PARITY_DIR` names another folder of the same form (`parity/README.md`); the default is the copy beside the tests.
 """
@@ -28,13 +28,13 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 class Case(NamedTuple):
-    """One parity file: our module with the reference's weights and inputs, and what the reference answers."""
+    """One parity file: our module with the reference's weights and inputs, and the reference's outputs."""
 
     reference: ModuleType
     hyper: dict
     state: dict
     arguments: tuple
-    answers: dict
+    expected: dict
 
 
 def drawn(meta: dict, group: str, prefix: str) -> dict[str, np.ndarray]:
@@ -78,10 +78,10 @@ def test_answers_are_those_of_the_reference(name, way):
     module = one.reference.module(one.hyper)
     apply = jax.jit(module.apply) if way == "jit" else module.apply
     ours = one.reference.answers(apply(variables(one), *one.arguments))
-    assert set(one.answers) <= set(ours)
-    for answer, theirs in one.answers.items():
-        worst = np.abs(np.asarray(ours[answer]) - theirs).max()
-        assert worst <= 1e-4 * theirs.std(), f"{answer}: {worst / theirs.std():.2g} of the standard deviation"
+    assert set(one.expected) <= set(ours)
+    for key, theirs in one.expected.items():
+        worst = np.abs(np.asarray(ours[key]) - theirs).max()
+        assert worst <= 1e-4 * theirs.std(), f"{key}: {worst / theirs.std():.2g} of the standard deviation"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -112,7 +112,7 @@ def test_parameters_are_those_of_the_module(name):
 
 @pytest.mark.slow
 def test_another_folder_of_the_same_recipe_passes(tmp_path):
-    """Other weights, inputs and numbers of clips, answered by the restatements in PyTorch that pass on this folder."""
+    """Other weights, inputs and numbers of clips, computed by the PyTorch restatements that match this folder."""
     torch = pytest.importorskip("torch", reason="the reference is in PyTorch (extra parity)")
     shutil.copy(FOLDER / "recipe.py", tmp_path)
     for name in NAMES:
@@ -125,9 +125,9 @@ def test_another_folder_of_the_same_recipe_passes(tmp_path):
         buffers = {n: np.flip(v, -1).copy() for n, v in one.state.items() if n.startswith("buffer/")}
         tensors = [{n: torch.tensor(v) for n, v in arrays.items()} for arrays in (state | buffers, inputs)]
         with torch.no_grad():
-            answers = one.reference.reference(*tensors, meta["hyper"])
+            expected = one.reference.reference(*tensors, meta["hyper"])
         (tmp_path / f"{name}.json").write_text(json.dumps(meta))
-        np.savez(tmp_path / f"{name}.npz", **{n: v.numpy() for n, v in answers.items()}, **buffers)
+        np.savez(tmp_path / f"{name}.npz", **{n: v.numpy() for n, v in expected.items()}, **buffers)
     env = os.environ | {"AVJAX_PARITY_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "pytest", "-v", __file__, "-k", "not another", "-m", "slow or not slow"]
     done = subprocess.run(command, env=env, cwd=HOME.parent, capture_output=True, text=True)

@@ -51,8 +51,8 @@ def test_clip_loss_by_hand():
     x, y = jnp.array([[1.0, 0.0], [0.6, 0.8]]), jnp.eye(2)
     by_x = math.log(1 + math.exp(-1)), math.log(1 + math.exp(-0.2))
     by_y = math.log(1 + math.exp(-0.4)), math.log(1 + math.exp(-0.8))
-    found = contrastive.clip_loss(x, y, jnp.ones(2), temperature=1.0)
-    np.testing.assert_allclose(found, [(a + b) / 2 for a, b in zip(by_x, by_y, strict=True)], rtol=1e-6)
+    actual = contrastive.clip_loss(x, y, jnp.ones(2), temperature=1.0)
+    np.testing.assert_allclose(actual, [(a + b) / 2 for a, b in zip(by_x, by_y, strict=True)], rtol=1e-6)
 
 
 def test_supcon_by_hand():
@@ -60,12 +60,12 @@ def test_supcon_by_hand():
     x, y = jnp.eye(2), jnp.array([[1.0, 0.0], [1.0, 0.0]])
     first = math.log(2 * math.e + 1) - 1  # of x₀ and y₀: e to each other and to y₁, 1 to x₁
     second = (math.log(3) + math.log(2 * math.e + 1)) / 2  # of x₁, far from all; of y₁, near the other clip alone
-    found = contrastive.supcon(x, y, jnp.array([3, 9]), jnp.ones(2), temperature=1.0)
-    np.testing.assert_allclose(found, [first, second], rtol=1e-6)
+    actual = contrastive.supcon(x, y, jnp.array([3, 9]), jnp.ones(2), temperature=1.0)
+    np.testing.assert_allclose(actual, [first, second], rtol=1e-6)
     # One class: the mean over three positives, of the log probabilities.
-    found = contrastive.supcon(x, y, jnp.array([3, 3]), jnp.ones(2), temperature=1.0)
+    actual = contrastive.supcon(x, y, jnp.array([3, 3]), jnp.ones(2), temperature=1.0)
     near, far = math.log(2 * math.e + 1) - 2 / 3, math.log(3)
-    np.testing.assert_allclose(found, [near, (far + near) / 2], rtol=1e-6)
+    np.testing.assert_allclose(actual, [near, (far + near) / 2], rtol=1e-6)
 
 
 def clip_loops(x, y, label, tau) -> list[float]:
@@ -98,10 +98,10 @@ def test_against_plain_loops_in_blocks_of_any_size(name, block):
     expected = LOOPS[name](np.float64(x), np.float64(y), LABEL, 0.07)
     loss = losses(block=block)[name]
     for run in (loss, jax.jit(loss)):
-        found = run(x, y, jnp.ones(7))
-        assert found.shape == (7,)
-        assert found.dtype == jnp.float32
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        actual = run(x, y, jnp.ones(7))
+        assert actual.shape == (7,)
+        assert actual.dtype == jnp.float32
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- Gradients ----------------------------------------------------------------------------------------------------
@@ -152,10 +152,10 @@ def test_rows_of_weight_0_are_in_nobodys_set(name, poison):
     kept = np.flatnonzero(weight)
     factors = jnp.asarray(kept + 1)
     x[1], y[1], y[4] = poison, -poison, poison
-    found = losses(block=3)[name](x, y, weight)
+    actual = losses(block=3)[name](x, y, weight)
     alone = losses(LABEL[kept])[name]
-    np.testing.assert_allclose(found[kept], alone(x[kept], y[kept], jnp.ones(5)), rtol=1e-5)
-    assert not np.asarray(found)[[1, 4]].any()
+    np.testing.assert_allclose(actual[kept], alone(x[kept], y[kept], jnp.ones(5)), rtol=1e-5)
+    assert not np.asarray(actual)[[1, 4]].any()
     for ours, theirs in zip(
         jax.jit(summed(losses(block=3)[name]))(x, y, weight)[1],
         jax.jit(jax.grad(lambda x, y: jnp.sum(alone(x, y, jnp.ones(5)) * factors), (0, 1)))(x[kept], y[kept]),
@@ -179,8 +179,8 @@ def test_one_clip_costs_nothing_and_no_clip_neither(name):
 def test_order_of_clips_moves_only_the_answers(name):
     x, y = features(7)
     order = np.random.default_rng(1).permutation(7)
-    found = losses(LABEL[order], block=2)[name](x[order], y[order], jnp.ones(7))
-    np.testing.assert_allclose(found, losses()[name](x, y, jnp.ones(7))[order], rtol=1e-5, atol=1e-6)
+    actual = losses(LABEL[order], block=2)[name](x[order], y[order], jnp.ones(7))
+    np.testing.assert_allclose(actual, losses()[name](x, y, jnp.ones(7))[order], rtol=1e-5, atol=1e-6)
 
 
 def test_clip_loss_is_symmetric_and_supcon_knows_labels_apart_from_their_names():
@@ -270,11 +270,11 @@ def test_clips_split_over_devices_are_one_set(tmp_path):
     assert done.returncode == 0, done.stderr
     x, y = features(64, 16)
     label, weight = np.arange(64) % 5, jnp.float32(np.arange(64) % 9 > 0)
-    with np.load(tmp_path / "out.npz") as found:
+    with np.load(tmp_path / "out.npz") as actual:
         for name in ("clip", "supcon"):
             value, slopes = summed(losses(label)[name])(x, y, weight)
-            np.testing.assert_allclose(found[f"{name}_value"], value, rtol=1e-5)
-            np.testing.assert_allclose([found[f"{name}_x"], found[f"{name}_y"]], slopes, rtol=1e-4, atol=1e-3)
+            np.testing.assert_allclose(actual[f"{name}_value"], value, rtol=1e-5)
+            np.testing.assert_allclose([actual[f"{name}_x"], actual[f"{name}_y"]], slopes, rtol=1e-4, atol=1e-3)
 
 
 # ---- Size ---------------------------------------------------------------------------------------------------------

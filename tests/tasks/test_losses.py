@@ -59,7 +59,7 @@ def test_each_clip_is_for_itself_and_half_precision_is_widened():
 
 
 def test_shares_by_hand():
-    # Odds 3 : 1, shares 1 : 1, and half of them smoothed over evenly, which changes nothing.
+    # Odds 3 : 1, soft labels 1 : 1, and half of them smoothed over evenly, which changes nothing.
     expected = 0.5 * math.log(4 / 3) + 0.5 * math.log(4)
     for smoothing in (0.0, 0.5):
         loss = losses.cross_entropy(jnp.float32(LOGITS[1:2]), jnp.array([[0.5, 0.5]]), smoothing=smoothing)
@@ -78,9 +78,9 @@ def test_shares_of_one_class_are_that_class(options):
     np.testing.assert_array_equal(losses.cross_entropy(jnp.float32(LOGITS), counts, **options), entropy(**options))
 
 
-def soft_reference(logits, shares, smoothing, weight) -> list[float]:
+def soft_reference(logits, soft_labels, smoothing, weight) -> list[float]:
     out = []
-    for z, share in zip(logits, shares, strict=True):
+    for z, share in zip(logits, soft_labels, strict=True):
         log_sum = math.log(sum(math.exp(v) for v in z))
         target = [s * (1 - smoothing) + smoothing / len(z) for s in share]
         factor = sum(s * w for s, w in zip(share, weight, strict=True))
@@ -90,11 +90,11 @@ def soft_reference(logits, shares, smoothing, weight) -> list[float]:
 
 def test_shares_against_plain_loops():
     rng = np.random.default_rng(1)
-    logits, shares, weight = rng.normal(size=(5, 4)), rng.dirichlet(np.ones(4), 5), rng.uniform(0.5, 2, 4)
+    logits, soft_labels, weight = rng.normal(size=(5, 4)), rng.dirichlet(np.ones(4), 5), rng.uniform(0.5, 2, 4)
     one = jax.jit(functools.partial(losses.cross_entropy, smoothing=0.1, class_weight=jnp.float32(weight)))
-    ours = one(jnp.float32(logits), jnp.float32(shares))
-    np.testing.assert_allclose(ours, soft_reference(logits, shares, 0.1, weight), rtol=1e-5)
-    gradients_hold(lambda z: one(z, jnp.float32(shares)), (jnp.float32(logits),))
+    ours = one(jnp.float32(logits), jnp.float32(soft_labels))
+    np.testing.assert_allclose(ours, soft_reference(logits, soft_labels, 0.1, weight), rtol=1e-5)
+    gradients_hold(lambda z: one(z, jnp.float32(soft_labels)), (jnp.float32(logits),))
     far = losses.cross_entropy(jnp.array([[1e4, -1e4]]), jnp.array([[0.25, 0.75]]))
     assert float(far[0]) == pytest.approx(1.5e4)
 
@@ -103,7 +103,7 @@ def test_shares_against_plain_loops():
 
 
 def test_binary_cross_entropy_by_hand():
-    # Odds 3 : 1 for yes, twice, answered by yes and no; even odds.
+    # Odds 3 : 1 for presence, twice, with labels 1 and 0; even odds.
     logits, label = jnp.log(jnp.array([[3.0, 3.0], [1.0, 1.0]])), jnp.array([[True, False], [True, True]])
     expected = [(math.log(4 / 3) + math.log(4)) / 2, math.log(2)]
     np.testing.assert_allclose(losses.binary_cross_entropy(logits, label), expected, rtol=1e-6)
@@ -195,7 +195,7 @@ def test_focal_needs_a_true_class():
         (losses.binary_cross_entropy, np.array([[True, False], [False, False], [True, True]])),
         (losses.focal, LABEL),
     ],
-    ids=["integers", "shares", "questions", "focal"],
+    ids=["integers", "soft", "multilabel", "focal"],
 )
 def test_a_broken_neighbour_changes_neither_value_nor_gradient(loss, label):
     label, broken = jnp.asarray(label), jnp.float32(LOGITS).at[1].set(jnp.nan)

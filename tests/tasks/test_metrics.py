@@ -9,48 +9,50 @@ from sklearn import metrics as sk
 
 from avjax.tasks import metrics
 
-# No clip of class 3, none answered 2, and class 4 neither occurs nor is answered.
+# No clip of class 3, none predicted 2, and class 4 neither occurs nor is predicted.
 LABEL = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 0, 1])
-ANSWER = np.array([0, 0, 1, 3, 1, 0, 0, 1, 1, 0, 1])
+PREDICTED = np.array([0, 0, 1, 3, 1, 0, 0, 1, 1, 0, 1])
 CLASSES = 5
 
 
-def counts(label, answer, weight=None) -> jax.Array:
+def counts(label, guessed, weight=None) -> jax.Array:
     weight = np.ones(len(label), np.float32) if weight is None else weight
-    return metrics.confusion(jnp.asarray(label), jnp.asarray(answer), jnp.asarray(weight), CLASSES)
+    return metrics.confusion(jnp.asarray(label), jnp.asarray(guessed), jnp.asarray(weight), CLASSES)
 
 
 def test_confusion_is_scikit_learns_with_rows_of_true_classes():
-    np.testing.assert_array_equal(counts(LABEL, ANSWER), sk.confusion_matrix(LABEL, ANSWER, labels=range(CLASSES)))
+    np.testing.assert_array_equal(
+        counts(LABEL, PREDICTED), sk.confusion_matrix(LABEL, PREDICTED, labels=range(CLASSES))
+    )
 
 
 def test_the_host_counts_the_same_in_float64():
-    host = metrics.count(LABEL, ANSWER, CLASSES)
+    host = metrics.count(LABEL, PREDICTED, CLASSES)
     assert host.dtype == np.float64
-    np.testing.assert_array_equal(host, counts(LABEL, ANSWER))
+    np.testing.assert_array_equal(host, counts(LABEL, PREDICTED))
 
 
 def test_scores_are_scikit_learns_with_absent_classes():
-    matrix = np.asarray(counts(LABEL, ANSWER), np.float64)
-    assert metrics.war(matrix) == pytest.approx(sk.accuracy_score(LABEL, ANSWER), abs=1e-12)
+    matrix = np.asarray(counts(LABEL, PREDICTED), np.float64)
+    assert metrics.war(matrix) == pytest.approx(sk.accuracy_score(LABEL, PREDICTED), abs=1e-12)
     present = np.unique(LABEL)
-    expected = sk.recall_score(LABEL, ANSWER, labels=present, average="macro")
+    expected = sk.recall_score(LABEL, PREDICTED, labels=present, average="macro")
     assert metrics.uar(matrix) == pytest.approx(expected, abs=1e-12)
     for average, ours in metrics.f1(matrix).items():
-        expected = sk.f1_score(LABEL, ANSWER, average=average, zero_division=0)
+        expected = sk.f1_score(LABEL, PREDICTED, average=average, zero_division=0)
         assert ours == pytest.approx(expected, abs=1e-12), average
 
 
 def test_matrices_merge_by_addition_and_padding_counts_nothing():
     weight = np.ones(len(LABEL), np.float32)
     weight[4:] = 0
-    first, rest = counts(LABEL, ANSWER, weight), counts(LABEL, ANSWER, 1 - weight)
-    np.testing.assert_array_equal(first, counts(LABEL[:4], ANSWER[:4]))
-    np.testing.assert_array_equal(first + rest, counts(LABEL, ANSWER))
+    first, rest = counts(LABEL, PREDICTED, weight), counts(LABEL, PREDICTED, 1 - weight)
+    np.testing.assert_array_equal(first, counts(LABEL[:4], PREDICTED[:4]))
+    np.testing.assert_array_equal(first + rest, counts(LABEL, PREDICTED))
 
 
 def test_scores_of_a_stack_are_those_of_each_matrix_also_inside_jit():
-    stack = np.stack([np.asarray(counts(LABEL, a), np.float64) for a in (ANSWER, LABEL, ANSWER[::-1])])
+    stack = np.stack([np.asarray(counts(LABEL, a), np.float64) for a in (PREDICTED, LABEL, PREDICTED[::-1])])
     for score in (metrics.war, metrics.uar, lambda m: metrics.f1(m)["macro"], lambda m: metrics.f1(m)["weighted"]):
         alone = [score(m) for m in stack]
         np.testing.assert_allclose(score(stack), alone, rtol=1e-12)
@@ -74,26 +76,26 @@ def questions(clips: int = 40) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_binary_confusion_is_scikit_learns():
-    label, answer = questions()
-    expected = sk.multilabel_confusion_matrix(label, answer)
-    host = metrics.binary_confusion(label, answer, np.ones(40))
+    label, guessed = questions()
+    expected = sk.multilabel_confusion_matrix(label, guessed)
+    host = metrics.binary_confusion(label, guessed, np.ones(40))
     assert host.dtype == np.float64
     np.testing.assert_array_equal(host, expected)
-    numbers = metrics.binary_confusion(np.int32(label), np.float32(answer), np.ones(40, bool))
+    numbers = metrics.binary_confusion(np.int32(label), np.float32(guessed), np.ones(40, bool))
     np.testing.assert_array_equal(numbers, expected)
-    traced = jax.jit(metrics.binary_confusion)(jnp.asarray(label), jnp.asarray(answer), jnp.ones(40))
+    traced = jax.jit(metrics.binary_confusion)(jnp.asarray(label), jnp.asarray(guessed), jnp.ones(40))
     assert traced.dtype == jnp.float32
     np.testing.assert_array_equal(traced, expected)
-    folded = metrics.binary_confusion(label.reshape(5, 8, 4), answer.reshape(5, 8, 4), np.ones((5, 8)))
+    folded = metrics.binary_confusion(label.reshape(5, 8, 4), guessed.reshape(5, 8, 4), np.ones((5, 8)))
     np.testing.assert_array_equal(folded, expected)
 
 
 def test_binary_confusions_merge_by_addition_and_padding_counts_nothing():
-    label, answer = questions()
+    label, guessed = questions()
     weight = np.arange(40) % 3 > 0
-    some, others = (metrics.binary_confusion(label, answer, w) for w in (weight, ~weight))
-    np.testing.assert_array_equal(some, sk.multilabel_confusion_matrix(label[weight], answer[weight]))
-    np.testing.assert_array_equal(some + others, sk.multilabel_confusion_matrix(label, answer))
+    some, others = (metrics.binary_confusion(label, guessed, w) for w in (weight, ~weight))
+    np.testing.assert_array_equal(some, sk.multilabel_confusion_matrix(label[weight], guessed[weight]))
+    np.testing.assert_array_equal(some + others, sk.multilabel_confusion_matrix(label, guessed))
 
 
 def test_weighted_accuracy_by_hand():
@@ -106,9 +108,9 @@ def test_weighted_accuracy_by_hand():
 
 
 def test_scores_of_questions_are_scikit_learns():
-    label, answer = questions()
-    matrices = metrics.binary_confusion(label, answer, np.ones(40))
-    by_question = list(zip(label.T, answer.T, strict=True))
+    label, guessed = questions()
+    matrices = metrics.binary_confusion(label, guessed, np.ones(40))
+    by_question = list(zip(label.T, guessed.T, strict=True))
     expected = {
         metrics.weighted_accuracy: [sk.balanced_accuracy_score(y, a) for y, a in by_question],
         metrics.war: [sk.accuracy_score(y, a) for y, a in by_question],
@@ -177,10 +179,10 @@ def test_scoring_sums_merge_by_addition_and_rows_of_weight_0_are_not_read():
     some = metrics.scoring_sums(*broken, weight)
     np.testing.assert_allclose(some, metrics.scoring_sums(label[weight], predicted[weight], np.ones(weight.sum())))
     np.testing.assert_allclose(on_device(*broken, weight), some, rtol=1e-5)
-    whole = metrics.scoring_sums(label, predicted, np.ones(50))
-    np.testing.assert_allclose(some + metrics.scoring_sums(label, predicted, ~weight), whole)
+    full = metrics.scoring_sums(label, predicted, np.ones(50))
+    np.testing.assert_allclose(some + metrics.scoring_sums(label, predicted, ~weight), full)
     folded = metrics.scoring_sums(label.reshape(5, 10, 3), predicted.reshape(5, 10, 3), np.ones((5, 10)))
-    np.testing.assert_allclose(folded, whole)
+    np.testing.assert_allclose(folded, full)
     for score, expected in SCORES.items():
         np.testing.assert_allclose(score(some), expected(label[weight], predicted[weight]), rtol=1e-12)
 
@@ -225,30 +227,30 @@ GUESSED = np.array([-2.2, 0.4, -0.1, -0.3, 0.2, 0.7, 2.4, 3.9])
 
 
 def test_sentiment_by_hand():
-    found = metrics.sentiment(metrics.sentiment_sums(FEELING, GUESSED))
-    # 0 counts as positive: the answers to -1.2 and to the first 0 are wrong.
-    assert found["acc2_has0"] == pytest.approx(6 / 8)
-    assert found["acc2_non0"] == pytest.approx(5 / 6)
+    scores = metrics.sentiment(metrics.sentiment_sums(FEELING, GUESSED))
+    # 0 counts as positive: the predictions for -1.2 and for the first 0 are wrong.
+    assert scores["acc2_has0"] == pytest.approx(6 / 8)
+    assert scores["acc2_non0"] == pytest.approx(5 / 6)
     # Of has0: negative 2 of 3 found, 3 said; the rest 4 of 5 found, 5 said.
-    assert found["f1_has0"] == pytest.approx((3 * 2 / 3 + 5 * 4 / 5) / 8)
+    assert scores["f1_has0"] == pytest.approx((3 * 2 / 3 + 5 * 4 / 5) / 8)
     # Of non0: negative 2 of 3 found, 2 said; positive 3 of 3 found, 4 said.
-    assert found["f1_non0"] == pytest.approx((3 * 4 / 5 + 3 * 6 / 7) / 6)
+    assert scores["f1_non0"] == pytest.approx((3 * 4 / 5 + 3 * 6 / 7) / 6)
     # Rounded within 2: -2 -1 0 0 0 1 2 2 against -2 0 0 0 0 1 2 2; within 3: -3 ... 2 3 against -2 ... 2 3.
-    assert found["acc5"] == pytest.approx(7 / 8)
-    assert found["acc7"] == pytest.approx(6 / 8)
-    assert found["mae"] == pytest.approx((0.8 + 1.6 + 0.3 + 0.3 + 0.2 + 0.1 + 0.8 + 0.9) / 8)
-    assert found["corr"] == pytest.approx(stats.pearsonr(FEELING, GUESSED).statistic)
+    assert scores["acc5"] == pytest.approx(7 / 8)
+    assert scores["acc7"] == pytest.approx(6 / 8)
+    assert scores["mae"] == pytest.approx((0.8 + 1.6 + 0.3 + 0.3 + 0.2 + 0.1 + 0.8 + 0.9) / 8)
+    assert scores["corr"] == pytest.approx(stats.pearsonr(FEELING, GUESSED).statistic)
 
 
 def test_sums_of_sentiment_merge_by_addition():
     rng = np.random.default_rng(0)
-    label, answer = rng.integers(-9, 10, 500) / 3, rng.normal(0, 2, 500)
-    parts = [metrics.sentiment_sums(label[part], answer[part]) for part in (slice(0, 100), slice(100, 500))]
-    np.testing.assert_allclose(sum(parts), metrics.sentiment_sums(label, answer), rtol=1e-12)
-    found, polar = metrics.sentiment(sum(parts)), label != 0
-    assert found["f1_has0"] == pytest.approx(sk.f1_score(label >= 0, answer >= 0, average="weighted"))
-    assert found["f1_non0"] == pytest.approx(sk.f1_score(label[polar] > 0, answer[polar] > 0, average="weighted"))
-    assert found["acc2_non0"] == pytest.approx(sk.accuracy_score(label[polar] > 0, answer[polar] > 0))
+    label, guessed = rng.integers(-9, 10, 500) / 3, rng.normal(0, 2, 500)
+    parts = [metrics.sentiment_sums(label[part], guessed[part]) for part in (slice(0, 100), slice(100, 500))]
+    np.testing.assert_allclose(sum(parts), metrics.sentiment_sums(label, guessed), rtol=1e-12)
+    scores, polar = metrics.sentiment(sum(parts)), label != 0
+    assert scores["f1_has0"] == pytest.approx(sk.f1_score(label >= 0, guessed >= 0, average="weighted"))
+    assert scores["f1_non0"] == pytest.approx(sk.f1_score(label[polar] > 0, guessed[polar] > 0, average="weighted"))
+    assert scores["acc2_non0"] == pytest.approx(sk.accuracy_score(label[polar] > 0, guessed[polar] > 0))
 
 
 def test_sentiment_of_nothing_is_zero():

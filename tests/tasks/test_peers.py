@@ -1,4 +1,4 @@
-"""Figures that peers have published, computed again from their own answers by avjax's metrics."""
+"""Figures that peers have published, computed again from their own predictions by avjax's metrics."""
 
 import ast
 import csv
@@ -10,32 +10,32 @@ from avjax.tasks import metrics
 from tests.conftest import REAL
 
 ROOT = REAL / "ravdess_luna5cv/posteriors"
-# The classes of the answers, by the code in RAVDESS' file names: as networks had them, in the order of their names.
+# The classes of the predictions, by the code in RAVDESS' file names: as networks had them, in the order of their names.
 BY_NAME = ("05", "02", "07", "06", "03", "01", "04", "08")  # angry calm disgust fearful happy neutral sad surprised
 BY_CODE = tuple(f"{code:02d}" for code in range(1, 9))
 
 
 def columns(path, name):
-    """(clip name, eight answers) of a table that has them side by side."""
+    """(clip name, eight scores) of a table that has them side by side."""
     with path.open(newline="") as file:
         for row in csv.DictReader(file, delimiter=";"):
             yield row[name], [float(row[f"embs{i}"]) for i in range(8)]
 
 
 def lists(path):
-    """(clip name, eight answers) of a table that has them in one cell."""
+    """(clip name, eight scores) of a table that has them in one cell."""
     with path.open(newline="") as file:
-        for name, answers in csv.reader(file):
-            yield name.removesuffix(".csv"), ast.literal_eval(answers)
+        for name, scores in csv.reader(file):
+            yield name.removesuffix(".csv"), ast.literal_eval(scores)
 
 
 def confusion(rows, classes):
     rows = list(rows)
     label = np.array([classes.index(name.split("-")[2]) for name, _ in rows])
-    return metrics.count(label, np.argmax([answers for _, answers in rows], -1), 8)
+    return metrics.count(label, np.argmax([scores for _, scores in rows], -1), 8)
 
 
-SOUND = [
+AUDIO = [
     (columns(ROOT / f"wav2Vec/posteriors/20211020_094500/fold{i}/posteriors_test.csv", "name"), BY_NAME)
     for i in range(5)
 ]
@@ -46,9 +46,9 @@ FACE = [
 BOTH = [(columns(ROOT / f"Fusion/posteriors/test_fold{i}.csv", "video_name"), BY_CODE) for i in range(5)]
 
 
-@pytest.mark.skipif(not ROOT.is_dir(), reason=f"the peers' answers are not at {ROOT} (set AVJAX_TEST_DATA)")
+@pytest.mark.skipif(not ROOT.is_dir(), reason=f"the peers' predictions are not at {ROOT} (set AVJAX_TEST_DATA)")
 @pytest.mark.parametrize(
-    ("folds", "published"), [(SOUND, 81.82), (FACE, 62.13), (BOTH, 86.70)], ids=["sound", "face", "both"]
+    ("folds", "published"), [(AUDIO, 81.82), (FACE, 62.13), (BOTH, 86.70)], ids=["audio", "face", "both"]
 )
 def test_luna_jimenez_2022_on_ravdess(folds, published):
     """Luna-Jiménez et al., Applied Sciences 12(1):327: means of the accuracies of five folds."""

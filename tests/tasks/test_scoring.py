@@ -37,16 +37,16 @@ def conversations(values: np.ndarray) -> np.ndarray:
     return values.reshape(5, 12, *values.shape[1:])
 
 
-def agreement(label: np.ndarray, answer: np.ndarray) -> float:
+def agreement(label: np.ndarray, predicted: np.ndarray) -> float:
     """CCC of one value in float64, from its definition (Lin 1989)."""
-    x, y = answer.astype(np.float64), label.astype(np.float64)
+    x, y = predicted.astype(np.float64), label.astype(np.float64)
     return 2 * np.mean((x - x.mean()) * (y - y.mean())) / (x.var() + y.var() + (x.mean() - y.mean()) ** 2)
 
 
 def expected(kind: str, label: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     if kind in tasks.ONE_CLASS:
-        label, answer = label if kind == "single" else label.argmax(-1), logits.argmax(-1)
-        return {"war": sk.accuracy_score(label, answer), "uar": sk.balanced_accuracy_score(label, answer)}
+        label, predicted = label if kind == "single" else label.argmax(-1), logits.argmax(-1)
+        return {"war": sk.accuracy_score(label, predicted), "uar": sk.balanced_accuracy_score(label, predicted)}
     columns = list(zip(label.T, logits.T, strict=True))
     by_name = {
         "regression": {
@@ -75,13 +75,13 @@ def test_scores_are_those_of_scipy_and_scikit_learn(kind):
     table = scoring.count(label, logits)
     assert table.dtype == np.float64
     assert table.shape == scoring.shape(CLASSES)
-    found, wanted = scoring.scores(table), expected(kind, label, logits)
-    assert set(found) == set(scoring.names) == set(wanted)
+    result, wanted = scoring.scores(table), expected(kind, label, logits)
+    assert set(result) == set(scoring.names) == set(wanted)
     assert scoring.picks in scoring.names
     for name, score in wanted.items():
-        assert found[name] == pytest.approx(score, rel=1e-5), name  # SciPy computes in the float32 it is given
+        assert result[name] == pytest.approx(score, rel=1e-5), name  # SciPy computes in the float32 it is given
     stacked = scoring.scores(np.stack([table, scoring.count(*made(kind, seed=1))]))
-    assert {name: score[0] for name, score in stacked.items()} == pytest.approx(found)
+    assert {name: score[0] for name, score in stacked.items()} == pytest.approx(result)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,10 +147,10 @@ def test_the_loss_of_a_whole_set_is_that_of_its_table():
     ],
 )
 def test_labels_of_clips_become_arrays_of_their_kind(task, labels, wanted, prior):
-    found = tasks.encoded(labels, ("a", "b", "c"), task)
-    assert found.dtype == wanted.dtype
-    np.testing.assert_array_equal(found, wanted)
-    np.testing.assert_allclose(tasks.prior(found, 3), prior)
+    result = tasks.encoded(labels, ("a", "b", "c"), task)
+    assert result.dtype == wanted.dtype
+    np.testing.assert_array_equal(result, wanted)
+    np.testing.assert_allclose(tasks.prior(result, 3), prior)
 
 
 # ---- Losses -------------------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def test_each_kind_has_its_loss(kind):
     label, logits = made(kind)
     wanted = by_hand(kind, label, logits)
     loss = jax.jit(tasks.SCORINGS[kind].loss)
-    found = loss(jnp.asarray(logits), jnp.asarray(label), jnp.ones(60))
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    result = loss(jnp.asarray(logits), jnp.asarray(label), jnp.ones(60))
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-5)
     talks = loss(conversations(logits), conversations(label), jnp.ones((5, 12)))
     assert talks.shape == (5, 12)
     np.testing.assert_allclose(talks.reshape(-1), wanted, rtol=1e-4, atol=1e-5)
@@ -186,20 +186,22 @@ def test_what_has_weight_0_does_not_change_the_loss_of_the_others_nor_their_grad
     label, logits = made(kind)
     real = np.arange(60) % 3 > 0
     broken, weight = jnp.asarray(np.where(real[:, None], logits, np.nan)), jnp.float32(real)
-    found, pull = jax.vjp(lambda x: tasks.SCORINGS[kind].loss(x, jnp.asarray(label), weight)[real], broken)
-    np.testing.assert_allclose(found, by_hand(kind, label[real], logits[real]), rtol=1e-4, atol=1e-5)
+    result, pull = jax.vjp(lambda x: tasks.SCORINGS[kind].loss(x, jnp.asarray(label), weight)[real], broken)
+    np.testing.assert_allclose(result, by_hand(kind, label[real], logits[real]), rtol=1e-4, atol=1e-5)
     assert np.isfinite(pull(jnp.ones(real.sum()))[0][real]).all()
 
 
 def test_shares_of_one_class_cost_to_the_bit_what_the_class_costs():
     label, logits = made("single")
-    shares = tasks.encoded([tuple(row) for row in np.eye(CLASSES)[label]], ("a", "b", "c"), "soft")
-    soft = tasks.SCORINGS["soft"].loss(jnp.asarray(logits), jnp.asarray(shares), jnp.ones(60))
+    soft_labels = tasks.encoded([tuple(row) for row in np.eye(CLASSES)[label]], ("a", "b", "c"), "soft")
+    soft = tasks.SCORINGS["soft"].loss(jnp.asarray(logits), jnp.asarray(soft_labels), jnp.ones(60))
     hard = tasks.SCORINGS["single"].loss(jnp.asarray(logits), jnp.asarray(label), jnp.ones(60))
     np.testing.assert_array_equal(soft, hard)
     for count in ("count", "table"):
         more = () if count == "count" else (jnp.ones(60),)
-        tables = (getattr(tasks.SCORINGS[k], count)(y, logits, *more) for k, y in (("soft", shares), ("single", label)))
+        tables = (
+            getattr(tasks.SCORINGS[k], count)(y, logits, *more) for k, y in (("soft", soft_labels), ("single", label))
+        )
         np.testing.assert_array_equal(*tables)
 
 
@@ -213,8 +215,8 @@ def test_thirds_add_up_to_one():
 def test_concordance_is_the_whole_batchs_and_the_same_for_every_clip():
     label, logits = made("regression")
     loss = tasks.SCORINGS["regression"].loss
-    found = loss(jnp.asarray(logits), jnp.asarray(label), jnp.float32(np.arange(60) % 2))
-    assert len(set(found.tolist())) == 1  # those that do not count have it too
+    result = loss(jnp.asarray(logits), jnp.asarray(label), jnp.float32(np.arange(60) % 2))
+    assert len(set(result.tolist())) == 1  # those that do not count have it too
     halves = [loss(jnp.asarray(logits[h]), jnp.asarray(label[h]), jnp.ones(30)) for h in np.split(np.arange(60), 2)]
     assert abs(np.mean(halves) - by_hand("regression", label, logits)[0]) > 1e-4, "no mean over parts"
 

@@ -3,7 +3,7 @@
 Yoon et al., "Attentive Modality Hopping Mechanism for Speech Emotion Recognition", ICASSP 2020.
 Shapes: b clip, n step of a stream, d width, c class.
 
-A missing modality is an all-False mask. Its vector is zero, and so is any answer that is asked of it.
+A missing modality is an all-False mask. Its vector is zero, and so is what hops read from it.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from avjax.layers import Dropout, LstmEncoder, Project, masked_softmax, stream_i
 from avjax.models.base import Batch, Fusion, Output
 from avjax.models.fusions.base import FusionModule
 
-# The order in which the paper's hops go round.
+# The order of the paper's hops.
 ROUND = ("video", "audio", "text")
 
 
@@ -25,17 +25,17 @@ class Amh(FusionModule):
     """Attentive modality hopping (Yoon et al. 2020).
 
     Every stream is encoded by an LSTM (the paper's are GRUs), whose last state is its vector. Each hop attends to the
-    states of one stream, asked for by the vectors of the others (Eqs. 2–4), and puts the answer in that vector's place:
-    first video, then audio, then text, and round again, with new weights for every hop. The head reads all vectors.
+    states of one stream with the vectors of the others as query (Eqs. 2–4), and replaces the stream's vector by the
+    result: first video, then audio, then text, and again, with new weights for every hop. The head reads all vectors.
     Widths and dropouts are those of the released script.
 
-    The released code turns the backward states round once more, so that a bidirectional encoder joins the first step
-    to the last; here every step is joined to itself. Paper and script read forwards alone.
+    The released code reverses the backward states a second time, so that a bidirectional encoder concatenates the first
+    step with the last; this one aligns them. Paper and script use forward LSTMs only.
 
     Attributes:
-      hops: how many; the paper goes up to 7.
-      widths: of the streams' LSTMs; dropouts: rates on what these read.
-      bidirectional: with an LSTM from behind, which doubles the widths.
+      hops: number of hops; the paper goes up to 7.
+      widths: of the streams' LSTMs; dropouts: rates on their inputs.
+      bidirectional: whether to add a backward LSTM, which doubles the widths.
     """
 
     hops: int = 7
@@ -59,14 +59,14 @@ class Amh(FusionModule):
         for i in range(self.hops):
             s = order[i % len(order)]
             others = jnp.concatenate([vectors[o] for o in self.streams if o != s], -1)
-            weights = self._ask(f"hop_{i + 1}", others, states[s], masks[s])
+            weights = self._attend(f"hop_{i + 1}", others, states[s], masks[s])
             vectors[s] = jnp.einsum("bn,bnd->bd", weights.astype(self.dtype), states[s])
             attention[f"hop_{i + 1}_{s}"] = weights
         fused = jnp.concatenate([vectors[s] for s in self.streams], -1)
         return self.predict(fused, vectors, attention)
 
-    def _ask(self, name: str, others: jax.Array, states: jax.Array, mask: jax.Array) -> jax.Array:
-        """The weights (b, n) of the steps of one stream, given the vectors of the others (b, ·)."""
+    def _attend(self, name: str, others: jax.Array, states: jax.Array, mask: jax.Array) -> jax.Array:
+        """Computes the weights (b, n) of the steps of one stream from the vectors of the others (b, ·)."""
         query = Project(states.shape[-1:], dtype=self.dtype, name=name)(others)
         return masked_softmax(jnp.einsum("bd,bnd->bn", query, states).astype(jnp.float32), mask)
 

@@ -3,7 +3,7 @@
 Goncalves and Busso, "AuxFormer: Robust Approach to Audiovisual Emotion Recognition", ICASSP 2022.
 Shapes: b clip, n step of a stream, d width, c class.
 
-The released system knows of no masks: see `avjax.layers.crossmodal`, whose `as_released` gives its behaviour back. Here
+The released system has no masks: see `avjax.layers.crossmodal`, whose `as_released` restores its behaviour. By default
 the last real step of a clip predicts. A missing modality is an all-False mask: its own vector is zero.
 """
 
@@ -22,16 +22,16 @@ from avjax.models.fusions.mult import Residual
 class AuxFormer(FusionModule):
     """AuxFormer (Goncalves and Busso 2022): a crossmodal network and one auxiliary network for each modality.
 
-    Main network: each of two streams asks the other, then itself with learned mixtures; the last steps join.
-    Auxiliary networks: a transformer, applied three times over, and a perceptron and head that the streams share.
-    The defaults are those of the released code, whose projection of the sound has no bias.
+    Main network: each of two streams attends to the other, then to itself with learned mixtures; their last steps are
+    concatenated. Auxiliary networks: a transformer applied three times, and a perceptron and head that the streams
+    share. The defaults are those of the released code, whose audio projection has no bias.
 
     Attributes:
       streams: two of text, audio, video.
-      width: d; a stream of this width enters as it is, as the paper's video does; heads: divides it.
+      width: d; a stream of this width is not projected, like the paper's video; heads: divides it.
       layers: blocks of every transformer.
       hidden: widths of the auxiliary perceptron.
-      repeats: how often an auxiliary transformer is applied.
+      repeats: number of times that an auxiliary transformer is applied.
       causal, as_released: as in `MulT`; the dropouts likewise.
     """
 
@@ -54,7 +54,7 @@ class AuxFormer(FusionModule):
         steps, masks = stream_inputs(batch, self.streams, self.dtype, self.as_released)
         steps = {s: self._project(s, steps[s]) for s in self.streams}
         pairs = zip(self.streams, self.streams[::-1], strict=True)
-        joint = jnp.concatenate([self._asked(s, other, steps, masks, train) for s, other in pairs], -1)
+        joint = jnp.concatenate([self._cross(s, other, steps, masks, train) for s, other in pairs], -1)
         features = {"fusion": Residual(joint.shape[-1:], self.out_dropout, self.dtype, name="fuse")(joint, train)}
         auxiliary = Residual(self.hidden, self.out_dropout, self.dtype, name="auxiliary")
         features |= {s: auxiliary(self._alone(s, steps[s], masks[s], train), train) for s in self.streams}
@@ -68,7 +68,7 @@ class AuxFormer(FusionModule):
             return x
         return Project((self.width,), dtype=self.dtype, bias=False, name=f"project_{stream}")(x)
 
-    def _asked(self, stream: str, other: str, steps: Streams, masks: Streams, train: bool) -> jax.Array:
+    def _cross(self, stream: str, other: str, steps: Streams, masks: Streams, train: bool) -> jax.Array:
         cross = self._encoder(f"{stream}_with_{other}", attention_dropout=0.0)
         x = cross(steps[stream], masks[stream], steps[other], masks[other], train)
         own = self._encoder(f"{stream}_memory", placed=False, mixed=True)
@@ -89,7 +89,7 @@ class AuxFormer(FusionModule):
 
 
 def auxformer_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
-    """One third of the cross entropy of each head: {head: (b,)}; a modality that a clip lacks costs nothing there."""
+    """Computes a third of the cross entropy of each head: {head: (b,)}, 0 for modalities that a clip lacks."""
     return {head: head_loss(output, batch, head, task) / 3 for head in output.logits}
 
 

@@ -1,10 +1,10 @@
-"""Plain baselines on the streams' averages: joined, weighed by additive attention, or by one number each.
+"""Plain baselines on the streams' averages: concatenated, or weighted by additive attention or by one number each.
 
 Additive attention: Bahdanau et al., "Neural Machine Translation by Jointly Learning to Align and Translate", ICLR 2015.
 Shapes: b clip, n step of a stream, s stream, d width, c class.
 
-A missing modality is an all-False mask. Its vector is zero, and where streams share attention it takes no share.
-Without any stream nothing is left but the biases of the layers behind.
+A missing modality is an all-False mask. Its vector is zero, and it gets no attention weight. Without any stream
+only biases predict.
 """
 
 import flax.linen as nn
@@ -17,14 +17,14 @@ from avjax.models.fusions.base import FusionModule
 
 
 class Averages(FusionModule):
-    """The mean of each stream's real steps, projected; what becomes of these vectors is up to the subclasses.
+    """The projected mean of each stream's real steps; subclasses combine these vectors.
 
-    A projection is affine, so that the projected mean is the mean of the projected steps. Utterance features are
-    streams of one step.
+    As projections are affine, the projected mean is the mean of the projected steps. Utterance features are streams of
+    one step.
 
     Attributes:
-      width: d of a projected stream; hidden: of the layer before the head.
-      dropout: rate on what that layer reads.
+      width: d of a projected stream; hidden: width of the layer before the head.
+      dropout: rate on the input of that layer.
     """
 
     width: int = 256
@@ -32,14 +32,14 @@ class Averages(FusionModule):
     dropout: float = 0.5
 
     def combine(self, vectors: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Streams (b, s, d) and which of them a clip has (b, s) → a vector (b, ·) and weights for pictures."""
+        """Maps streams (b, s, d), present or not (b, s), to a vector (b, ·) and attention weights."""
         raise NotImplementedError
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams.
 
-        Features hold the combined vector as "joint", beside what the head reads.
+        Features also hold the combined vector as "joint".
         """
         steps, masks = stream_inputs(batch, self.streams, self.dtype)
         present = jnp.stack([jnp.any(masks[s], -1) for s in self.streams], -1)
@@ -52,14 +52,15 @@ class Averages(FusionModule):
 
 
 class Concat(Averages):
-    """`Averages`, joined end to end."""
+    """`Averages`, concatenated."""
 
     def combine(self, vectors: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Concatenates the streams, without weights."""
         return vectors.reshape(len(vectors), -1), {}
 
 
-def weigh(vectors: jax.Array, scores: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Sum of vectors (b, s, d) by the softmax of scores (b, s) over those present (b, s), and that softmax."""
+def weighted_sum(vectors: jax.Array, scores: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sums vectors (b, s, d) by the softmax of scores (b, s) over those present (b, s); also returns the softmax."""
     weights = masked_softmax(scores.astype(jnp.float32), present)
     return jnp.einsum("bs,bsd->bd", weights.astype(vectors.dtype), vectors), {"streams": weights}
 
@@ -67,13 +68,14 @@ def weigh(vectors: jax.Array, scores: jax.Array, present: jax.Array) -> tuple[ja
 class Additive(Averages):
     """`Averages`, summed by additive attention (Bahdanau et al. 2015, appendix A.1.2): scores v·tanh(W x + b).
 
-    There is no query but what v has learned. Attention "streams" (b, s) in the order of `streams`.
+    There is no query besides the learned v. Attention "streams" (b, s) in the order of `streams`.
     """
 
     def combine(self, vectors: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Sums the streams by additive attention."""
         hidden = jnp.tanh(Project((self.width,), dtype=self.dtype, name="attention")(vectors))
         scores = Project((1,), dtype=self.dtype, bias=False, name="score")(hidden)[..., 0]
-        return weigh(vectors, scores, present)
+        return weighted_sum(vectors, scores, present)
 
 
 class WeightedSum(Averages):
@@ -83,8 +85,9 @@ class WeightedSum(Averages):
     """
 
     def combine(self, vectors: jax.Array, present: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Sums the streams by one learned weight each."""
         scores = self.param("scores", nn.initializers.zeros, (len(self.streams),))
-        return weigh(vectors, jnp.broadcast_to(scores, present.shape), present)
+        return weighted_sum(vectors, jnp.broadcast_to(scores, present.shape), present)
 
 
 FUSIONS: dict[str, Fusion] = {

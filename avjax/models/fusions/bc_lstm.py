@@ -1,9 +1,9 @@
-"""bc-LSTM: what others say before and after tells about a turn.
+"""bc-LSTM: each turn is classified in the context of the turns before and after it.
 
 Poria et al., "Context-Dependent Sentiment Analysis in User-Generated Videos", ACL 2017.
 Shapes: b conversation, u turn, n step of a stream, d width, c class; batches as `masking.turns` reads them.
 
-A turn that lacks a stream holds in it what the turns around it said.
+A turn that lacks a stream keeps the LSTM states of its neighbours.
 """
 
 import flax.linen as nn
@@ -27,21 +27,21 @@ class Context(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         """Maps x (b, u, w) under mask (b, u) to (b, u, width)."""
         drop = Dropout(self.dropout, train)
-        ways = {"forward": False, "backward": True}
-        states = [Recurrence(self.hidden, back, self.dtype, name=way)(x, mask)[0] for way, back in ways.items()]
+        directions = {"forward": False, "backward": True}
+        states = [Recurrence(self.hidden, back, self.dtype, name=name)(x, mask)[0] for name, back in directions.items()]
         x = drop(jnp.concatenate(states, -1).astype(self.dtype))
         return drop(jnp.tanh(Project((self.width,), dtype=self.dtype, name="dense")(x)))
 
 
 class BcLstm(FusionModule):
-    """Hierarchical bc-LSTM (Poria et al. 2017, section 3.3): a context LSTM per stream, and one above them all.
+    """Hierarchical bc-LSTM (Poria et al. 2017, section 3.3): a context LSTM per stream, and one on top of them.
 
-    The authors train the streams' LSTMs first and the upper one on their answers; here all are trained at once, and no
-    gradient passes from the upper one down, which comes to the same.
+    The authors train the streams' LSTMs first and then the upper one on their outputs. This module trains all at once,
+    without a gradient from the upper one to the others, which is equivalent.
 
     Attributes:
-      hidden: width of each LSTM; width: of the dense layers behind them.
-      dropout: rate behind the LSTMs and the dense layers.
+      hidden: width of each LSTM; width: of the dense layers after them.
+      dropout: rate after the LSTMs and the dense layers.
     """
 
     hidden: int = 300
@@ -50,7 +50,7 @@ class BcLstm(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Logits (b, u, c): head "fusion" and one per stream; see the description of this file for the batch."""
+        """Computes logits (b, u, c) of the head "fusion" and of one per stream; see `masking.turns` for the batch."""
         means, present = turns(batch, self.streams, self.dtype)
         features = {s: self._context(f"{s}_context")(means[s], present[s], train) for s in self.streams}
         below = jax.lax.stop_gradient(jnp.concatenate(list(features.values()), -1))

@@ -1,12 +1,11 @@
-"""C3D with an LSTM over its frames, joined with an LSTM of every other stream.
+"""C3D with an LSTM over its frames, concatenated with an LSTM of every other stream.
 
 C3D: Tran et al., "Learning Spatiotemporal Features with 3D Convolutional Networks", ICCV 2015; with an LSTM over time a
 baseline of Liu et al., "MAFW: A Large-scale, Multi-modal, Compound Affective Database", ACM MM 2022.
 Shapes: b clip, n step of a stream, t frame, h row, w column, d width, c class.
 
-Every convolution reads zeros where a frame is masked, as it does beyond the ends of a clip, and none shortens time: so
-padding changes nothing. A missing modality is an all-False mask, its vector zero; without any the answer is the head's
-bias.
+Every convolution reads zeros at masked frames, as beyond the ends of a clip, and keeps the number of frames, so padding
+changes nothing. A missing modality is an all-False mask, its vector zero; without any, the head's bias predicts.
 """
 
 import flax.linen as nn
@@ -20,10 +19,10 @@ from avjax.models.fusions.base import FusionModule
 
 
 class Stages(nn.Module):
-    """Convolutions over 3 along every axis, each followed by ReLU and the maximum of 2 x 2 pixels; then their mean.
+    """Convolutions with kernel size 3, each followed by ReLU and 2 x 2 max pooling; then the mean over pixels.
 
-    On pictures these are 3-d convolutions; C3D also halves time, where frames would meet padding. On feature sequences
-    they are 1-d ones over time, without any maximum.
+    On frames these are 3-d convolutions; C3D also pools over time, which would mix frames with padding. On feature
+    sequences they are 1-d convolutions over time, without pooling.
     """
 
     widths: tuple[int, ...]
@@ -35,26 +34,26 @@ class Stages(nn.Module):
         space = x.ndim - 3
         keeps_scale = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
         for i, width in enumerate(self.widths):
-            x, named = zero_masked(x, mask), {"dtype": self.dtype, "name": f"stage_{i}"}
+            x, common = zero_masked(x, mask), {"dtype": self.dtype, "name": f"stage_{i}"}
             if space:
-                x = nn.relu(nn.Conv(width, (3, 3, 3), kernel_init=keeps_scale, **named)(x))
+                x = nn.relu(nn.Conv(width, (3, 3, 3), kernel_init=keeps_scale, **common)(x))
                 x = nn.max_pool(x, (1, 2, 2), (1, 2, 2), "SAME")
             else:
-                x = nn.relu(TimeConvolution(width, 3, kernel_init=keeps_scale, **named)(x))
+                x = nn.relu(TimeConvolution(width, 3, kernel_init=keeps_scale, **common)(x))
         return jnp.mean(x, tuple(range(2, 2 + space)))
 
 
 class C3dLstm(FusionModule):
-    """C3D and an LSTM over its frames, joined late with an LSTM of every other stream.
+    """C3D and an LSTM over its frames, with late fusion with an LSTM of every other stream.
 
-    The video stream is pictures (b, t, h, w, 3) with values 0 to 255, or a feature sequence (b, t, w), on which the
-    model trains as well (`Stages`). Every other stream is a feature sequence.
+    The video stream is frames (b, t, h, w, 3) with values 0 to 255, or a feature sequence (b, t, w), see `Stages`.
+    Every other stream is a feature sequence.
 
     Attributes:
       streams: video and any others.
-      widths: of the five convolutions; C3D's, four times as wide, belong to pretraining on a million clips.
+      widths: of the five convolutions; C3D's are four times as wide, for pretraining on a million clips.
       hidden: width of the LSTMs.
-      dropout: rate on the joined states.
+      dropout: rate on the concatenated states.
     """
 
     streams: tuple[str, ...] = ("audio", "video")
@@ -67,7 +66,7 @@ class C3dLstm(FusionModule):
         """Reads `<stream>` and `<stream>_mask (b, n)` of its streams; features hold each LSTM's last state (b, hidden).
 
         Raises:
-          AvjaxError: the video stream is neither pictures nor a feature sequence.
+          AvjaxError: the video stream is neither frames nor a feature sequence.
         """
         steps = {s: self._frames(batch) if s == "video" else batch[s].astype(self.dtype) for s in self.streams}
         vectors = {s: self._last_state(s, x, batch[f"{s}_mask"]) for s, x in steps.items()}

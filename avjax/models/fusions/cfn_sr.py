@@ -1,11 +1,11 @@
-"""CFN-SR: what one stream says decides how much each step of another weighs.
+"""CFN-SR: the content of one stream determines the weight of each step of another.
 
 Fu et al., "A cross-modal fusion network based on self-attention and residual structure for multimodal emotion
 recognition", 2021. Shapes: b clip, n step of a stream, d width, c class.
 
-Every convolution reads zeros where a step is masked, as it does beyond the ends of a clip, and none shortens time: so
-padding changes nothing, and masks stay those of the batch. A missing modality is an all-False mask, its vector zero;
-without any the answer is the head's bias.
+Every convolution reads zeros at masked steps, as beyond the ends of a clip, and keeps the number of steps, so padding
+changes nothing and masks stay those of the batch. A missing modality is an all-False mask, its vector zero; without any
+the prediction is the head's bias.
 """
 
 import functools
@@ -30,9 +30,9 @@ from avjax.models.fusions.base import FusionModule
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions over time with norms, and around them the input itself, mapped where its width differs.
+    """Two convolutions over time with norms and a residual, which is projected if the width changes.
 
-    The papers' blocks have batch norms, which make clips depend on each other; here every step is normalised by itself.
+    The paper's blocks have batch norms, which make clips depend on each other; this one has layer norms.
     """
 
     width: int
@@ -54,21 +54,21 @@ class ResidualBlock(nn.Module):
 
 
 class CrossModalBlock(nn.Module):
-    """Cross-modal block of CFN-SR: what one stream says decides how much each step of another weighs.
+    """Cross-modal block of CFN-SR: the content of one stream determines the weight of each step of another.
 
-    The weights are a softmax, over the real steps of a clip, of an additive score; times the number of steps they
-    multiply the steps, which are added to themselves so weighted (residual). The released code sums the weights over
-    the clips of a batch, so that clips change each other's answers, and has no factor, so that the other stream would
-    count for less the longer a clip is.
+    The weights are a softmax of additive scores over the real steps of a clip. The steps, multiplied by their weights
+    and by the number of steps, are added to themselves (residual). The released code sums the weights over the clips of
+    a batch, so that clips change each other's predictions, and lacks the number of steps, so that the other stream
+    matters less in longer clips.
     """
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, said: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x (b, n, d) under mask (b, n), said (b, d) → the same, reweighed, and the weights (b, n)."""
+    def __call__(self, x: jax.Array, mask: jax.Array, content: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Maps x (b, n, d) under mask (b, n) and content (b, d) to x reweighted and its weights (b, n)."""
         project = functools.partial(Project, x.shape[-1:], dtype=self.dtype)
-        hidden = project(name="steps")(x) + project(bias=False, name="said")(said)[:, None]
+        hidden = project(name="steps")(x) + project(bias=False, name="said")(content)[:, None]
         scores = Project((1,), dtype=self.dtype, name="score")(jnp.tanh(hidden))[..., 0]
         weights = masked_softmax(scores.astype(jnp.float32), mask)
         factor = 1 + weights * jnp.sum(mask, -1, keepdims=True)
@@ -76,20 +76,20 @@ class CrossModalBlock(nn.Module):
 
 
 class CfnSr(FusionModule):
-    """CFN-SR (Fu et al. 2021) on feature sequences: the first stream tells the others which of their steps count.
+    """CFN-SR (Fu et al. 2021) on feature sequences: the first stream weights the steps of the others.
 
-    All streams go through `ResidualBlock`s. The last step of a causal transformer over the first stream reweighs each
-    other one (`CrossModalBlock`). The average of the first stream as it was is joined with those of the others as they
-    became. In the paper the blocks of the pictures are a 3-d ResNeXt, and those of the sound a small convolutional
-    network for one length of clip, whose steps are joined; an average takes any length.
+    All streams go through `ResidualBlock`s. The last step of a causal transformer over the first stream reweights each
+    other one (`CrossModalBlock`). The average of the original first stream is concatenated with those of the reweighted
+    others. In the paper the blocks are a 3-d ResNeXt for video, and for audio a small convolutional network for a fixed
+    clip length, whose steps are concatenated; averages allow any length.
 
-    A clip without the first stream is reweighed by its own steps alone.
+    Without the first stream, a clip's steps are reweighted by themselves alone.
 
     Attributes:
-      streams: any of text, audio, video; the first one tells the others.
-      width: d, the paper's for sound; blocks, kernel: of the convolutions.
+      streams: any of text, audio, video; the first one weights the others.
+      width: d, the paper's for audio; blocks, kernel: of the convolutions.
       layers, heads: of the transformer; heads divides width.
-      dropout: rate on its weights and residual branches; embedding_dropout: on what enters it; out_dropout: on the
+      dropout: rate on its weights and residual branches; embedding_dropout: on its input; out_dropout: on the
         average of the first stream.
     """
 
@@ -112,10 +112,10 @@ class CfnSr(FusionModule):
         steps, masks = stream_inputs(batch, self.streams, self.dtype)
         steps = {s: self._convolve(s, x, masks[s]) for s, x in steps.items()}
         first, *others = self.streams
-        said = self._said(steps[first], masks[first], train) if others else None
+        content = self._content(steps[first], masks[first], train) if others else None
         attention = {}
         for s in others:
-            steps[s], attention[s] = CrossModalBlock(self.dtype, name=f"{first}_tells_{s}")(steps[s], masks[s], said)
+            steps[s], attention[s] = CrossModalBlock(self.dtype, name=f"{first}_tells_{s}")(steps[s], masks[s], content)
         vectors = {s: masked_mean(steps[s].astype(jnp.float32), masks[s]) for s in self.streams}
         vectors[first] = Dropout(self.out_dropout, train)(vectors[first])
         fused = jnp.concatenate(list(vectors.values()), -1)
@@ -126,7 +126,7 @@ class CfnSr(FusionModule):
             x = ResidualBlock(self.width, self.kernel, self.dtype, name=f"{stream}_{i}")(x, mask)
         return x
 
-    def _said(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
+    def _content(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
         encoder = CrossmodalEncoder(
             self.layers, self.heads, dropout=self.dropout, attention_dropout=self.dropout,
             embedding_dropout=self.embedding_dropout, dtype=self.dtype, name="memory",

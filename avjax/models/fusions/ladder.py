@@ -1,10 +1,10 @@
-"""LADDER: layers of each stream are rebuilt from the other streams' top and its own noisy layers.
+"""LADDER: layers of each stream are reconstructed from the other streams' top and its own noisy layers.
 
 Goncalves and Busso 2023, "Learning Cross-modal Audiovisual Representations with Ladder Networks for Emotion
 Recognition", ICASSP. Shapes: b clip, n step of a stream, d width, c class.
 
-A missing stream is an all-False mask: it enters the fused answer as zeros, and it costs nothing. Without any stream the
-biases answer.
+A missing stream is an all-False mask: it enters the fused prediction as zeros, and costs nothing. Without any stream
+only biases predict.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,29 +19,29 @@ from avjax.models.fusions.base import FusionModule, has_stream
 
 
 class Denoise(nn.Module):
-    """The ladder's combination of a corrupted layer with what comes from above (Rasmus et al. 2015, Eq. 2)."""
+    """The ladder's combination of a corrupted layer with the signal from above (Rasmus et al. 2015, Eq. 2)."""
 
     @nn.compact
     def __call__(self, corrupted: jax.Array, above: jax.Array) -> jax.Array:
-        """Maps two (b, d) to the estimate (b, d) of the clean layer."""
+        """Maps both inputs (b, d) to the estimate (b, d) of the clean layer."""
         mean, slope = (self._curve(name, above, first) for name, first in (("mean", 0.0), ("slope", 1.0)))
         return (corrupted - mean) * slope + mean
 
     def _curve(self, name: str, u: jax.Array, first: float) -> jax.Array:
-        """a₁·sigmoid(a₂u + a₃) + a₄u + a₅, unit by unit, that starts as the constant `first`."""
+        """Computes a₁·sigmoid(a₂u + a₃) + a₄u + a₅ per unit, initially the constant `first`."""
         start = lambda _, shape: jnp.zeros(shape).at[1].set(1.0).at[4].set(first)  # noqa: E731
         a = self.param(name, start, (5, u.shape[-1]))[:, None]  # 5 1 d
         return a[0] * nn.sigmoid(a[1] * u + a[2]) + a[3] * u + a[4]
 
 
 class Ladder(FusionModule):
-    """LADDER: layers of each stream are rebuilt from the other streams' top and its own noisy layers.
+    """LADDER: layers of each stream are reconstructed from the other streams' top and its own noisy layers.
 
-    Goncalves and Busso (2023) give cross-modal ladder networks, after Rasmus et al. (2015), in words; this is our
-    reading. Each stream's masked mean climbs layers of `widths`. In training noise is added to every layer that the
-    classifier and the decoders read. A stream's decoder starts at the mean top of the other streams and comes down,
-    joined at each layer by the stream's own noisy layer (`Denoise`). Layers are normalised within the clip, since norms
-    over the batch would let clips change each other's answers.
+    Goncalves and Busso (2023) describe cross-modal ladder networks, after Rasmus et al. (2015), in words; this is our
+    reading. Each stream's masked mean goes up layers of `widths`. In training noise is added to every layer that the
+    classifier and the decoders read. A stream's decoder starts at the other streams' mean top layer and goes down,
+    combined at each layer with the stream's own noisy layer (`Denoise`). Layers are normalised within the clip, as
+    norms over the batch would let clips change each other's predictions.
 
     Attributes:
       widths: of the layers above the input.
@@ -54,7 +54,7 @@ class Ladder(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Logits "fusion"; features also hold "errors (b, streams · layers)", the decoders' mean squared errors."""
+        """Computes the head "fusion"; features also hold the decoders' squared "errors" (b, streams · layers)."""
         present = {s: has_stream(batch, s) for s in self.streams}
         clean, noisy = {}, {}
         for s in self.streams:
@@ -73,7 +73,7 @@ class Ladder(FusionModule):
     def _errors(
         self, stream: str, clean: Sequence[jax.Array], noisy: Sequence[jax.Array], tops: Streams, present: Streams
     ) -> jax.Array:
-        """(b, layers), from the top down; zeros for clips that lack the stream or every other one."""
+        """Computes errors (b, layers) from the top down; zeros for clips without the stream or without any other."""
         others = [s for s in self.streams if s != stream]
         has = jnp.stack([present[s] for s in others], -1)
         estimate = masked_mean(jnp.stack([tops[s] for s in others], 1), has)
@@ -88,21 +88,21 @@ class Ladder(FusionModule):
 
 
 def _standard(x: jax.Array) -> jax.Array:
-    """Zero mean and unit variance within each clip: (b, d) → (b, d)."""
+    """Normalises each clip to zero mean and unit variance: (b, d) → (b, d)."""
     return nn.standardize(x, epsilon=1e-5)
 
 
 def _climb(layers: list[nn.Dense], bottom: jax.Array, corrupt: Callable[[jax.Array], jax.Array]) -> list[jax.Array]:
-    """The layers of one stream from its input up, each normalised, then corrupted, float32."""
-    found = [corrupt(_standard(bottom))]
+    """Returns the layers of one stream from its input up, each normalised and then corrupted, float32."""
+    outputs = [corrupt(_standard(bottom))]
     for dense in layers:
-        below = found[-1] if len(found) == 1 else nn.relu(found[-1])
-        found.append(corrupt(_standard(dense(below).astype(jnp.float32))))
-    return found
+        below = outputs[-1] if len(outputs) == 1 else nn.relu(outputs[-1])
+        outputs.append(corrupt(_standard(dense(below).astype(jnp.float32))))
+    return outputs
 
 
 def ladder_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
-    """Cross entropy, and the mean of the decoders' errors over streams and layers, each with weight 1."""
+    """Computes the cross entropy and the decoders' mean error over streams and layers, with weight 1 each."""
     cost = jnp.mean(output.features["errors"], -1)
     return {"fusion": head_loss(output, batch, "fusion", task), "reconstruction": cost}
 

@@ -1,8 +1,8 @@
-"""LMF: every product of the streams' entries, through factors of low rank.
+"""LMF: all products of the streams' entries, by low-rank factors.
 
 Liu et al., "Efficient Low-rank Multimodal Fusion with Modality-Specific Factors", ACL 2018.
-Shapes: b clip, n step of a stream, d width, r rank, c class. The streams' vectors, their padding and missing modalities
-are those of `avjax.models.fusions.tfn`.
+Shapes: b clip, n step of a stream, d width, r rank, c class. The streams' vectors, padding and missing modalities are
+as in `avjax.models.fusions.tfn`.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from avjax.models.fusions.tfn import Unimodal, with_one
 
 
 class Lmf(FusionModule):
-    """Low-rank multimodal fusion (Liu et al. 2018, Eqs. 6–8): all products of the streams through factors of rank r.
+    """Low-rank multimodal fusion (Liu et al. 2018, Eqs. 6–8): all products of the streams by factors of rank r.
 
-    The ranks are weighed by learned numbers rather than summed, as in the released code.
+    The ranks are weighted by learned numbers rather than summed, as in the released code.
 
     Attributes:
       widths, text_width: of the streams' vectors, see `Unimodal`.
       rank: r.
       dropout: rate on the averaged streams and on the text's last state.
-      as_released: padding read as zeros, see the description of this file.
+      as_released: read padding as zeros, as in `Tfn`.
     """
 
     widths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"text": 128, "audio": 16, "video": 128})
@@ -37,7 +37,7 @@ class Lmf(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Features: the products (b, r·c) that the head weighs, and the vector of each stream."""
+        """Computes the head "fusion"; features are the products (b, r·c) that it weights, and each stream's vector."""
         vectors = Unimodal(
             self.streams, self.widths, self.text_width, self.dropout, self.as_released, self.dtype, name="unimodal"
         )(batch, train)

@@ -3,7 +3,7 @@
 Chudasama et al., "M2FNet: Multi-modal Fusion Network for Emotion Recognition in Conversation", CVPRW 2022.
 Shapes: b conversation, u turn, n step of a stream, d width, h head, c class; batches as `masking.turns` reads them.
 
-A turn that lacks a stream neither asks nor is asked in it, and its part of the joined vector is zero.
+A turn without a stream is masked in its attention, and its part of the concatenated vector is zero.
 """
 
 import flax.linen as nn
@@ -17,10 +17,9 @@ from avjax.models.fusions.base import FusionModule, counted
 
 
 class FusionAttention(nn.Module):
-    """M2FNet's fusion attention (section 3.3.2): where turns of the main stream look is decided with another stream.
+    """M2FNet's fusion attention (section 3.3.2): queries and values from the main stream, keys from another stream.
 
-    The main stream asks, the other one is asked, and the main stream's own values answer; joined with the main stream,
-    through a dense layer with ReLU.
+    The context is concatenated with the main stream and goes through a dense layer with ReLU.
     """
 
     heads: int
@@ -36,8 +35,8 @@ class FusionAttention(nn.Module):
             for name, x in (("query", main), ("key", other), ("value", main))
         )
         context, _ = attend(query, key, value, mask)
-        answer = Project((width,), inputs=2, dtype=self.dtype, name="out")(context)
-        joined = jnp.concatenate([answer, main], -1)
+        attended = Project((width,), inputs=2, dtype=self.dtype, name="out")(context)
+        joined = jnp.concatenate([attended, main], -1)
         return jax.nn.relu(Project((width,), dtype=self.dtype, name="join")(joined))
 
 
@@ -49,7 +48,7 @@ class M2FNet(FusionModule):
     Attributes:
       streams: any of text, audio, video, the main one first.
       width: d; heads: divides it.
-      layers: of each stream's transformer, around which its input is added; fusion_layers: of fusion attention.
+      layers: of each stream's transformer, which has a residual around it; fusion_layers: of fusion attention.
       dropout: rate on the streams' turns and before the head.
     """
 
@@ -61,7 +60,7 @@ class M2FNet(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Logits (b, u, c) of the head "fusion"; features hold each stream's turns (b, u, d), for the triplets."""
+        """Computes the logits (b, u, c) of the head "fusion"; features hold each stream's turns (b, u, d)."""
         drop = Dropout(self.dropout, train)
         means, present = turns(batch, self.streams, self.dtype)
         alone = {s: self._stream(s, drop(means[s]), present[s]) for s in self.streams}
@@ -77,21 +76,24 @@ class M2FNet(FusionModule):
 
     def _stream(self, stream: str, x: jax.Array, mask: jax.Array) -> jax.Array:
         x = Project((self.width,), dtype=self.dtype, name=f"project_{stream}")(x)
-        entered = x
+        initial = x
         for i in range(self.layers):
             x = PreNormBlock(self.heads, 2 * self.width, jax.nn.relu, 1e-5, self.dtype, name=f"{stream}_{i}")(x, mask)
-        return jnp.where(mask[..., None], entered + x, 0)
+        return jnp.where(mask[..., None], initial + x, 0)
 
 
 def adaptive_triplet(x: jax.Array, label: jax.Array, counts: jax.Array) -> jax.Array:
-    """Triplet loss whose margin grows with what is still wrong (Chudasama et al. 2022, section 3.2, our reading).
+    """Computes a triplet loss with an adaptive margin (Chudasama et al. 2022, section 3.2, our reading).
 
-    Streams are scaled to length 1. Of each anchor the farthest vector of its class and the nearest of another are
-    taken, at distances p and q; margin = 2 + 2 / (exp(4 p) + ε) + 2 / (exp(4 − 4 q) + ε), ε = 1e-5, without a
+    Vectors are scaled to length 1. Each anchor is compared with the farthest vector of its class and the nearest one of
+    another, at distances p and q; margin = 2 + 2 / (exp(4 p) + ε) + 2 / (exp(4 − 4 q) + ε), ε = 1e-5, without a
     gradient through it.
 
     Args:
-      x: (n, d); label: (n,); counts: (n,) bool, which may be anchors or be compared with.
+      x: (n, d).
+      label: (n,).
+      counts: (n,) bool, which vectors are used.
+
     Returns:
       (n,) float32, 0 for an anchor that lacks either.
     """
@@ -100,22 +102,22 @@ def adaptive_triplet(x: jax.Array, label: jax.Array, counts: jax.Array) -> jax.A
     distance = jnp.sqrt(jnp.maximum(2 - 2 * x @ x.T, 1e-6))
     alike = label[:, None] == label[None]
     pairs = counts[:, None] & counts[None]
-    friends, others = pairs & alike & ~jnp.eye(len(x), dtype=bool), pairs & ~alike
-    far = jnp.max(jnp.where(friends, distance, 0), -1)
-    near = jnp.min(jnp.where(others, distance, 4), -1)
+    positives, negatives = pairs & alike & ~jnp.eye(len(x), dtype=bool), pairs & ~alike
+    far = jnp.max(jnp.where(positives, distance, 0), -1)
+    near = jnp.min(jnp.where(negatives, distance, 4), -1)
     margin = jax.lax.stop_gradient(2 + 2 / (jnp.exp(4 * far) + 1e-5) + 2 / (jnp.exp(4 - 4 * near) + 1e-5))
-    both = jnp.any(friends, -1) & jnp.any(others, -1)
+    both = jnp.any(positives, -1) & jnp.any(negatives, -1)
     return jnp.where(both, jnp.maximum(far - near + margin, 0), 0)
 
 
 def m2fnet_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
-    """Cross entropy, and a twentieth of each stream's `adaptive_triplet` over the scored turns of the batch.
+    """Computes the cross entropy, and 0.05 times each stream's `adaptive_triplet` over the scored turns of the batch.
 
-    The paper trains the extractors of sound and picture by the triplets, apart; features are given here, so that the
-    streams' transformers take their place. In training alone does a clip's loss depend on its batch.
+    The paper trains its audio and video extractors separately by the triplet loss; as features are given, it trains the
+    streams' transformers instead. A clip's loss depends on its batch, its prediction does not.
 
     Raises:
-      AvjaxError: labels are no classes.
+      AvjaxError: labels are not classes.
     """
     if task != "single":
         raise AvjaxError(f"m2fnet's triplets compare classes; the task is {task!r}: take another model")

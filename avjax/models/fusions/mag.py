@@ -1,10 +1,10 @@
-"""MAG: text steps are shifted by what goes with them in the other modalities.
+"""MAG: text steps are shifted by the aligned steps of the other modalities.
 
 Rahman et al., "Integrating Multimodal Information in Large Pretrained Transformers", ACL 2020.
 Shapes: b clip, l token, n step of a stream, d width, c class.
 
-A missing modality is an all-False mask. Audio or video that is missing shifts nothing; without text nothing is pooled
-and the answer is the head's bias.
+A missing modality is an all-False mask. Missing audio or video shifts nothing; without text the prediction is the
+head's bias.
 """
 
 import flax.linen as nn
@@ -18,9 +18,9 @@ from avjax.models.fusions.base import FusionModule
 
 
 class MagBlock(nn.Module):
-    """Multimodal adaptation gate (Rahman et al. 2020, Eqs. 1–5): text steps shifted by what goes with them.
+    """Multimodal adaptation gate (Rahman et al. 2020, Eqs. 1–5): text steps shifted by aligned ones.
 
-    The shift is at most `shift` (β) times as long as the step itself.
+    The length of the shift is at most `shift` (β) times that of the step itself.
     """
 
     shift: float
@@ -29,7 +29,7 @@ class MagBlock(nn.Module):
 
     @nn.compact
     def __call__(self, text: jax.Array, others: Streams, masks: Streams, train: bool = False) -> jax.Array:
-        """text (b, l, d), others aligned with it (b, l, w) with masks (b, l) → (b, l, d)."""
+        """Maps text (b, l, d) and other streams aligned with it (b, l, w), with masks (b, l), to (b, l, d)."""
         project = lambda name: Project(text.shape[-1:], dtype=self.dtype, name=name)  # noqa: E731
         moved = jnp.zeros_like(text)
         for stream, x in others.items():
@@ -37,16 +37,16 @@ class MagBlock(nn.Module):
             moved += jnp.where(masks[stream][..., None], gate * project(f"shift_{stream}")(x), 0)
         length = lambda x: optax.safe_norm(x.astype(jnp.float32), 0.0, axis=-1, keepdims=True)  # noqa: E731
         size = length(moved)
-        share = jnp.minimum(self.shift * length(text) / (jnp.where(size > 0, size, 1.0) + 1e-6), 1.0)
+        scale = jnp.minimum(self.shift * length(text) / (jnp.where(size > 0, size, 1.0) + 1e-6), 1.0)
         norm = nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False, name="norm")
-        return Dropout(self.dropout, train)(norm(text + share.astype(text.dtype) * moved))
+        return Dropout(self.dropout, train)(norm(text + scale.astype(text.dtype) * moved))
 
 
 class Mag(FusionModule):
-    """The gate of `MagBlock` on the text's features, then their mean over the real tokens and a head.
+    """`MagBlock` on the text features, then their mean over real tokens and a head.
 
-    The paper puts the gate inside BERT, with streams aligned word by word; here the text's features are given, and each
-    other stream is averaged over the span of the clip that a token takes up (`layers.align`).
+    The paper puts the gate inside BERT, with streams aligned by words. This module reads text features, and each
+    other stream is averaged over the time span of each token (`layers.align`).
 
     Attributes:
       streams: text and any others.
@@ -63,8 +63,8 @@ class Mag(FusionModule):
         steps, masks = stream_inputs(batch, self.streams, self.dtype)
         aligned = {s: align(steps[s], masks[s], masks["text"]) for s in self.streams if s != "text"}
         others = {s: x for s, (x, _) in aligned.items()}
-        seen = {s: mask for s, (_, mask) in aligned.items()}
-        text = MagBlock(self.shift, self.dropout, self.dtype, name="gate")(steps["text"], others, seen, train)
+        present = {s: mask for s, (_, mask) in aligned.items()}
+        text = MagBlock(self.shift, self.dropout, self.dtype, name="gate")(steps["text"], others, present, train)
         fused = masked_mean(text, masks["text"])
         return self.predict(fused)
 

@@ -1,10 +1,11 @@
-"""MFM: a factor of the label and one of each modality, which together rebuild what was read.
+"""MFM: a factor of the label and one of each modality, which together reconstruct the inputs.
 
 Tsai et al., "Learning Factorized Multimodal Representations", ICLR 2019.
 Shapes: b clip, n step of a stream, d width, c class.
 
-The prior is a term of a whole batch: training couples its clips, answers do not. A missing modality is an all-False
-mask. The memory never hears of it, and what would rebuild it costs nothing. Without any stream the biases answer.
+The prior is a loss of a whole batch: it couples clips in training, not in prediction. A missing modality is an
+all-False mask. It does not change the memory, and its reconstruction costs nothing. Without any stream only biases
+predict.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from avjax.models.base import Batch, Fusion, Output, head_loss
 from avjax.models.fusions.base import FusionModule, counted, for_clips, named, of_kind
 from avjax.models.fusions.mfn import Mfn, Perceptron
 
-# Weights of reconstruction and prior of the released run that `Mfm` takes its widths from.
+# Weights of reconstruction and prior in the released run that has the widths of `Mfm`.
 REBUILT: Mapping[str, float] = {"text": 1.0, "audio": 0.01, "video": 0.5}
 PRIOR = 1.0
 
@@ -33,19 +34,20 @@ def _sizes(**sizes: int) -> Any:
 class Mfm(FusionModule):
     """Multimodal factorization model (Tsai et al. 2019).
 
-    A memory fusion network (`Mfn`) reads all streams and gives the latent variable of the label; an LSTM reads each
-    stream and gives that stream's own. Each goes through a perceptron to a factor. The label's factor alone is
-    classified; with the factor of a stream it rebuilds that stream: its mean over the real steps, where the paper
-    rebuilds every step. The latent variable of the label leaves the memory network through the network's own output
-    layers, one more than in the released code.
+    A memory fusion network (`Mfn`) maps all streams to the latent variable of the label, and an LSTM each stream to
+    its own. A perceptron maps each latent variable to a factor. Only the label's factor is classified; together with
+    the factor of a stream it reconstructs that stream's mean over real steps, where the paper reconstructs every step.
+    The label's latent variable is the output of the memory network's own output layers, one more than in the released
+    code.
 
-    The defaults are a point of the authors' grid, the run of best accuracy that their code records (MOSI). The paper's
-    second model of missing modalities, which guesses the missing latent variables, is not built.
+    The defaults are those of the most accurate run that the authors' code records (MOSI). The paper's second model,
+    which infers the latent variables of missing modalities, is not implemented.
 
     Attributes:
       latents: widths of the latent variables of the label and of each stream; factors: of their factors.
-      dropouts: rates between the layers from the one to the other.
-      widths: of the memory network's LSTMs; memory: of its memory; hidden: of its inner layers; memory_dropout: there.
+      dropouts: rates inside the perceptrons from latent variables to factors.
+      widths: of the memory network's LSTMs; memory: of its memory; hidden: of its inner layers; memory_dropout: rate in
+        them.
       segment_count: spans of its common clock.
     """
 
@@ -96,15 +98,16 @@ class Mfm(FusionModule):
 
 
 def normal_discrepancy(z: jax.Array, rows: jax.Array) -> jax.Array:
-    """Squared maximum mean discrepancy between latent variables and the standard normal distribution.
+    """Computes the squared maximum mean discrepancy of latent variables to the standard normal distribution.
 
     The kernel is the released one, exp(-|x - y|² / d²). The released code draws as many normal vectors as there are
-    clips; here their part is the exact expectation, which their draws have for a mean, up to a constant:
+    clips; this uses the exact expectation over such draws, up to a constant:
     E k(x, z) = (d²/(d²+2))^(d/2) · exp(-|z|²/(d²+2)) and E k(x, x') = (d²/(d²+4))^(d/2).
 
     Args:
       z: (b, d) float32.
-      rows: (b,), which of them count.
+      rows: (b,), which rows count.
+
     Returns:
       () float32; 0 where none does.
     """
@@ -120,10 +123,10 @@ def normal_discrepancy(z: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def mfm_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
-    """Cross entropy, the mean squared error of each stream's rebuilt mean, and the latent variables' prior.
+    """Computes cross entropy, the squared error of each stream's reconstructed mean, and the latent variables' prior.
 
-    Weighted as in the run that the defaults come from (released code). A missing stream is not rebuilt, and the prior
-    of the label's latent variable is over clips that have any stream.
+    The weights are those of the released run with the default settings. A missing stream is not reconstructed, and the
+    prior of the label's latent variable covers clips that have any stream.
     """
     rebuilt, latents = of_kind(output, "rebuilt"), of_kind(output, "latent")
     rows = {s: counted(batch, s) for s in rebuilt}

@@ -1,14 +1,14 @@
-"""MFN: an LSTM per modality and a gated memory of what their cells do together.
+"""MFN: an LSTM per modality and a gated memory of interactions between their cells.
 
 Zadeh et al., "Memory Fusion Network for Multi-view Sequential Learning", AAAI 2018. Equation names are the paper's.
 Shapes: b clip, n step, d width, m memory width, c class.
 
-The paper's streams are aligned word by word. Here every stream is averaged onto a common clock of `segment_count` equal
-spans of its clip; a stream that has as many steps enters as it is. `as_released` takes the streams as they stand, which
-must then have the same number of steps, and reads padding as steps of zeros, as the released code does.
+The paper's streams are aligned by words. This module averages every stream over `segment_count` equal spans of its
+clip, a common clock; a stream with that many steps stays as it is. `as_released` reads the streams unchanged, which
+must then have the same number of steps, and reads padding as zeros, as the released code does.
 
-A missing modality is an all-False mask: its LSTM never leaves the state zero. Spans in which no stream has a real step
-leave the memory as it is.
+A missing modality is an all-False mask: its LSTM stays in state zero. Spans in which no stream has a real step leave
+the memory unchanged.
 """
 
 import dataclasses
@@ -35,13 +35,14 @@ class Perceptron(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps x (..., i) to (..., width)."""
         hidden = jax.nn.relu(Project((self.hidden,), dtype=self.dtype, name="hidden")(x))
         hidden = Dropout(self.dropout, train)(hidden)
         return Project((self.width,), dtype=self.dtype, name="out")(hidden)
 
 
 class MemoryGate(nn.Module):
-    """One of the gates γ of section 3.3, its first layer split: the share of all steps at once, that of the memory."""
+    """A gate γ of section 3.3; its first layer is split into the part of all steps at once and that of the memory."""
 
     hidden: int
     dropout: float
@@ -51,7 +52,7 @@ class MemoryGate(nn.Module):
     def __call__(
         self, attended: jax.Array, memory_width: int, train: bool = False
     ) -> tuple[jax.Array, jax.Array, Callable[..., jax.Array]]:
-        """attended (b, n, d) → two arrays (b, n, hidden) and a gate: (a step of each, memory (b, m)) → (b, m)."""
+        """Maps attended (b, n, d) to two arrays (b, n, hidden) and a gate: (a step of each, memory (b, m)) → (b, m)."""
         inputs = Project((self.hidden,), dtype=self.dtype, name="input")(attended)
         keep = Dropout(self.dropout, train)(jnp.ones_like(inputs))
         init = nn.initializers.lecun_normal()
@@ -59,8 +60,8 @@ class MemoryGate(nn.Module):
         out = self.param("out", init, (self.hidden, memory_width)).astype(self.dtype)
         bias = self.param("out_bias", nn.initializers.zeros, (memory_width,))
 
-        def gate(known: jax.Array, kept: jax.Array, memory: jax.Array) -> jax.Array:
-            hidden = jax.nn.relu(known + memory.astype(self.dtype) @ recurrent) * kept
+        def gate(projected: jax.Array, kept: jax.Array, memory: jax.Array) -> jax.Array:
+            hidden = jax.nn.relu(projected + memory.astype(self.dtype) @ recurrent) * kept
             return jax.nn.sigmoid((hidden @ out).astype(jnp.float32) + bias[None])
 
         return inputs, keep, gate
@@ -69,15 +70,15 @@ class MemoryGate(nn.Module):
 class Mfn(FusionModule):
     """Memory fusion network (Zadeh et al. 2018).
 
-    The defaults are one point of the grid that the authors searched.
+    The defaults are one point of the authors' grid search.
 
     Attributes:
       widths: of the streams' LSTMs.
       memory: m.
-      attention, proposal, retain, update: hidden widths of D_a, of D_u, of γ1 and of γ2; output: of the last layers.
+      attention, proposal, retain, update: hidden widths of D_a, D_u, γ1 and γ2; output: of the last layers.
       dropouts: rates in those five, in that order.
       segment_count: n of the common clock.
-      as_released: the streams as they stand, see the description of this file.
+      as_released: read the streams without alignment, see the module docstring.
     """
 
     widths: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"text": 128, "audio": 32, "video": 128})
@@ -96,7 +97,7 @@ class Mfn(FusionModule):
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)`; features hold the last states as "states".
 
         Raises:
-          AvjaxError: as_released, and streams of different lengths.
+          AvjaxError: streams of different lengths with `as_released`.
         """
         steps, masks = self._clocked(*stream_inputs(batch, self.streams, self.dtype, self.as_released))
         states = [
@@ -118,7 +119,7 @@ class Mfn(FusionModule):
         return Perceptron(getattr(self, name), width, self.dropouts[index], self.dtype, name=name)
 
     def _clocked(self, steps: Streams, masks: Streams) -> tuple[Streams, Streams]:
-        """The streams on one clock."""
+        """Averages the streams onto one clock."""
         if self.as_released:
             lengths = {s: x.shape[1] for s, x in steps.items()}
             if len(set(lengths.values())) > 1:
@@ -131,21 +132,21 @@ class Mfn(FusionModule):
         return {s: x for s, (x, _) in aligned.items()}, {s: mask for s, (_, mask) in aligned.items()}
 
     def _memory(self, attended: jax.Array, real: jax.Array, train: bool) -> jax.Array:
-        """Section 3.3: u_t = γ1 ⊙ u_(t-1) + γ2 ⊙ tanh(û_t) over the real spans; the last u (b, m) float32."""
+        """Returns the last u (b, m) of u_t = γ1 ⊙ u_(t-1) + γ2 ⊙ tanh(û_t) over real spans (section 3.3), float32."""
         proposal = jnp.tanh(self._perceptron("proposal", 1, self.memory)(attended, train).astype(jnp.float32))
-        *known, retain = MemoryGate(self.retain, self.dropouts[2], self.dtype, name="retain")(
+        *retained, retain = MemoryGate(self.retain, self.dropouts[2], self.dtype, name="retain")(
             attended, self.memory, train
         )
-        *learnt, update = MemoryGate(self.update, self.dropouts[3], self.dtype, name="update")(
+        *updated, update = MemoryGate(self.update, self.dropouts[3], self.dtype, name="update")(
             attended, self.memory, train
         )
 
         def step(memory: jax.Array, now: Any) -> tuple[jax.Array, None]:
-            known, learnt, proposal, real = now
-            new = retain(*known, memory) * memory + update(*learnt, memory) * proposal
+            retained, updated, proposal, real = now
+            new = retain(*retained, memory) * memory + update(*updated, memory) * proposal
             return jnp.where(real[:, None], new, memory), None
 
-        over_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (known, learnt, proposal, real))
+        over_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (retained, updated, proposal, real))
         memory, _ = jax.lax.scan(step, jnp.zeros(proposal[:, 0].shape, jnp.float32), over_time)
         return memory
 

@@ -1,11 +1,11 @@
-"""MISA: what modalities share and what each keeps to itself, taken apart by the losses.
+"""MISA: shared and private representations of modalities, separated by losses.
 
 Hazarika et al., "MISA: Modality-Invariant and -Specific Representations for Multimodal Sentiment Analysis", ACM MM
 2020. Shapes: b clip, n step of a stream, s number of streams, d width, c class.
 
-Similarity and difference are terms of a whole batch: training couples its clips, answers do not. A missing modality is
-an all-False mask. It is not among the vectors that the transformer reads, and what would rebuild it costs nothing.
-Without any stream the biases answer.
+Similarity and difference are losses of a whole batch: they couple clips in training, not in prediction. A missing
+modality is an all-False mask: the transformer does not read it, and its reconstruction costs nothing. Without any
+stream only biases predict.
 """
 
 import functools
@@ -20,25 +20,23 @@ from avjax.layers import Dropout, LstmEncoder, PostNormBlock, Project, masked_me
 from avjax.models.base import Batch, Fusion, Output, head_loss
 from avjax.models.fusions.base import FusionModule, counted, for_clips, named, of_kind
 
-# Weights of the terms for MOSI, which are the defaults of the released code.
+# Loss weights for MOSI, the defaults of the released code.
 SIMILARITY, DIFFERENCE, RECONSTRUCTION = 1.0, 0.3, 1.0
-
-
 # K of the central moment discrepancy.
-MOMENTS = 5
+MOMENT_ORDERS = 5
 
 
 class Misa(FusionModule):
-    """MISA (Hazarika et al. 2020): two vectors per stream, one in a space that all share, one in its own.
+    """MISA (Hazarika et al. 2020): two vectors per stream, in a shared and in a private space.
 
-    Text is averaged over its real tokens (the released code averages BERT's padding in). Any other stream goes through
-    two bidirectional LSTMs, the second on the normalised states of the first, whose last states join; the paper's are
-    as wide as its inputs, 47 and 74, and here they have a width of their own. All vectors attend to each other in one
-    transformer layer (PyTorch's, without the dropout inside) and are joined for the head.
+    Text is averaged over its real tokens (the released code includes BERT's padding). Any other stream goes through two
+    bidirectional LSTMs, the second on the normalised states of the first, and their last states are concatenated; the
+    paper's LSTMs are as wide as their inputs, 47 and 74. All vectors attend to each other in one transformer layer (as
+    in PyTorch, without inner dropout) and are concatenated for the head.
 
     Attributes:
       width: d of both spaces; heads: of the transformer, divides it; inner: its feed-forward width.
-      recurrent: width of the LSTMs, each way.
+      recurrent: width of the LSTMs per direction.
       dropout: rate before the head.
     """
 
@@ -57,8 +55,8 @@ class Misa(FusionModule):
         steps, masks = stream_inputs(batch, self.streams, self.dtype)
         utterance = {s: self._utterance(s, steps[s], masks[s]) for s in self.streams}
         private = {s: jax.nn.sigmoid(self._dense(f"private_{s}")(x)) for s, x in utterance.items()}
-        share = self._dense("shared")
-        shared = {s: jax.nn.sigmoid(share(x)) for s, x in utterance.items()}
+        shared_map = self._dense("shared")
+        shared = {s: jax.nn.sigmoid(shared_map(x)) for s, x in utterance.items()}
         rebuilt = {s: self._dense(f"rebuild_{s}")(private[s] + shared[s]) for s in self.streams}
         present = jnp.stack([jnp.any(masks[s], -1) for s in self.streams], -1)
         vectors = jnp.stack([*private.values(), *shared.values()], 1)  # b 2s d
@@ -70,7 +68,7 @@ class Misa(FusionModule):
         return Project((self.width,), dtype=self.dtype, name=name)
 
     def _utterance(self, stream: str, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """One vector of a stream: (b, d)."""
+        """Encodes a stream in one vector: (b, d)."""
         norm = functools.partial(nn.LayerNorm, 1e-5, self.dtype, use_fast_variance=False)
         read = functools.partial(LstmEncoder, self.recurrent, bidirectional=True, dtype=self.dtype)
         if stream == "text":
@@ -82,7 +80,7 @@ class Misa(FusionModule):
         return norm(name=f"{stream}_norm")(jax.nn.relu(self._dense(f"project_{stream}")(vector)))
 
     def _fuse(self, vectors: jax.Array, real: jax.Array, train: bool) -> jax.Array:
-        """Streams (b, 2s, d), of which `real` (b, 2s) are there, through the transformer to (b, s·d)."""
+        """Maps vectors (b, 2s, d), present or not (b, 2s), by the transformer to (b, s·d)."""
         block = PostNormBlock(self.heads, self.inner, jax.nn.relu, 1e-5, self.dtype, name="transformer")
         joint = jnp.where(real[..., None], block(vectors, real), 0).reshape(len(vectors), -1)
         hidden = Project((joint.shape[-1] // 2,), dtype=self.dtype, name="fuse")(joint)
@@ -90,28 +88,30 @@ class Misa(FusionModule):
 
 
 def moment_discrepancy(x: jax.Array, y: jax.Array, rows: jax.Array) -> jax.Array:
-    """Central moment discrepancy (Zellinger et al. 2017) of vectors within [0, 1], up to the moment `MOMENTS`.
+    """Computes the central moment discrepancy (Zellinger et al. 2017) of vectors in [0, 1] up to `MOMENT_ORDERS`.
 
     Args:
-      x, y: (b, d).
-      rows: (b,), which of them are drawn from the two distributions.
+      x: (b, d).
+      y: (b, d).
+      rows: (b,), which rows are samples of the two distributions.
+
     Returns:
       () float32.
     """
     means = [masked_mean(v, rows) for v in (x, y)]
     away = [v - mean[None] for v, mean in zip((x, y), means, strict=True)]
     distances = [optax.safe_norm(means[0] - means[1], 0.0)]
-    for order in range(2, MOMENTS + 1):
+    for order in range(2, MOMENT_ORDERS + 1):
         first, second = (masked_mean(v**order, rows) for v in away)
         distances.append(optax.safe_norm(first - second, 0.0))
     return sum(distances)
 
 
 def overlap(x: jax.Array, y: jax.Array, rows: jax.Array) -> jax.Array:
-    """The paper's soft orthogonality between two spaces, as released: ().
+    """Computes the paper's soft orthogonality of two spaces, as released: ().
 
-    Streams (b, d) are centred over `rows` (b,) and scaled to unit length; the mean square of all products of a channel
-    of x with one of y, summed over clips. No gradient flows through the lengths.
+    Vectors (b, d) are centred over `rows` (b,) and scaled to unit length. The result is the mean square of the products
+    of channels of x and y, summed over clips. No gradient flows through the lengths.
     """
     units = []
     for v in (x, y):
@@ -121,11 +121,11 @@ def overlap(x: jax.Array, y: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def misa_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
-    """Cross entropy and the paper's three further terms, weighted as released for MOSI.
+    """Computes the cross entropy and the paper's three further losses, weighted as released for MOSI.
 
     similarity: the mean of `moment_discrepancy` over pairs of streams in the shared space.
-    difference: the sum of `overlap` over each stream's two vectors, and over pairs of streams in their own spaces.
-    reconstruction: mean squared error of each stream's vector, averaged over the streams; 0 for one that is missing.
+    difference: the sum of `overlap` over each stream's two vectors, and over pairs of streams in their private spaces.
+    reconstruction: mean squared error of each stream's vector, averaged over the streams; 0 for missing ones.
     """
     private, shared = of_kind(output, "private"), of_kind(output, "shared")
     pairs = [(s, o, counted(batch, s, o)) for s, o in itertools.combinations(private, 2)]

@@ -1,11 +1,10 @@
-"""MMA-DFER: streams meet in a narrow space after every layer, and one of them is followed over time.
+"""MMA-DFER: streams exchange information in a narrow space after every layer, and one is modelled over time.
 
 Chumachenko, Iosifidis, Gabbouj, "MMA-DFER: MultiModal Adaptation of unimodal models for Dynamic Facial Expression
 Recognition in-the-wild", CVPR Workshops 2024. Shapes: b clip, n step of a stream, d width, c class.
 
-Positions are sinusoids, counted from a clip's first real step. A missing modality is an all-False mask: nobody attends
-to it, and its own vector is zero. Without any modality the class token
-answers.
+Positions are sinusoids, counted from a clip's first real step. A missing modality is an all-False mask: it is not
+attended to, and its own vector is zero. Without any modality only the class token predicts.
 """
 
 import functools
@@ -20,11 +19,11 @@ from avjax.models.fusions.base import FusionModule
 
 
 class Bottleneck(nn.Module):
-    """Fusion bottleneck (Chumachenko et al. 2024, section 3): streams meet in a narrow space, as much as gates let in.
+    """Fusion bottleneck (Chumachenko et al. 2024, section 3): streams meet in a narrow space, with gates.
 
-    Each stream is mapped to `width` and normalised; to its steps the other streams' averages over time are added; the
-    sum, mapped back, is added to the stream times the tanh of a learned number that starts at 0. So at first no stream
-    knows of any other, nor of this block.
+    Each stream is mapped to `width` and normalised, and the other streams' averages over time are added to its steps.
+    The sum is mapped back, multiplied by the tanh of a learned gate, and added to the stream. Gates start at 0, so that
+    initially the block changes nothing.
     """
 
     width: int = 128
@@ -32,7 +31,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, steps: Streams, masks: Streams) -> Streams:
-        """Streams (b, n, d) with masks (b, n) → the same, changed."""
+        """Maps streams (b, n, d) with masks (b, n) to the same shapes."""
         narrow = {s: self._down(s, x) for s, x in steps.items()}
         means = {s: masked_mean(x, masks[s])[:, None] for s, x in narrow.items()}
         met = {s: sum([means[o] for o in steps if o != s], x) for s, x in narrow.items()}
@@ -49,20 +48,20 @@ class Bottleneck(nn.Module):
 
 
 class MmaDfer(FusionModule):
-    """MMA-DFER (Chumachenko et al. 2024) on feature sequences: a transformer each, a `Bottleneck` after every layer.
+    """MMA-DFER (Chumachenko et al. 2024) on features: one transformer per stream, a `Bottleneck` after every layer.
 
-    The last stream is followed over time: to its steps and to a class token the vectors of the others are added, and
-    what the token becomes in one more layer goes to the head. In the paper the token is not added to; here it is, so
-    that a clip without pictures is still answered by its sound.
+    The last stream is modelled over time: the vectors of the others are added to its steps and to a class token, and
+    the token's output of one more layer goes to the head. Unlike the paper, the vectors are also added to the token, so
+    that a clip without video is still classified by its audio.
 
-    The paper's layers are twelve, pretrained and frozen, with prompts that adapt them; on features there is nothing to
-    freeze and so nothing to prompt: ours are few and train. The mean over the real steps stands for their class tokens.
-    `train` changes nothing, as in the released temporal layer.
+    The paper has twelve pretrained, frozen layers, adapted by prompts. On features there is nothing to freeze or to
+    prompt: these layers are few and trained. The mean over real steps replaces the class tokens of the encoders.
+    `train` has no effect, as in the released temporal layer.
 
     Attributes:
-      streams: any of text, audio, video; the last one is followed over time.
-      width, heads, inner: of every layer, as the paper's temporal one; heads divides width.
-      layers: of each stream; bottleneck: width of the space where they meet.
+      streams: any of text, audio, video; the last one is modelled over time.
+      width, heads, inner: of every layer, as in the paper's temporal one; heads divides width.
+      layers: of each stream; bottleneck: width of the shared space.
     """
 
     streams: tuple[str, ...] = ("audio", "video")
@@ -74,7 +73,7 @@ class MmaDfer(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; features hold each one's vector too."""
+        """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; features also hold their vectors."""
         steps, masks = stream_inputs(batch, self.streams, self.dtype)
         steps = {s: self._embed(s, x, masks[s]) for s, x in steps.items()}
         gelu = functools.partial(nn.gelu, approximate=False)
@@ -94,7 +93,7 @@ class MmaDfer(FusionModule):
         return x + sinusoids(positions(mask), self.width).astype(x.dtype)
 
     def _over_time(self, x: jax.Array, mask: jax.Array, others: list[jax.Array]) -> jax.Array:
-        """What the class token hears: x (b, n, d) under mask (b, n), others (b, d) each → (b, d)."""
+        """Maps x (b, n, d) under mask (b, n) and others (b, d) each to the output of the class token (b, d)."""
         token = self.param("class_token", nn.initializers.normal(0.02), (self.width,)).astype(x.dtype)
         token = jnp.broadcast_to(token[None, None], (len(x), 1, self.width))
         x = sum([v[:, None] for v in others], jnp.concatenate([token, x], 1))

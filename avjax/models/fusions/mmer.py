@@ -1,15 +1,15 @@
-"""MMER's three fusions: audio and video meet between, or behind, two convolutional stages.
+"""MMER's three fusions: audio and video are fused between or after two convolutional stages.
 
 Chumachenko, Iosifidis, Gabbouj 2022, "Self-attention fusion for audiovisual emotion recognition with incomplete data".
 Shapes: b clip, s step of the first stream (audio), t of the second (video), d width, h head, c class.
 
-The first stream runs through unpadded convolutions, which need `LEAST` steps: a shorter clip is followed by zeros. The
-second runs through padded ones; with `frames` it is pictures, which `EfficientFace` turns into vectors first. Padding
-anywhere is taken out before the convolutions, so it never counts.
+The first stream goes through unpadded convolutions, which need `LEAST` steps: shorter clips are extended by zeros. The
+second goes through padded ones; with `frames` it is frames, which `EfficientFace` maps to vectors first. All padding is
+removed before the convolutions, so it never counts.
 
-A missing stream is an all-False mask. The other one then passes the place where they meet unchanged, and the missing
-one's half of the joined vector is zero; without either the answer is the classifier's bias. Batch norms are
-`StepNorm`s: by running statistics, unless the caller makes "batch_stats" mutable; those of the frame network stay.
+A missing stream is an all-False mask. The fusion then leaves the other one unchanged, and the missing one's half of the
+concatenated vector is zero; without either the prediction is the classifier's bias. Batch norms are `StepNorm`s: they
+use running statistics unless the caller makes "batch_stats" mutable; those of the frame network are fixed.
 """
 
 import functools
@@ -23,7 +23,7 @@ from avjax.models.base import Batch, Fusion, Output, Stream
 from avjax.models.efficientface import EfficientFace
 from avjax.models.fusions.base import FusionModule
 
-_SHRINK = 3  # steps that an unpadded convolution of 3 and a maximum over 2 take away
+_SHRINK = 3  # steps lost by an unpadded convolution over 3 and a maximum over 2
 _FIRST = ((64, 128), (256, 128))  # widths of the two blocks of each stage
 _SECOND = ((64, 64), (128, 128))
 LEAST = 1 + _SHRINK * sum(len(stage) for stage in _FIRST)
@@ -37,6 +37,7 @@ class UnpaddedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> Stream:
+        """Maps x (b, s, w) under mask (b, s) to (b, s − 3, width) and its mask."""
         x = TimeConvolution(self.width, 3, "VALID", dtype=self.dtype, name="conv")(x)
         x = nn.relu(StepNorm(dtype=self.dtype, name="norm")(x, mask[:, 2:]))
         return jnp.maximum(x[:, :-1], x[:, 1:]), mask[:, _SHRINK:]
@@ -50,19 +51,20 @@ class PaddedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> Stream:
+        """Maps x (b, t, w) under mask (b, t) to (b, t, width) and its mask."""
         x = TimeConvolution(self.width, 3, dtype=self.dtype, name="conv")(jnp.where(mask[..., None], x, 0))
         return nn.relu(StepNorm(dtype=self.dtype, name="norm")(x, mask)), mask
 
 
-class AskingBlock(nn.Module):
-    """Pre-norm cross-attention without a residual, then a perceptron with one; as wide as what asks."""
+class CrossAttentionBlock(nn.Module):
+    """Pre-norm cross-attention without a residual, then a perceptron with one; as wide as the queries."""
 
     heads: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, other: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x (b, q, d) asks other (b, k, e) under mask (b, k): the answer (b, q, d) and its weights (b, h, q, k)."""
+        """Maps x (b, q, d) and other (b, k, e) under mask (b, k) to (b, q, d) and weights (b, h, q, k)."""
         norm = functools.partial(nn.LayerNorm, 1e-5, self.dtype, use_fast_variance=False)
         project = functools.partial(Project, dtype=self.dtype)
         width = x.shape[-1]
@@ -77,28 +79,28 @@ class AskingBlock(nn.Module):
 
 
 class CrossGate(nn.Module):
-    """How much each step of `other` is asked for by the steps of `x`: attention weights summed over those steps."""
+    """Gates each step of `other` by the attention weights that it gets from `x`, summed over the steps of `x`."""
 
     heads: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, asks: jax.Array, other: jax.Array, mask: jax.Array) -> Stream:
-        """x (b, q, d) under asks (b, q), other (b, k, e) under mask (b, k): gate (b, k), weights (b, h, q, k)."""
+    def __call__(self, x: jax.Array, x_mask: jax.Array, other: jax.Array, mask: jax.Array) -> Stream:
+        """Maps x (b, q, d) and other (b, k, e), with masks, to the gate (b, k) and weights (b, h, q, k)."""
         split = (self.heads, x.shape[-1] // self.heads)
         query, key = (
             Project(split, dtype=self.dtype, bias=False, name=name)(y) for name, y in (("query", x), ("key", other))
         )
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * split[1] ** -0.5
         weights = masked_softmax(scores, mask[:, None, None])
-        return jnp.sum(jnp.mean(weights, 1), 1, where=asks[..., None]), weights
+        return jnp.sum(jnp.mean(weights, 1), 1, where=x_mask[..., None]), weights
 
 
 def softhard(batch: Batch, streams: tuple[str, str], key: jax.Array) -> Batch:
-    """A batch after the modality dropout "softhard" of Chumachenko et al. 2022.
+    """Applies the modality dropout "softhard" of Chumachenko et al. 2022 to a batch.
 
-    Each clip stays whole, or its two streams are scaled by u and 1 − u, or it loses the one, or the other, by the same
-    chance.
+    With equal probability, each clip stays unchanged, its streams are scaled by u and 1 − u, or it loses the first or
+    the second stream.
     """
     count = batch[f"{streams[0]}_mask"].shape[0]
     part, kind = jax.random.split(key)
@@ -114,14 +116,14 @@ def softhard(batch: Batch, streams: tuple[str, str], key: jax.Array) -> Batch:
 
 
 class TwoStages(FusionModule):
-    """What the four have in common; each says what happens between and behind the stages.
+    """The common part of the fusions, which define what happens between and after the stages.
 
     Attributes:
-      streams: first and second stream, by the roles that audio and video have in the paper.
-      heads: of each attention; must divide 64 and 128.
-      frames: the second stream is pictures (b, t, height, width, 3), uint8, and their network is part of this one;
-        else features (b, t, w).
-      softhard: whether training has the paper's modality dropout (rng "dropout").
+      streams: first and second stream, in the roles of audio and video in the paper.
+      heads: number of attention heads; must divide 64 and 128.
+      frames: whether the second stream is frames (b, t, height, width, 3), uint8, read by a frame network in the
+        model; else it is features (b, t, w).
+      softhard: whether training uses the paper's modality dropout (rng "dropout").
     """
 
     streams: tuple[str, ...] = ("audio", "video")
@@ -136,29 +138,29 @@ class TwoStages(FusionModule):
             batch = softhard(batch, self.streams, self.make_rng("dropout"))
         first, second = self._inputs(batch)
         first, second = self._convolve(0, _extended(*first), second)
-        first, second, met = self.between(first, second)
+        first, second, attention = self.between(first, second)
         first, second = self._convolve(1, first, second)
-        first, second, behind = self.behind(first, second)
+        first, second, late = self.after(first, second)
         joined = jnp.concatenate([masked_mean(x.astype(jnp.float32), mask) for x, mask in (first, second)], -1)
-        return self.predict(joined, {}, met | behind)
+        return self.predict(joined, {}, attention | late)
 
     def between(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
-        """What the streams do to each other after the first stage: the streams again, and attention weights."""
+        """Fuses the streams after the first stage; returns them and attention weights."""
         return first, second, {}
 
-    def behind(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
-        """The same after the second stage."""
+    def after(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
+        """Fuses the streams after the second stage; returns them and attention weights."""
         return first, second, {}
 
     def _inputs(self, batch: Batch) -> list[Stream]:
-        found = []
+        inputs = []
         for i, s in enumerate(self.streams):
             x, mask = batch[s], batch[f"{s}_mask"]
             if self.frames and i == 1:
                 vectors = EfficientFace(dtype=self.dtype, name="frame_network")(x.reshape(-1, *x.shape[2:]) / 255)
                 x = vectors.reshape(*mask.shape, -1)
-            found.append(pack(x.astype(self.dtype), mask))
-        return found
+            inputs.append(pack(x.astype(self.dtype), mask))
+        return inputs
 
     def _convolve(self, stage: int, first: Stream, second: Stream) -> tuple[Stream, Stream]:
         for i, width in enumerate(_FIRST[stage]):
@@ -169,7 +171,7 @@ class TwoStages(FusionModule):
 
 
 def _extended(x: jax.Array, mask: jax.Array) -> Stream:
-    """A stream whose clips have at least `LEAST` steps, zeros after the real ones; none where there were none."""
+    """Extends the clips of a stream by zeros to at least `LEAST` real steps, except those without any."""
     lacking = max(LEAST - x.shape[1], 0)
     x, mask = jnp.pad(x, ((0, 0), (0, lacking), (0, 0))), jnp.pad(mask, ((0, 0), (0, lacking)))
     some = jnp.any(mask, -1, keepdims=True)
@@ -177,17 +179,18 @@ def _extended(x: jax.Array, mask: jax.Array) -> Stream:
 
 
 def _where_any(mask: jax.Array, x: jax.Array, otherwise: jax.Array | float) -> jax.Array:
-    """`x` for the clips that have a step of the other stream, whose `mask` (b, k) is; else `otherwise`."""
+    """Selects `x` for clips with any step of the other stream, by its `mask` (b, k), else `otherwise`."""
     return jnp.where(jnp.any(mask, -1).reshape(-1, *[1] * (x.ndim - 1)), x, otherwise)
 
 
 class MmerIa(TwoStages):
-    """Intermediate attention: each stream's steps are multiplied by how much the other asks for them (section III-C).
+    """Intermediate attention: each stream's steps are multiplied by the attention that the other pays (section III-C).
 
-    The released module also has values and an output map that nothing reads; they are left out.
+    The values and output map of the released module are unused and left out.
     """
 
     def between(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
+        """Multiplies each stream by the other's gate."""
         (a, a_mask), (v, v_mask) = first, second
         gate = lambda name: CrossGate(self.heads, self.dtype, name=name)  # noqa: E731
         v_gate, a_weights = gate("first_asks")(a, a_mask, v, v_mask)
@@ -198,10 +201,11 @@ class MmerIa(TwoStages):
 
 
 class MmerIt(TwoStages):
-    """Intermediate transformer: what each stream gets by asking the other is added to it (section III-B)."""
+    """Intermediate transformer: cross-attention is added to each stream (section III-B)."""
 
     def between(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
-        a, v, weights = _meet(self, first, second)
+        """Adds cross-attention to each stream."""
+        a, v, weights = _cross_attend(self, first, second)
         return (
             (first[0] + _where_any(second[1], a, 0), first[1]),
             (second[0] + _where_any(first[1], v, 0), second[1]),
@@ -210,16 +214,19 @@ class MmerIt(TwoStages):
 
 
 class MmerLt(TwoStages):
-    """Late transformer: what each stream gets by asking the other takes its place (section III-A)."""
+    """Late transformer: cross-attention replaces each stream (section III-A)."""
 
-    def behind(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
-        a, v, weights = _meet(self, first, second)
+    def after(self, first: Stream, second: Stream) -> tuple[Stream, Stream, dict[str, jax.Array]]:
+        """Replaces each stream by its cross-attention."""
+        a, v, weights = _cross_attend(self, first, second)
         return (_where_any(second[1], a, first[0]), first[1]), (_where_any(first[1], v, second[0]), second[1]), weights
 
 
-def _meet(module: TwoStages, first: Stream, second: Stream) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """What each stream gets by asking the other, and its weights by the name of the stream that asks."""
-    block = lambda name: AskingBlock(module.heads, module.dtype, name=name)  # noqa: E731
+def _cross_attend(
+    module: TwoStages, first: Stream, second: Stream
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Computes the cross-attention of each stream to the other, and weights by the name of the querying stream."""
+    block = lambda name: CrossAttentionBlock(module.heads, module.dtype, name=name)  # noqa: E731
     a, a_weights = block("first_asks")(first[0], *second)
     v, v_weights = block("second_asks")(second[0], *first)
     return a, v, dict(zip(module.streams, (a_weights, v_weights), strict=True))
@@ -230,7 +237,7 @@ def _mmer(module: type[TwoStages]) -> Fusion:
         module=module,
         least=2,
         most=2,
-        # Theirs is 0.04 with a momentum damped by 0.9, which is a tenth of it on ours.
+        # The authors use 0.04 with dampening 0.9, which equals a tenth of it without dampening.
         recipe={"optimizer": "sgd", "learning_rate": 0.004, "batch_size": 8, "weight_decay": 1e-3, "epochs": 100},
         paper="Chumachenko, Iosifidis, Gabbouj 2022, ICPR",
     )

@@ -1,4 +1,4 @@
-"""MMTM: averages of all streams excite the channels of each one.
+"""MMTM: averages of all streams gate the channels of each one.
 
 Joze et al., "MMTM: Multimodal Transfer Module for CNN Fusion", CVPR 2020. Shapes and missing modalities as in `Towers`.
 """
@@ -13,10 +13,10 @@ from avjax.models.fusions.towers import Towers
 
 
 class MmtmBlock(nn.Module):
-    """Multimodal transfer module (Joze et al. 2020, section 3.2): averages of all streams excite each one's channels.
+    """Multimodal transfer module (Joze et al. 2020, section 3.2): averages of all streams gate each one's channels.
 
-    Squeeze: the averages over time, joined, through a dense layer of 1/`reduction` of their width. Excitation: twice
-    the sigmoid of a dense layer per stream, so that a zero excitation changes nothing.
+    Squeeze: a dense layer on the concatenated averages over time, with 1/`reduction` of their width. Excitation: twice
+    the sigmoid of a dense layer per stream, so that an excitation of zero changes nothing.
     """
 
     reduction: int = 4
@@ -24,7 +24,7 @@ class MmtmBlock(nn.Module):
 
     @nn.compact
     def __call__(self, steps: Streams, masks: Streams, train: bool = False) -> Streams:
-        """Streams (b, n, d) with masks (b, n) → the same, rescaled."""
+        """Rescales streams (b, n, d) with masks (b, n)."""
         squeezed = jnp.concatenate([masked_mean(x, masks[s]) for s, x in steps.items()], -1)
         width = max(squeezed.shape[-1] // self.reduction, 1)
         joint = jax.nn.relu(Project((width,), dtype=self.dtype, name="squeeze")(squeezed))
@@ -33,11 +33,12 @@ class MmtmBlock(nn.Module):
 
 
 class Mmtm(Towers):
-    """`Towers` gated by `MmtmBlock`s; `reduction` as there."""
+    """`Towers` gated by `MmtmBlock`s; `reduction` as in these."""
 
     reduction: int = 4
 
     def gate(self, name: str) -> MmtmBlock:
+        """Returns an `MmtmBlock`."""
         return MmtmBlock(self.reduction, self.dtype, name=name)
 
 

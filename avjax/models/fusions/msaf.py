@@ -1,7 +1,7 @@
 """MSAF: blocks of channels of all streams compete for attention.
 
 Su et al., "MSAF: Multimodal Split Attention Fusion", 2020. Shapes and missing modalities as in `Towers`, g channel
-block; the blocks of a missing modality take no share of the attention.
+block; the blocks of a missing modality get no attention.
 """
 
 import flax.linen as nn
@@ -16,11 +16,11 @@ from avjax.models.fusions.towers import Towers
 class MsafBlock(nn.Module):
     """Multimodal split attention (Su et al. 2020, section 3): blocks of channels of all streams compete.
 
-    Every stream is split into blocks of `block` channels, the last one filled up with zeros. The blocks' sums,
+    Every stream is split into blocks of `block` channels, the last one zero-padded. The sums of blocks,
     averaged over time and summed over streams, give each block a weight per channel; these sum to 1 over all blocks.
 
-    The released block normalises the joint vector by a batch norm, which makes clips depend on each other; its
-    evaluation form folds into the dense layer before it, so it is left out here. `dropout` drops whole blocks.
+    The released block has a batch norm on the joint vector, which makes clips depend on each other; in evaluation it
+    folds into the dense layer before it, so this one has none. `dropout` drops whole blocks.
     """
 
     block: int
@@ -30,7 +30,7 @@ class MsafBlock(nn.Module):
 
     @nn.compact
     def __call__(self, steps: Streams, masks: Streams, train: bool = False) -> Streams:
-        """Streams (b, n, d) with masks (b, n) → the same, rescaled."""
+        """Rescales streams (b, n, d) with masks (b, n)."""
         drop = Dropout(self.dropout, train, shared=(1, 3))
         split = {s: drop(self._split(x)) for s, x in steps.items()}  # b n g block
         joint = sum(masked_mean(jnp.sum(x, 2), masks[s]) for s, x in split.items())
@@ -39,28 +39,29 @@ class MsafBlock(nn.Module):
         present = jnp.concatenate([jnp.broadcast_to(present[s], (len(joint), x.shape[2])) for s, x in split.items()], 1)
         scores = Project((self.block, present.shape[1]), dtype=self.dtype, name="attention")(joint)
         weights = jnp.moveaxis(masked_softmax(scores, present[:, None]), 1, 2)  # b g block
-        shares = self._apart(weights, {s: x.shape[2] for s, x in split.items()})
-        scaled = {s: (x * shares[s][:, None]).reshape(*x.shape[:2], -1) for s, x in split.items()}
+        by_stream = self._split_weights(weights, {s: x.shape[2] for s, x in split.items()})
+        scaled = {s: (x * by_stream[s][:, None]).reshape(*x.shape[:2], -1) for s, x in split.items()}
         return {s: x[..., : steps[s].shape[-1]] for s, x in scaled.items()}
 
     def _split(self, x: jax.Array) -> jax.Array:
-        filled = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % self.block)))
-        return filled.reshape(*x.shape[:2], -1, self.block)
+        padded = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % self.block)))
+        return padded.reshape(*x.shape[:2], -1, self.block)
 
-    def _apart(self, weights: jax.Array, counts: dict[str, int]) -> Streams:
-        """The weights of all blocks (b, g, block) by stream."""
+    def _split_weights(self, weights: jax.Array, counts: dict[str, int]) -> Streams:
+        """Splits the weights of all blocks (b, g, block) by stream."""
         ends = [sum(list(counts.values())[: i + 1]) for i in range(len(counts) - 1)]
         return dict(zip(counts, jnp.split(weights, ends, 1), strict=True))
 
 
 class Msaf(Towers):
-    """`Towers` gated by `MsafBlock`s; `block`, `reduction` and `block_dropout` as there."""
+    """`Towers` gated by `MsafBlock`s; `block`, `reduction` and `block_dropout` as in these."""
 
     block: int = 16
     reduction: int = 4
     block_dropout: float = 0.2
 
     def gate(self, name: str) -> MsafBlock:
+        """Returns an `MsafBlock`."""
         return MsafBlock(self.block, self.reduction, self.block_dropout, self.dtype, name=name)
 
 

@@ -1,9 +1,9 @@
-"""MulT: every modality asks the others, step by step, before it is read by itself.
+"""MulT: every modality attends to the others, then goes through its own transformer.
 
 Tsai et al., "Multimodal Transformer for Unaligned Multimodal Language Sequences", ACL 2019.
 Shapes: b clip, n step of a stream, d width, c class.
 
-The released system knows of no masks: see `avjax.layers.crossmodal`, whose `as_released` gives its behaviour back. Here
+The released system has no masks: see `avjax.layers.crossmodal`, whose `as_released` restores its behaviour. By default
 the last real step of a clip predicts. A missing modality is an all-False mask: its own vector is zero.
 """
 
@@ -17,7 +17,7 @@ from avjax.models.fusions.base import FusionModule
 
 
 class Residual(nn.Module):
-    """A perceptron of the given widths, ReLU between them, and the vector itself: (b, d) → (b, d)."""
+    """A perceptron of the given widths with ReLU, and a residual: (b, d) → (b, d)."""
 
     widths: tuple[int, ...]
     dropout: float = 0.0
@@ -25,6 +25,7 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps x (b, d) to the same shape."""
         hidden = x
         for i, width in enumerate(self.widths):
             hidden = Project((width,), dtype=self.dtype, name=f"hidden_{i}")(hidden)
@@ -35,16 +36,16 @@ class Residual(nn.Module):
 class MulT(FusionModule):
     """Multimodal Transformer (Tsai et al. 2019, section 3).
 
-    Every stream asks each of the others in a crossmodal transformer; the answers, joined, go through a transformer of
-    the stream's own, whose last step is its vector. The defaults are those of the paper's Table 5 for IEMOCAP.
+    Every stream attends to each of the others in a crossmodal transformer; the concatenated results go through a
+    transformer per stream, whose last step is the stream's vector. The defaults are those of Table 5 for IEMOCAP.
 
     Attributes:
       width: d of a projected stream; heads: divides it.
-      layers: blocks of a crossmodal transformer; those of the streams' own have 3 at least, as in the released code.
-      causal: hide the future, as the released code does.
+      layers: blocks of a crossmodal transformer; the transformers per stream have at least 3, as in the released code.
+      causal: whether to hide the future, as the released code does.
       dropout: rate in the residual branches; attention_dropout: on the weights; embedding_dropout: on the embedded
         streams; out_dropout: in the last perceptron.
-      as_released: the released code's way with padding, see the description of this file.
+      as_released: treat padding like the released code, see the module docstring.
     """
 
     width: int = 40
@@ -61,7 +62,7 @@ class MulT(FusionModule):
     def __call__(self, batch: Batch, train: bool = False) -> Output:
         """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams.
 
-        Features hold the joined vectors as "joint", beside what the head reads.
+        Features also hold the concatenated vectors as "joint".
         """
         steps, masks = stream_inputs(batch, self.streams, self.dtype, self.as_released)
         steps = {s: Project((self.width,), dtype=self.dtype, bias=False, name=f"project_{s}")(steps[s]) for s in steps}
@@ -70,14 +71,14 @@ class MulT(FusionModule):
         return self.predict(fused, {"joint": joint})
 
     def _vector(self, stream: str, steps: Streams, masks: Streams, train: bool) -> jax.Array:
-        """The last step of a stream that has asked all others: (b, (streams - 1)·d)."""
-        answers = []
+        """Returns the last step of a stream after attending to all others: (b, (streams - 1)·d)."""
+        attended = []
         for other in self.streams:
             if other != stream:
                 encoder = self._encoder(self.layers, f"{stream}_with_{other}")
-                answers.append(encoder(steps[stream], masks[stream], steps[other], masks[other], train))
+                attended.append(encoder(steps[stream], masks[stream], steps[other], masks[other], train))
         own = self._encoder(max(self.layers, 3), f"{stream}_memory")
-        return last_step(own(jnp.concatenate(answers, -1), masks[stream], train=train), masks[stream])
+        return last_step(own(jnp.concatenate(attended, -1), masks[stream], train=train), masks[stream])
 
     def _encoder(self, layers: int, name: str) -> CrossmodalEncoder:
         return CrossmodalEncoder(

@@ -1,4 +1,4 @@
-"""All fusions by name, and how one becomes a model: settings from the configuration, the rest from its entry."""
+"""All fusions by name, and their models: settings from the configuration, the rest from the registry entry."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -71,41 +71,41 @@ _GIVEN = ("classes", "streams", "dtype", "parent", "name")
 
 
 def settings(name: str) -> dict[str, Any]:
-    """The settings of a fusion with the paper's values: what `model.settings` of a configuration may hold."""
+    """Returns the settings of a fusion with the paper's values: the possible keys of `model.settings`."""
     fields = [f for f in dataclasses.fields(FUSIONS[name].module) if f.name not in _GIVEN]
     return {f.name: f.default_factory() if f.default is dataclasses.MISSING else f.default for f in fields}
 
 
-def variants(there: tuple[str, ...] = STREAMS) -> dict[str, dict[str, Any]]:
-    """The fusions as variants of a configuration, by name.
+def variants(available: tuple[str, ...] = STREAMS) -> dict[str, dict[str, Any]]:
+    """Returns the fusions as variants of a configuration, by name.
 
-    Beside them `<name>_recipe` with the paper's optimizer, and `<name>_small` with the sizes of `Fusion.small`.
+    `<name>_recipe` adds the paper's optimizer, and `<name>_small` has the sizes of `Fusion.small`.
 
-    A fusion that cannot read all streams that are `there` takes its own of them; all others keep those of the
-    configuration. One for which these do not do is no variant.
+    A fusion that cannot read all `available` streams reads those of its default streams that are available; all others
+    keep the streams of the configuration. A fusion that can read neither is left out.
     """
-    out = {}
+    entries = {}
     for name, fusion in FUSIONS.items():
-        own = tuple(s for s in fusion.streams if s in there)
-        if not (fusion.fits(there) or fusion.fits(own)):
+        own = tuple(s for s in fusion.streams if s in available)
+        if not (fusion.fits(available) or fusion.fits(own)):
             continue
-        streams = {} if fusion.fits(there) else {"model.streams": own}
-        out[name] = {"model.name": name, "model.settings": settings(name), **streams}
+        streams = {} if fusion.fits(available) else {"model.streams": own}
+        entries[name] = {"model.name": name, "model.settings": settings(name), **streams}
         if fusion.recipe:
-            out[f"{name}_recipe"] = out[name] | {f"train.{key}": value for key, value in fusion.recipe.items()}
+            entries[f"{name}_recipe"] = entries[name] | {f"train.{key}": value for key, value in fusion.recipe.items()}
         if fusion.small:
-            out[f"{name}_small"] = out[name] | {"model.settings": settings(name) | fusion.small}
-    return out
+            entries[f"{name}_small"] = entries[name] | {"model.settings": settings(name) | fusion.small}
+    return entries
 
 
-def comparable(there: Sequence[str]) -> list[str]:
-    """The fusions that a comparison on these streams shows, by variant: the small one where there is one."""
-    possible = variants(tuple(there))
+def comparable(available: Sequence[str]) -> list[str]:
+    """Returns the variants for a comparison of fusions on these streams, the small one where it exists."""
+    possible = variants(tuple(available))
     return [f"{name}_small" if FUSIONS[name].small else name for name in FUSIONS if name in possible]
 
 
 def model_config(name: str) -> ConfigDict:
-    """Gives the `model` part of a configuration: a fusion of all three streams."""
+    """Returns the `model` part of a configuration: a fusion of all three streams."""
     return ConfigDict(FusionSettings(name=name, settings=settings(name)).to_dict())
 
 
@@ -126,7 +126,7 @@ def check(given: FusionSettings) -> None:
 
 
 def build(given: FusionSettings, classes: int, task: str) -> Model:
-    """Makes the fusion of settings that `check` has passed."""
+    """Builds the fusion from checked settings (`check`)."""
     fusion, streams = FUSIONS[given.name], given.streams
     module = fusion.module(classes=classes, streams=streams, dtype=jnp.dtype(given.dtype), **given.settings)
     return Model(
@@ -136,7 +136,7 @@ def build(given: FusionSettings, classes: int, task: str) -> Model:
         streams=streams,
         task=task,
         turns=fusion.turns,
-        # Those that read pictures say so in a setting, and read them in their second stream.
+        # Fusions that read frames have the setting `frames`, and read them in their second stream.
         frame_stream=streams[1] if getattr(module, "frames", False) else "",
         candidates=fusion.candidates(module),
         attention_maps=fusion.attention_maps,

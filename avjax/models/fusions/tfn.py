@@ -1,14 +1,14 @@
-"""TFN: one vector per stream, then every product of their entries.
+"""TFN: one vector per stream, then all products of their entries.
 
 Zadeh et al., "Tensor Fusion Network for Multimodal Sentiment Analysis", EMNLP 2017.
 Shapes: b clip, n step of a stream, d width, c class.
 
-The released system normalises the averaged audio and video by a batch norm, which makes clips of a batch depend on each
-other. Features come standardised by the training clips here, and the rest of such a norm is the affine map that follows
-it anyway: a trained batch norm folds into the first dense layer exactly. The last state of the text is that of its last
-real step; `as_released` reads padding as steps of zeros instead, in text and averages, as the released code does.
+The released system has a batch norm on averaged audio and video, which makes clips of a batch depend on each other. It
+is left out: features are already standardised by the training clips, and a trained batch norm folds into the first
+dense layer exactly. The last state of the text is that of its last real step; with `as_released` padding is read as
+zeros, in text and averages, as in the released code.
 
-A missing modality is an all-False mask. Its vector is zero, so that only the products without it remain.
+A missing modality is an all-False mask. Its vector is zero, so that only products without it remain.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from avjax.models.fusions.base import FusionModule
 class Unimodal(nn.Module):
     """One vector per stream (Zadeh et al. 2017, section 4.1), zero for a stream that a clip lacks.
 
-    Text is read by an LSTM whose last state is mapped to `text_width`; any other stream is averaged over time and goes
+    Text goes through an LSTM, whose last state is mapped to `text_width`; other streams are averaged over time and go
     through three dense layers with ReLU. `widths` are those of the LSTM and of the dense layers, by stream.
     """
 
@@ -39,7 +39,7 @@ class Unimodal(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> dict[str, jax.Array]:
-        """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)`; stream → (b, d)."""
+        """Maps `<stream> (b, n, w)` and `<stream>_mask (b, n)` to vectors: stream → (b, d)."""
         drop = Dropout(self.dropout, train)
         steps, masks = stream_inputs(batch, self.streams, self.dtype, self.as_released)
         vectors = {}
@@ -57,7 +57,7 @@ class Unimodal(nn.Module):
 
 
 def with_one(x: jax.Array) -> jax.Array:
-    """A leading 1 beside each vector: (b, d) → (b, 1 + d), so that products of fewer vectors are among all products."""
+    """Prepends 1 to each vector, so that products include those of fewer vectors: (b, d) → (b, 1 + d)."""
     return jnp.pad(x, ((0, 0), (1, 0)), constant_values=1)
 
 
@@ -69,7 +69,7 @@ class Tfn(FusionModule):
       widths, text_width: of the streams' vectors, see `Unimodal`.
       hidden: width of the two layers before the head.
       dropout: rate on the averaged streams and on the text's last state; product_dropout: on the product.
-      as_released: padding read as zeros, see the description of this file.
+      as_released: read padding as zeros, see the module docstring.
     """
 
     streams: tuple[str, ...] = ("audio", "video", "text")
@@ -82,7 +82,7 @@ class Tfn(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Features: what the head reads, the flat "product" (b, ∏ (1 + d)), and the vector of each stream."""
+        """Computes the head "fusion"; features hold the flat "product" (b, ∏ (1 + d)), and each stream's vector."""
         vectors = Unimodal(
             self.streams, self.widths, self.text_width, self.dropout, self.as_released, self.dtype, name="unimodal"
         )(batch, train)

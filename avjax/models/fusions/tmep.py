@@ -4,11 +4,11 @@ Zhang et al., "Transformer-Based Multimodal Emotional Perception for Dynamic Fac
 IEEE Transactions on Circuits and Systems for Video Technology 2024. Shapes: b clip, n step of a stream, d width, c
 class.
 
-There is no public code. This is our reading of which blocks the paper names and what those attend to; the sizes are
-ours, since those of the paper belong to its own encoders.
+There is no public code. Blocks and their attention follow our reading of the paper; the sizes are ours, as the paper's
+depend on its encoders.
 
-Positions are sinusoids, counted from a clip's first real step. A missing modality is an all-False mask: nobody attends
-to it, and it takes no part in the mean. Without any modality the answer is the head's bias.
+Positions are sinusoids, counted from a clip's first real step. A missing modality is an all-False mask: it is not
+attended to and not part of the mean. Without any modality the prediction is the head's bias.
 """
 
 import functools
@@ -23,7 +23,7 @@ from avjax.models.fusions.base import FusionModule
 
 
 class JointLayer(nn.Module):
-    """Cross-attention, then self-attention: every stream asks all others, then the steps of all are one sequence."""
+    """Cross-attention of every stream to all others, then self-attention over the concatenated streams."""
 
     heads: int
     dropout: float = 0.0
@@ -31,34 +31,34 @@ class JointLayer(nn.Module):
 
     @nn.compact
     def __call__(self, steps: Streams, masks: Streams, train: bool = False) -> Streams:
-        """Streams (b, n, d) with masks (b, n) → the same, changed; a stream alone has nobody to ask."""
+        """Maps streams (b, n, d) with masks (b, n) to the same shapes; a single stream has no cross-attention."""
         inner = 4 * next(iter(steps.values())).shape[-1]
         block = functools.partial(CrossBlock, self.heads, inner, dtype=self.dtype, dropout=self.dropout)
         if len(steps) > 1:
             others = {s: _joined(steps, masks, [o for o in steps if o != s]) for s in steps}
             steps = {s: block(name=f"{s}_asks")(x, *others[s], train) for s, x in steps.items()}
-        whole, mask = _joined(steps, masks, list(steps))
-        whole = block(name="together")(whole, whole, mask, train)
+        joint, mask = _joined(steps, masks, list(steps))
+        joint = block(name="together")(joint, joint, mask, train)
         lengths = [x.shape[1] for x in steps.values()]
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]
-        return dict(zip(steps, jnp.split(whole, ends, 1), strict=True))
+        return dict(zip(steps, jnp.split(joint, ends, 1), strict=True))
 
 
 def _joined(steps: Streams, masks: Streams, names: list[str]) -> tuple[jax.Array, jax.Array]:
-    """The steps of the named streams behind each other, and their mask."""
+    """Concatenates the steps of the named streams, and their masks."""
     return jnp.concatenate([steps[s] for s in names], 1), jnp.concatenate([masks[s] for s in names], 1)
 
 
 class Tmep(FusionModule):
     """T-MEP (Zhang et al. 2024): a transformer for each stream, then layers of cross- and self-attention over all.
 
-    The paper maps sound and words into the space of the pictures; here all streams are mapped to one width. The fused
-    vector is the mean over the streams that a clip has, each averaged over its real steps, so that a long stream counts
-    no more than a short one.
+    The paper maps audio and text into the space of video; this model maps all streams to one width. The fused vector is
+    the mean over the streams that a clip has, each averaged over its real steps, so that long streams count no more
+    than short ones.
 
     Attributes:
       width: d of a projected stream; heads: divides it.
-      layers: of each stream's own transformer; joint_layers: `JointLayer`s behind them.
+      layers: of each stream's own transformer; joint_layers: number of `JointLayer`s after them.
       dropout: rate in the residual branches.
     """
 
@@ -70,7 +70,7 @@ class Tmep(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; features hold each one's vector too."""
+        """Reads `<stream> (b, n, w)` and `<stream>_mask (b, n)` of its streams; features also hold their vectors."""
         steps, masks = stream_inputs(batch, self.streams, self.dtype)
         steps = {s: Project((self.width,), dtype=self.dtype, name=f"project_{s}")(x) for s, x in steps.items()}
         own = functools.partial(

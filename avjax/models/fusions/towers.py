@@ -1,7 +1,7 @@
-"""A transformer per stream, with gates between their layers: what MMTM and MSAF have in common.
+"""A transformer per stream with gates between layers: the common part of MMTM and MSAF.
 
-Shapes: b clip, n step of a stream, d width, c class. A missing modality is an all-False mask: its average is zero, and
-so is its part of the joined vector.
+Shapes: b clip, n step of a stream, d width, c class. A missing modality is an all-False mask: its average is zero, as
+is its part of the concatenated vector.
 """
 
 import flax.linen as nn
@@ -14,14 +14,14 @@ from avjax.models.fusions.base import FusionModule
 
 
 class Towers(FusionModule):
-    """A transformer per stream, a gate between each two layers, and a head on the joined averages.
+    """A transformer per stream, gates between layers, and a head on the concatenated averages.
 
-    The papers put their blocks between the layers of convolutional networks; on feature sequences a transformer layer
-    takes the place of a stage of such a network. Subclasses say which block it is.
+    The papers put their blocks between stages of convolutional networks; on feature sequences, transformer layers
+    replace the stages. Subclasses define the block.
 
     Attributes:
       width: d of a projected stream; heads: divides it; layers: of each tower.
-      dropout: rate on the projected streams and the joined averages.
+      dropout: rate on the projected streams and the concatenated averages.
     """
 
     width: int = 128
@@ -30,7 +30,7 @@ class Towers(FusionModule):
     dropout: float = 0.2
 
     def gate(self, name: str) -> nn.Module:
-        """The block between two layers: (steps, masks, train) → steps."""
+        """Returns the block between two layers: (steps, masks, train) → steps."""
         raise NotImplementedError
 
     @nn.compact

@@ -1,10 +1,10 @@
-"""UAVM: each stream alone through layers of its own, then through layers that all share.
+"""UAVM: layers per stream, then layers that all streams share.
 
 Gong et al. 2022, "UAVM: Towards Unifying Audio and Visual Models", IEEE Signal Processing Letters.
 Shapes: b clip, n step of a stream, p position, s stream, d width, c class.
 
-A missing stream is an all-False mask: it takes no part in the fused answer, and it costs nothing. Without any stream
-the answer is zeros.
+A missing stream is an all-False mask: it is left out of the fused prediction, and costs nothing. Without any stream
+the logits are zeros.
 """
 
 import functools
@@ -19,7 +19,7 @@ from avjax.models.fusions.base import FusionModule, has_stream
 
 
 class PositionedTransformer(nn.Module):
-    """Norm, projection to the width where that differs, learned positions, `depth` pre-norm layers."""
+    """Norm, projection if the width differs, learned positions, `depth` pre-norm layers."""
 
     width: int
     heads: int
@@ -41,13 +41,13 @@ class PositionedTransformer(nn.Module):
 
 
 class Uavm(FusionModule):
-    """UAVM (Gong et al. 2022): each stream alone through layers of its own, then through layers that all share.
+    """UAVM (Gong et al. 2022): layers per stream, then layers that all streams share.
 
-    The fused logits are the mean over the streams that a clip has, as the paper joins its two answers. A stream is
-    averaged onto `positions` equal spans of the clip, which changes nothing where it has just as many steps.
+    The fused logits are the mean over the streams that a clip has, as in the paper. A stream is averaged over
+    `positions` equal spans of the clip, which changes nothing if it has that many steps.
 
     Attributes:
-      width, heads: of every layer; depth, shared_depth: layers of each stream, and of all.
+      width, heads: of every layer; depth, shared_depth: number of layers per stream, and of shared ones.
       positions: p, the number of learned positions; the paper has 30 for clips of ten seconds.
     """
 
@@ -60,7 +60,7 @@ class Uavm(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Logits "fusion" and one head per stream. `train` changes nothing: the paper has no dropout."""
+        """Computes the head "fusion" and one per stream. `train` has no effect: the paper has no dropout."""
         encoder = functools.partial(PositionedTransformer, self.width, self.heads, dtype=self.dtype)
         shared, norm = (
             encoder(self.shared_depth, name="shared"),
@@ -75,12 +75,12 @@ class Uavm(FusionModule):
             features[s] = norm(masked_mean(x.astype(jnp.float32), spans[1]))
             logits[s] = head(features[s])
         present = jnp.stack([has_stream(batch, s) for s in self.streams], -1)  # b s
-        together = lambda x: masked_mean(jnp.stack([x[s] for s in self.streams], 1), present)  # noqa: E731
-        return Output({"fusion": together(logits)} | logits, {"fusion": together(features)} | features, {})
+        mean = lambda x: masked_mean(jnp.stack([x[s] for s in self.streams], 1), present)  # noqa: E731
+        return Output({"fusion": mean(logits)} | logits, {"fusion": mean(features)} | features, {})
 
 
 def uavm_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
-    """Cross entropy of each stream alone, weighted by the chance that the paper's training draws it: even."""
+    """Computes the cross entropy of each stream, weighted evenly, as the paper's training samples streams evenly."""
     streams = [head for head in output.logits if head != "fusion"]
     return {s: head_loss(output, batch, s, task) / len(streams) for s in streams}
 

@@ -1,10 +1,10 @@
-"""VAVL: Conformers of each stream, then one that all share.
+"""VAVL: Conformers per stream, then one that all streams share.
 
 Goncalves et al. 2023, "Versatile audio-visual learning for emotion recognition".
 Shapes: b clip, n step of a stream, d width, c class.
 
-A missing stream is an all-False mask: it enters the fused answer as zeros, and it costs nothing. Without any stream the
-biases answer.
+A missing stream is an all-False mask: it enters the fused prediction as zeros, and costs nothing. Without any stream
+only biases predict.
 """
 
 import functools
@@ -27,22 +27,23 @@ class Perceptron(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Maps x (b, d) to (b, outputs)."""
         x = nn.relu(nn.Dense(self.hidden[0])(x))
         x = Dropout(self.dropout, train)(x)
         return nn.Dense(self.outputs)(nn.Dense(self.hidden[1])(x))
 
 
 class Vavl(FusionModule):
-    """VAVL (Goncalves et al. 2023): Conformers of each stream, then one that all share, with a residual around it.
+    """VAVL (Goncalves et al. 2023): Conformers per stream, then a shared one with a residual around it.
 
-    Each stream has a head and rebuilds the mean of its own input; the fused head reads the joined streams without
-    sending gradients into them. The released code lays batches out steps first for a block that expects clips first,
-    so that clips attend to each other; here they attend within themselves, and with Transformer-XL's positions.
+    Each stream has a head and reconstructs the mean of its input; the fused head reads the concatenated streams without
+    a gradient into them. The released code passes batches with steps first to a block that expects clips first, so that
+    clips attend to each other; this one attends within a clip only, with Transformer-XL's positions.
 
     Attributes:
       bottleneck: width of the first, unbiased map of a stream; width, heads, kernel: of the Conformers.
-      depth, shared_depth: Conformer blocks of each stream, and of all.
-      dropout: of the blocks; head_dropout: of the heads; both in training only.
+      depth, shared_depth: number of Conformer blocks per stream, and of shared ones.
+      dropout: rate in the blocks; head_dropout: rate in the heads; both in training only.
     """
 
     streams: tuple[str, ...] = ("audio", "video")
@@ -57,7 +58,7 @@ class Vavl(FusionModule):
 
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False) -> Output:
-        """Logits "fusion" and one head per stream; features also hold "<stream>_rebuilt (b, w)"."""
+        """Computes the head "fusion" and one per stream; features also hold "<stream>_rebuilt" (b, w)."""
         norm = nn.LayerNorm(1e-5, use_fast_variance=False, name="norm")
         shared = self._blocks("shared", self.shared_depth)
         features, rebuilt, logits = {}, {}, {}
@@ -95,7 +96,7 @@ def _through(blocks: list[ConformerBlock], x: jax.Array, mask: jax.Array, train:
 
 
 def vavl_loss(output: Output, batch: Batch, task: str) -> dict[str, jax.Array]:
-    """Cross entropy of every head, and twice the mean squared error of each stream's rebuilt mean (released code)."""
+    """Computes the cross entropy of every head, and twice each stream's mean squared error (released code)."""
     terms = {head: head_loss(output, batch, head, task) for head in output.logits}
     for s in [head for head in output.logits if head != "fusion"]:
         target = masked_mean(batch[s].astype(jnp.float32), batch[f"{s}_mask"])

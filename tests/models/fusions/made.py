@@ -13,7 +13,7 @@ WIDTHS = {"text": 4, "audio": 3, "video": 5}
 
 @functools.cache
 def batch() -> dict[str, np.ndarray]:
-    """Makes three clips of streams of `WIDTHS`; the second lacks its sound, the third has nothing at all."""
+    """Makes three clips of streams of `WIDTHS`; the second lacks audio, the third all streams."""
     rng, out = np.random.default_rng(0), {}
     for i, (s, width) in enumerate(WIDTHS.items()):
         out[s] = rng.normal(size=(3, 4 + i, width)).astype(np.float32)
@@ -42,6 +42,6 @@ def dense(x: np.ndarray, layer: Mapping[str, Any]) -> np.ndarray:
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Shares of some scores (n,) that sum to 1."""
-    shares = np.exp(scores - np.max(scores))
-    return shares / shares.sum()
+    """Computes the softmax of scores (n,)."""
+    probabilities = np.exp(scores - np.max(scores))
+    return probabilities / probabilities.sum()

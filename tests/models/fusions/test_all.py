@@ -74,7 +74,7 @@ PARAMETERS = {
 }
 LIGHT = ("concat", "lmf", "mag", "bc_lstm")
 LARGE = 8  # clips of the larger batch
-# Programs run once or twice here: most of the time would go into making them fast.
+# Programs run once or twice, so that optimising them would take most of the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -124,7 +124,7 @@ def _padded(x: np.ndarray, axis: int, value) -> np.ndarray:
 
 
 def without(batch: dict[str, np.ndarray], *streams: str) -> dict[str, np.ndarray]:
-    """The streams missing from all clips but the first, with NaN in their place."""
+    """The streams missing from all clips but the first, replaced by NaN."""
     out = dict(batch)
     for s in streams:
         out[s], out[f"{s}_mask"] = batch[s].copy(), batch[f"{s}_mask"].copy()
@@ -134,13 +134,13 @@ def without(batch: dict[str, np.ndarray], *streams: str) -> dict[str, np.ndarray
 
 @functools.cache
 def compiled(name: str, dtype: str = "float32"):
-    """The model, variables off the start (gates of zero keep gradients from what stands behind), and its answer."""
+    """The model, variables after some steps (gates of zero block gradients), and its output function."""
     model = built(name, dtype)
     shapes = jax.eval_shape(model.module.init, jax.random.key(0), batch_of(name))
     return model, random_variables(shapes), jit(model.module.apply)
 
 
-def answer(name: str, batch: dict[str, np.ndarray]) -> np.ndarray:
+def predict(name: str, batch: dict[str, np.ndarray]) -> np.ndarray:
     _, variables, apply = compiled(name)
     return np.asarray(apply(variables, batch).logits["fusion"])
 
@@ -187,22 +187,22 @@ def test_heads_and_shapes(name):
         assert logits.shape == (*batch["label"].shape, CLASSES)
         assert logits.dtype == jnp.float32
     assert all(v.dtype == jnp.float32 for v in jax.tree.leaves(variables))
-    assert np.ptp(answer(name, batch), 0).max() > 1e-3, "clips are told apart"
+    assert np.ptp(predict(name, batch), 0).max() > 1e-3, "clips differ"
 
 
 def test_padding_and_neighbours_change_no_answer(name):
     batch = batch_of(name)
-    ours, theirs = answer(name, batch), answer(name, larger(name, batch))[-len(batch["label"]) :]
+    ours, theirs = predict(name, batch), predict(name, larger(name, batch))[-len(batch["label"]) :]
     turns = batch.get("turn_mask", np.ones(batch["label"].shape, bool))
     np.testing.assert_allclose(theirs[:, : ours.shape[1]][turns] if turns.ndim > 1 else theirs, ours[turns], atol=2e-5)
 
 
 def test_missing_streams_are_answered(name):
-    """With NaN in the place of what is missing, and nothing of it gets out; clips that have it are not concerned."""
+    """Missing streams are NaN, which never reaches the output; clips that have the stream do not change."""
     batch = batch_of(name)
-    full = answer(name, batch)
+    full = predict(name, batch)
     for streams in [(s,) for s in FUSIONS[name].streams] + [FUSIONS[name].streams]:
-        partial = answer(name, without(batch, *streams))
+        partial = predict(name, without(batch, *streams))
         assert np.isfinite(partial).all(), streams
         np.testing.assert_allclose(partial[0], full[0], atol=2e-5)
         if len(streams) < len(FUSIONS[name].streams):
@@ -218,8 +218,8 @@ def test_gradients_and_losses_are_finite_and_reach_every_parameter(name):
     reach = jax.tree.map(lambda *g: max(jnp.max(jnp.abs(x)) for x in g), *(gradient for gradient, _ in draws))
     assert not [jax.tree_util.keystr(path) for path, r in jax.tree_util.tree_leaves_with_path(reach) if not r > 0]
     for streams in [(s,) for s in FUSIONS[name].streams] + [FUSIONS[name].streams]:
-        found = compiled_loss(name)(*variables, without(batch, *streams), 1)
-        assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves(found)), streams
+        result = compiled_loss(name)(*variables, without(batch, *streams), 1)
+        assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves(result)), streams
 
 
 def test_nothing_is_compiled_again_for_other_clips(name):
@@ -250,7 +250,7 @@ def test_bfloat16_stays_near_float32(name):
     variables = compiled(name)[1]
     output = apply(variables, batch)
     assert all(v.dtype == jnp.float32 for v in output.logits.values())
-    full = answer(name, batch)
+    full = predict(name, batch)
     error = np.abs(np.asarray(output.logits["fusion"]) - full)
     assert error.max() < 0.1 * np.abs(full).max() + 0.02
     assert error.max() > 0, "products are computed in float32"
@@ -261,14 +261,14 @@ def test_a_few_clips_are_learned(name):
     batch = batch_of(name, 6)
     params, running = split(jit(compiled(name)[0].module.init)(jax.random.key(0), batch))
     tx = optax.adam(1e-2)
-    moments, update = tx.init(params), jit(tx.update)
+    opt_state, update = tx.init(params), jit(tx.update)
     for seed in range(300):
         gradient, (_, running) = compiled_loss(name)(params, running, batch, seed)
-        updates, moments = update(gradient, moments)
+        updates, opt_state = update(gradient, opt_state)
         params = optax.apply_updates(params, updates)
-    found = compiled(name)[2]({"params": params, **running}, batch).logits["fusion"].argmax(-1)
+    result = compiled(name)[2]({"params": params, **running}, batch).logits["fusion"].argmax(-1)
     counts = batch["weight"] > 0
-    assert (found == batch["label"])[counts].mean() > 0.9
+    assert (result == batch["label"])[counts].mean() > 0.9
 
 
 # ---- The registry -------------------------------------------------------------------------------------------------

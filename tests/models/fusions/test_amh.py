@@ -14,7 +14,7 @@ STATES = {"text": 4, "audio": 2, "video": 3}
 
 @functools.cache
 def run():
-    """Params of a small module that are all random, biases too, and its answer under jit."""
+    """A small module with random params, biases too, and its output under jit."""
     module = Amh(3, widths=STATES)
     variables = randomised(module, batch())
     return variables, jax.jit(module.apply)(variables, batch())
@@ -40,11 +40,11 @@ def test_hops_by_plain_loops():
         query = dense(others, params[f"hop_{i + 1}"])
         for b in range(3):
             real = batch()[f"{s}_mask"][b]
-            shares = np.zeros(real.shape)
+            alpha = np.zeros(real.shape)
             if real.any():
-                shares[real] = softmax(states[s][b][real] @ query[b])
-            vectors[s][b] = shares @ states[s][b]
-            np.testing.assert_allclose(output.attention[f"hop_{i + 1}_{s}"][b], shares, atol=1e-5)
+                alpha[real] = softmax(states[s][b][real] @ query[b])
+            vectors[s][b] = alpha @ states[s][b]
+            np.testing.assert_allclose(output.attention[f"hop_{i + 1}_{s}"][b], alpha, atol=1e-5)
     for s in WIDTHS:
         np.testing.assert_allclose(output.features[s], vectors[s], atol=1e-5)
 

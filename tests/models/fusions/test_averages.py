@@ -1,4 +1,4 @@
-"""Plain baselines: averages, shares of the attention, and what a missing stream leaves."""
+"""Plain baselines: averages, attention weights, and missing streams."""
 
 import functools
 
@@ -12,7 +12,7 @@ from tests.models.fusions.made import WIDTHS, batch, dense, randomised, softmax
 
 @functools.cache
 def run(kind):
-    """A small module, params that are all random, biases too, and its answer under jit."""
+    """A small module, random params, biases too, and its output under jit."""
     module = kind(3, width=6, hidden=5)
     variables = randomised(module, batch())
     return module, variables, jax.jit(module.apply)(variables, batch())

@@ -14,7 +14,7 @@ from tests.models.fusions.made import drawn
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 9, 4)).astype(np.float32)
 MASK = np.ones((2, 9), bool)
-PICTURES = RNG.integers(0, 256, (2, 3, 12, 10, 3)).astype(np.uint8)
+IMAGES = RNG.integers(0, 256, (2, 3, 12, 10, 3)).astype(np.uint8)
 
 
 def test_a_stage_on_pictures_by_hand():
@@ -49,16 +49,16 @@ def c3d_batch(video: np.ndarray) -> dict[str, np.ndarray]:
 @functools.cache
 def c3d():
     module = C3dLstm(3, widths=(4, 4, 4, 4, 4), hidden=6)
-    return module, drawn(module, c3d_batch(PICTURES)), jax.jit(module.apply)
+    return module, drawn(module, c3d_batch(IMAGES)), jax.jit(module.apply)
 
 
 def test_c3d_reads_small_pictures_and_nothing_of_masked_ones():
     _, variables, apply = c3d()
     kernel = variables["params"]["stages"]["stage_0"]["kernel"]
     assert kernel.shape == (3, 3, 3, 3, 4)
-    want = apply(variables, c3d_batch(PICTURES))
+    want = apply(variables, c3d_batch(IMAGES))
     assert {k: v.shape for k, v in want.features.items()} == {"fusion": (2, 12), "audio": (2, 6), "video": (2, 6)}
-    hidden = PICTURES.copy()
+    hidden = IMAGES.copy()
     hidden[0, 2], hidden[1, 1] = 255, 7
     np.testing.assert_array_equal(apply(variables, c3d_batch(hidden)).logits["fusion"], want.logits["fusion"])
     hidden[1, 2] = 7
@@ -72,21 +72,21 @@ def test_c3d_convolves_feature_sequences_over_time_alone():
     one = c3d_batch(X[:, :3])
     variables = drawn(module, one)
     assert variables["params"]["stages"]["stage_0"]["kernel"].shape == (3, 4, 4)
-    answer = jax.jit(module.apply)(variables, one).logits["fusion"]
-    assert answer.shape == (2, 3)
-    assert np.isfinite(answer).all()
+    prediction = jax.jit(module.apply)(variables, one).logits["fusion"]
+    assert prediction.shape == (2, 3)
+    assert np.isfinite(prediction).all()
 
 
 def test_c3d_refuses_what_is_neither_pictures_nor_features():
     with pytest.raises(AvjaxError, match=r"\(2, 3, 12, 10\).*frames \(clip, frame, row, column, 3\)"):
-        c3d()[0].init(jax.random.key(0), c3d_batch(PICTURES[..., 0]))
+        c3d()[0].init(jax.random.key(0), c3d_batch(IMAGES[..., 0]))
 
 
 def test_dropout_of_c3d_acts_in_training():
     module, variables, _ = c3d()
     train = jax.jit(functools.partial(module.apply, train=True))
     one, other = (
-        train(variables, c3d_batch(PICTURES), rngs={"dropout": jax.random.key(i, impl="rbg")}).logits["fusion"]
+        train(variables, c3d_batch(IMAGES), rngs={"dropout": jax.random.key(i, impl="rbg")}).logits["fusion"]
         for i in (1, 2)
     )
     assert float(jnp.abs(one - other).max()) > 1e-4

@@ -21,37 +21,39 @@ def test_a_residual_block_sees_its_neighbours_and_zeros_where_steps_are_masked()
     variables, apply = drawn(block, X, MASK), jax.jit(block.apply)
     assert "shortcut" in variables["params"]
     assert "shortcut" not in drawn(ResidualBlock(4, 3), X, MASK)["params"]
-    there = jnp.abs(
+    reached = jnp.abs(
         apply(variables, X, MASK) - apply(variables, X + np.eye(9, dtype=np.float32)[4][None, :, None], MASK)
     )
-    assert list(np.flatnonzero(np.asarray(there).max((0, 2)) > 1e-6)) == [2, 3, 4, 5, 6], "two convolutions over 3"
+    assert list(np.flatnonzero(np.asarray(reached).max((0, 2)) > 1e-6)) == [2, 3, 4, 5, 6], "two convolutions over 3"
     cut = apply(variables, X[:, :5], MASK[:, :5])
     masked = apply(variables, X, MASK & (np.arange(9) < 5)[None])
     np.testing.assert_allclose(masked[:, :5], cut, atol=1e-5)
 
 
 def test_a_cross_modal_block_by_loops():
-    block, said = CrossModalBlock(), RNG.normal(size=(2, 4)).astype(np.float32)
+    block, content = CrossModalBlock(), RNG.normal(size=(2, 4)).astype(np.float32)
     mask = MASK.copy()
     mask[0, [0, 5]] = False
-    variables = drawn(block, X, mask, said)
+    variables = drawn(block, X, mask, content)
     p = jax.tree.map(np.float64, variables["params"])
-    got, weights = jax.jit(block.apply)(variables, X, mask, said)
+    got, weights = jax.jit(block.apply)(variables, X, mask, content)
     for b in range(2):
-        heard = said[b] @ p["said"]["kernel"]
+        heard = content[b] @ p["said"]["kernel"]
         scores = [
             np.tanh(x @ p["steps"]["kernel"] + p["steps"]["bias"] + heard) @ p["score"]["kernel"] for x in X[b, mask[b]]
         ]
-        shares = np.exp(scores).ravel() / np.exp(scores).sum()
-        np.testing.assert_allclose(weights[b, mask[b]], shares, atol=1e-5)
-        np.testing.assert_allclose(got[b, mask[b]], X[b, mask[b]] * (1 + mask[b].sum() * shares)[:, None], atol=1e-4)
+        weights_of_steps = np.exp(scores).ravel() / np.exp(scores).sum()
+        np.testing.assert_allclose(weights[b, mask[b]], weights_of_steps, atol=1e-5)
+        np.testing.assert_allclose(
+            got[b, mask[b]], X[b, mask[b]] * (1 + mask[b].sum() * weights_of_steps)[:, None], atol=1e-4
+        )
 
 
 def test_even_weights_double_every_step_however_long_the_clip():
-    block, said = CrossModalBlock(), np.zeros((2, 4), np.float32)
+    block, content = CrossModalBlock(), np.zeros((2, 4), np.float32)
     mask = np.arange(9)[None] < np.array([[9], [3]])
-    nothing = jax.tree.map(np.zeros_like, drawn(block, X, mask, said))
-    got, _ = jax.jit(block.apply)(nothing, X, mask, said)
+    nothing = jax.tree.map(np.zeros_like, drawn(block, X, mask, content))
+    got, _ = jax.jit(block.apply)(nothing, X, mask, content)
     np.testing.assert_allclose(got[mask], 2 * X[mask], atol=1e-5)
 
 

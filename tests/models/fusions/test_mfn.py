@@ -1,4 +1,4 @@
-"""MFN: the common clock, the released way with padding, answers and gradients against PyTorch."""
+"""MFN: the common clock, released handling of padding, outputs and gradients against PyTorch."""
 
 import jax
 import numpy as np

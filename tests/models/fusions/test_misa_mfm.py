@@ -43,7 +43,7 @@ def batch() -> dict[str, np.ndarray]:
 
 @functools.cache
 def run(name: str):
-    """Params that are all random, biases too, the module under jit, and its answer."""
+    """Random params, biases too, the module under jit, and its output."""
     module, rng = SMALL[name], np.random.default_rng(5)
     shapes = jax.eval_shape(module.init, jax.random.key(0), batch())
     variables = jax.tree.map(lambda v: np.float32(rng.normal(size=v.shape)), shapes)
@@ -66,7 +66,7 @@ def test_terms_of_a_batch_ignore_its_padding(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_what_stands_for_missing_sound_costs_nothing(name):
-    """Other features in a missing stream's place change no term."""
+    """Features of a missing stream change no loss."""
     output = run(name)[2]
     clip = np.arange(6)[:, None] == 2
     changed = {k: np.where(clip, 0.3, v) if k.endswith("_audio") else v for k, v in output.features.items()}
@@ -82,7 +82,7 @@ discrepancy, overlap = jax.jit(misa.moment_discrepancy), jax.jit(misa.overlap)
 
 
 def test_moment_discrepancy_is_hand_worked():
-    """Equal means; second moments 1/4 and 0, third 0 and 0, fourth 1/16 and 0, fifth 0 and 0."""
+    """Equal means; central moment 2 is 1/4 and 0, 3 is 0 and 0, 4 is 1/16 and 0, 5 is 0 and 0."""
     x, y = np.float32([[0], [1], [9]]), np.float32([[0.5], [0.5], [0.5]])
     rows = np.array([True, True, False])
     assert float(discrepancy(x, y, rows)) == pytest.approx(1 / 4 + 1 / 16)
@@ -123,7 +123,7 @@ def test_misa_loss_weighs_its_terms():
     terms = LOSSES["misa"](Output({"fusion": jnp.zeros((2, 3))}, features, {}), one, "single")
     np.testing.assert_allclose(terms["fusion"], math.log(3), rtol=1e-6)
     np.testing.assert_allclose(terms["similarity"], 1 / 4 + 1 / 16, rtol=1e-6)
-    # Sound's two vectors are the same: (1 + 1)². Picture's do not vary, nor do they go with the sound's.
+    # The two audio vectors are the same: (1 + 1)². The video vectors do not vary, nor correlate with audio.
     np.testing.assert_allclose(terms["difference"], 0.3 * 4, rtol=1e-4)
     np.testing.assert_allclose(terms["reconstruction"], (4 + 0) / 2, rtol=1e-6)
 
@@ -142,7 +142,7 @@ def test_misa_shares_one_encoder():
 
 
 def test_misa_reads_text_by_its_mean():
-    """Tokens in another order say the same; the order of the picture matters."""
+    """The order of tokens does not matter; the order of frames does."""
     variables, apply, output = run("misa")
     for stream, same in (("text", True), ("video", False)):
         mask = batch()[f"{stream}_mask"]

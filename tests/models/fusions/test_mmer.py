@@ -66,8 +66,8 @@ def test_gradients_of_the_released_avt_ca_are_those_of_pytorch():
     meta = json.loads((PARITY / "avtca_repo_it.json").read_text())
     hyper, rng = meta["hyper"] | {"seq_length": 2}, np.random.default_rng(0)
     state = {name: made(rng, shape, kind) for name, shape, kind in meta["params"]}
-    pictures = rng.integers(0, 256, (4, 3, 32, 32)).astype(np.uint8)
-    inputs = {"audio": rng.normal(size=(2, 10, 20)).astype(np.float32), "video_uint8": pictures}
+    images = rng.integers(0, 256, (4, 3, 32, 32)).astype(np.uint8)
+    inputs = {"audio": rng.normal(size=(2, 10, 20)).astype(np.float32), "video_uint8": images}
     direction = rng.normal(size=(2, hyper["num_classes"])).astype(np.float32)
 
     tensors = {k: torch.tensor(v, requires_grad="running" not in k) for k, v in state.items()}
@@ -80,11 +80,11 @@ def test_gradients_of_the_released_avt_ca_are_those_of_pytorch():
     module, fixed = ours.module(hyper), {"batch_stats": ours.statistics(state, hyper)}
 
     def total(params):
-        answer = ours.answers(module.apply({"params": params, **fixed}, ours.batch(inputs, hyper)))["logits"]
-        return jnp.sum(answer * direction), answer
+        computed = ours.answers(module.apply({"params": params, **fixed}, ours.batch(inputs, hyper)))["logits"]
+        return jnp.sum(computed * direction), computed
 
-    grads, answer = jax.jit(jax.grad(total, has_aux=True))(ours.convert(state, hyper))
-    np.testing.assert_allclose(answer, logits, atol=1e-4 * logits.std())
+    grads, computed = jax.jit(jax.grad(total, has_aux=True))(ours.convert(state, hyper))
+    np.testing.assert_allclose(computed, logits, atol=1e-4 * logits.std())
     assert {k for k, v in tensors.items() if v.requires_grad and v.grad is None} == set(ours.IGNORED)
     for path, want in jax.tree_util.tree_leaves_with_path(theirs):
         got = functools.reduce(lambda tree, key: tree[key.key], path, grads)
@@ -141,15 +141,15 @@ def test_softhard_draws_four_kinds_of_clips_in_training_only():
     variables, apply = compiled("mmer_ia")
     soft = MmerIa(classes=3)
     drawn = jax.jit(functools.partial(soft.apply, train=True))(variables, one, rngs={"dropout": jax.random.key(0)})
-    whole, silent, blind = (
+    both, silent, blind = (
         np.asarray(apply(variables, b).logits["fusion"])[:1]
         for b in (one, without(one, "audio"), without(one, "video"))
     )
     like = lambda x: int((np.abs(np.asarray(drawn.logits["fusion"]) - x).max(-1) < 1e-5).sum())  # noqa: E731
-    counts = [like(x) for x in (whole, silent, blind)]
+    counts = [like(x) for x in (both, silent, blind)]
     counts.append(count - sum(counts))
     assert all(70 < n < 130 for n in counts), counts
-    np.testing.assert_array_equal(apply(variables, one).logits["fusion"], np.tile(whole, (count, 1)))
+    np.testing.assert_array_equal(apply(variables, one).logits["fusion"], np.tile(both, (count, 1)))
 
 
 @pytest.mark.slow

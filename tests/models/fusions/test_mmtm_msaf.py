@@ -24,7 +24,7 @@ def test_mmtm_excites_channels_by_all_averages():
     variables = randomised(block, STEPS, MASKS)
     params = variables["params"]
     assert params["squeeze"]["kernel"].shape == (7, 2)  # seven channels over three
-    averages = np.concatenate([AUDIO.mean(1) * [[0], [1]], VIDEO.mean(1)], 1)  # the first clip has no sound
+    averages = np.concatenate([AUDIO.mean(1) * [[0], [1]], VIDEO.mean(1)], 1)  # the first clip has no audio
     joint = np.maximum(dense(averages, params["squeeze"]), 0)
     got = jax.jit(block.apply)(variables, STEPS, NO_SOUND)
     for stream, x in STEPS.items():
@@ -33,15 +33,15 @@ def test_mmtm_excites_channels_by_all_averages():
 
 
 def test_msaf_shares_sum_to_one_over_the_blocks_of_what_is_there():
-    """Two channels of sound in one block of 3, five of picture in two, the last of them filled up."""
+    """Two audio channels in one block of 3, five video channels in two, the last one padded."""
     block = msaf.MsafBlock(3)
     ones = {s: np.ones_like(x) for s, x in STEPS.items()}
     variables = randomised(block, ones, MASKS)
-    for masks, sound in ((MASKS, True), (NO_SOUND, False)):
+    for masks, has_audio in ((MASKS, True), (NO_SOUND, False)):
         share = {s: np.asarray(x)[0, 0] for s, x in jax.jit(block.apply)(variables, ones, masks).items()}
-        picture = share["video"][:2] + share["video"][3:]
-        np.testing.assert_allclose(picture + share["audio"], 1, atol=1e-6)
-        assert share["audio"].any() == sound
+        video_shares = share["video"][:2] + share["video"][3:]
+        np.testing.assert_allclose(video_shares + share["audio"], 1, atol=1e-6)
+        assert share["audio"].any() == has_audio
 
 
 def test_msaf_drops_whole_blocks():
@@ -58,7 +58,7 @@ def test_msaf_drops_whole_blocks():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("mmtm", marks=pytest.mark.slow), "msaf"])
 def test_towers_hear_each_other_through_the_gate_alone(name):
-    """A tower of one layer has no gate: then the picture leaves the sound's part of the joined vector as it is."""
+    """A tower of one layer has no gate: then video does not change the audio part of the joined vector."""
     module = FUSIONS[name].module(3, streams=("audio", "video"), width=8, heads=2)
     one = {**STEPS, **{f"{s}_mask": m for s, m in MASKS.items()}}
     for layers, hears in ((1, False), (2, True)):

@@ -38,10 +38,10 @@ def test_only_the_released_form_answers_otherwise_on_padding(name):
     shapes = jax.eval_shape(true.init, jax.random.key(0), batch(4))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda v: np.float32(rng.normal(size=v.shape)), shapes)
-    answer = lambda module, padding: jax.jit(module.apply)(variables, batch(4, padding)).logits["fusion"]  # noqa: E731
-    want = answer(released, 0)
-    np.testing.assert_allclose(answer(true, 3), want, atol=1e-4 * np.std(want))
-    assert np.abs(answer(released, 3) - want).max() > 0.01 * np.std(want)
+    predict = lambda module, padding: jax.jit(module.apply)(variables, batch(4, padding)).logits["fusion"]  # noqa: E731
+    want = predict(released, 0)
+    np.testing.assert_allclose(predict(true, 3), want, atol=1e-4 * np.std(want))
+    assert np.abs(predict(released, 3) - want).max() > 0.01 * np.std(want)
 
 
 def test_auxformer_weighs_three_heads_alike_and_skips_what_is_missing():

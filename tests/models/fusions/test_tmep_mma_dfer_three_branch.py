@@ -36,7 +36,7 @@ def compiled(name: str):
 
 
 def moved(name: str, change: dict[str, np.ndarray], variables=None) -> dict[str, bool]:
-    """Which features, and whether the logits, answer otherwise after a change of the batch."""
+    """Which features, and whether the logits, change with the batch."""
     given, apply = compiled(name)
     before, after = (apply(variables or given, b) for b in (batch(), batch() | change))
     far = lambda a, b: float(jnp.abs(a - b).max()) > 1e-5  # noqa: E731
@@ -132,7 +132,7 @@ def test_tmep_counts_streams_alike_however_long_and_leaves_out_what_is_missing()
 
 @pytest.mark.parametrize("kept", ["video_asks", "together"])
 def test_tmeps_streams_hear_each_other_across_and_together(kept):
-    """With either kind of attention deaf, its output map zero, the other one still carries the sound."""
+    """With the output map of either kind of attention zero, the other one still passes audio."""
     variables, _ = compiled("tmep")
     joint = variables["params"]["joint_0"]
     deaf = {
@@ -148,6 +148,6 @@ def test_tmeps_streams_hear_each_other_across_and_together(kept):
 def test_dropout_acts_in_training(name):
     module = FUSIONS[name].module(classes=3, **SMALL[name])
     train = jax.jit(functools.partial(module.apply, train=True))
-    answer = lambda key: train(compiled(name)[0], batch(), rngs={"dropout": jax.random.key(key, impl="rbg")})  # noqa: E731
-    one, other = (answer(key).logits["fusion"] for key in (1, 2))
+    predict = lambda key: train(compiled(name)[0], batch(), rngs={"dropout": jax.random.key(key, impl="rbg")})  # noqa: E731
+    one, other = (predict(key).logits["fusion"] for key in (1, 2))
     assert float(jnp.abs(one - other).max()) > 1e-3

@@ -1,4 +1,4 @@
-"""UAVM, VAVL and LADDER: what each says of sharing, of missing streams, and of its losses."""
+"""UAVM, VAVL and LADDER: shared layers, missing streams, and losses."""
 
 import functools
 import math
@@ -69,7 +69,7 @@ def test_uavm_loss_is_half_of_each_stream_that_is_there():
 
 @pytest.mark.slow
 def test_uavm_streams_of_equal_layers_answer_alike():
-    """With one stream's layers given to the other, the same steps give the same answer: the rest is shared."""
+    """With one stream's layers copied to the other, the same steps give the same output: the rest is shared."""
     module = Uavm(classes=3, width=8, heads=2, depth=1, shared_depth=1, positions=4)
     one = batch()
     one |= {"video": one["audio"], "video_mask": one["audio_mask"]}
