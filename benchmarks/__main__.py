@@ -154,13 +154,13 @@ def _profiled(names: list[str], folder: Path) -> None:
     """Shows what the steps of these models are spent on, in each of their sizes."""
     from rich.console import Console
 
-    from benchmarks import shares
+    from benchmarks import profiling
     from benchmarks import step as benchmark
 
     for name in names:
         for size in benchmark.sizes(name):
-            found = shares.measure(name, size, folder / f"{name}_{size.name}")
-            Console(markup=False).print(shares.table(f"{name} ({size.name})", found))
+            fractions = profiling.measure(name, size, folder / f"{name}_{size.name}")
+            Console(markup=False).print(profiling.table(f"{name} ({size.name})", fractions))
 
 
 def extract(out: Path) -> None:
@@ -233,14 +233,14 @@ def _recorded(
     console = Console(markup=False)
     say = functools.partial(console.print, soft_wrap=True, highlight=False)
     record.forbid_cached_programs()
-    about = record.circumstances()
-    say(f"{about['machine']}, {about['cores']} cores, {about['device']}; jax {about['jax']}, torch {about['torch']}")
+    circumstances = record.circumstances()
+    say(f"{circumstances['machine']}, {circumstances['cores']} cores, {circumstances['device']}; jax {circumstances['jax']}, torch {circumstances['torch']}")
     rows = []
     for new in measured(say):
-        rows += [{"benchmark": name} | row | about for row in new]
+        rows += [{"benchmark": name} | row | circumstances for row in new]
         record.merge(out, rows, benchmark.KEY)
-    measured_here = {c: heading for c, heading in benchmark.TABLE.items() if any(row[c] != "" for row in rows)}
-    console.print(record.table(rows, measured_here, title))
+    columns = {c: heading for c, heading in benchmark.TABLE.items() if any(row[c] != "" for row in rows)}
+    console.print(record.table(rows, columns, title))
     say(f"written to {out}")
 
 

@@ -66,7 +66,7 @@ class Load:
 
 
 TEXTS = Load("tokens", lambda b, n: (b, n), cpu=((32, 40),), accelerator=((32, 40),))
-PICTURES = Load("pixels", lambda b, n: (b, n, n, 3), cpu=((8, 224),), accelerator=((256, 224),))
+IMAGES = Load("pixels", lambda b, n: (b, n, n, 3), cpu=((8, 224),), accelerator=((256, 224),))
 WAVES = Load(
     "samples",
     lambda b, n: (b, n),
@@ -97,10 +97,10 @@ ENCODERS: dict[str, tuple[Mapping[str, Any], Load]] = {
     "minilm": (_registered("minilm"), TEXTS),
     "distilbert": (_registered("distilbert"), TEXTS),
     "clip_b32_text": (_registered("clip_vit_b32", "text"), TEXTS),
-    "vit_s14": (_registered("vit_s14"), PICTURES),
-    "vit_b16": (_registered("vit_b16"), PICTURES),
-    "clip_b32_vision": (_registered("clip_vit_b32", "vision"), PICTURES),
-    "efficientnet_b2": (_registered("hsemotion_b2"), PICTURES),
+    "vit_s14": (_registered("vit_s14"), IMAGES),
+    "vit_b16": (_registered("vit_b16"), IMAGES),
+    "clip_b32_vision": (_registered("clip_vit_b32", "vision"), IMAGES),
+    "efficientnet_b2": (_registered("hsemotion_b2"), IMAGES),
     "perceiver_flow": (_registered("perceiver_flow"), PAIRS),
     "wav2vec2_base": (_registered("wav2vec2_segue"), WAVES),
     "wav2vec2_large_robust": (_registered("wav2vec2_large_robust"), WAVES),
@@ -206,8 +206,8 @@ def measure_batch(
         "repeats": repeats,
         "calls": calls,
     }
-    sound = batch * length / case.load.rate if case.load.rate else None
-    return facts | figures(ways, seconds, batch, sound, count / peak.flops)
+    audio_seconds = batch * length / case.load.rate if case.load.rate else None
+    return facts | figures(ways, seconds, batch, audio_seconds, count / peak.flops)
 
 
 def _length(case: Case, inputs: np.ndarray) -> int:
@@ -301,15 +301,15 @@ def check_agreement(who: str, dtype: str, features: jax.Array, real: jax.Array, 
         raise AvjaxError(f"{who} gives features {theirs.shape}, avjax {ours.shape} of them; not the same encoder")
     ours = ours.reshape(theirs.shape)
     if dtype == "float32":
-        what, found = "the largest difference as a share of the standard deviation", np.abs(ours - theirs).max()
-        found /= theirs.std()
-        same, expected = found < _TOLERANCE, f"less than {_TOLERANCE}"
+        what, score = "the largest difference as a share of the standard deviation", np.abs(ours - theirs).max()
+        score /= theirs.std()
+        same, expected = score < _TOLERANCE, f"less than {_TOLERANCE}"
     else:
-        what, found = "the least cosine of pooled features", _cosine(ours.mean(1), theirs.mean(1)).min()
-        same, expected = found >= _COSINE, f"at least {_COSINE}"
+        what, score = "the least cosine of pooled features", _cosine(ours.mean(1), theirs.mean(1)).min()
+        same, expected = score >= _COSINE, f"at least {_COSINE}"
     if not same:
         raise AvjaxError(
-            f"{who} and avjax: {what} is {found:.2g}, expected {expected}; "
+            f"{who} and avjax: {what} is {score:.2g}, expected {expected}; "
             "they do not compute the same, so their times cannot be compared"
         )
 
@@ -327,13 +327,13 @@ def make_ways(case: Case, inputs: np.ndarray, mask: np.ndarray) -> list[Way]:
     ways = [started(AVJAX, lambda: jax.block_until_ready(case.ours.on_device(*placed)), compiles=True)]
     if case.original is None or case.load.only not in (None, _length(case, inputs)):
         return ways
-    there = originals.inputs(inputs, case.dtype)
-    ways.append(started(PYTORCH, functools.partial(originals.asked, case.original, there), compiles=False))
+    their_inputs = originals.inputs(inputs, case.dtype)
+    ways.append(started(PYTORCH, functools.partial(originals.asked, case.original, their_inputs), compiles=False))
     if torch_device() != "cpu":
         import torch
 
         compiled = torch.compile(case.original, dynamic=False)
-        ways.append(started(COMPILED, functools.partial(originals.asked, compiled, there), compiles=True))
+        ways.append(started(COMPILED, functools.partial(originals.asked, compiled, their_inputs), compiles=True))
     return ways
 
 
@@ -359,9 +359,9 @@ def _often(run: Callable[[], Any], calls: int) -> None:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     run()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 # ---- Figures ------------------------------------------------------------------------------------------------------
@@ -369,9 +369,9 @@ def timed(run: Callable[[], Any]) -> float:
 
 def peak(dtype: str) -> Peak:
     """What the device can do at most: the vendor's figure, or the fastest of some large matrix products made here."""
-    known = _PEAKS.get(jax.devices()[0].device_kind)
-    if known:
-        return Peak(known[dtype], "data sheet")
+    data_sheet = _PEAKS.get(jax.devices()[0].device_kind)
+    if data_sheet:
+        return Peak(data_sheet[dtype], "data sheet")
     sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
     return Peak(max(product_flops(n, dtype) for n in sizes), "matrix product")
 
@@ -399,7 +399,7 @@ def torch_product(size: int, dtype: str) -> Callable[[], Any]:
 
 
 def figures(
-    ways: Sequence[Way], seconds: Mapping[str, Sequence[float]], batch: int, sound: float | None, least: float
+    ways: Sequence[Way], seconds: Mapping[str, Sequence[float]], batch: int, audio_seconds: float | None, least: float
 ) -> dict[str, object]:
     """The columns of each way and of ours against others; "" where a way was not measured.
 
@@ -417,7 +417,7 @@ def figures(
             "seconds_median": typical,
             "seconds_max": taken and max(taken),
             "per_second": typical and batch / typical,
-            "times_real_time": typical and sound and sound / typical,
+            "times_real_time": typical and audio_seconds and audio_seconds / typical,
             "mfu": typical and least / typical,
             "compile_seconds": compile_seconds.get(name),
         }

@@ -27,7 +27,7 @@ from avjax.models.base import Model
 from avjax.training import batches, history, loop
 from avjax.training import lanes as lane_plans
 from avjax.training.dry_run import compile_step
-from avjax.training.sharding import ALONE as HERE
+from avjax.training.sharding import ALONE as SINGLE_DEVICE
 from benchmarks import encoders, record
 from benchmarks.ways import Way, interleaved, no_pytorch, torch_device
 
@@ -149,7 +149,7 @@ def parameters(case: Case) -> int:
 
 def our_gflop(case: Case) -> float:
     """The work of an update of one lane, as XLA counts it in the step of all."""
-    return compile_step(case.model, case.config, HERE, case.plan, case.data).flops / len(case.plan.names) / 1e9
+    return compile_step(case.model, case.config, SINGLE_DEVICE, case.plan, case.data).flops / len(case.plan.names) / 1e9
 
 
 def torch_gflop(case: Case) -> float:
@@ -245,7 +245,7 @@ def compiled(case: Case, plan: lane_plans.LanePlan) -> tuple[loop.Trainer, float
     """The trainer for lanes of these shapes, and the seconds it took to trace and compile."""
     trainer = loop.make(case.model, case.config)
     arguments = plan.lanes, case.data
-    begun = time.perf_counter()
+    start = time.perf_counter()
     state = jax.eval_shape(trainer.init, *arguments)
     # GPUs round the factors of a product to fewer bits unless told not to; PyTorch's default does not.
     with jax.default_matmul_precision("float32"):
@@ -254,7 +254,7 @@ def compiled(case: Case, plan: lane_plans.LanePlan) -> tuple[loop.Trainer, float
             epochs=trainer.epochs.lower(state, *arguments, jnp.int32(1)).compile(),
             predict=trainer.predict.lower(state, *arguments).compile(),
         )
-    return trainer, time.perf_counter() - begun
+    return trainer, time.perf_counter() - start
 
 
 def protocol(case: Case, trainer: loop.Trainer, plan: lane_plans.LanePlan) -> Ended:
@@ -272,14 +272,14 @@ def check_agreement(together: Sequence[Ended], alone: Sequence[Ended]) -> None:
     Raises:
       AvjaxError: they do not.
     """
-    (whole,) = together
-    steps = [whole.state.step.tolist(), [int(s) for e in alone for s in e.state.step]]
+    (joint,) = together
+    steps = [joint.state.step.tolist(), [int(s) for e in alone for s in e.state.step]]
     if steps[0] != steps[1]:
         raise AvjaxError(f"lanes made {steps[0]} updates, single runs {steps[1]}; the comparison would not be fair")
     ours, others = _parameters(together), _parameters(alone)
     # The norm: single gradients that are zero but for rounding, as the key's bias, are blown up by Adam.
     _same("lanes and single runs: parameters", np.linalg.norm(ours - others) / np.linalg.norm(ours))
-    _same_answers("lanes and single runs", whole.logits, np.concatenate([e.logits for e in alone]))
+    _same_answers("lanes and single runs", joint.logits, np.concatenate([e.logits for e in alone]))
 
 
 def _parameters(ended: Sequence[Ended]) -> np.ndarray:
@@ -332,7 +332,7 @@ def check_pytorch(case: Case, together: Ended) -> None:
     streams, run = torch_etg.streams(case.data, torch_device()), torch_etg.runs(case.plan, torch_device())[0]
     model = torch_etg.new_model(streams, _CLASSES, run.seed, case.config.model)
     model.load_state_dict(torch_etg.from_flax(jax.tree.map(lambda v: v[0], together.state.best["params"])))
-    logits = torch_etg.answers(model, torch_etg.standardised(streams, run.train), run.test)["fusion"].cpu().numpy()
+    logits = torch_etg.predict(model, torch_etg.standardised(streams, run.train), run.test)["fusion"].cpu().numpy()
     _same_answers("the Flax and the PyTorch model", together.logits[0, : len(logits)], logits)
 
 

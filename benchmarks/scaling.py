@@ -106,10 +106,10 @@ class Machine:
     inside: Mapping[int, float]
     beyond: float
 
-    def seconds(self, said: Sequence[collectives.Collective], devices: int) -> float:
+    def seconds(self, ops: Sequence[collectives.Collective], devices: int) -> float:
         """The time that the collectives take one after another; within and between nodes at the same time."""
         inside = next(speed for most, speed in self.inside.items() if devices <= most)
-        both = ((c.sent(), c.beyond(self.node)) for c in said)
+        both = ((c.sent(), c.beyond(self.node)) for c in ops)
         return sum(max((sent - far) / inside, far / self.beyond) for sent, far in both)
 
 
@@ -142,30 +142,30 @@ def measure(
         (alone,) = _compiled(name, 1, clips, [_ALONE])
         say(f"{name}: one device {alone['gflop']:.3g} GFLOP")
         for count in devices:
-            found = _compiled(name, count, clips, CASES[name].presets)
+            report = _compiled(name, count, clips, CASES[name].presets)
             say(f"{name}: compiled for {count} devices")
-            yield [_row(name, clips, row, alone["gflop"]) for row in found]
+            yield [_row(name, clips, row, alone["gflop"]) for row in report]
 
 
-def _row(name: str, clips: int, found: Mapping[str, Any], alone: float) -> dict[str, object]:
-    said = [collectives.Collective(c["kind"], c["size"], c["groups"], c["times"]) for c in found["collectives"]]
-    sent = {kind: sum(c.sent() for c in said if c.kind == kind) / 1e6 for kind in collectives.KINDS}
+def _row(name: str, clips: int, report: Mapping[str, Any], alone: float) -> dict[str, object]:
+    ops = [collectives.Collective(c["kind"], c["size"], c["groups"], c["times"]) for c in report["collectives"]]
+    sent = {kind: sum(c.sent() for c in ops if c.kind == kind) / 1e6 for kind in collectives.KINDS}
     row = {
         "model": name,
-        "preset": found["preset"],
-        "devices": found["devices"],
+        "preset": report["preset"],
+        "devices": report["devices"],
         "clips": clips,
-        "parameters": found["parameters"],
-        "gflop": found["gflop"],
+        "parameters": report["parameters"],
+        "gflop": report["gflop"],
         "gflop_alone": alone,
-        "calls": sum(c.times for c in said),
+        "calls": sum(c.times for c in ops),
         **{f"{kind.replace('-', '_')}_mb": float(mb) for kind, mb in sent.items()},
         "sent_mb": float(sum(sent.values())),
-        "beyond_mb": float(sum(c.beyond(MACHINES["h100"].node) for c in said) / 1e6),
+        "beyond_mb": float(sum(c.beyond(MACHINES["h100"].node) for c in ops) / 1e6),
     }
-    for machine, about in MACHINES.items():
-        rate = about.peak * UTILISATION / 1e9
-        work, links = found["gflop"] / rate, about.seconds(said, found["devices"])
+    for machine, spec in MACHINES.items():
+        rate = spec.peak * UTILISATION / 1e9
+        work, links = report["gflop"] / rate, spec.seconds(ops, report["devices"])
         plain, overlapped = bounds(alone / rate, work, links)
         row |= {f"{machine}_work_seconds": work, f"{machine}_link_seconds": links}
         row |= {f"{machine}_efficiency": plain, f"{machine}_efficiency_overlapped": overlapped}

@@ -210,16 +210,16 @@ def check_agreement(who: str, ours: Sequence[Mapping[str, Any]], theirs: Sequenc
       AvjaxError: they are not.
     """
     for head in theirs[0]:
-        (a, b), (c, d) = ([np.asarray(answer[head]) for answer in answers] for answers in (ours, theirs))
+        (a, b), (c, d) = ([np.asarray(output[head]) for output in outputs] for outputs in (ours, theirs))
         _same(f"{who}: the logits of {head!r}", a, c, _TOLERANCE)
         _same(f"{who}: what an update changes in the logits of {head!r}", b - a, d - c, _UPDATE_TOLERANCE)
 
 
 def _same(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
-    found = np.abs(ours - theirs).max() / theirs.std()
-    if not found < tolerance:
+    difference = np.abs(ours - theirs).max() / theirs.std()
+    if not difference < tolerance:
         raise AvjaxError(
-            f"{what} differ from avjax's by {found:.2g} of the standard deviation, expected less than {tolerance}; "
+            f"{what} differ from avjax's by {difference:.2g} of the standard deviation, expected less than {tolerance}; "
             "they do not compute the same, so their times cannot be compared"
         )
 
@@ -233,11 +233,11 @@ def make_ways(case: Case) -> list[Way]:
     Raises:
       AvjaxError: as of `check_agreement`.
     """
-    ours, answers = started(AVJAX, our_step(case), compiles=True)
+    ours, outputs = started(AVJAX, our_step(case), compiles=True)
     ways = [ours]
     for name in torch_ways(case):
         way, others = started(name, torch_step(case, compiled=name == COMPILED), compiles=name == COMPILED)
-        check_agreement(f"{case.name}: {name}", answers, others)
+        check_agreement(f"{case.name}: {name}", outputs, others)
         ways.append(way)
     return ways
 
@@ -250,9 +250,9 @@ def torch_ways(case: Case) -> list[str]:
 
 def started(name: str, step: Step, *, compiles: bool) -> tuple[Way, list[Mapping[str, Any]]]:
     """A way that has made two steps, and what they gave."""
-    answers: list[Mapping[str, Any]] = []
-    way = encoders.started(name, lambda: answers.append(step()), compiles=compiles)
-    return dataclasses.replace(way, run=step), answers
+    outputs: list[Mapping[str, Any]] = []
+    way = encoders.started(name, lambda: outputs.append(step()), compiles=compiles)
+    return dataclasses.replace(way, run=step), outputs
 
 
 def our_step(case: Case) -> Step:
@@ -281,10 +281,10 @@ def our_program(case: Case) -> tuple[Callable[..., tuple[Any, Mapping[str, jax.A
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch, prior):
-        params, moments = state
+        params, opt_state = state
         grads, logits = jax.grad(mean_loss, has_aux=True)(params, batch, prior)
-        updates, moments = adam.update(grads, moments)
-        return (optax.apply_updates(params, updates), moments), logits
+        updates, opt_state = adam.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), opt_state), logits
 
     params = jax.device_put(case.variables["params"])
     return step, (params, adam.init(params)), given
@@ -297,17 +297,17 @@ def torch_step(case: Case, *, compiled: bool) -> Step:
     torch.set_num_threads(record.cores())
     # GPUs round the factors of convolutions and LSTMs to fewer bits unless told not to.
     torch.backends.cudnn.allow_tf32 = False
-    place = lambda x: torch.tensor(x, device=torch_device())  # noqa: E731
-    state = {name: place(x) for name, x in case.restated.state(**case.variables).items()}
+    to_device = lambda x: torch.tensor(x, device=torch_device())  # noqa: E731
+    state = {name: to_device(x) for name, x in case.restated.state(**case.variables).items()}
     trained = [x.requires_grad_() for name, x in state.items() if torch_states.trains(name)]
-    inputs = {key: place(x) for key, x in case.batch.items()}
+    inputs = {key: to_device(x) for key, x in case.batch.items()}
     inputs |= {"label": inputs["label"].long()} | ({"vision": inputs["video"]} if "video" in inputs else {})
     settings, adam = _settings(case.model.module), torch.optim.Adam(trained, _RATE)
 
     def forward():
-        answers = case.restated.answers(state, inputs, settings)
-        logits = {_head(name): x for name, x in answers.items() if name.startswith("logits")}
-        return case.restated.loss(answers, inputs), logits
+        outputs = case.restated.outputs(state, inputs, settings)
+        logits = {_head(name): x for name, x in outputs.items() if name.startswith("logits")}
+        return case.restated.loss(outputs, inputs), logits
 
     forward = torch.compile(forward, dynamic=False) if compiled else forward
 
@@ -328,6 +328,6 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return fields | {theirs: fields[ours] for theirs, ours in released.items() if ours in fields}
 
 
-def _head(answer: str) -> str:
+def _head(output: str) -> str:
     """Our name of an answer: "logits" is that of the head "fusion", "logits_<head>" of another."""
-    return answer.removeprefix("logits").removeprefix("_") or "fusion"
+    return output.removeprefix("logits").removeprefix("_") or "fusion"

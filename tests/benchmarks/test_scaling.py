@@ -82,7 +82,7 @@ def test_every_notation_of_groups_is_read(groups, expected):
 
 @pytest.mark.parametrize("groups", ["mesh['a'=4,'b'=2] {'a':(2)2}", "mesh['a'=8, device_ids=([8]<=[2,4]T(1,0))] {'a'}"])
 def test_other_groups_are_refused(groups):
-    with pytest.raises(AvjaxError, match="written in a way that is not known"):
+    with pytest.raises(AvjaxError, match="are in an unknown notation"):
         collectives.read(module(reduced(groups)))
 
 
@@ -117,7 +117,7 @@ def test_loops_count_by_their_turns():
 def test_what_cannot_be_counted_is_refused():
     body = f"%body (q: f32[8]) -> f32[8] {{\n  {reduced('{}')}\n}}\n"
     endless = "%loop = f32[8] while(%p), condition=%add, body="
-    with pytest.raises(AvjaxError, match="a loop with collectives whose turns"):
+    with pytest.raises(AvjaxError, match="a loop with collectives whose trip count"):
         collectives.read(module(f"{endless}%body", more=body))
     assert collectives.read(module(f"{endless}%add", more=body)) == []
     with pytest.raises(AvjaxError, match="has the collective ragged-all-to-all; known are all-reduce, "):
