@@ -234,7 +234,9 @@ def _recorded(
     say = functools.partial(console.print, soft_wrap=True, highlight=False)
     record.forbid_cached_programs()
     circumstances = record.circumstances()
-    say(f"{circumstances['machine']}, {circumstances['cores']} cores, {circumstances['device']}; jax {circumstances['jax']}, torch {circumstances['torch']}")
+    say(
+        f"{circumstances['machine']}, {circumstances['cores']} cores, {circumstances['device']}; jax {circumstances['jax']}, torch {circumstances['torch']}"
+    )
     rows = []
     for new in measured(say):
         rows += [{"benchmark": name} | row | circumstances for row in new]

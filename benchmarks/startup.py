@@ -1,4 +1,4 @@
-"""Times a training's start up to its first step: as a process of its own, with an empty and with a filled compile cache.
+"""Times a training's start up to its first step: as a process of its own, with an empty and with a filled cache.
 
 python -m benchmarks.startup EVENTS [flags of avjax.train]
 
@@ -119,7 +119,11 @@ def start(flags: Sequence[str], run_folder: Path, cache: Path) -> Start:
     with (run_folder / "stderr").open("w") as errors:
         began = time.monotonic()
         with subprocess.Popen(
-            [*command, f"--workdir={run_folder / 'run'}"], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            [*command, f"--workdir={run_folder / 'run'}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         ) as process:
             try:
                 seen = _seen(process.stdout)

@@ -161,7 +161,7 @@ def test_on_an_accelerator_the_compiled_original_is_a_third_way(monkeypatch):
 
 
 @needs_torch
-@pytest.mark.parametrize(("dtype", "of_what"), [("float32", "share of the standard"), ("bfloat16", "cosine of pooled")])
+@pytest.mark.parametrize(("dtype", "of_what"), [("float32", "relative to the standard"), ("bfloat16", "cosine of pooled")])
 def test_ways_that_do_not_agree_are_not_timed(monkeypatch, dtype, of_what):
     right = originals.inputs
     monkeypatch.setattr(originals, "inputs", lambda inputs, dtype: right(inputs[:, ::-1].copy() ** 3, dtype))
