@@ -55,8 +55,8 @@ CLASSES, BATCH, TURNS = 7, 32, 8
 # Steps and width of each stream.
 SHAPES = {"text": (20, 300), "audio": (50, 74), "video": (50, 35), "flow": (50, 35)}
 _RATE = 1e-4
-# The bounds on the difference of ways, as shares of the standard deviation: of logits, and of what an update changes in
-# them. Adam's first updates are as large where a gradient is rounding alone.
+# Bounds on the difference between ways, relative to the standard deviation: of logits, and of what an update changes in
+# them. Adam's first updates are as large where a gradient is rounding error alone.
 _TOLERANCE, _UPDATE_TOLERANCE = 1e-3, 1e-2
 # Makes a step and returns the logits before its update, by head, once everything is computed.
 Step = Callable[[], Mapping[str, Any]]
@@ -79,8 +79,8 @@ class Size:
     more: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
-# The streams of the systems' presets (`avjax.features.presets`): the papers' for clips of CREMA-D, MELD and
-# RAVDESS, and `lite`.
+# Streams of the systems' presets (`avjax.features.presets`): the papers', for clips of CREMA-D, MELD and RAVDESS, and
+# `lite`.
 _ETG = {"text": (48, 768), "audio": (50, 768), "video": (8, 768)}
 _LITE = {"text": (40, 384), "audio": (30, 56), "video": (16, 79)}
 _DE_III = {"audio": (125, 1024), "video": (75, 1408), "flow": (75, 1408)}
@@ -247,7 +247,7 @@ def make_ways(case: Case) -> list[Way]:
 
 
 def torch_ways(case: Case) -> list[str]:
-    """Returns the names of the ways in PyTorch that are available."""
+    """Returns the names of the available ways in PyTorch."""
     if case.restated is None:
         return []
     return [PYTORCH] if torch_device() == "cpu" else [PYTORCH, COMPILED]

@@ -194,12 +194,12 @@ def test_ways_that_do_not_agree_are_not_timed():
     logits = np.random.default_rng(0).normal(size=(1, 4, 3))
     whole = lanes.Ended(state, logits)
     lanes.check_agreement([whole], [whole])
-    with pytest.raises(AvjaxError, match=r"lanes and single runs: answers differ by .*; they do not compute the same"):
+    with pytest.raises(AvjaxError, match=r"lanes and single runs: predictions differ by .*; they do not compute the same"):
         lanes.check_agreement([whole], [lanes.Ended(state, logits + 0.01)])
     moved = state.replace(params=jax.tree.map(lambda v: v * 1.01, state.params))
     with pytest.raises(AvjaxError, match=r"single runs: parameters differ by 1\.0e-02"):
         lanes.check_agreement([whole], [lanes.Ended(moved, logits)])
-    with pytest.raises(AvjaxError, match="answers differ by nan"):
+    with pytest.raises(AvjaxError, match="predictions differ by nan"):
         lanes.check_agreement([whole], [lanes.Ended(state, logits * np.nan)])
     with pytest.raises(AvjaxError, match=r"lanes made \[8\] updates, single runs \[9\]"):
         lanes.check_agreement([whole], [lanes.Ended(state.replace(step=state.step + 1), logits)])
