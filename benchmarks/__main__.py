@@ -236,7 +236,8 @@ def _recorded(
     record.forbid_cached_programs()
     circumstances = record.circumstances()
     say(
-        f"{circumstances['machine']}, {circumstances['cores']} cores, {circumstances['device']}; jax {circumstances['jax']}, torch {circumstances['torch']}"
+        f"{circumstances['machine']}, {circumstances['cores']} cores, {circumstances['device']}; "
+        f"jax {circumstances['jax']}, torch {circumstances['torch']}"
     )
     rows = []
     for new in measured(say):

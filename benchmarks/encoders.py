@@ -266,7 +266,7 @@ def made_up(case: Case, batch: int, length: int) -> tuple[np.ndarray, np.ndarray
 def flops(module: Any, inputs: np.ndarray, mask: np.ndarray) -> tuple[int, int]:
     """Counts the FLOPs of the products and convolutions for the batch, and the parameters.
 
-    Other operations add 2 to 3 %. XLA's own count (`cost_analysis`) counts the body of a loop once, however often it runs.
+    All else adds 2 to 3 %. XLA's own count (`cost_analysis`) counts the body of a loop once, however often it runs.
     """
     params = jax.eval_shape(module.init, jax.random.key(0), inputs, mask)
     traced = jax.make_jaxpr(module.apply)(params, inputs, mask)

@@ -107,8 +107,8 @@ def row(config: str, what: str, starts: Sequence[Start]) -> dict[str, object]:
 def start(flags: Sequence[str], run_folder: Path, cache: Path) -> Start:
     """Starts a training in the new folder `run_folder`, with compiled programs in `cache`.
 
-    The steps of the first call of epochs take as long as the second call, which has nothing to prepare. So the first step
-    begins that long before the first losses arrive.
+    The steps of the first call of epochs take as long as the second call, which has nothing to prepare. So the first
+    step begins that long before the first losses arrive.
 
     Raises:
       AvjaxError: the training ended before it printed two lines about epochs.

@@ -223,8 +223,8 @@ def _same(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> 
     difference = np.abs(ours - theirs).max() / theirs.std()
     if not difference < tolerance:
         raise AvjaxError(
-            f"{what} differ from avjax's by {difference:.2g} of the standard deviation, expected less than {tolerance}; "
-            "they do not compute the same, so their times cannot be compared"
+            f"{what} differ from avjax's by {difference:.2g} of the standard deviation, expected less than "
+            f"{tolerance}; they do not compute the same, so their times cannot be compared"
         )
 
 
@@ -273,7 +273,7 @@ def our_step(case: Case) -> Step:
 
 
 def our_program(case: Case) -> tuple[Callable[..., tuple[Any, Mapping[str, jax.Array]]], Any, tuple]:
-    """Returns our jitted step, (state, *given) → (state, logits), which donates the state; the first state; and `given`."""
+    """Returns our jitted step, (state, *given) → (state, logits), which donates the state; a first state; and `given`."""
     adam = optax.adam(_RATE)
     given = jax.device_put((case.batch, np.full(CLASSES, 1 / CLASSES, np.float32)))
     fixed = {k: v for k, v in case.variables.items() if k != "params"}

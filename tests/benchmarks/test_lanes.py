@@ -112,8 +112,8 @@ def test_what_lies_under_a_mask_is_not_read():
         longer[s] = torch_etg.F.pad(streams[s], (0, 0, 0, 3))
         longer[f"{s}_mask"] = torch_etg.F.pad(streams[f"{s}_mask"], (0, 3))
         longer[s][~longer[f"{s}_mask"]] = 7.5
-    for head, logits in torch_etg.answers(model, streams, run.test).items():
-        close(torch_etg.answers(model, longer, run.test)[head], logits)
+    for head, logits in torch_etg.predict(model, streams, run.test).items():
+        close(torch_etg.predict(model, longer, run.test)[head], logits)
 
 
 @needs_torch
