@@ -254,7 +254,7 @@ def compiled(case: Case, plan: lane_plans.LanePlan) -> tuple[loop.Trainer, float
     arguments = plan.lanes, case.data
     start = time.perf_counter()
     state = jax.eval_shape(trainer.init, *arguments)
-    # By default GPUs round the factors of a product to fewer bits under JAX, not under PyTorch.
+    # By default JAX rounds the factors of products on GPUs to fewer bits; PyTorch does not.
     with jax.default_matmul_precision("float32"):
         trainer = loop.Trainer(
             init=trainer.init.lower(*arguments).compile(),

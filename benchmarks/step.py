@@ -273,7 +273,7 @@ def our_step(case: Case) -> Step:
 
 
 def our_program(case: Case) -> tuple[Callable[..., tuple[Any, Mapping[str, jax.Array]]], Any, tuple]:
-    """Returns our jitted step, (state, *given) → (state, logits), which donates the state; a first state; and `given`."""
+    """Returns our jitted step, (state, *given) → (state, logits), which donates the state; a first state; `given`."""
     adam = optax.adam(_RATE)
     given = jax.device_put((case.batch, np.full(CLASSES, 1 / CLASSES, np.float32)))
     fixed = {k: v for k, v in case.variables.items() if k != "params"}

@@ -110,7 +110,7 @@ def mag(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
 
 
 def misa(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
-    """Computes MISA (Hazarika et al., ACM MM 2020): logits, and the vectors "<kind>_<stream>" that its loss compares."""
+    """Computes MISA (Hazarika et al., ACM MM 2020): logits, and the vectors "<kind>_<stream>" for its loss."""
     import torch
 
     utterance = {s: _utterance(state, s, inputs[s]) for s in STREAMS}

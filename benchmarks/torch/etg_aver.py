@@ -68,7 +68,7 @@ class EtgAver(nn.Module):
         return x * (weights * mask.sum(-1, keepdim=True))[..., None]
 
     def fused(self, steps: Batch, masks: Batch) -> Tensor:
-        """Computes Eq. 5: queries of text, keys of audio, values of video (of audio where there is no video); (b, d)."""
+        """Computes Eq. 5, (b, d): queries of text, keys of audio, values of video (of audio where it is missing)."""
         audio, heard = segments(steps["audio"], masks["audio"], self.segment_count)
         video, seen = segments(steps["video"], masks["video"], self.segment_count)
         sighted = seen.any(-1, keepdim=True)
@@ -165,7 +165,7 @@ def fit(model: EtgAver, streams: Batch, run: Run, config) -> Trained:
     """Trains `model` on one run, keeps the best epoch by validation UAR, then loss, and predicts the test clips.
 
     Args:
-      model: changed in place.
+      model: trained by the call.
       streams: all clips on the device: `<stream>`, `<stream>_mask` and `label` (int64).
       run: the clips to train, validate and test on.
       config: a full training configuration such as `configs/etg_mafw.py`: warm-up and cosine decay, selection by

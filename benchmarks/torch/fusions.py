@@ -39,7 +39,7 @@ def batch_norm(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, admitted: Tensor | None = None) -> Tensor:
-    """Attends from query (b, q, d) to key (b, k, d) and value (b, k, e), where `admitted` (q, k) is True → (b, q, e)."""
+    """Attends from query (b, q, d) to key (b, k, d) and value (b, k, e) where `admitted` (q, k): (b, q, e)."""
     from torch.nn import functional
 
     split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
@@ -228,7 +228,7 @@ def auxformer(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dic
 
 
 def uavm(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """Computes UAVM (Gong et al., IEEE Signal Processing Letters 2022); streams have as many steps as there are positions."""
+    """Computes UAVM (Gong et al., IEEE Signal Processing Letters 2022); streams have as many steps as positions."""
     outputs = {}
     for stream, own in (("audio", "a_trans"), ("video", "v_trans")):
         x = inputs[stream]

@@ -44,7 +44,7 @@ def named(params: Mapping, batch_stats: Mapping | None = None) -> dict[str, np.n
 
 
 def lstm(state: State, *names: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs an LSTM, or a bidirectional pair, over x (b, n, w): states (b, n, d) and the last (b, d), directions joined."""
+    """Runs an LSTM, or a bidirectional pair, over x (b, n, w): states (b, n, d) and the last (b, d)."""
     import torch
 
     weights = [tensor for name in names for tensor in recurrent(state, name)]
@@ -90,7 +90,7 @@ def pre_norm(
 
 
 def post_norm(state: State, name: str, heads: int, x: Tensor, source: Tensor | None = None) -> Tensor:
-    """Applies a layer with a norm after each sum; with a `source` (b, k, d) it is a decoder layer that attends to it, too."""
+    """Applies a layer with a norm after each sum; with a `source` (b, k, d) it is a decoder layer."""
     x = layer_norm(state, f"{name}.attention_norm", x + attend(state, f"{name}.attention", heads, x))
     if source is not None:
         attended = attend(state, f"{name}.source_attention", heads, x, source)
@@ -106,7 +106,7 @@ def feed_forward(state: State, name: str, x: Tensor) -> Tensor:
 def encoder(
     state: State, name: str, settings: Mapping, x: Tensor, admitted: Tensor | None = None, source: Tensor | None = None
 ) -> Tensor:
-    """Applies layers of self-attention, or of attention to a source, to scaled steps with sinusoids, and a last norm."""
+    """Applies layers of self-attention, or of attention to a source, to scaled steps with sinusoids, then a norm."""
     x, source = (None if steps is None else math.sqrt(steps.shape[-1]) * steps + waves(steps) for steps in (x, source))
     for i in range(settings["layers"]):
         x = pre_norm(state, f"{name}.layer_{i}", settings["heads"], x, source, admitted)

@@ -61,7 +61,7 @@ def _lstm(name: str, params: Params, suffix: str = "") -> State:
 
 
 def _unimodal(params: Params) -> State:
-    """Converts the unimodal parts, with a norm before the first audio and video layer; PyTorch adds 1e-5 to its variance."""
+    """Converts the unimodal parts; audio and video begin with a norm, to whose variance PyTorch adds 1e-5."""
     state = _lstm("text_subnet.rnn", params["text_states"], "_l0") | layers({"text_subnet.linear_1": params["text"]})
     for stream in ("audio", "video"):
         ones = np.ones(len(params[f"{stream}_0"]["kernel"]), np.float32)

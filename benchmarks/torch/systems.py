@@ -68,10 +68,10 @@ def emoasst(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
     query = state["query"] + _fitting(state, "project_text", text)[:, None]
     for i in range(2):
         query = post_norm(state, f"vfm.decoder_{i}", heads, query, alone)
-    sound = _fitting(state, "project_audio", inputs["audio"])
+    audio = _fitting(state, "project_audio", inputs["audio"])
     for i in range(3):
-        sound = post_norm(state, f"aa.block_{i}", heads, sound)
-    branches = {"video": query.mean(1), "audio": sound.mean(1)}
+        audio = post_norm(state, f"aa.block_{i}", heads, audio)
+    branches = {"video": query.mean(1), "audio": audio.mean(1)}
     features = {m: _unit(_fitting(state, f"express_{m}", x)) for m, x in branches.items()}
     classes = _unit(inputs["classes"])
     scores = {f"logits_{m}_zero": x @ classes.T / TEMPERATURE for m, x in features.items()}
