@@ -1,4 +1,4 @@
-"""The benchmark of scaling: collectives are read from the text of HLO, counted by the ring formulas, and bound a step."""
+"""The benchmark of scaling: collectives are read from the text of HLO, counted by ring formulas, and bound a step."""
 
 import json
 import os
