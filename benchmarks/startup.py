@@ -81,11 +81,11 @@ def measure(flags: Sequence[str], repeats: int, say: Callable[[str], None]) -> l
     starts: dict[str, list[Start]] = {EMPTY: [], FILLED: []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(1, repeats + 1):
-            for what, same in starts.items():
+            for what, runs in starts.items():
                 run_folder = Path(folder) / f"{what} {repeat}"
-                same.append(start(flags, run_folder, cache=Path(folder) / f"programs {repeat}"))
-                say(f"{what}, repeat {repeat}/{repeats}: first step after {same[-1].first_step:.1f} s")
-    return [row(" ".join(flags).removeprefix("--config="), what, same) for what, same in starts.items()]
+                runs.append(start(flags, run_folder, cache=Path(folder) / f"programs {repeat}"))
+                say(f"{what}, repeat {repeat}/{repeats}: first step after {runs[-1].first_step:.1f} s")
+    return [row(" ".join(flags).removeprefix("--config="), what, runs) for what, runs in starts.items()]
 
 
 def row(config: str, what: str, starts: Sequence[Start]) -> dict[str, object]:
