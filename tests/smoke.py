@@ -17,6 +17,7 @@ from tests import exported
 
 
 def main() -> None:
+    """Runs the smoke run."""
     commands = import_all()
     for command in commands:  # not in one process: they share names of flags
         subprocess.run([sys.executable, "-m", command, "--help"], check=True, stdout=subprocess.DEVNULL)
