@@ -5,48 +5,48 @@ python -m benchmarks lanes [--out benchmarks/lanes.csv] [--widths 128,768] [--cl
 
 lanes: ETG-AVER (configs/etg_mafw.py, made-up features of a twentieth of MAFW, in the shapes of the preset lite or, 768
 wide, of the paper's encoders), 5 folds x 5 seeds, trained, validated and tested in three ways: as one program (avjax's
-lanes), as 25 compiled runs one after another, and as 25 runs of a plain eager PyTorch loop. The same updates, batch
-size, float32, cores or GPU for each; checked to compute the same before they are timed; in turn, so that a busy minute
-hits all alike; compile time apart. Rows of other machines and of other sizes stay in the CSV. MAFW's own size is
---clips=9172. On 2 cores a few minutes at 128 and half an hour for each repeat at 768; other programs disturb the times.
-Without PyTorch (pip install torch) its row stays empty.
+lanes), as 25 compiled runs one after another, and as 25 runs of a plain eager PyTorch loop. Each has the same updates,
+batch size, float32, and cores or GPU. They are checked to compute the same before they are timed, in turn, so that a
+busy minute affects all alike; compile time is apart. Rows of other machines and other sizes stay in the CSV. MAFW's own
+size is --clips=9172. On 2 cores this takes a few minutes at 128 and half an hour per repeat at 768; other programs
+disturb the times. Without PyTorch (pip install torch) its row stays empty.
 
 python -m benchmarks encoders [--out benchmarks/encoders.csv] [--encoders vit_b16,wav2vec2_base] [--dtype bfloat16]
     [--repeats 3]
 
 encoders: each pretrained encoder at its true size, with random weights, against its PyTorch original (transformers;
-eager, and on accelerators compiled too), one row for each batch. Checked to compute the same before they are timed; in
-turn; compile time apart. Rows are added to the CSV after each encoder. About twelve minutes on 2 cores. Without PyTorch
-its columns stay empty.
+eager, and on accelerators compiled too), one row for each batch. They are checked to compute the same before they are
+timed, in turn; compile time is apart. Rows are added to the CSV after each encoder. About twelve minutes on 2 cores.
+Without PyTorch its columns stay empty.
 
 python -m benchmarks flow [--out benchmarks/flow.csv] [--flows dis,perceiver] [--repeats 3]
 
-flow: what the optical flow of DE-III costs: pairs of faces to flow, flow to pictures, pictures to features. One minute
-on 2 cores.
+flow: the cost of the optical flow of DE-III: pairs of faces to flow, flow to images, images to features. One minute on
+2 cores.
 
 python -m benchmarks step [--out benchmarks/step.csv] [--models etg_aver,mult] [--repeats 3] [--profile FOLDER]
 
 step: a training step of each model of the registry, systems and baselines, and its number of parameters, against an
-equivalent module in PyTorch (eager, and on accelerators compiled too) that is checked to make the same step first.
+equivalent module in PyTorch (eager, and on accelerators compiled too) that is first checked to make the same step.
 Rows are added to the CSV after each model. About fifteen minutes on 2 cores. Without PyTorch its columns stay empty.
---profile writes a trace of our steps to FOLDER instead and says what they are spent on; see docs/step_profile.md.
+--profile instead writes a trace of our steps to FOLDER and prints where their time goes; see docs/step_profile.md.
 
 python -m benchmarks extract [--out benchmarks/extract.csv] [--presets lite,open] [--root R] [--random] [--repeats 3]
 
 extract: clips of a folder R with a labels.csv, or of the demo corpus, to features and sentences in an empty store:
-clips a second, times real time, and what the time is spent on. About five minutes a preset on 2 cores.
+clips per second, times real time, and seconds by stage. About five minutes per preset on 2 cores.
 
 python -m benchmarks startup [--out benchmarks/startup.csv] [--repeats 3]
 
-startup: seconds from the start of the first command (configs/etg_mafw.py, features there already) to its first training
-step, each time as a process of its own: with an empty compile cache and with a filled one; and what they are spent on.
-About three minutes on 2 cores.
+startup: seconds from the start of the first command (configs/etg_mafw.py, features already extracted) to its first
+training step, in total and by part, each time as a process of its own: with an empty compile cache and with a filled
+one. About three minutes on 2 cores.
 
 python -m benchmarks scaling [--out benchmarks/scaling.csv] [--models etg_aver,de_iii] [--devices 8,64] [--batch 32]
 
-scaling: on paper, what devices send each other in a training step under dp, fsdp and tp, as it is compiled for so many
-CPU devices, and the bounds that the links of GPUs and TPUs set to efficiency (docs/scaling.md). Nothing is computed;
---batch counts the clips of one device. A compilation takes up to a minute on 2 cores, one of etg_aver_raw several.
+scaling: the collectives of a training step under dp, fsdp and tp, as compiled for that many CPU devices, and the bounds
+that the links of GPUs and TPUs set to efficiency (docs/scaling.md). Nothing is executed; --batch counts the clips of
+one device. A compilation takes up to a minute on 2 cores, one of etg_aver_raw several.
 """
 
 import functools
@@ -71,7 +71,7 @@ PRESETS = flags.DEFINE_list("presets", ["lite"], "Presets whose extraction is me
 ROOT = flags.DEFINE_string("root", "", "Folder with clips and a labels.csv to extract; default the demo corpus.")
 RANDOM = flags.DEFINE_bool("random", False, "Extract with encoders of random weights; nothing has to be fetched.")
 MODELS = flags.DEFINE_list("models", None, "Models whose step is measured, such as etg_aver,mult; default all.")
-PROFILE = flags.DEFINE_string("profile", None, "Folder for traces of our steps; measures their shares, writes no CSV.")
+PROFILE = flags.DEFINE_string("profile", None, "Folder for traces of our steps; profiles them, writes no CSV.")
 DEVICES = flags.DEFINE_list("devices", ["8", "64", "256"], "Numbers of devices to compile for.")
 DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -82,6 +82,7 @@ DTYPE = flags.DEFINE_enum(
 
 
 def main(argv: list[str]) -> None:
+    """Runs the benchmark that the arguments name."""
     name, *more = argv[1:]
     if more or name not in BENCHMARKS:
         raise AvjaxError(f"got {' '.join(argv[1:])!r}; expected one benchmark of {', '.join(BENCHMARKS)}, see --help")
@@ -111,7 +112,7 @@ def encoders(out: Path) -> None:
     def measured(say: Callable[[str], None]) -> Iterator[list[dict[str, object]]]:
         peaks = []
         for name in names:
-            # Again each time: other programs may have been busy before.
+            # Measured again each time: other programs may have been busy before.
             peaks.append(benchmark.peak(dtype))
             peak = max(peaks, key=lambda p: p.flops)
             say(f"{dtype}: peak {peak.flops / 1e12:.3g} TFLOP/s ({peak.source})")
@@ -151,16 +152,16 @@ def step(out: Path) -> None:
 
 
 def _profiled(names: list[str], folder: Path) -> None:
-    """Shows what the steps of these models are spent on, in each of their sizes."""
+    """Prints where the time of these models' steps goes, in each of their sizes."""
     from rich.console import Console
 
-    from benchmarks import shares
+    from benchmarks import profiling
     from benchmarks import step as benchmark
 
     for name in names:
         for size in benchmark.sizes(name):
-            found = shares.measure(name, size, folder / f"{name}_{size.name}")
-            Console(markup=False).print(shares.table(f"{name} ({size.name})", found))
+            fractions = profiling.measure(name, size, folder / f"{name}_{size.name}")
+            Console(markup=False).print(profiling.table(f"{name} ({size.name})", fractions))
 
 
 def extract(out: Path) -> None:
@@ -180,7 +181,7 @@ def extract(out: Path) -> None:
 
 
 def _demo_corpus() -> tuple[str, str]:
-    """Data set and root of the demo corpus, made where it is not there yet."""
+    """Returns the data set and root of the demo corpus, which is made where it does not exist yet."""
     from rich.console import Console
 
     from avjax.demo import corpus
@@ -190,7 +191,7 @@ def _demo_corpus() -> tuple[str, str]:
 
 
 def startup(out: Path) -> None:
-    """Measures the starts of the first command; both are added to `out` at the end."""
+    """Measures the starts of the first command; both rows are added to `out` at the end."""
     from rich.console import Console
 
     from avjax import config
@@ -206,7 +207,7 @@ def startup(out: Path) -> None:
 
 
 def scaling(out: Path) -> None:
-    """Compiles each of `--models` for each of `--devices`; both are added to `out` when they are done."""
+    """Compiles each of `--models` for each of `--devices`; rows are added to `out` as they are done."""
     from benchmarks import scaling as benchmark
     from benchmarks import ways
 
@@ -225,7 +226,7 @@ def _recorded(
     measured: Callable[[Callable[[str], None]], Iterator[list[dict[str, object]]]],
     title: str,
 ) -> None:
-    """Adds what is measured to `out` as it comes, and shows all of it as the benchmark's TABLE at the end."""
+    """Adds rows to `out` as they are measured, and prints all of them as the benchmark's TABLE at the end."""
     from rich.console import Console
 
     from benchmarks import record
@@ -233,14 +234,17 @@ def _recorded(
     console = Console(markup=False)
     say = functools.partial(console.print, soft_wrap=True, highlight=False)
     record.forbid_cached_programs()
-    about = record.circumstances()
-    say(f"{about['machine']}, {about['cores']} cores, {about['device']}; jax {about['jax']}, torch {about['torch']}")
+    circumstances = record.circumstances()
+    say(
+        f"{circumstances['machine']}, {circumstances['cores']} cores, {circumstances['device']}; "
+        f"jax {circumstances['jax']}, torch {circumstances['torch']}"
+    )
     rows = []
     for new in measured(say):
-        rows += [{"benchmark": name} | row | about for row in new]
+        rows += [{"benchmark": name} | row | circumstances for row in new]
         record.merge(out, rows, benchmark.KEY)
-    measured_here = {c: heading for c, heading in benchmark.TABLE.items() if any(row[c] != "" for row in rows)}
-    console.print(record.table(rows, measured_here, title))
+    columns = {c: heading for c, heading in benchmark.TABLE.items() if any(row[c] != "" for row in rows)}
+    console.print(record.table(rows, columns, title))
     say(f"written to {out}")
 
 
@@ -251,7 +255,7 @@ def _numbers(flag: flags.FlagHolder) -> list[int]:
     return [int(n) for n in flag.value]
 
 
-# First argument → what measures it and writes the figures to a file.
+# First argument → function that measures and records it.
 BENCHMARKS: dict[str, Callable[[Path], None]] = {
     "lanes": lanes,
     "encoders": encoders,

@@ -1,9 +1,9 @@
-"""What the devices of a compiled program say to each other: its collectives, as the text of its HLO has them.
+"""Reads the collectives of a compiled program from the text of its HLO.
 
-Bytes are those that each device sends by the ring algorithms (Chan et al. 2007, "Collective communication: theory,
-practice, and experience"); none sends fewer, unless switches add, too. With n devices in a group and S bytes
-in all these are S (n - 1)/n for an all-gather, reduce-scatter or all-to-all, and twice that for an all-reduce. Where
-groups reach over several nodes of k devices, the algorithm that works within nodes first sends as much in all, and
+Bytes are those that each device sends under the ring algorithms (Chan et al. 2007, "Collective communication: theory,
+practice, and experience"), the least possible unless switches add, too. With n devices in a group and S bytes in
+total these are S (n - 1)/n for an all-gather, reduce-scatter or all-to-all, and twice that for an all-reduce. Where
+groups span several nodes of k devices, the algorithm that works within nodes first sends as much in total, and
 S (n/k - 1)/n of it (twice that for an all-reduce) to other nodes.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from avjax.errors import AvjaxError
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Others that XLA knows.
+# Other collectives of XLA, not supported.
 _STRANGE = ("collective-broadcast", "ragged-all-to-all")
 
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -37,13 +37,13 @@ _MESH = re.compile(r"mesh\[(.*)\] \{(.*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One of KINDS.
+    """A collective of one of KINDS.
 
     Attributes:
-      size: S in bytes: of the whole array that a group gathers or reduces; of an all-to-all or a permutation, of what a
-        device has.
-      groups: numbers of the devices that take part together; of a permutation pairs (from, to).
-      times: how often a run of the program has it.
+      size: S in bytes: of the full array that a group gathers or reduces; for an all-to-all or a permutation, of a
+        device's part.
+      groups: numbers of the devices that take part together; for a permutation pairs (from, to).
+      times: executions per run of the program.
     """
 
     kind: str
@@ -52,21 +52,21 @@ class Collective:
     times: int = 1
 
     def sent(self) -> float:
-        """Bytes that a device sends in all the times."""
+        """Returns the bytes that a device sends in all executions."""
         if self.kind == "collective-permute":
             return self.times * self.size * any(a != b for a, b in self.groups)
         n = max(map(len, self.groups))
         return self._rounds * self.size * (n - 1) / n
 
     def beyond(self, node: int) -> float:
-        """Those of the bytes sent that leave a node of so many devices, numbered one after another."""
+        """Returns the sent bytes that leave a node of `node` devices, numbered consecutively."""
         if self.kind == "collective-permute":
             return self.times * self.size * any(a // node != b // node for a, b in self.groups)
         group = max(self.groups, key=len)
-        places = [device // node for device in group]
-        n, here = len(group), max(map(places.count, places))
-        nodes = math.ceil(n / here)
-        return self._rounds * self.size * ((n - here) / n if self.kind == "all-to-all" else (nodes - 1) / n)
+        node_numbers = [device // node for device in group]
+        n, per_node = len(group), max(map(node_numbers.count, node_numbers))
+        nodes = math.ceil(n / per_node)
+        return self._rounds * self.size * ((n - per_node) / n if self.kind == "all-to-all" else (nodes - 1) / n)
 
     @property
     def _rounds(self) -> int:
@@ -74,14 +74,15 @@ class Collective:
 
 
 def read(hlo: str) -> list[Collective]:
-    """The collectives of a compiled program.
+    """Reads the collectives of a compiled program.
 
-    One that is begun and ended apart counts once; one within a loop as often as the loop turns; of branches all count.
+    An asynchronous collective (start and done) counts once, one within a loop once per iteration; all branches count.
 
     Args:
-      hlo: its text (`jax.stages.Compiled.as_text`).
+      hlo: text of the program (`jax.stages.Compiled.as_text`).
+
     Raises:
-      AvjaxError: the text has a collective, a notation of groups or a loop with collectives that is not understood.
+      AvjaxError: the text has an unknown collective, notation of groups, or loop with collectives.
     """
     parts, entry = _computations(_COMMENT.sub("", hlo))
     count = re.search(r"num_partitions=(\d+)", hlo.partition("\n")[0])
@@ -89,54 +90,54 @@ def read(hlo: str) -> list[Collective]:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Name → lines of each computation, and which of them is run."""
+    """Returns name → lines of each computation, and the name of the entry computation."""
     parts: dict[str, list[str]] = {}
     entry = name = ""
     for line in hlo.splitlines():
-        if found := _COMPUTATION.match(line):
-            name = found[2]
-            entry = name if found[1] else entry
+        if match := _COMPUTATION.match(line):
+            name = match[2]
+            entry = name if match[1] else entry
         elif name and line.startswith(" "):
             parts.setdefault(name, []).append(line)
     return parts, entry
 
 
 def _walk(parts: Mapping[str, list[str]], name: str, times: int, devices: int) -> Iterator[Collective]:
-    """The collectives of a computation that is run so many times, and of those that it calls."""
+    """Yields the collectives of a computation that runs `times` times, and of those that it calls."""
     for line in parts.get(name, ()):
-        found = _INSTRUCTION.match(line)
-        if not found or found[2].endswith(("-done", "-update")):
+        match = _INSTRUCTION.match(line)
+        if not match or match[2].endswith(("-done", "-update")):
             continue
-        if (operation := found[2].removesuffix("-start")) in (*KINDS, *_STRANGE):
-            yield _collective(operation, found[2] != operation, found[1], line, times, devices)
+        if (operation := match[2].removesuffix("-start")) in (*KINDS, *_STRANGE):
+            yield _collective(operation, match[2] != operation, match[1], line, times, devices)
             continue
-        trips = _TRIPS.search(line) if found[2] == "while" else None
+        trips = _TRIPS.search(line) if match[2] == "while" else None
         called = [n for names in _CALLED.findall(line) for n in re.findall(r"[\w.-]+", names)]
         inner = [c for n in called for c in _walk(parts, n, times * int(trips[1]) if trips else times, devices)]
-        if inner and found[2] == "while" and not trips:
-            raise AvjaxError(f"a loop with collectives whose turns XLA does not state: {line.strip()[:200]}")
+        if inner and match[2] == "while" and not trips:
+            raise AvjaxError(f"a loop with collectives whose trip count XLA does not state: {line.strip()[:200]}")
         yield from inner
 
 
-def _collective(kind: str, begun: bool, result: str, line: str, times: int, devices: int) -> Collective:
+def _collective(kind: str, is_async: bool, result: str, line: str, times: int, devices: int) -> Collective:
     if kind not in KINDS:
         raise AvjaxError(f"the program has the collective {kind}; known are {', '.join(KINDS)}")
-    found = _GROUPS.search(line)
-    groups = _groups(found[1] if found else "{}", devices)
-    if begun and kind == "collective-permute":
-        result = re.sub(r"u32\[\]", "", result)  # what the two ends know each other by
-    return Collective(kind, _whole(kind, begun, max(map(len, groups))) * _bytes(result), groups, times)
+    match = _GROUPS.search(line)
+    groups = _groups(match[1] if match else "{}", devices)
+    if is_async and kind == "collective-permute":
+        result = re.sub(r"u32\[\]", "", result)  # context identifiers of the two ends
+    return Collective(kind, _size_factor(kind, is_async, max(map(len, groups))) * _bytes(result), groups, times)
 
 
-def _whole(kind: str, begun: bool, n: int) -> float:
-    """The size S as a multiple of the bytes of a result; what begins a collective has its operands there, too."""
+def _size_factor(kind: str, is_async: bool, n: int) -> float:
+    """Returns S as a multiple of the bytes of the result; the result of an asynchronous start includes its operands."""
     if kind in ("all-gather", "reduce-scatter"):
-        return n / (n + 1) if begun else (n if kind == "reduce-scatter" else 1)
-    return 0.5 if begun and kind != "all-reduce" else 1
+        return n / (n + 1) if is_async else (n if kind == "reduce-scatter" else 1)
+    return 0.5 if is_async and kind != "all-reduce" else 1
 
 
 def _bytes(result: str) -> float:
-    """Bytes of an array, or of all arrays of a tuple."""
+    """Returns the bytes of an array, or of all arrays of a tuple."""
     return sum(
         _bits(t) / 8 * math.prod(map(int, filter(None, shape.split(",")))) for t, shape in _ARRAY.findall(result)
     )
@@ -147,7 +148,7 @@ def _bits(dtype: str) -> int:
 
 
 def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The groups of any notation of XLA's: one by one, as a count of all in another order, or by axes of a mesh."""
+    """Parses groups in any notation of XLA's: a list, an iota with a transpose, or axes of a mesh."""
     if text == "{}":
         return (tuple(range(devices)),)
     if listed := re.findall(r"\{([\d,]+)\}", text):
@@ -164,7 +165,7 @@ def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
             numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
             members = math.prod(sizes[a] for a in axes)
             return _rows(numbers.transpose([list(sizes).index(a) for a in order]).reshape(-1, members))
-    raise AvjaxError(f"the groups of a collective, {text}, are written in a way that is not known here")
+    raise AvjaxError(f"the groups of a collective, {text}, are in an unknown notation")
 
 
 def _rows(numbers: np.ndarray) -> tuple[tuple[int, ...], ...]:

@@ -1,8 +1,8 @@
-"""Encoders: each at its true size with random weights, as `avjax.encoders` runs it, against its original in PyTorch.
+"""Times each encoder at its true size with random weights, as `avjax.encoders` runs it, against its PyTorch original.
 
-The original is that of transformers, eager, with its own choice of attention, and on accelerators by `torch.compile`
-too. All ways are given the same weights, batch and dtype, on all cores or one accelerator; inputs lie on the device and
-features stay there. Ours pads lengths to buckets as it does for users; the original is given no padding and no mask.
+The original is that of transformers, eager, with its default attention, and on accelerators also under
+`torch.compile`. All ways have the same weights, batch and dtype, on all cores or one accelerator; inputs lie on the
+device and features stay there. Ours pads lengths to buckets as for users; the original gets no padding and no mask.
 """
 
 import contextlib
@@ -43,13 +43,14 @@ TABLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What an encoder is given.
+    """The inputs of an encoder.
 
     Attributes:
       unit: of lengths.
-      shape: (batch, length) → shape of the inputs as our encoder takes them.
-      cpu, accelerator: the batches to measure there, each (batch, length).
-      rate: units in a second of sound; None for what is not sound.
+      shape: (batch, length) → shape of the inputs of our encoder.
+      cpu: batches to measure on a CPU, each (batch, length).
+      accelerator: those to measure on an accelerator.
+      rate: units per second of audio; None for other inputs.
       only: the one length that the original takes; None = any.
     """
 
@@ -61,12 +62,12 @@ class Load:
     only: int | None = None
 
     def batches(self) -> tuple[tuple[int, int], ...]:
-        """Those to measure on the device that JAX uses."""
+        """Returns the batches to measure on the device that JAX uses."""
         return self.cpu if jax.default_backend() == "cpu" else self.accelerator
 
 
 TEXTS = Load("tokens", lambda b, n: (b, n), cpu=((32, 40),), accelerator=((32, 40),))
-PICTURES = Load("pixels", lambda b, n: (b, n, n, 3), cpu=((8, 224),), accelerator=((256, 224),))
+IMAGES = Load("pixels", lambda b, n: (b, n, n, 3), cpu=((8, 224),), accelerator=((256, 224),))
 WAVES = Load(
     "samples",
     lambda b, n: (b, n),
@@ -87,20 +88,20 @@ PAIRS = Load("pixels", lambda b, n: (b, 2, 368, n, 3), cpu=((1, 496),), accelera
 
 
 def _registered(name: str, tower: str | None = None) -> Mapping[str, Any]:
-    """The configuration of a registered encoder."""
+    """Returns the configuration of a registered encoder."""
     config = weights.REGISTRY[name].written["config.json"]
     return clip.tower_config(config, tower) if tower else config
 
 
-# Name → its configuration, and what it is given.
+# Name → its configuration and its load.
 ENCODERS: dict[str, tuple[Mapping[str, Any], Load]] = {
     "minilm": (_registered("minilm"), TEXTS),
     "distilbert": (_registered("distilbert"), TEXTS),
     "clip_b32_text": (_registered("clip_vit_b32", "text"), TEXTS),
-    "vit_s14": (_registered("vit_s14"), PICTURES),
-    "vit_b16": (_registered("vit_b16"), PICTURES),
-    "clip_b32_vision": (_registered("clip_vit_b32", "vision"), PICTURES),
-    "efficientnet_b2": (_registered("hsemotion_b2"), PICTURES),
+    "vit_s14": (_registered("vit_s14"), IMAGES),
+    "vit_b16": (_registered("vit_b16"), IMAGES),
+    "clip_b32_vision": (_registered("clip_vit_b32", "vision"), IMAGES),
+    "efficientnet_b2": (_registered("hsemotion_b2"), IMAGES),
     "perceiver_flow": (_registered("perceiver_flow"), PAIRS),
     "wav2vec2_base": (_registered("wav2vec2_segue"), WAVES),
     "wav2vec2_large_robust": (_registered("wav2vec2_large_robust"), WAVES),
@@ -113,16 +114,16 @@ _PEAKS = {
     "NVIDIA H100 80GB HBM3": {"bfloat16": 989.4e12, "float32": 66.9e12},
     "NVIDIA H200": {"bfloat16": 989.4e12, "float32": 66.9e12},
 }
-# A way is timed by so many calls at once that the fastest takes this long.
+# A timing has so many calls that those of the fastest way take this long.
 _LEAST_SECONDS = 0.5
-# The bounds on the difference of ways: a share of the features' standard deviation, and a cosine of pooled features.
+# Bounds on the difference between ways: relative to the features' standard deviation, and a cosine of pooled features.
 _TOLERANCE = 1e-3
 _COSINE = 0.999
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """The most that the device can do, in FLOP/s, and where that is from."""
+    """The peak FLOP/s of the device, and where the figure is from."""
 
     flops: float
     source: str
@@ -130,7 +131,11 @@ class Peak:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One encoder: `original` is the model in PyTorch, of the same weights as `ours`; None without PyTorch."""
+    """An encoder to measure.
+
+    Attributes:
+      original: the model in PyTorch, of the same weights as `ours`; None without PyTorch.
+    """
 
     name: str
     load: Load
@@ -145,15 +150,19 @@ def measure(name: str, dtype: str, peak: Peak, repeats: int, say: Callable[[str]
     """Times an encoder of ENCODERS in each way, in turn, after checking that they compute the same.
 
     Args:
-      dtype: of the matrix products, "float32" or "bfloat16"; repeats: how often each way is timed; say: is told about
-        the progress.
+      name: of the encoder.
+      dtype: of the matrix products, "float32" or "bfloat16".
+      peak: of the device.
+      repeats: how often each way is timed.
+      say: called with progress messages.
+
     Returns:
-      One row per batch. length and padded (what ours is padded to) are in `unit`; parameters; gflops of one item
-      without padding, multiplications and additions counted each; peak_tflops and peak_source; calls, the number timed
-      at once. For each way (avjax; pytorch; compiled = by torch.compile): seconds_min, seconds_median and seconds_max
-      of one call, per_second (items), times_real_time for sound, mfu (model FLOPs utilisation: FLOPs without padding /
-      seconds / peak), compile_seconds (what a first call takes longer than the next); and two speed-ups of ours
-      (ratios of medians). Figures that do not exist are "".
+      One row per batch. length and padded (our padded length) are in `unit`; parameters; gflops of one item without
+      padding, multiplications and additions counted each; peak_tflops and peak_source; calls per timing. For each way
+      (avjax; pytorch; compiled = by torch.compile): seconds_min, seconds_median and seconds_max of one call, per_second
+      (items), times_real_time for audio, mfu (model FLOPs utilisation: FLOPs without padding / seconds / peak),
+      compile_seconds (first call minus second call); and our two speed-ups (ratios of medians). Missing figures are "".
+
     Raises:
       AvjaxError: the ways do not compute the same, or JAX sees several devices, of which PyTorch would use one.
     """
@@ -166,7 +175,7 @@ def measure(name: str, dtype: str, peak: Peak, repeats: int, say: Callable[[str]
 
 @contextlib.contextmanager
 def same_precision(case: Case) -> Iterator[None]:
-    """On GPUs both libraries may round the factors of float32 products to fewer bits, each in other places."""
+    """Keeps float32 products exact: by default both libraries may round their factors on GPUs, each in its own way."""
     with contextlib.ExitStack() as stack:
         if case.dtype == "float32":
             stack.enter_context(jax.default_matmul_precision("float32"))
@@ -181,7 +190,7 @@ def same_precision(case: Case) -> Iterator[None]:
 def measure_batch(
     case: Case, batch: int, length: int, peak: Peak, repeats: int, say: Callable[[str], None]
 ) -> dict[str, object]:
-    """The row of one batch; see `measure`."""
+    """Returns the row of one batch; see `measure`."""
     who = f"{case.name} {batch} x {length} {case.load.unit}"
     inputs, mask = made_up(case, batch, length)
     say(f"{who}: compiling")
@@ -206,8 +215,8 @@ def measure_batch(
         "repeats": repeats,
         "calls": calls,
     }
-    sound = batch * length / case.load.rate if case.load.rate else None
-    return facts | figures(ways, seconds, batch, sound, count / peak.flops)
+    audio_seconds = batch * length / case.load.rate if case.load.rate else None
+    return facts | figures(ways, seconds, batch, audio_seconds, count / peak.flops)
 
 
 def _length(case: Case, inputs: np.ndarray) -> int:
@@ -222,7 +231,7 @@ def _tell(say: Callable[[str], None], who: str, repeat: str, name: str, seconds:
 
 
 def make_case(name: str, dtype: str) -> Case:
-    """Our encoder and the original, of the same random weights; ours alone without PyTorch."""
+    """Builds our encoder and the original with the same random weights; ours alone without PyTorch."""
     import transformers
 
     settings, load = ENCODERS[name]
@@ -239,12 +248,13 @@ def make_case(name: str, dtype: str) -> Case:
 
 
 def random_params(shapes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Draws normal weights of these shapes."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(np.float32), shapes)
 
 
 def made_up(case: Case, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise without padding, and its mask."""
+    """Makes noise without padding, and its mask."""
     rng, shape = np.random.default_rng(0), case.load.shape(batch, length)
     if case.family.INPUTS.text:
         inputs = rng.integers(0, case.module.config.vocab, shape).astype(np.int32)
@@ -254,9 +264,9 @@ def made_up(case: Case, batch: int, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def flops(module: Any, inputs: np.ndarray, mask: np.ndarray) -> tuple[int, int]:
-    """FLOPs of the products and convolutions for the batch, and the number of parameters.
+    """Counts the FLOPs of the products and convolutions for the batch, and the parameters.
 
-    All else adds 2 to 3 %. XLA's own count (`cost_analysis`) takes the body of a loop once, however often it runs.
+    All else adds 2 to 3 %. XLA's own count (`cost_analysis`) counts the body of a loop once, however often it runs.
     """
     params = jax.eval_shape(module.init, jax.random.key(0), inputs, mask)
     traced = jax.make_jaxpr(module.apply)(params, inputs, mask)
@@ -264,7 +274,7 @@ def flops(module: Any, inputs: np.ndarray, mask: np.ndarray) -> tuple[int, int]:
 
 
 def products(jaxpr: Any) -> int:
-    """FLOPs of the products and convolutions of a jaxpr, multiplications and additions counted each."""
+    """Counts the FLOPs of the products and convolutions of a jaxpr, multiplications and additions each."""
     return sum(_products(equation) for equation in jaxpr.eqns)
 
 
@@ -276,21 +286,21 @@ def _products(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         return 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-    if name == "cond":  # what is chosen by platform: the same sums in another order
+    if name == "cond":  # a choice by platform: the same sums in another order
         return max(products(branch.jaxpr) for branch in params["branches"])
     inner = [getattr(p, "jaxpr", p) for p in params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
     return params.get("length", 1) * sum(map(products, inner))
 
 
 def check_ways(who: str, dtype: str, ways: Sequence[Way]) -> None:
-    """The ways after the first, ours, give its features; errors as of `check_agreement`."""
+    """Checks that all ways give the features of the first, ours; errors as of `check_agreement`."""
     features, real = ways[0].run()
     for way in ways[1:]:
         check_agreement(f"{who}: {way.name}", dtype, features, real, way.run())
 
 
 def check_agreement(who: str, dtype: str, features: jax.Array, real: jax.Array, others: Any) -> None:
-    """Our features (b, s, d) under their mask are those of the original (b, n, d), a tensor.
+    """Checks that our features (b, s, d) under their mask are those of the original, a tensor (b, n, d).
 
     Raises:
       AvjaxError: they are not.
@@ -301,15 +311,15 @@ def check_agreement(who: str, dtype: str, features: jax.Array, real: jax.Array, 
         raise AvjaxError(f"{who} gives features {theirs.shape}, avjax {ours.shape} of them; not the same encoder")
     ours = ours.reshape(theirs.shape)
     if dtype == "float32":
-        what, found = "the largest difference as a share of the standard deviation", np.abs(ours - theirs).max()
-        found /= theirs.std()
-        same, expected = found < _TOLERANCE, f"less than {_TOLERANCE}"
+        what, score = "the largest difference relative to the standard deviation", np.abs(ours - theirs).max()
+        score /= theirs.std()
+        same, expected = score < _TOLERANCE, f"less than {_TOLERANCE}"
     else:
-        what, found = "the least cosine of pooled features", _cosine(ours.mean(1), theirs.mean(1)).min()
-        same, expected = found >= _COSINE, f"at least {_COSINE}"
+        what, score = "the least cosine of pooled features", _cosine(ours.mean(1), theirs.mean(1)).min()
+        same, expected = score >= _COSINE, f"at least {_COSINE}"
     if not same:
         raise AvjaxError(
-            f"{who} and avjax: {what} is {found:.2g}, expected {expected}; "
+            f"{who} and avjax: {what} is {score:.2g}, expected {expected}; "
             "they do not compute the same, so their times cannot be compared"
         )
 
@@ -322,23 +332,23 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def make_ways(case: Case, inputs: np.ndarray, mask: np.ndarray) -> list[Way]:
-    """The ways that can be measured here, ours first, each called twice already."""
+    """Makes the available ways, ours first, each called twice already."""
     placed = jax.device_put(case.ours.padded(inputs, mask))
     ways = [started(AVJAX, lambda: jax.block_until_ready(case.ours.on_device(*placed)), compiles=True)]
     if case.original is None or case.load.only not in (None, _length(case, inputs)):
         return ways
-    there = originals.inputs(inputs, case.dtype)
-    ways.append(started(PYTORCH, functools.partial(originals.asked, case.original, there), compiles=False))
+    their_inputs = originals.inputs(inputs, case.dtype)
+    ways.append(started(PYTORCH, functools.partial(originals.features, case.original, their_inputs), compiles=False))
     if torch_device() != "cpu":
         import torch
 
         compiled = torch.compile(case.original, dynamic=False)
-        ways.append(started(COMPILED, functools.partial(originals.asked, compiled, there), compiles=True))
+        ways.append(started(COMPILED, functools.partial(originals.features, compiled, their_inputs), compiles=True))
     return ways
 
 
 def started(name: str, run: Callable[[], Any], *, compiles: bool) -> Way:
-    """A way whose first calls are made; compiling is what the first takes longer than the second."""
+    """Calls a new way twice; its compile time is the first call minus the second."""
     first, second = timed(run), timed(run)
     return Way(name, run, first - second if compiles else None)
 
@@ -346,7 +356,7 @@ def started(name: str, run: Callable[[], Any], *, compiles: bool) -> Way:
 def timed_calls(
     ways: Sequence[Way], repeats: int, tell: Callable[[str, str, float], None]
 ) -> tuple[int, dict[str, list[float]]]:
-    """How many calls are timed at once, and the seconds of one, `repeats` times for each way in turn."""
+    """Returns the calls per timing, and the seconds of one call, `repeats` times for each way in turn."""
     calls = math.ceil(_LEAST_SECONDS / min(timed(way.run) for way in ways))
     many = [dataclasses.replace(way, run=functools.partial(_often, way.run, calls)) for way in ways]
     taken = interleaved(many, repeats, lambda repeat, name, seconds: tell(repeat, name, seconds / calls))
@@ -359,25 +369,26 @@ def _often(run: Callable[[], Any], calls: int) -> None:
 
 
 def timed(run: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    """Returns the seconds of one call."""
+    start = time.perf_counter()
     run()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 # ---- Figures ------------------------------------------------------------------------------------------------------
 
 
 def peak(dtype: str) -> Peak:
-    """What the device can do at most: the vendor's figure, or the fastest of some large matrix products made here."""
-    known = _PEAKS.get(jax.devices()[0].device_kind)
-    if known:
-        return Peak(known[dtype], "data sheet")
+    """Returns the device's peak: the vendor's figure, or that of the fastest of some large matrix products."""
+    data_sheet = _PEAKS.get(jax.devices()[0].device_kind)
+    if data_sheet:
+        return Peak(data_sheet[dtype], "data sheet")
     sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
     return Peak(max(product_flops(n, dtype) for n in sizes), "matrix product")
 
 
 def product_flops(size: int, dtype: str) -> float:
-    """FLOP/s of the product of square matrices, the best of ten calls of either library."""
+    """Returns the FLOP/s of the product of square matrices, the best of ten calls of either library."""
     products = [jax_product(size, dtype)] + ([] if no_pytorch() else [torch_product(size, dtype)])
     for product in products:
         product()
@@ -385,12 +396,14 @@ def product_flops(size: int, dtype: str) -> float:
 
 
 def jax_product(size: int, dtype: str) -> Callable[[], Any]:
+    """Makes JAX's product of square matrices."""
     x = jnp.ones((size, size), dtype)
     product = jax.jit(functools.partial(jnp.matmul, precision="float32"))
     return lambda: jax.block_until_ready(product(x, x))
 
 
 def torch_product(size: int, dtype: str) -> Callable[[], Any]:
+    """Makes PyTorch's product of square matrices."""
     import torch
 
     torch.set_num_threads(record.cores())
@@ -399,13 +412,16 @@ def torch_product(size: int, dtype: str) -> Callable[[], Any]:
 
 
 def figures(
-    ways: Sequence[Way], seconds: Mapping[str, Sequence[float]], batch: int, sound: float | None, least: float
+    ways: Sequence[Way], seconds: Mapping[str, Sequence[float]], batch: int, audio_seconds: float | None, least: float
 ) -> dict[str, object]:
-    """The columns of each way and of ours against others; "" where a way was not measured.
+    """Returns the columns of each way and of our speed-ups; "" where a way was not measured.
 
     Args:
-      seconds: of calls, by name of the way; sound: seconds of sound in the batch; least: seconds that the batch would
-        take at the device's peak.
+      ways: those that were measured.
+      seconds: of calls, by name of the way.
+      batch: items of a call.
+      audio_seconds: seconds of audio in the batch; None for other inputs.
+      least: seconds that the batch would take at the device's peak.
     """
     out: dict[str, object] = {}
     compile_seconds = {way.name: way.compile_seconds for way in ways}
@@ -417,7 +433,7 @@ def figures(
             "seconds_median": typical,
             "seconds_max": taken and max(taken),
             "per_second": typical and batch / typical,
-            "times_real_time": typical and sound and sound / typical,
+            "times_real_time": typical and audio_seconds and audio_seconds / typical,
             "mfu": typical and least / typical,
             "compile_seconds": compile_seconds.get(name),
         }

@@ -1,6 +1,6 @@
-"""What extraction costs: a data set's clips to features and sentences in an empty store, all that `avjax.extract` does.
+"""Times feature extraction: all that `avjax.extract` does for a data set, into an empty store.
 
-Loading and compiling encoders is part of it, as in a first extraction; weights are there already.
+Loading and compiling the encoders is included, as in a first extraction; downloading weights is not.
 """
 
 import json
@@ -13,7 +13,7 @@ from avjax.features import extract as extraction
 from benchmarks import record
 
 KEY = ("benchmark", "dataset", "preset", "weights", "clips", "workers", "dtype", "machine", "cores", "device")
-# Of the whole; seconds of all worker processes added up, and of the process that encodes.
+# Seconds of all worker processes added up, and of the process that encodes.
 STAGES = ("decoding", "faces", "acoustics", "flow", "encoders", "writing", "packing")
 TABLE = {
     "preset": "preset",
@@ -23,7 +23,7 @@ TABLE = {
     "times_real_time": "× real",
     "decoding_seconds": "decode",
     "faces_seconds": "faces",
-    "acoustics_seconds": "sound",
+    "acoustics_seconds": "acoustics",
     "flow_seconds": "flow",
     "encoders_seconds": "encode",
 }
@@ -35,11 +35,18 @@ def measure(
     """Extracts `repeats` times, each time into a new store.
 
     Args:
-      dataset, root, preset, random: see `extraction.extract`; say: is told about the progress.
+      dataset: as of `extraction.extract`, like `root`, `preset` and `random`.
+      root: folder of the data set.
+      preset: name of the preset.
+      random: whether the encoders have random weights.
+      repeats: number of extractions.
+      say: called with progress messages.
+
     Returns:
       dataset, preset, weights (random or pretrained), dtype (of the encoders), clips, seconds_of_sound, workers,
       repeats, seconds_min, seconds_median, seconds_max, and of the median run (the lower of two) clips_per_second,
       times_real_time and seconds by stage.
+
     Raises:
       AvjaxError: see `extraction.extract`.
     """
@@ -76,7 +83,7 @@ def _timings(dataset: str, root: str, preset: str, random: bool, workers: int) -
 
 
 def by_stage(spent: dict[str, float]) -> dict[str, float | str]:
-    """`<stage>_seconds` of each of STAGES, "" where there is none; encoders go by their own names in `spent`."""
+    """Returns `<stage>_seconds` of each of STAGES, "" where missing; `spent` lists encoders by their own names."""
     encoders = sum(seconds for stage, seconds in spent.items() if stage not in STAGES)
     stages = spent | {"encoders": encoders}
     return {f"{stage}_seconds": float(stages[stage]) if stage in stages else "" for stage in STAGES}

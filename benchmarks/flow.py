@@ -1,4 +1,4 @@
-"""What optical flow costs (DE-III): pairs of faces to flow, flow to pictures, pictures to features.
+"""Times the optical flow of DE-III: pairs of faces to flow, flow to images, images to features.
 
 Faces are made up, weights random and of the true size, everything as `avjax.extract` runs it; steps in turn.
 """
@@ -27,18 +27,18 @@ SOURCES = {"dis": "deiii_dis", "perceiver": "deiii"}
 
 
 def measure(name: str, repeats: int, say: Callable[[str], None]) -> dict[str, object]:
-    """The row of one of SOURCES: for each step the seconds of `pairs` pairs and pairs a second, and all of them."""
+    """Returns the row of one of SOURCES: seconds of `pairs` pairs and pairs per second, of each step and of all."""
     settings = presets.preset(SOURCES[name])
     few = settings.flow.source != "dis" and jax.default_backend() == "cpu"
     first, second = faces(count := 1 if few else 16, settings.flow.side)
     move = mover(settings.flow)
     flows = move(first, second)
-    pictures = flow.draw(flows, flow.spread([flows]))
-    eyes = load(settings.image.source, pool=settings.image.pool, random=True)
+    images = flow.draw(flows, flow.spread([flows]))
+    image_encoder = load(settings.image.source, pool=settings.image.pool, random=True)
     work = {
         "flow": functools.partial(move, first, second),
         "drawing": functools.partial(flow.draw, flows, flow.spread([flows])),
-        "seeing": lambda: eyes(*eyes.prepare(pictures)),
+        "seeing": lambda: image_encoder(*image_encoder.prepare(images)),
     }
     work["seeing"]()
     ways = [Way(step, run, None) for step, run in work.items()]
@@ -58,14 +58,14 @@ def measure(name: str, repeats: int, say: Callable[[str], None]) -> dict[str, ob
 
 
 def faces(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of pictures (count, side, side, 3) uint8 with something to follow: blots that move by two pixels."""
+    """Makes pairs of images (count, side, side, 3) uint8 of blots that move by two pixels."""
     blots = np.random.default_rng(0).integers(0, 256, (count, -(-side // 8), -(-side // 8), 3), np.uint8)
     first = blots.repeat(8, 1).repeat(8, 2)[:, :side, :side]
     return first, np.roll(first, 2, 2)
 
 
 def mover(settings: presets.Flow) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What makes flow of pairs, compiled where it compiles."""
+    """Returns the function from pairs to flow, compiled where possible."""
     if settings.source == "dis":
         return flow.dis
     encoder: Encoder = load(settings.source, random=True)

@@ -1,9 +1,9 @@
-"""Lanes: a protocol of 5 folds x 5 seeds as one program, as 25 compiled runs in turn, and as 25 runs of eager PyTorch.
+"""Times a protocol of 5 folds x 5 seeds as one program, as 25 compiled runs in turn, and as 25 runs of eager PyTorch.
 
 The task is ETG-AVER (`configs/etg_mafw.py`) on made-up features with the classes of MAFW, in the shapes of the preset
-`lite`, or 768 wide in those of the paper's encoders. Each way makes the same number of updates on the same batch size
-in float32, validates after every epoch, keeps the best and answers the test clips with it; each begins with features on
-the device and ends with logits on the host. Files are not written.
+`lite`, or 768 wide in those of the paper's encoders. Each way makes the same number of updates with the same batch size
+in float32, validates after every epoch, keeps the best epoch and predicts the test clips. Each starts with features on
+the device and ends with logits on the host; no files are written.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from avjax.models.base import Model
 from avjax.training import batches, history, loop
 from avjax.training import lanes as lane_plans
 from avjax.training.dry_run import compile_step
-from avjax.training.sharding import ALONE as HERE
+from avjax.training.sharding import ALONE as SINGLE_DEVICE
 from benchmarks import encoders, record
 from benchmarks.ways import Way, interleaved, no_pytorch, torch_device
 
@@ -52,16 +52,16 @@ TABLE = {
 LITE = {"video": (12, 16, 79), "audio": (20, 30, 56), "text_both": (30, 45, 384)}
 ENCODED = {"video": (8, 8, 768), "audio": (30, 50, 768), "text_both": (30, 48, 768)}
 _CLASSES = 11
-# The ways are compared after so many epochs: later, rounding has grown beyond what tells them apart.
+# Epochs after which the ways are compared: later, rounding errors exceed the tolerance.
 _COMPARED = 2
-# Lanes and single runs add up in another order; this close they end, as a share of the parameters' norm and of the
-# answers' standard deviation.
+# Lanes and single runs add in different orders: the bound on their difference, relative to the parameters' norm and to
+# the predictions' standard deviation.
 _TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What all ways are given: configuration, model, clips on the device and the lanes to train."""
+    """The inputs of all ways: configuration, model, clips on the device and the lanes to train."""
 
     config: Any
     model: Model
@@ -72,7 +72,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """What a compiled run ends with: the state of its lanes and their test logits, (lanes, n, c) on the host."""
+    """The result of a compiled run: the state of its lanes and their test logits, (lanes, n, c) on the host."""
 
     state: loop.State
     logits: np.ndarray
@@ -84,12 +84,19 @@ def measure(
     """Times the three ways in turn, `repeats` times, after checking that they compute the same.
 
     Args:
-      width: of the model; clips: of the made-up corpus; batch: clips of an update; say: is told about the progress.
+      width: of the model.
+      clips: of the made-up corpus.
+      epochs: of each run.
+      batch: clips per update.
+      repeats: how often each way is timed.
+      say: called with progress messages.
+
     Returns:
       One row per way: what, width, lanes, clips, epochs, batch, steps (updates, all lanes together), parameters (of one
-      lane), repeats, seconds_min, seconds_median, seconds_max, compile_seconds, two speed-ups (ratios of medians), the
-      work of an update (avjax: as XLA counts it; PyTorch: matrix products alone), updates times that in a second, and
-      what a plain matrix product reaches here, for comparison. Figures that do not exist are "".
+      lane), repeats, seconds_min, seconds_median, seconds_max, compile_seconds, two speed-ups (ratios of medians),
+      gflop_per_update (ours as XLA counts it; PyTorch's: matrix products alone), gflops (per second), and those of a
+      plain matrix product, for comparison. Missing figures are "".
+
     Raises:
       AvjaxError: the ways do not compute the same.
     """
@@ -117,7 +124,7 @@ def measure(
 
 
 def check_ways(case: Case) -> list[str]:
-    """The ways that can be measured here, all of which compute the same.
+    """Returns the available ways, after checking that they compute the same.
 
     Raises:
       AvjaxError: they do not.
@@ -136,24 +143,24 @@ def _work(row: Mapping[str, Any], work: Mapping[str, float], steps: int) -> dict
 
 
 def updates(case: Case) -> int:
-    """Updates of all lanes together."""
+    """Returns the number of updates, all lanes together."""
     sizes = np.asarray(case.plan.lanes.train_weight).sum(-1)
     return int(np.ceil(sizes / case.config.train.batch_size).sum()) * case.config.train.epochs
 
 
 def parameters(case: Case) -> int:
-    """The number of parameters of a lane."""
+    """Returns the number of parameters of a lane."""
     state = jax.eval_shape(loop.make(case.model, case.config).init, case.plan.lanes, case.data)
     return sum(v.size for v in jax.tree.leaves(state.params)) // len(case.plan.names)
 
 
 def our_gflop(case: Case) -> float:
-    """The work of an update of one lane, as XLA counts it in the step of all."""
-    return compile_step(case.model, case.config, HERE, case.plan, case.data).flops / len(case.plan.names) / 1e9
+    """Returns the work of one lane's update, as XLA counts it in the step of all lanes."""
+    return compile_step(case.model, case.config, SINGLE_DEVICE, case.plan, case.data).flops / len(case.plan.names) / 1e9
 
 
 def torch_gflop(case: Case) -> float:
-    """The matrix products of an update in PyTorch, forward and backward."""
+    """Returns the work of an update in PyTorch, matrix products alone, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.torch import etg_aver as torch_etg
@@ -174,7 +181,7 @@ def _tell(say: Callable[[str], None], width: int, repeat: str, name: str, second
 
 
 def make_case(width: int, clips: int, epochs: int, batch: int) -> Case:
-    """Early stopping is off, so that every lane makes all its updates; the epochs are one call."""
+    """Builds a case without early stopping, so that every lane makes all its updates; the epochs are one call."""
     config = configs.settings(
         CONFIG,
         model__width=width,
@@ -196,7 +203,7 @@ def make_case(width: int, clips: int, epochs: int, batch: int) -> Case:
 
 
 def made_up(clips: int, shapes: Mapping[str, tuple[int, int, int]], seed: int = 0) -> Features:
-    """Noise of odd lengths with a hint of the class in each stream."""
+    """Makes noise of varying lengths with a hint of the class in each stream."""
     rng = np.random.default_rng(seed)
     label = rng.permutation(np.arange(clips) % _CLASSES).astype(np.int32)
     classes = tuple(f"class{c}" for c in range(_CLASSES))
@@ -228,13 +235,13 @@ def made_up(clips: int, shapes: Mapping[str, tuple[int, int, int]], seed: int = 
 
 
 def lanes_way(case: Case) -> Way:
-    """All lanes as one program, as `avjax.train` runs them."""
+    """Makes the way of all lanes as one program, as `avjax.train` runs them."""
     trainer, seconds = compiled(case, case.plan)
     return Way(LANES, lambda: [protocol(case, trainer, case.plan)], seconds)
 
 
 def alone_way(case: Case) -> Way:
-    """The same program for one lane, compiled once and run for each."""
+    """Makes the way of one lane at a time: a program for one lane, compiled once and run for each."""
     lanes = [jax.tree.map(lambda v, i=i: v[i : i + 1], case.plan.lanes) for i in range(len(case.plan.names))]
     plans = [case.plan.replace(lanes=v, names=[n]) for v, n in zip(lanes, case.plan.names, strict=True)]
     trainer, seconds = compiled(case, plans[0])
@@ -242,22 +249,23 @@ def alone_way(case: Case) -> Way:
 
 
 def compiled(case: Case, plan: lane_plans.LanePlan) -> tuple[loop.Trainer, float]:
-    """The trainer for lanes of these shapes, and the seconds it took to trace and compile."""
+    """Returns the trainer for lanes of these shapes, and the seconds to trace and compile it."""
     trainer = loop.make(case.model, case.config)
     arguments = plan.lanes, case.data
-    begun = time.perf_counter()
+    start = time.perf_counter()
     state = jax.eval_shape(trainer.init, *arguments)
-    # GPUs round the factors of a product to fewer bits unless told not to; PyTorch's default does not.
+    # By default JAX rounds the factors of products on GPUs to fewer bits; PyTorch does not.
     with jax.default_matmul_precision("float32"):
         trainer = loop.Trainer(
             init=trainer.init.lower(*arguments).compile(),
             epochs=trainer.epochs.lower(state, *arguments, jnp.int32(1)).compile(),
             predict=trainer.predict.lower(state, *arguments).compile(),
         )
-    return trainer, time.perf_counter() - begun
+    return trainer, time.perf_counter() - start
 
 
 def protocol(case: Case, trainer: loop.Trainer, plan: lane_plans.LanePlan) -> Ended:
+    """Trains the lanes of a plan and predicts their test clips."""
     state = trainer.init(plan.lanes, case.data)
     state, sums = trainer.epochs(state, plan.lanes, case.data, jnp.int32(1))
     history.check_finite(sums, plan, case.features.ids, 1, case.config.train.batch_size)
@@ -267,29 +275,29 @@ def protocol(case: Case, trainer: loop.Trainer, plan: lane_plans.LanePlan) -> En
 
 
 def check_agreement(together: Sequence[Ended], alone: Sequence[Ended]) -> None:
-    """Lanes and single runs end in the same parameters and answers, by the same number of updates.
+    """Checks that lanes and single runs end in the same parameters and predictions, after as many updates.
 
     Raises:
       AvjaxError: they do not.
     """
-    (whole,) = together
-    steps = [whole.state.step.tolist(), [int(s) for e in alone for s in e.state.step]]
+    (joint,) = together
+    steps = [joint.state.step.tolist(), [int(s) for e in alone for s in e.state.step]]
     if steps[0] != steps[1]:
         raise AvjaxError(f"lanes made {steps[0]} updates, single runs {steps[1]}; the comparison would not be fair")
     ours, others = _parameters(together), _parameters(alone)
-    # The norm: single gradients that are zero but for rounding, as the key's bias, are blown up by Adam.
+    # The norm: Adam blows up single gradients that are zero but for rounding, such as the key's bias.
     _same("lanes and single runs: parameters", np.linalg.norm(ours - others) / np.linalg.norm(ours))
-    _same_answers("lanes and single runs", whole.logits, np.concatenate([e.logits for e in alone]))
+    _same_predictions("lanes and single runs", joint.logits, np.concatenate([e.logits for e in alone]))
 
 
 def _parameters(ended: Sequence[Ended]) -> np.ndarray:
-    """(lanes, parameters) on the host."""
+    """Returns the parameters (lanes, parameters) on the host."""
     leaves = zip(*(jax.tree.leaves(jax.device_get(e.state.params)) for e in ended), strict=True)
     return np.concatenate([np.concatenate(v).reshape(sum(map(len, v)), -1) for v in leaves], -1)
 
 
-def _same_answers(who: str, ours: np.ndarray, others: np.ndarray) -> None:
-    _same(f"{who}: answers", np.abs(ours - others).max() / ours.std())
+def _same_predictions(who: str, ours: np.ndarray, others: np.ndarray) -> None:
+    _same(f"{who}: predictions", np.abs(ours - others).max() / ours.std())
 
 
 def _same(what: str, difference: float) -> None:
@@ -304,7 +312,7 @@ def _same(what: str, difference: float) -> None:
 
 
 def pytorch_way(case: Case) -> Way:
-    """Plain eager runs, one per lane, on all cores or the GPU; a first one, not timed, sets the library up."""
+    """Makes the way of plain eager runs, one per lane, on all cores or the GPU, after an untimed one."""
     import torch
 
     from benchmarks.torch import etg_aver as torch_etg
@@ -322,7 +330,7 @@ def pytorch_way(case: Case) -> Way:
 
 
 def check_pytorch(case: Case, together: Ended) -> None:
-    """The first lane's parameters give the same test answers in the PyTorch module.
+    """Checks that the first lane's parameters give the same test predictions in the PyTorch module.
 
     Raises:
       AvjaxError: they do not.
@@ -332,8 +340,8 @@ def check_pytorch(case: Case, together: Ended) -> None:
     streams, run = torch_etg.streams(case.data, torch_device()), torch_etg.runs(case.plan, torch_device())[0]
     model = torch_etg.new_model(streams, _CLASSES, run.seed, case.config.model)
     model.load_state_dict(torch_etg.from_flax(jax.tree.map(lambda v: v[0], together.state.best["params"])))
-    logits = torch_etg.answers(model, torch_etg.standardised(streams, run.train), run.test)["fusion"].cpu().numpy()
-    _same_answers("the Flax and the PyTorch model", together.logits[0, : len(logits)], logits)
+    logits = torch_etg.predict(model, torch_etg.standardised(streams, run.train), run.test)["fusion"].cpu().numpy()
+    _same_predictions("the Flax and the PyTorch model", together.logits[0, : len(logits)], logits)
 
 
 MAKE = {LANES: lanes_way, ALONE: alone_way, PYTORCH: pytorch_way}
@@ -343,7 +351,7 @@ MAKE = {LANES: lanes_way, ALONE: alone_way, PYTORCH: pytorch_way}
 
 
 def timing_rows(ways: Sequence[Way], seconds: Mapping[str, Sequence[float]]) -> list[dict[str, object]]:
-    """One row of figures for each of the three ways; "" in a row of one that was not measured."""
+    """Returns a row of figures for each of the three ways; "" where one was not measured."""
     compile_seconds = {way.name: way.compile_seconds for way in ways}
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     return [

@@ -1,4 +1,4 @@
-"""The record of a benchmark: where it ran, a CSV that keeps other machines' rows, and a table to look at."""
+"""The record of a benchmark: its circumstances, a CSV that keeps other machines' rows, and a table to print."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _PACKAGES = ("jax", "jaxlib", "flax", "torch")
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def forbid_cached_programs() -> None:
-    """Compile times are to be those of a first start, whatever `JAX_COMPILATION_CACHE_DIR` says."""
+    """Turns the compilation cache off, whatever `JAX_COMPILATION_CACHE_DIR` is: compile times are of a first start."""
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def circumstances() -> dict[str, object]:
-    """Machine, cores, device, versions and the date."""
+    """Returns machine, cores, device, versions and the date."""
     import jax
 
     return {
@@ -66,10 +66,13 @@ def _version(package: str) -> str:
 
 
 def merge(path: Path, rows: Sequence[Row], key: Sequence[str]) -> None:
-    """Writes `rows` into the CSV at `path`; a row there with the same values of `key` is replaced, others stay.
+    """Writes `rows` into the CSV at `path`, replacing those with the same values of `key`; others stay.
 
     Args:
+      path: the CSV, which may not exist yet.
       rows: at least one, all with the same columns in the same order; floats are written with four digits.
+      key: columns that identify a row.
+
     Raises:
       AvjaxError: the file has other columns.
     """
@@ -101,7 +104,7 @@ def _cell(value: object, digits: int = 4) -> str:
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str], title: str) -> Table:
-    """The `columns` (column → heading) of `rows`; words to the left, numbers to the right, "–" where there is none."""
+    """Renders the `columns` (column → heading) of `rows`: text left, numbers right, "–" where a value is missing."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,8 +1,8 @@
-"""Scaling on paper: what devices say to each other in a training step, by the compiler, and the bound that this sets.
+"""Bounds the scaling of training steps from the collectives in their compiled programs.
 
 python -m benchmarks.scaling CLIPS MODEL PRESET...
 
-is the process that compiles, for as many devices as it sees: one row of JSON for each preset. Nothing is computed, and
+is the process that compiles, for as many devices as it has: one row of JSON for each preset. Nothing is executed, and
 no weights are needed.
 """
 
@@ -48,19 +48,20 @@ TABLE = {
 CLASSES = 7
 SHARED = ("dp", "fsdp", "tp")
 _ALONE = "single"
-# What a well-written step of dense layers reaches of a device's peak.
+# Fraction of a device's peak that a well-written step of dense layers reaches.
 UTILISATION = 0.4
-# Not to compile as long: without the optimisations of machine code, which change neither collectives nor FLOPs.
+# Compiles faster, without machine code optimisations, which change neither collectives nor FLOPs.
 _FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model that is compiled.
+    """A model to compile.
 
     Attributes:
-      config: its configuration, and `settings`, what of it differs.
+      config: its configuration.
       streams: shape and dtype of a clip's streams.
+      settings: those that differ from the configuration.
       presets: of the mesh.
     """
 
@@ -71,7 +72,7 @@ class Case:
 
 
 _PAPER = {"model__width": 768, "model__summary": "first"}
-# The streams are those of the papers' encoders (`avjax.features.presets`), of a clip with a sentence of 48 tokens.
+# Streams of the papers' encoders (`avjax.features.presets`), of a clip with a sentence of 48 tokens.
 CASES: dict[str, Case] = {
     "etg_aver": Case(
         "configs/etg_mafw.py",
@@ -96,9 +97,10 @@ class Machine:
 
     Attributes:
       peak: FLOP/s of a device in products of float32 at JAX's default precision.
-      node: devices that are linked to each other.
-      inside, beyond: bytes that a device sends in a second at most, to its node and to others; by the number of devices
-        in use, the first whose number is not below it counts.
+      node: number of devices that are linked to each other.
+      inside: most bytes per second that a device sends within its node, by the number of devices in use: that of the
+        first number not below it.
+      beyond: most bytes per second that a device sends to other nodes.
     """
 
     peak: float
@@ -106,10 +108,10 @@ class Machine:
     inside: Mapping[int, float]
     beyond: float
 
-    def seconds(self, said: Sequence[collectives.Collective], devices: int) -> float:
-        """The time that the collectives take one after another; within and between nodes at the same time."""
+    def seconds(self, ops: Sequence[collectives.Collective], devices: int) -> float:
+        """Returns the time of the collectives one after another; traffic within and between nodes overlaps."""
         inside = next(speed for most, speed in self.inside.items() if devices <= most)
-        both = ((c.sent(), c.beyond(self.node)) for c in said)
+        both = ((c.sent(), c.beyond(self.node)) for c in ops)
         return sum(max((sent - far) / inside, far / self.beyond) for sent, far in both)
 
 
@@ -126,15 +128,20 @@ MACHINES = {
 def measure(
     names: Sequence[str], devices: Sequence[int], clips: int, say: Callable[[str], None]
 ) -> Iterator[list[dict[str, object]]]:
-    """Compiles a training step of each of the models `names`, of CASES, under each preset for so many devices.
+    """Compiles a training step of each model, for each number of devices and under each preset.
 
     Args:
-      clips: of each device, so that the batch grows with the devices; say: is told about the progress.
+      names: of the models, from CASES.
+      devices: numbers of devices.
+      clips: of each device, so that the batch grows with the devices.
+      say: called with progress messages.
+
     Yields:
       For each model and number of devices rows: model, preset, devices, clips, parameters, gflop (of a device),
-      gflop_alone (of one device without others, with its clips), calls (collectives), megabytes (10⁶) that a device
-      sends by each kind, sent_mb in all, beyond_mb (those to another node of eight); for each of MACHINES the seconds
-      of the work and of the links, and the bounds on the efficiency (`bounds`) without and with overlap.
+      gflop_alone (of a single device with the same clips), calls (collectives), megabytes (10⁶) that a device sends by
+      each kind, sent_mb in total, beyond_mb (to other nodes of eight); for each of MACHINES the seconds of the work and
+      of the links, and the bounds on the efficiency (`bounds`) without and with overlap.
+
     Raises:
       AvjaxError: a step cannot be compiled, or as `collectives.read`.
     """
@@ -142,30 +149,30 @@ def measure(
         (alone,) = _compiled(name, 1, clips, [_ALONE])
         say(f"{name}: one device {alone['gflop']:.3g} GFLOP")
         for count in devices:
-            found = _compiled(name, count, clips, CASES[name].presets)
+            report = _compiled(name, count, clips, CASES[name].presets)
             say(f"{name}: compiled for {count} devices")
-            yield [_row(name, clips, row, alone["gflop"]) for row in found]
+            yield [_row(name, clips, row, alone["gflop"]) for row in report]
 
 
-def _row(name: str, clips: int, found: Mapping[str, Any], alone: float) -> dict[str, object]:
-    said = [collectives.Collective(c["kind"], c["size"], c["groups"], c["times"]) for c in found["collectives"]]
-    sent = {kind: sum(c.sent() for c in said if c.kind == kind) / 1e6 for kind in collectives.KINDS}
+def _row(name: str, clips: int, report: Mapping[str, Any], alone: float) -> dict[str, object]:
+    ops = [collectives.Collective(c["kind"], c["size"], c["groups"], c["times"]) for c in report["collectives"]]
+    sent = {kind: sum(c.sent() for c in ops if c.kind == kind) / 1e6 for kind in collectives.KINDS}
     row = {
         "model": name,
-        "preset": found["preset"],
-        "devices": found["devices"],
+        "preset": report["preset"],
+        "devices": report["devices"],
         "clips": clips,
-        "parameters": found["parameters"],
-        "gflop": found["gflop"],
+        "parameters": report["parameters"],
+        "gflop": report["gflop"],
         "gflop_alone": alone,
-        "calls": sum(c.times for c in said),
+        "calls": sum(c.times for c in ops),
         **{f"{kind.replace('-', '_')}_mb": float(mb) for kind, mb in sent.items()},
         "sent_mb": float(sum(sent.values())),
-        "beyond_mb": float(sum(c.beyond(MACHINES["h100"].node) for c in said) / 1e6),
+        "beyond_mb": float(sum(c.beyond(MACHINES["h100"].node) for c in ops) / 1e6),
     }
-    for machine, about in MACHINES.items():
-        rate = about.peak * UTILISATION / 1e9
-        work, links = found["gflop"] / rate, about.seconds(said, found["devices"])
+    for machine, spec in MACHINES.items():
+        rate = spec.peak * UTILISATION / 1e9
+        work, links = report["gflop"] / rate, spec.seconds(ops, report["devices"])
         plain, overlapped = bounds(alone / rate, work, links)
         row |= {f"{machine}_work_seconds": work, f"{machine}_link_seconds": links}
         row |= {f"{machine}_efficiency": plain, f"{machine}_efficiency_overlapped": overlapped}
@@ -173,10 +180,12 @@ def _row(name: str, clips: int, found: Mapping[str, Any], alone: float) -> dict[
 
 
 def bounds(alone: float, work: float, links: float) -> tuple[float, float]:
-    """The most that a device can do of what it does alone, if links wait for work and work for links, and if not.
+    """Returns upper bounds on a device's efficiency: with communication after computation, and overlapped with it.
 
     Args:
-      alone: seconds that its clips take one device without others; work, links: those of a step among others.
+      alone: seconds of the work for its clips on a single device.
+      work: seconds of a device's work in a step on several.
+      links: seconds of the links in that step.
     """
     return min(1.0, alone / (work + links)), min(1.0, alone / max(work, links))
 
@@ -185,7 +194,7 @@ def bounds(alone: float, work: float, links: float) -> tuple[float, float]:
 
 
 def _compiled(name: str, devices: int, clips: int, chosen: Sequence[str]) -> list[dict[str, Any]]:
-    """What `main` prints of a model, in a process with so many devices."""
+    """Returns the rows that `main` prints for a model, run in a process with `devices` devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices} {_FLAGS}"
     environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "benchmarks.scaling", str(clips), name, *chosen]
@@ -197,19 +206,25 @@ def _compiled(name: str, devices: int, clips: int, chosen: Sequence[str]) -> lis
 
 
 def main(clips: str, name: str, *chosen: str) -> None:
+    """Prints a row of JSON for each preset in `chosen`."""
     jax.lax.platform_dependent = as_on_accelerators
     for preset in chosen:
         print(json.dumps(compiled(CASES[name], preset, int(clips))), flush=True)
 
 
 def as_on_accelerators(*arguments, default: Callable, **ways: Callable) -> Any:
-    """Stands for `jax.lax.platform_dependent`: on CPUs some layers are computed otherwise, heads one after another."""
+    """Replaces `jax.lax.platform_dependent`: on CPUs some layers are computed differently, such as head by head."""
     return default(*arguments)
 
 
 def compiled(case: Case, preset: str, clips: int) -> dict[str, Any]:
-    """A step of the model on all devices of this process: preset, devices, parameters, gflop of a device, and the
-    fields of its collectives; with the preset "lanes" of as many lanes as devices, else of one."""
+    """Compiles a step on all devices of this process.
+
+    With the preset "lanes" it has as many lanes as devices, else one.
+
+    Returns:
+      preset, devices, parameters, gflop of a device, and the fields of its collectives.
+    """
     count = jax.device_count()
     lanes = count if preset == "lanes" else 1
     batch = clips * count // lanes
@@ -226,7 +241,7 @@ def compiled(case: Case, preset: str, clips: int) -> dict[str, Any]:
 
 
 def _plan(lanes: int) -> LanePlan:
-    """Lanes that train on one clip: a compiled step knows nothing of their number of clips."""
+    """Makes lanes that train on one clip: a compiled step does not depend on their number of clips."""
     index, weight = np.zeros((lanes, 1), np.int32), np.ones((lanes, 1), np.float32)
     prior, seed = np.full((lanes, CLASSES), 1 / CLASSES, np.float32), np.arange(lanes, dtype=np.uint32)
     made = Lane(index, weight, index, weight, index, weight, counted=weight, prior=prior, seed=seed)
@@ -242,14 +257,15 @@ def _clips(case: Case, config: Settings, model: Model) -> Streamed:
 
 
 class _Shape(jax.ShapeDtypeStruct):
-    """Stands for an array that is on every device."""
+    """The shape of an array that is on every device."""
 
     def addressable_data(self, index: int) -> "_Shape":
+        """Returns itself."""
         return self
 
 
 def _pretrained(config: Settings) -> dict[str, Any]:
-    """The shapes of the encoders' weights."""
+    """Returns the shapes of the encoders' weights."""
     preset = presets.preset(config.preset)
     out = {}
     for stream, encoding in {"video": preset.image, "audio": preset.speech, "text": preset.text}.items():

@@ -1,8 +1,8 @@
-"""How soon a training takes its first step: as a process of its own, with an empty compile cache and with a filled one.
+"""Times a training's start up to its first step: as a process of its own, with an empty and with a filled cache.
 
 python -m benchmarks.startup EVENTS [flags of avjax.train]
 
-is that process: `avjax.train`, which also notes in the file EVENTS what it spends its time on.
+is that process: `avjax.train`, which also writes its timed events to the file EVENTS.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from avjax.errors import AvjaxError
 CONFIG = "configs/etg_mafw.py"
 EMPTY, FILLED = "empty cache", "filled cache"
 KEY = ("benchmark", "config", "what", "machine", "cores", "device")
-# Part → the events that it is made of. What happens at once counts for the first of them.
+# Part → its events. Time of overlapping events counts for the first part.
 PARTS = {
     "imports": ("imports",),
     "compiling": ("/jax/core/compile/backend_compile_duration",),  # or reading what was compiled
@@ -42,18 +42,19 @@ TABLE = {
     "other_seconds": "other",
 }
 _SHORTEST = 1e-3  # seconds of an import that is noted
-_CALLED, _LOSSES = "called", "losses"  # a call of epochs begins, and its losses are there
+_CALLED, _LOSSES = "called", "losses"  # a call of epochs begins; its losses have arrived
 
 
-# Something that the process did: what, when it was done (`time.monotonic`), and the seconds that it took.
+# Name, end (`time.monotonic`) and duration in seconds.
 Event = tuple[str, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Seconds from the start of the process: to its first step, and to the first line about epochs.
+    """Seconds from the start of the process to its first step, and to the first line about epochs.
 
-    `parts`: seconds up to the first step by PARTS and "other".
+    Attributes:
+      parts: seconds up to the first step, by PARTS and "other".
     """
 
     first_step: float
@@ -65,25 +66,30 @@ def measure(flags: Sequence[str], repeats: int, say: Callable[[str], None]) -> l
     """Starts a training twice, `repeats` times, and ends it when it has printed two lines about epochs.
 
     Args:
-      flags: of `avjax.train`, without a --workdir; the features must be there already. say: is told about the progress.
+      flags: of `avjax.train`, without a --workdir; the features must exist already.
+      repeats: number of pairs of starts.
+      say: called with progress messages.
+
     Returns:
       A row for each of EMPTY, FILLED: config, what, repeats, first_step_seconds_min, first_step_seconds_median,
-      first_step_seconds_max, first_epochs_seconds, and seconds by part; all of the median start (the
-      lower of two) but for the least and the most.
+      first_step_seconds_max, first_epochs_seconds, and seconds by part; all but the minimum and the maximum are of the
+      median start (the lower of two).
+
     Raises:
-      AvjaxError: the training ended before.
+      AvjaxError: the training ended early.
     """
     starts: dict[str, list[Start]] = {EMPTY: [], FILLED: []}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(1, repeats + 1):
-            for what, all_of_them in starts.items():
-                place = Path(folder) / f"{what} {repeat}"
-                all_of_them.append(start(flags, place, cache=Path(folder) / f"programs {repeat}"))
-                say(f"{what}, repeat {repeat}/{repeats}: first step after {all_of_them[-1].first_step:.1f} s")
-    return [row(" ".join(flags).removeprefix("--config="), what, all_of_them) for what, all_of_them in starts.items()]
+            for what, runs in starts.items():
+                run_folder = Path(folder) / f"{what} {repeat}"
+                runs.append(start(flags, run_folder, cache=Path(folder) / f"programs {repeat}"))
+                say(f"{what}, repeat {repeat}/{repeats}: first step after {runs[-1].first_step:.1f} s")
+    return [row(" ".join(flags).removeprefix("--config="), what, runs) for what, runs in starts.items()]
 
 
 def row(config: str, what: str, starts: Sequence[Start]) -> dict[str, object]:
+    """Summarises starts of one kind as a row; see `measure`."""
     ordered = sorted(starts, key=lambda s: s.first_step)
     typical = ordered[(len(ordered) - 1) // 2]
     return {
@@ -98,39 +104,43 @@ def row(config: str, what: str, starts: Sequence[Start]) -> dict[str, object]:
     }
 
 
-def start(flags: Sequence[str], place: Path, cache: Path) -> Start:
-    """Starts a training in the new folder `place`, with compiled programs in `cache`.
+def start(flags: Sequence[str], run_folder: Path, cache: Path) -> Start:
+    """Starts a training in the new folder `run_folder`, with compiled programs in `cache`.
 
-    The steps of the first call of epochs take as long as the second call, which has nothing to make ready: so long
-    before their losses are there the first step begins.
+    The steps of the first call of epochs take as long as the second call, which has nothing to prepare. So the first
+    step begins that long before the first losses arrive.
 
     Raises:
       AvjaxError: the training ended before it printed two lines about epochs.
     """
-    place.mkdir()
-    command = [sys.executable, "-m", "benchmarks.startup", str(place / "events"), *flags]
+    run_folder.mkdir()
+    command = [sys.executable, "-m", "benchmarks.startup", str(run_folder / "events"), *flags]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-    with (place / "stderr").open("w") as errors:
-        begun = time.monotonic()
+    with (run_folder / "stderr").open("w") as errors:
+        began = time.monotonic()
         with subprocess.Popen(
-            [*command, f"--workdir={place / 'run'}"], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            [*command, f"--workdir={run_folder / 'run'}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         ) as process:
             try:
                 seen = _seen(process.stdout)
             finally:
                 process.kill()
     if len(seen["epochs"]) < 2:
-        last = (place / "stderr").read_text().strip().splitlines()[-1:] or ["no message"]
+        last = (run_folder / "stderr").read_text().strip().splitlines()[-1:] or ["no message"]
         raise AvjaxError(f"the training ended before its second line about epochs: {last[0]}")
-    events = [tuple(json.loads(line)) for line in (place / "events").read_text().splitlines()]
+    events = [tuple(json.loads(line)) for line in (run_folder / "events").read_text().splitlines()]
     (_, called), losses = ([at for name, at, _ in events if name == what][:2] for what in (_CALLED, _LOSSES))
     stepped = losses[0] - (losses[1] - called)
-    features = [("features", at, at - begun) for at in seen["features"]]
-    return Start(stepped - begun, seen["epochs"][0] - begun, split([*events, *features], begun, stepped))
+    features = [("features", at, at - began) for at in seen["features"]]
+    return Start(stepped - began, seen["epochs"][0] - began, split([*events, *features], began, stepped))
 
 
 def _seen(lines: Iterable[str]) -> dict[str, list[float]]:
-    """When the line about the features came, and the first two about epochs."""
+    """Returns the times of the line about the features and of the first two about epochs."""
     seen: dict[str, list[float]] = {"features": [], "epochs": []}
     for line in lines:
         if " classes; " in line:
@@ -142,12 +152,12 @@ def _seen(lines: Iterable[str]) -> dict[str, list[float]]:
     return seen
 
 
-def split(events: Iterable[Event], begun: float, until: float) -> dict[str, float]:
-    """Seconds of each of PARTS between `begun` and `until`, and of "other": together all of it."""
-    cuts, inside = [begun, until], {part: [] for part in PARTS}
+def split(events: Iterable[Event], began: float, until: float) -> dict[str, float]:
+    """Divides the time between `began` and `until` among PARTS and "other", in seconds."""
+    cuts, inside = [began, until], {part: [] for part in PARTS}
     for name, end, seconds in events:
         for part in (part for part, names in PARTS.items() if name in names):
-            span = max(end - seconds, begun), min(end, until)
+            span = max(end - seconds, began), min(end, until)
             if span[0] < span[1]:
                 inside[part].append(span)
                 cuts += span
@@ -167,7 +177,7 @@ def split(events: Iterable[Event], begun: float, until: float) -> dict[str, floa
 
 
 def main() -> None:
-    """`avjax.train`, noting events in the file that the first argument names; it may be killed at any time."""
+    """Runs `avjax.train` and writes its events to the file given first; may be killed at any time."""
     with open(sys.argv.pop(1), "w", buffering=1) as file:
 
         def note(what: str, seconds: float, **_) -> None:
@@ -187,7 +197,7 @@ def main() -> None:
 
 
 def telling(function: Callable, tell: Callable[[], None]) -> Callable:
-    """A function that tells when it is called."""
+    """Wraps a function so that each call first calls `tell`."""
 
     def called(*args, **kwargs):
         tell()
@@ -197,17 +207,17 @@ def telling(function: Callable, tell: Callable[[], None]) -> Callable:
 
 
 def timed(load: Callable, note: Callable[[str, float], None]) -> Callable:
-    """An `__import__` that notes the seconds of each import that is not part of another."""
+    """Wraps an `__import__` so that it notes the seconds of each outermost import."""
     depth = 0
 
     def loaded(*args, **kwargs):
         nonlocal depth
-        depth, begun = depth + 1, time.monotonic()
+        depth, began = depth + 1, time.monotonic()
         try:
             return load(*args, **kwargs)
         finally:
             depth -= 1
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - began
             if not depth and seconds > _SHORTEST:
                 note("imports", seconds)
 

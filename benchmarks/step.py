@@ -1,9 +1,9 @@
-"""Step: one training step of each model as avjax compiles it, against an equivalent module in PyTorch.
+"""Times one training step of each model as avjax compiles it, against an equivalent module in PyTorch.
 
-A step is the answer, the model's own loss, its gradient and Adam's update, on a batch of made-up features without
-padding that lies on the device, in float32. Both sides are given the same weights and make the same step: without
-dropout, and with norms by their running statistics. PyTorch runs eagerly, and on accelerators by `torch.compile` too,
-which compiles all but Adam. Only what is restated is compared; the columns of the others are empty.
+A step is the forward pass, the model's own loss, its gradient and Adam's update, in float32, on a batch of made-up
+features without padding that lies on the device. Both sides have the same weights and make the same step: without
+dropout, and with norms by their running statistics. PyTorch runs eagerly, and on accelerators also under
+`torch.compile`, which compiles all but Adam. Models without a PyTorch counterpart have empty columns for it.
 """
 
 import dataclasses
@@ -49,28 +49,28 @@ TABLE = {
 }
 _FILES = (torch_fusions, torch_baselines, torch_towers, torch_sequences, torch_systems)
 RESTATED: dict[str, Restated] = {name: restated for file in _FILES for name, restated in file.RESTATED.items()}
-# Not those whose weights are files.
+# Without the model whose weights are files.
 MODELS = tuple(name for name in models.REGISTRY if name != "etg_aver_raw")
 CLASSES, BATCH, TURNS = 7, 32, 8
 # Steps and width of each stream.
 SHAPES = {"text": (20, 300), "audio": (50, 74), "video": (50, 35), "flow": (50, 35)}
 _RATE = 1e-4
-# The bounds on the difference of ways, as shares of the standard deviation: of logits, and of what an update changes in
-# them. Adam's first updates are as large where a gradient is rounding alone.
+# Bounds on the difference between ways, relative to the standard deviation: of logits, and of what an update changes in
+# them. Adam's first updates are as large where a gradient is rounding error alone.
 _TOLERANCE, _UPDATE_TOLERANCE = 1e-3, 1e-2
-# Makes a step and gives the logits that it began with, by head, when all is there.
+# Makes a step and returns the logits before its update, by head, once everything is computed.
 Step = Callable[[], Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model that is measured.
+    """A size in which a model is measured.
 
     Attributes:
       name: of the row.
-      settings: those of its configuration that differ.
+      settings: those that differ from the model's configuration.
       shapes: steps and width of each stream that differs from SHAPES.
-      more: what else its batch has: name → shape.
+      more: further arrays of its batch: name → shape.
     """
 
     name: str = "default"
@@ -79,13 +79,13 @@ class Size:
     more: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
-# The streams of the systems' presets (`avjax.features.presets`): the papers' for clips of CREMA-D, MELD and
-# RAVDESS, and `lite`.
+# Streams of the systems' presets (`avjax.features.presets`): the papers', for clips of CREMA-D, MELD and RAVDESS, and
+# `lite`.
 _ETG = {"text": (48, 768), "audio": (50, 768), "video": (8, 768)}
 _LITE = {"text": (40, 384), "audio": (30, 56), "video": (16, 79)}
 _DE_III = {"audio": (125, 1024), "video": (75, 1408), "flow": (75, 1408)}
 _EMOASST = {"text": (1, 512), "audio": (150, 768), "video": (24, 512)}
-# Models whose default is not all that is measured.
+# Models that are measured in other sizes than the default.
 SIZES: dict[str, tuple[Size, ...]] = {
     "etg_aver": (Size("paper", {"width": 768, "summary": "first"}, _ETG), Size("lite", {"width": 128}, _LITE)),
     "emoasst": (
@@ -99,7 +99,7 @@ SIZES: dict[str, tuple[Size, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What all ways are given, arrays on the host; `restated` is None where PyTorch cannot be measured."""
+    """The inputs of all ways, arrays on the host; `restated` is None where PyTorch cannot be measured."""
 
     name: str
     model: Model
@@ -112,12 +112,16 @@ def measure(name: str, repeats: int, say: Callable[[str], None]) -> list[dict[st
     """Times training steps of one of MODELS in each way, in turn, after checking that they compute the same.
 
     Args:
-      repeats: how often each way is timed; say: is told about the progress.
+      name: of the model.
+      repeats: how often each way is timed.
+      say: called with progress messages.
+
     Returns:
       A row for each of its sizes: model, size, streams with their shapes, batch (clips), parameters (ours), repeats,
-      calls (the number timed at once). For each way (avjax; pytorch; compiled = by torch.compile): seconds_min,
-      seconds_median and seconds_max of one step, per_second (clips), compile_seconds (what a first step takes longer
-      than the next); and two speed-ups of ours (ratios of medians). Figures that do not exist are "".
+      calls (per timing). For each way (avjax; pytorch; compiled = by torch.compile): seconds_min, seconds_median and
+      seconds_max of one step, per_second (clips), compile_seconds (first step minus second step); and our two speed-ups
+      (ratios of medians). Missing figures are "".
+
     Raises:
       AvjaxError: the ways do not compute the same.
     """
@@ -125,12 +129,12 @@ def measure(name: str, repeats: int, say: Callable[[str], None]) -> list[dict[st
 
 
 def sizes(name: str) -> tuple[Size, ...]:
-    """Those in which a model is measured."""
+    """Returns the sizes in which a model is measured."""
     return SIZES.get(name, (Size(),))
 
 
 def measure_size(name: str, size: Size, repeats: int, say: Callable[[str], None]) -> dict[str, object]:
-    """The row of one size; see `measure`."""
+    """Returns the row of one size; see `measure`."""
     case, who = make_case(name, size), f"{name} ({size.name})"
     say(f"{who}: compiling")
     with jax.default_matmul_precision("float32"):
@@ -159,7 +163,7 @@ def _tell(say: Callable[[str], None], who: str, repeat: str, name: str, seconds:
 
 
 def make_case(name: str, size: Size) -> Case:
-    """The model of that size, random weights and a batch."""
+    """Builds the model of that size, with random weights and a batch."""
     model = models.build(_model_settings(name, size.settings), CLASSES)
     restated = RESTATED.get(name)
     batch = made_up(model, SHAPES | (restated.shapes if restated else {}) | size.shapes, size.more)
@@ -168,7 +172,7 @@ def make_case(name: str, size: Size) -> Case:
 
 
 def _model_settings(name: str, given: Mapping[str, Any]) -> EtgAverSettings | FusionSettings:
-    """Gives the settings of a model: the paper's but for those that are given."""
+    """Returns the settings of a model: the paper's, updated by `given`."""
     if name == "etg_aver":
         return dataclasses.replace(configs.settings("configs/etg_mafw.py").model, **given)
     if name == "emoasst":
@@ -181,7 +185,7 @@ def _model_settings(name: str, given: Mapping[str, Any]) -> EtgAverSettings | Fu
 def made_up(
     model: Model, shapes: Mapping[str, tuple[int, ...]], more: Mapping[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    """Noise with labels, no step padded; of a model of conversations the clips are those of `TURNS` turns each."""
+    """Makes noise with labels, no step padded; models of conversations get clips in conversations of `TURNS` turns."""
     rng = np.random.default_rng(0)
     clips = (BATCH // TURNS, TURNS) if model.turns else (BATCH,)
     batch = {s: rng.standard_normal((*clips, *shapes[s]), np.float32) for s in model.streams}
@@ -192,7 +196,7 @@ def made_up(
 
 
 def random_variables(shapes: Any) -> Any:
-    """Weights that let a signal through, and no bias zero, no factor one: what is mistaken for another shows."""
+    """Draws weights that keep the signal's scale; no bias is zero and no scale one, so that any mix-up shows."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -204,23 +208,23 @@ def random_variables(shapes: Any) -> Any:
 
 
 def check_agreement(who: str, ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> None:
-    """The logits of the first two steps are the same, as far as theirs have our heads.
+    """Checks that the logits of the first two steps are the same, for the heads that `theirs` has.
 
     Raises:
       AvjaxError: they are not.
     """
     for head in theirs[0]:
-        (a, b), (c, d) = ([np.asarray(answer[head]) for answer in answers] for answers in (ours, theirs))
+        (a, b), (c, d) = ([np.asarray(output[head]) for output in outputs] for outputs in (ours, theirs))
         _same(f"{who}: the logits of {head!r}", a, c, _TOLERANCE)
         _same(f"{who}: what an update changes in the logits of {head!r}", b - a, d - c, _UPDATE_TOLERANCE)
 
 
 def _same(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
-    found = np.abs(ours - theirs).max() / theirs.std()
-    if not found < tolerance:
+    difference = np.abs(ours - theirs).max() / theirs.std()
+    if not difference < tolerance:
         raise AvjaxError(
-            f"{what} differ from avjax's by {found:.2g} of the standard deviation, expected less than {tolerance}; "
-            "they do not compute the same, so their times cannot be compared"
+            f"{what} differ from avjax's by {difference:.2g} of the standard deviation, expected less than "
+            f"{tolerance}; they do not compute the same, so their times cannot be compared"
         )
 
 
@@ -228,34 +232,36 @@ def _same(what: str, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> 
 
 
 def make_ways(case: Case) -> list[Way]:
-    """The ways that can be measured here, ours first, each two steps old and checked to make ours.
+    """Makes the available ways, ours first, each after two steps that are checked to be ours.
 
     Raises:
       AvjaxError: as of `check_agreement`.
     """
-    ours, answers = started(AVJAX, our_step(case), compiles=True)
+    ours, outputs = started(AVJAX, our_step(case), compiles=True)
     ways = [ours]
     for name in torch_ways(case):
         way, others = started(name, torch_step(case, compiled=name == COMPILED), compiles=name == COMPILED)
-        check_agreement(f"{case.name}: {name}", answers, others)
+        check_agreement(f"{case.name}: {name}", outputs, others)
         ways.append(way)
     return ways
 
 
 def torch_ways(case: Case) -> list[str]:
+    """Returns the names of the available ways in PyTorch."""
     if case.restated is None:
         return []
     return [PYTORCH] if torch_device() == "cpu" else [PYTORCH, COMPILED]
 
 
 def started(name: str, step: Step, *, compiles: bool) -> tuple[Way, list[Mapping[str, Any]]]:
-    """A way that has made two steps, and what they gave."""
-    answers: list[Mapping[str, Any]] = []
-    way = encoders.started(name, lambda: answers.append(step()), compiles=compiles)
-    return dataclasses.replace(way, run=step), answers
+    """Makes two steps in a new way; returns it and their logits."""
+    outputs: list[Mapping[str, Any]] = []
+    way = encoders.started(name, lambda: outputs.append(step()), compiles=compiles)
+    return dataclasses.replace(way, run=step), outputs
 
 
 def our_step(case: Case) -> Step:
+    """Makes our step on the case's batch."""
     program, state, given = our_program(case)
 
     def run():
@@ -267,10 +273,7 @@ def our_step(case: Case) -> Step:
 
 
 def our_program(case: Case) -> tuple[Callable[..., tuple[Any, Mapping[str, jax.Array]]], Any, tuple]:
-    """Our step, (state, *given) → (state, logits), which takes the memory of the state; the first state; what is given.
-
-    It is what `jax.jit` gives, and can be lowered and compiled as that can.
-    """
+    """Returns our jitted step, (state, *given) → (state, logits), which donates the state; a first state; `given`."""
     adam = optax.adam(_RATE)
     given = jax.device_put((case.batch, np.full(CLASSES, 1 / CLASSES, np.float32)))
     fixed = {k: v for k, v in case.variables.items() if k != "params"}
@@ -281,33 +284,33 @@ def our_program(case: Case) -> tuple[Callable[..., tuple[Any, Mapping[str, jax.A
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch, prior):
-        params, moments = state
+        params, opt_state = state
         grads, logits = jax.grad(mean_loss, has_aux=True)(params, batch, prior)
-        updates, moments = adam.update(grads, moments)
-        return (optax.apply_updates(params, updates), moments), logits
+        updates, opt_state = adam.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), opt_state), logits
 
     params = jax.device_put(case.variables["params"])
     return step, (params, adam.init(params)), given
 
 
 def torch_step(case: Case, *, compiled: bool) -> Step:
-    """The step of what is restated."""
+    """Makes the step of the PyTorch counterpart."""
     import torch
 
     torch.set_num_threads(record.cores())
-    # GPUs round the factors of convolutions and LSTMs to fewer bits unless told not to.
+    # By default GPUs round the factors of convolutions and LSTMs to fewer bits.
     torch.backends.cudnn.allow_tf32 = False
-    place = lambda x: torch.tensor(x, device=torch_device())  # noqa: E731
-    state = {name: place(x) for name, x in case.restated.state(**case.variables).items()}
+    to_device = lambda x: torch.tensor(x, device=torch_device())  # noqa: E731
+    state = {name: to_device(x) for name, x in case.restated.state(**case.variables).items()}
     trained = [x.requires_grad_() for name, x in state.items() if torch_states.trains(name)]
-    inputs = {key: place(x) for key, x in case.batch.items()}
+    inputs = {key: to_device(x) for key, x in case.batch.items()}
     inputs |= {"label": inputs["label"].long()} | ({"vision": inputs["video"]} if "video" in inputs else {})
     settings, adam = _settings(case.model.module), torch.optim.Adam(trained, _RATE)
 
     def forward():
-        answers = case.restated.answers(state, inputs, settings)
-        logits = {_head(name): x for name, x in answers.items() if name.startswith("logits")}
-        return case.restated.loss(answers, inputs), logits
+        outputs = case.restated.forward(state, inputs, settings)
+        logits = {_head(name): x for name, x in outputs.items() if name.startswith("logits")}
+        return case.restated.loss(outputs, inputs), logits
 
     forward = torch.compile(forward, dynamic=False) if compiled else forward
 
@@ -322,12 +325,12 @@ def torch_step(case: Case, *, compiled: bool) -> Step:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """All fields of the module, and those of `torch.fusions` where it has them."""
+    """Returns all fields of the module, some also by the names in `torch.fusions`."""
     fields = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
     released = {"num_heads": "heads", "attn_mask": "causal"}
     return fields | {theirs: fields[ours] for theirs, ours in released.items() if ours in fields}
 
 
-def _head(answer: str) -> str:
-    """Our name of an answer: "logits" is that of the head "fusion", "logits_<head>" of another."""
-    return answer.removeprefix("logits").removeprefix("_") or "fusion"
+def _head(output: str) -> str:
+    """Returns our head of an output: "fusion" of "logits", <head> of "logits_<head>"."""
+    return output.removeprefix("logits").removeprefix("_") or "fusion"

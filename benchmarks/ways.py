@@ -1,4 +1,4 @@
-"""Ways to do the same work: what is timed, in turn, and whether PyTorch can be one of them."""
+"""Ways to do the same work, their timing in turn, and whether PyTorch is available."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,12 @@ from avjax.errors import AvjaxError
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to do the work; `run` does all of it. `compile_seconds` is None where nothing is compiled."""
+    """One way to do the work.
+
+    Attributes:
+      run: does all of it.
+      compile_seconds: None where nothing is compiled.
+    """
 
     name: str
     run: Callable[[], Any]
@@ -21,31 +26,31 @@ class Way:
 
 
 def interleaved(ways: Sequence[Way], repeats: int, tell: Callable[[str, str, float], None]) -> dict[str, list[float]]:
-    """Seconds of each run of each way, A B C A B C, so that a busy minute hits all alike."""
+    """Times each run of each way, A B C A B C, so that a busy minute affects all alike; returns seconds by way."""
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     for repeat in range(1, repeats + 1):
         for way in ways:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             way.run()
-            seconds[way.name].append(time.perf_counter() - begun)
+            seconds[way.name].append(time.perf_counter() - start)
             tell(f"{repeat}/{repeats}", way.name, seconds[way.name][-1])
     return seconds
 
 
-def chosen(flag: str, names: Sequence[str] | None, there: Iterable[str]) -> list[str]:
-    """What a flag names of what is there; None = all.
+def chosen(flag: str, names: Sequence[str] | None, available: Iterable[str]) -> list[str]:
+    """Returns the `names` that a flag gives, or all `available` where it gives none.
 
     Raises:
-      AvjaxError: there is none of such a name.
+      AvjaxError: a name is not available.
     """
-    there = list(there)
-    if unknown := [name for name in names or () if name not in there]:
-        raise AvjaxError(f"{flag}: {', '.join(unknown)} is not among {', '.join(there)}")
-    return list(names or there)
+    available = list(available)
+    if unknown := [name for name in names or () if name not in available]:
+        raise AvjaxError(f"{flag}: {', '.join(unknown)} is not among {', '.join(available)}")
+    return list(names or available)
 
 
 def no_pytorch() -> str:
-    """Why PyTorch cannot be measured on the device that JAX uses; "" where it can."""
+    """Returns why PyTorch cannot be measured on the device that JAX uses; "" where it can."""
     if importlib.util.find_spec("torch") is None:
         return "not installed"
     import torch
@@ -56,5 +61,5 @@ def no_pytorch() -> str:
 
 
 def torch_device() -> str:
-    """PyTorch's name of the device that JAX uses."""
+    """Returns PyTorch's name of the device that JAX uses."""
     return "cpu" if jax.default_backend() == "cpu" else "cuda"

@@ -33,6 +33,7 @@ def is_enforced(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Notes the processor time at the start of a test."""
     item.stash[_start] = cpu_seconds()
     return (yield)
 
@@ -41,6 +42,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fails a passed test that took more than its limit."""
     report = yield
     spent, allowed = cpu_seconds() - item.stash[_start], limit(item)
     if call.when == "teardown" and report.passed and spent > GRACE * allowed and is_enforced(item.config):

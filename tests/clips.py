@@ -32,6 +32,7 @@ def write_mp4(path: pathlib.Path, *, seconds=1.0, with_video=True, hz=220.0, fps
 
 
 def write_wav(path: pathlib.Path, *, seconds=1.0, hz=220.0) -> pathlib.Path:
+    """Writes `seconds` of a sine of `hz`."""
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
         file.writeframes(_sine(seconds, hz).tobytes())

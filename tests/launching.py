@@ -46,18 +46,22 @@ class Box:
             self.stand_in(name, "sys.exit(1)")
 
     def stand_in(self, name: str, then: str) -> None:
+        """Makes a program of that name that records its calls and runs the Python code `then`."""
         text = RECORDER.format(python=sys.executable, calls=str(self.calls_file), name=name, then=then)
         (self.path / name).write_text(text)
         (self.path / name).chmod(0o755)
 
     def environment(self, **more: str) -> dict[str, str]:
+        """Returns the environment variables, and `more`."""
         return {"PATH": str(self.path), "HOME": str(self.folder), "PYTHONPATH": str(self.folder), **more}
 
     def run(self, script, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+        """Runs a launcher."""
         command = ["bash", str(script), *arguments]
         return subprocess.run(command, env=self.environment(**more), capture_output=True, text=True, timeout=60)
 
     def calls(self) -> list[list[str]]:
+        """Returns the recorded calls."""
         return (
             [json.loads(line) for line in self.calls_file.read_text().splitlines()] if self.calls_file.exists() else []
         )
@@ -71,11 +75,13 @@ class Box:
 
 
 def shell_words(line: str) -> list[str]:
+    """Splits a line into words as a shell does."""
     done = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
     return done.stdout.split("\0")[:-1]
 
 
 def wait_for(condition, seconds: float = 10) -> None:
+    """Waits until `condition` is true."""
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not come"

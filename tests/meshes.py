@@ -40,6 +40,7 @@ SYSTEMS = {
 
 
 def features(system: str):
+    """Makes features for a system."""
     made = prompted.make(clips=24) if system == "emoasst" else synthetic.make(clips=24)
     both = {name: dict(part) for name, part in (("arrays", made.arrays), ("masks", made.masks))}
     for part in both.values():
@@ -88,6 +89,7 @@ def trained(system: str, preset: str, sizes: dict) -> dict[str, object]:
 
 
 def main(system: str, presets: list[str]) -> None:
+    """Prints a row of JSON for each preset."""
     jax.config.update("jax_disable_most_optimizations", True)
     assert jax.device_count() == 8
     for preset in presets:

@@ -39,6 +39,7 @@ def features(clips: int, seed: int = 0, more: int = 0) -> Features:
 
 
 def of_arrays(arrays, masks, names: tuple[str, ...] = NAMES) -> Features:
+    """Makes features of these arrays and masks."""
     clips = len(next(iter(arrays.values())))
     blank = {"folds": (), "content": "", "clips": [], "sentences": {}, "counts": {}, "made_by": {}}
     ids, label = [str(i) for i in range(clips)], np.zeros(clips, np.int32)

@@ -45,6 +45,7 @@ def folds(ids: list[str]) -> tuple[Fold, ...]:
 
 
 def settings(**more):
+    """Returns the settings of a small run."""
     chosen = {f"model__settings__{k}": v for k, v in SMALL.items()}
     chosen |= {"train__epochs": 2, "train__epochs_per_call": 2, "train__batch_size": 8, "train__seeds": (1,)}
     return configs.settings("configs/emoasst_folder.py", **chosen | more)
@@ -70,12 +71,15 @@ class Run:
         self.state = self.trainer.init(self.plan.lanes, self.data)
 
     def train(self) -> "Run":
+        """Trains all epochs; returns itself."""
         self.state, self.sums = self.trainer.epochs(self.state, self.plan.lanes, self.data, jnp.int32(1))
         return self
 
     def represented(self, data=None, **how) -> dict[str, np.ndarray]:
+        """Returns `fewshot.represent` of the run."""
         return fewshot.represent(self.model, self.state, self.data if data is None else data, **how)
 
 
 def equal(a, b) -> None:
+    """Asserts that two trees of arrays are equal."""
     jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -10,11 +10,13 @@ CONFUSION = [[6, 2, 2], [1, 8, 1], [0, 5, 15]]  # WAR 29/40, recalls .6 .8 .75
 
 
 def fold(name: str, seed: int, war: float, uar: float, **other) -> dict:
+    """Returns the record of a fold and seed."""
     sizes = {"n_train": 32, "n_val": 4, "n_test": 8, "speaker_overlap": 0, "best_epoch": 7}
     return {"fold": name, "seed": seed, "war": war, "uar": uar, **sizes, **other}
 
 
 def summary(folds: list[dict]) -> dict:
+    """Returns records with the mean and the standard deviation of their scores."""
     scores = {key: [f[key] for f in folds] for key in ("war", "uar")}
     return {
         "folds": folds,
@@ -47,12 +49,14 @@ def run(wars=(0.7, 0.8, 0.6), seeds=(0, 1), gain=0.0, **other) -> dict:
 
 
 def shown(table) -> str:
+    """Renders a table as text."""
     console = Console(file=io.StringIO(), width=160)
     console.print(table)
     return console.file.getvalue()
 
 
 def lines_with(text: str, *words: str) -> list[str]:
+    """Returns the lines that contain all `words`."""
     return [line for line in text.splitlines() if all(word in line for word in words)]
 
 

@@ -17,6 +17,7 @@ from tests import exported
 
 
 def main() -> None:
+    """Runs the smoke run."""
     commands = import_all()
     for command in commands:  # in separate processes, as their flags have the same names
         subprocess.run([sys.executable, "-m", command, "--help"], check=True, stdout=subprocess.DEVNULL)

@@ -1,1 +1,1 @@
-"""Our models, and the published ones, restated in plain PyTorch: what the benchmarks compare with."""
+"""Plain PyTorch versions of our models and of published ones, which the benchmarks compare with."""

@@ -1,4 +1,4 @@
-"""The Conformer with Transformer-XL's positions restated in plain PyTorch, by the conventions of `layers`.
+"""The Conformer with Transformer-XL's positions in plain PyTorch, by the conventions of `layers`.
 
 Shapes: b clip, n step (r offset between two), h head, d width.
 """
@@ -13,7 +13,7 @@ from benchmarks.torch.layers import State, Tensor, convolution, joint_projection
 
 
 def conformer(state: State, name: str, heads: int, x: Tensor) -> Tensor:
-    """One block (Gulati et al. 2020, Eq. 1): (b, n, d) → (b, n, d)."""
+    """Computes one block (Gulati et al. 2020, Eq. 1): (b, n, d) → (b, n, d)."""
     x = x + 0.5 * _feed_forward(state, f"{name}.first", x)
     x = x + _relative_attention(state, f"{name}.attention", heads, layer_norm(state, f"{name}.attention_norm", x))
     x = x + _convolved(state, f"{name}.convolution", x)
@@ -38,26 +38,26 @@ def _convolved(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def _relative_attention(state: State, name: str, heads: int, x: Tensor) -> Tensor:
-    """Transformer-XL's (Dai et al. 2019, section 3.3), of x (b, n, d)."""
+    """Computes Transformer-XL's attention (Dai et al. 2019, section 3.3) over x (b, n, d)."""
     split = lambda x: x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # noqa: E731
     query, key, value = (split(part) for part in joint_projections(state, name, x, None))  # b h n d
-    place = split(linear(state, f"{name}.position", _offsets(*x.shape[1:], x.device)))  # h r d
+    relative_key = split(linear(state, f"{name}.position", _offsets(*x.shape[1:], x.device)))  # h r d
     content = (query + state[f"{name}.content_bias"][:, None]) @ key.mT
-    position = _shifted((query + state[f"{name}.position_bias"][:, None]) @ place.mT)
+    position = _shifted((query + state[f"{name}.position_bias"][:, None]) @ relative_key.mT)
     weights = ((content + position) * query.shape[-1] ** -0.5).softmax(-1)
     return linear(state, f"{name}.out", (weights @ value).transpose(1, 2).flatten(2))
 
 
 @functools.cache
 def _offsets(steps: int, width: int, device) -> Tensor:
-    """Sinusoids (r, d) of the offsets from n − 1 down to 1 − n."""
+    """Returns sinusoids (r, d) of the offsets from n − 1 down to 1 − n."""
     import torch
 
     return torch.from_numpy(interleaved_sinusoids(np.arange(steps - 1, -steps, -1), width)).to(device)
 
 
 def _shifted(scores: Tensor) -> Tensor:
-    """Scores (b, h, n, r) of offsets as those (b, h, n, n) of steps (appendix B)."""
+    """Shifts scores of offsets (b, h, n, r) to scores of steps (b, h, n, n) (appendix B)."""
     from torch.nn import functional
 
     b, h, n, r = scores.shape

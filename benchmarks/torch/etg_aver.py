@@ -1,4 +1,4 @@
-"""ETG-AVER (`full`) and its training loop in plain, eager PyTorch: the yardstick for avjax's compiled lanes.
+"""ETG-AVER (`full`) and its training loop in plain, eager PyTorch: the baseline for avjax's compiled lanes.
 
 Written as a PyTorch user would: tensors on the device, shuffled indices, `AdamW`, `LambdaLR`, one run after another.
 The equations are the paper's, numbered as in `avjax.models.etg_aver`; without dropout, as in `configs/etg_mafw.py`.
@@ -28,11 +28,13 @@ Batch = Mapping[str, Tensor]
 
 
 class EtgAver(nn.Module):
-    """Reads `<stream> (b, n, w)` with zeros under False of `<stream>_mask (b, n)`; gives {head: logits (b, c)}.
+    """Maps `<stream> (b, n, w)`, zero where `<stream>_mask (b, n)` is False, to {head: logits (b, c)}.
 
     Args:
-      inputs: width w of each stream; config: the `model` part of a configuration, of which only what `full` leaves
-        open is read: width, segment_count, temperature, summary.
+      inputs: width w of each stream.
+      classes: number of classes c.
+      config: the `model` part of a configuration, of which only what `full` leaves open is read: width, segment_count,
+        temperature, summary.
     """
 
     def __init__(self, inputs: Mapping[str, int], classes: int, config):
@@ -48,6 +50,7 @@ class EtgAver(nn.Module):
         self.head = nn.ModuleDict({name: nn.Linear(width, classes) for name in ("fusion", *STREAMS)})
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns the logits of all heads."""
         masks = {s: batch[f"{s}_mask"] for s in STREAMS}
         steps = {s: self.project[s](batch[s]) * masks[s][..., None] for s in STREAMS}
         vectors = {"text": steps["text"][:, 0] if self.first else masked_mean(steps["text"], masks["text"])}
@@ -59,13 +62,13 @@ class EtgAver(nn.Module):
         return {name: head(vectors[name]) for name, head in self.head.items()}
 
     def guided(self, stream: str, summary: Tensor, has_text: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-        """Eqs. 3–4: x (b, n, d), its steps weighed by their cosine to the mapped text summary (b, d)."""
+        """Computes Eqs. 3–4: weighs the steps of x (b, n, d) by their cosine to the mapped text summary (b, d)."""
         similarity = F.cosine_similarity(self.guide[stream](summary)[:, None], x, dim=-1) * has_text[:, None]
         weights = masked_softmax(similarity / self.temperature, mask)
         return x * (weights * mask.sum(-1, keepdim=True))[..., None]
 
     def fused(self, steps: Batch, masks: Batch) -> Tensor:
-        """Eq. 5: text asks, audio is asked, video answers (audio where there is no video); (b, d)."""
+        """Computes Eq. 5, (b, d): queries of text, keys of audio, values of video (of audio where it is missing)."""
         audio, heard = segments(steps["audio"], masks["audio"], self.segment_count)
         video, seen = segments(steps["video"], masks["video"], self.segment_count)
         sighted = seen.any(-1, keepdim=True)
@@ -79,17 +82,17 @@ class EtgAver(nn.Module):
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """(b, n, d) → (b, d) over the True steps; zeros where there is none."""
+    """Averages (b, n, d) over the True steps to (b, d); zeros where there is none."""
     return (x * mask[..., None]).sum(1) / mask.sum(1).clamp(min=1)[:, None]
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis among the True entries; zeros where there is none."""
+    """Applies a softmax over the True entries of the last axis; zeros where there is none."""
     return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
 
 
 def segments(x: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Averages of `count` equal, possibly overlapping spans of each clip: (b, g, d) and whether a span has a step."""
+    """Averages `count` equal, possibly overlapping spans of each clip: (b, g, d) and whether a span has a step."""
     step = torch.arange(x.shape[1], device=x.device)
     span = torch.arange(count, device=x.device)[:, None]
     length = ((step + 1) * mask).amax(-1)[:, None, None]  # (b, 1, 1)
@@ -100,7 +103,7 @@ def segments(x: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def loss(logits: Mapping[str, Tensor], batch: Batch, weights: Mapping[str, float]) -> Tensor:
-    """Eqs. 6–7: (b,), the weighted cross entropies of all heads; a modality that a clip lacks costs nothing there."""
+    """Computes Eqs. 6–7: (b,), the weighted cross entropies of all heads, 0 for modalities that a clip lacks."""
     total = torch.zeros_like(batch["label"], dtype=torch.float32)
     for head, values in logits.items():
         term = weights[head] * F.cross_entropy(values, batch["label"], reduction="none")
@@ -109,7 +112,7 @@ def loss(logits: Mapping[str, Tensor], batch: Batch, weights: Mapping[str, float
 
 
 def head_weights(config) -> dict[str, float]:
-    """Head → factor of Eq. 7; `config` is the `model` part of a configuration."""
+    """Returns head → factor of Eq. 7; `config` is the `model` part of a configuration."""
     return dict(zip(("fusion", *STREAMS), config.loss_weights, strict=True))
 
 
@@ -118,7 +121,7 @@ def head_weights(config) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One fold with one seed: indices of its clips, as `int64` tensors on the device."""
+    """A fold with a seed: indices of its clips, as `int64` tensors on the device."""
 
     train: Tensor
     val: Tensor
@@ -128,7 +131,7 @@ class Run:
 
 @dataclasses.dataclass
 class Trained:
-    """What a run ends with: test logits (n, c) by the best parameters, updates made, one row per epoch."""
+    """The result of a run: test logits (n, c) by the best parameters, updates made, one row per epoch."""
 
     logits: np.ndarray
     steps: int
@@ -136,13 +139,13 @@ class Trained:
 
 
 def streams(data: Resident, device: str) -> dict[str, Tensor]:
-    """The resident clips of avjax as tensors, labels int64."""
+    """Converts the resident clips of avjax to tensors, labels to int64."""
     out = {name: torch.from_numpy(np.array(values)) for name, values in data.streams.items()}
     return {name: values.to(device) for name, values in (out | {"label": out["label"].long()}).items()}
 
 
 def runs(plan: LanePlan, device: str) -> list[Run]:
-    """The lanes of avjax without their padding, one run each."""
+    """Converts the lanes of avjax to runs, without their padding."""
     lanes = jax.device_get(plan.lanes)
     out = []
     for i, (_, seed) in enumerate(plan.names):
@@ -152,19 +155,21 @@ def runs(plan: LanePlan, device: str) -> list[Run]:
 
 
 def new_model(streams: Batch, classes: int, seed: int, config) -> EtgAver:
-    """A model with PyTorch's own initial values, on the device of the streams."""
+    """Builds a model with PyTorch's own initial values, on the device of the streams."""
     torch.manual_seed(seed)
     inputs = {s: streams[s].shape[-1] for s in STREAMS}
     return EtgAver(inputs, classes, config).to(streams["text"].device)
 
 
 def fit(model: EtgAver, streams: Batch, run: Run, config) -> Trained:
-    """Trains `model` on one run, keeps the best epoch by validation UAR, then loss, and answers the test clips.
+    """Trains `model` on one run, keeps the best epoch by validation UAR, then loss, and predicts the test clips.
 
     Args:
+      model: trained by the call.
       streams: all clips on the device: `<stream>`, `<stream>_mask` and `label` (int64).
-      config: a whole training configuration as `configs/etg_mafw.py`: warm-up and cosine decay, selection by
-        validation. There is no early stopping here.
+      run: the clips to train, validate and test on.
+      config: a full training configuration such as `configs/etg_mafw.py`: warm-up and cosine decay, selection by
+        validation. Early stopping is not supported.
     """
     streams = standardised(streams, run.train)
     weights = head_weights(config.model)
@@ -186,10 +191,11 @@ def fit(model: EtgAver, streams: Batch, run: Run, config) -> Trained:
         if (uar, -val_loss) > best_score:
             best, best_score = copy.deepcopy(model.state_dict()), (uar, -val_loss)
     model.load_state_dict(best)
-    return Trained(answers(model, streams, run.test)["fusion"].cpu().numpy(), steps, rows)
+    return Trained(predict(model, streams, run.test)["fusion"].cpu().numpy(), steps, rows)
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, value: Tensor, clip_norm: float) -> None:
+    """Updates the parameters by the clipped gradient of `value`."""
     optimizer.zero_grad()
     value.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
@@ -199,8 +205,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, value: Tensor, cl
 def optimizer_of(
     model: nn.Module, clips: int, config
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a linear warm-up and a cosine decay by the share of the run that is done, as
-    `avjax.training.optim`."""
+    """Returns AdamW and its schedule: linear warm-up and cosine decay by progress, as `avjax.training.optim`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     total = config.epochs * math.ceil(clips / config.batch_size)
 
@@ -214,11 +219,12 @@ def optimizer_of(
 
 
 def take(streams: Batch, index: Tensor) -> dict[str, Tensor]:
+    """Selects clips."""
     return {name: values[index] for name, values in streams.items()}
 
 
 def standardised(streams: Batch, counted: Tensor) -> dict[str, Tensor]:
-    """Audio and video with mean 0 and standard deviation 1 over the valid steps of the clips `counted`."""
+    """Standardises audio and video to mean 0 and standard deviation 1 over the valid steps of the clips `counted`."""
     out = dict(streams)
     for s in ("audio", "video"):
         x, mask = streams[s], streams[f"{s}_mask"]
@@ -229,16 +235,16 @@ def standardised(streams: Batch, counted: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def answers(model: EtgAver, streams: Batch, index: Tensor) -> dict[str, Tensor]:
-    """{head: (n, c)} for the clips `index (n,)`, in batches."""
+def predict(model: EtgAver, streams: Batch, index: Tensor) -> dict[str, Tensor]:
+    """Returns {head: logits (n, c)} for the clips `index (n,)`, in batches."""
     model.eval()
     parts = [model(take(streams, part)) for part in index.split(_EVAL_BATCH)]
     return {head: torch.cat([p[head] for p in parts]) for head in parts[0]}
 
 
 def evaluate(model: EtgAver, streams: Batch, index: Tensor, weights: Mapping[str, float]) -> tuple[float, float]:
-    """UAR of the fusion head and mean loss over the clips `index`."""
-    logits = answers(model, streams, index)
+    """Returns UAR of the fusion head and mean loss over the clips `index`."""
+    logits = predict(model, streams, index)
     batch = take({name: values for name, values in streams.items() if name not in STREAMS}, index)
     hit = (logits["fusion"].argmax(-1) == batch["label"]).float()
     classes = F.one_hot(batch["label"], logits["fusion"].shape[-1]).float()  # (n, c)
@@ -251,7 +257,7 @@ def evaluate(model: EtgAver, streams: Batch, index: Tensor, weights: Mapping[str
 
 
 def from_flax(params: Mapping) -> dict[str, Tensor]:
-    """Parameters (or gradients) of one lane of `avjax.models.etg_aver` as a `state_dict` of `EtgAver`."""
+    """Converts parameters (or gradients) of one lane of `avjax.models.etg_aver` to a `state_dict` of `EtgAver`."""
     out = {}
     for name, value in flax.traverse_util.flatten_dict(params, sep=".").items():
         ours = name.replace("_", ".").replace(".map", "").replace("kernel", "weight")

@@ -1,9 +1,9 @@
-"""Released fusions restated in plain PyTorch, in evaluation: what ours are held to, in numbers and in time.
+"""Released fusions in plain PyTorch, in evaluation mode: the reference for ours, in numbers and in time.
 
 A system is a function of its tensors by their released names, its inputs (<stream> (b, n, w) without padding; some call
-video "vision") and its released settings, of which only "num_heads" and "attn_mask" are read. It gives its answers by
-name: "logits", or "logits_<stream>" of a stream's own head, and vectors on the way there.
-Shapes: b clip, n step of a stream (q one that asks, k one that answers), d width, c class.
+video "vision") and its released settings, of which only "num_heads" and "attn_mask" are read. It returns outputs by
+name: "logits", or "logits_<stream>" of a stream's own head, and intermediate vectors.
+Shapes: b clip, n step of a stream (q queries, k keys), d width, c class.
 """
 
 import math
@@ -18,27 +18,28 @@ State = Mapping[str, Tensor]
 
 
 def linear(state: State, name: str, x: Tensor) -> Tensor:
-    """A linear layer, or a convolution over single steps."""
+    """Applies a linear layer, or a convolution over single steps."""
     from torch.nn import functional
 
     return functional.linear(x, state[f"{name}.weight"].flatten(1), state.get(f"{name}.bias"))
 
 
 def layer_norm(state: State, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Applies a layer norm over the last axis."""
     from torch.nn import functional
 
     return functional.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
 
 def batch_norm(state: State, name: str, x: Tensor) -> Tensor:
-    """By the running statistics; channels are axis 1."""
+    """Applies a batch norm by its running statistics; channels are axis 1."""
     from torch.nn import functional
 
     return functional.batch_norm(x, *(state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, admitted: Tensor | None = None) -> Tensor:
-    """query (b, q, d), key (b, k, d), value (b, k, e), True of `admitted` (q, k) where it may ask → (b, q, e)."""
+    """Attends from query (b, q, d) to key (b, k, d) and value (b, k, e) where `admitted` (q, k): (b, q, e)."""
     from torch.nn import functional
 
     split = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
@@ -46,7 +47,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, admitted: T
 
 
 def recurrent(state: State, name: str, suffix: str = "") -> list[Tensor]:
-    """The weights of an LSTM as PyTorch's functions take them."""
+    """Returns the weights of an LSTM in the order of PyTorch's functions."""
     return [state[f"{name}.{k}{suffix}"] for k in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
 
 
@@ -54,7 +55,7 @@ def recurrent(state: State, name: str, suffix: str = "") -> list[Tensor]:
 
 
 def unimodal(state: State, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vectors (b, d) of text, audio and video; sound and picture are averaged over their steps."""
+    """Returns the vectors (b, d) of text, audio and video; audio and video are averaged over their steps."""
     import torch
 
     weights = recurrent(state, "text_subnet.rnn", "_l0")
@@ -70,14 +71,14 @@ def unimodal(state: State, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_one(x: Tensor) -> Tensor:
-    """(b, d) → (b, 1 + d), ones in front."""
+    """Prepends ones: (b, d) → (b, 1 + d)."""
     from torch.nn import functional
 
     return functional.pad(x, (1, 0), value=1.0)
 
 
 def lmf(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """LMF (Liu et al., ACL 2018)."""
+    """Computes LMF (Liu et al., ACL 2018)."""
     import torch
 
     vectors = unimodal(state, inputs)
@@ -87,7 +88,7 @@ def lmf(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str,
 
 
 def tfn(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """TFN (Zadeh et al., EMNLP 2017)."""
+    """Computes TFN (Zadeh et al., EMNLP 2017)."""
     import torch
 
     vectors = unimodal(state, inputs)
@@ -104,7 +105,7 @@ def tfn(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str,
 
 
 def mfn(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """MFN (Zadeh et al., AAAI 2018), one step after another; the streams have equally many."""
+    """Computes MFN (Zadeh et al., AAAI 2018) step by step; all streams have equally many."""
     import torch
 
     def two(x, name):
@@ -121,8 +122,8 @@ def mfn(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str,
             hidden[s], cell[s] = torch.lstm_cell(x[:, t], (hidden[s], cell[s]), *cells[s])
         both = torch.cat([before, *cell.values()], 1)
         attended = two(both, "att1").softmax(1) * both
-        known = torch.cat([attended, memory], 1)
-        retain, update = (two(known, name).sigmoid() for name in ("gamma1", "gamma2"))
+        joint = torch.cat([attended, memory], 1)
+        retain, update = (two(joint, name).sigmoid() for name in ("gamma1", "gamma2"))
         memory = retain * memory + update * two(attended, "att2").tanh()
     states = torch.cat([*hidden.values(), memory], 1)
     return {"logits": linear(state, "out_fc2", linear(state, "out_fc1", states).relu()), "L": states}
@@ -131,31 +132,31 @@ def mfn(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str,
 # ---- Crossmodal transformers: MulT and AuxFormer --------------------------------------------------------------------
 
 
-def embedded(x: Tensor, placed: bool) -> Tensor:
-    """Scaled steps (b, n, d) plus sinusoids of the numbers of those whose first channel is not zero."""
+def embedded(x: Tensor, positioned: bool) -> Tensor:
+    """Scales steps (b, n, d) and adds sinusoids of the positions of those whose first channel is not zero."""
     import torch
 
     width = x.shape[-1]
-    if not placed:
+    if not positioned:
         return math.sqrt(width) * x
-    place = (torch.arange(1, x.shape[1] + 1, device=x.device) * (x[..., 0] != 0))[..., None]
+    position = (torch.arange(1, x.shape[1] + 1, device=x.device) * (x[..., 0] != 0))[..., None]
     rate = torch.exp(torch.arange(width // 2, device=x.device) * (-math.log(10000) / (width // 2 - 1)))
-    waves = torch.cat([(place * rate).sin(), (place * rate).cos()], -1)
-    return math.sqrt(width) * x + waves * (place > 0)
+    waves = torch.cat([(position * rate).sin(), (position * rate).cos()], -1)
+    return math.sqrt(width) * x + waves * (position > 0)
 
 
 def encoder(
-    state: State, name: str, hyper: Mapping, x: Tensor, source: Tensor | None = None, placed: bool = True
+    state: State, name: str, hyper: Mapping, x: Tensor, source: Tensor | None = None, positioned: bool = True
 ) -> Tensor:
-    """Steps (b, q, d) that ask source (b, k, d) or else themselves, in as many layers as there are."""
+    """Attends from steps (b, q, d) to source (b, k, d), or to themselves, in all layers of the state."""
     import torch
 
-    x, source = embedded(x, placed), None if source is None else embedded(source, placed)
+    x, source = embedded(x, positioned), None if source is None else embedded(source, positioned)
     q, k = x.shape[1], (x if source is None else source).shape[1]
     admitted = torch.ones(q, k, dtype=torch.bool, device=x.device).tril(abs(k - q)) if hyper["attn_mask"] else None
     i = 0
     while (layer := f"{name}.layers.{i}") + ".fc1.weight" in state:
-        keep, add = _shares(state, layer)
+        keep, add = _residual_weights(state, layer)
         asking = layer_norm(state, f"{layer}.layer_norms.0", x)
         asked = asking if source is None else layer_norm(state, f"{layer}.layer_norms.0", source)
         x = keep * x + add * joint_attention(state, f"{layer}.self_attn", asking, asked, hyper["num_heads"], admitted)
@@ -165,14 +166,14 @@ def encoder(
     return layer_norm(state, f"{name}.layer_norm", x)
 
 
-def _shares(state: State, layer: str) -> tuple:
-    """What a residual keeps and what it adds: 1 and 1, but in AuxFormer's mixed layers."""
+def _residual_weights(state: State, layer: str) -> tuple:
+    """Returns the factors of a residual and of its branch: 1 and 1, except in AuxFormer's mixed layers."""
     keep = state.get(f"{layer}.alpha")
     return (1, 1) if keep is None else (keep, 1 - keep)
 
 
 def joint_attention(state: State, name: str, x: Tensor, source: Tensor, heads: int, admitted: Tensor | None) -> Tensor:
-    """Attention whose query, key and value stand in one matrix."""
+    """Applies attention with query, key and value in one matrix."""
     from torch.nn import functional
 
     weight, bias = (state[f"{name}.in_proj_{k}"].chunk(3) for k in ("weight", "bias"))
@@ -181,7 +182,7 @@ def joint_attention(state: State, name: str, x: Tensor, source: Tensor, heads: i
 
 
 def residual(state: State, x: Tensor, *names: str) -> Tensor:
-    """A vector and what a perceptron, ReLU between its layers, makes of it."""
+    """Adds a vector and the output of a perceptron with ReLU between its layers."""
     *hidden, out = names
     y = x
     for name in hidden:
@@ -190,7 +191,7 @@ def residual(state: State, x: Tensor, *names: str) -> Tensor:
 
 
 def mult(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """MulT (Tsai et al., ACL 2019)."""
+    """Computes MulT (Tsai et al., ACL 2019)."""
     import torch
 
     raw = {"l": inputs["text"], "a": inputs["audio"], "v": inputs["vision"]}
@@ -204,12 +205,12 @@ def mult(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str
 
 
 def auxformer(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """AuxFormer (Goncalves and Busso, ICASSP 2022); video has the width of the system."""
+    """Computes AuxFormer (Goncalves and Busso, ICASSP 2022); video has the width of the system."""
     import torch
 
     def met(own, cross, x, source):
         x = encoder(state, cross, hyper, x, source)
-        return encoder(state, own, hyper, x, placed=False)[:, -1]
+        return encoder(state, own, hyper, x, positioned=False)[:, -1]
 
     audio, video = linear(state, "conv_1d_a", inputs["audio"]), inputs["video"]
     seen = met("trans_v_mem", "trans_v_with_a", video, audio)
@@ -217,7 +218,7 @@ def auxformer(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dic
     out = {"logits": linear(state, "out_layer", residual(state, joint, "proj1", "proj2"))}
     for stream, name, x in (("audio", "a_mem", audio), ("video", "v_mem", video)):
         for _ in range(3):
-            x = encoder(state, name, hyper, x, placed=False)
+            x = encoder(state, name, hyper, x, positioned=False)
         hidden = residual(state, x[:, -1], "proj_aux1", "proj_aux2", "proj_aux3")
         out[f"logits_{stream}"] = linear(state, "out_layer_aux", hidden)
     return out
@@ -227,27 +228,27 @@ def auxformer(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dic
 
 
 def uavm(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """UAVM (Gong et al., IEEE Signal Processing Letters 2022); streams have as many steps as there are positions."""
-    answers = {}
+    """Computes UAVM (Gong et al., IEEE Signal Processing Letters 2022); streams have as many steps as positions."""
+    outputs = {}
     for stream, own in (("audio", "a_trans"), ("video", "v_trans")):
         x = inputs[stream]
         for stack in (own, "s_trans"):
             x = _positioned(state, stack, x, hyper["num_heads"])
-        answers[f"logits_{stream}"] = linear(
+        outputs[f"logits_{stream}"] = linear(
             state, "s_trans.mlp_head.1", layer_norm(state, "s_trans.mlp_head.0", x.mean(1), 1e-6)
         )
-    return answers
+    return outputs
 
 
 def _positioned(state: State, stack: str, x: Tensor, heads: int) -> Tensor:
-    """Norm, projection where the width differs, positions, layers."""
+    """Applies a norm, a projection where the width differs, positions, and the layers."""
     from torch.nn import functional
 
-    places = state[f"buffer/{stack}.pos_embed"]
+    positions = state[f"buffer/{stack}.pos_embed"]
     x = layer_norm(state, f"{stack}.in_layernorm", x, 1e-6)
-    if x.shape[-1] != places.shape[-1]:
+    if x.shape[-1] != positions.shape[-1]:
         x = linear(state, f"{stack}.in_proj", x)
-    x, i = x + places, 0
+    x, i = x + positions, 0
     while (block := f"{stack}.blocks.{i}") + ".norm1.weight" in state:
         parts = linear(state, f"{block}.attn.qkv", layer_norm(state, f"{block}.norm1", x)).chunk(3, -1)
         x = x + linear(state, f"{block}.attn.proj", attention(*parts, heads))
@@ -261,7 +262,7 @@ def _positioned(state: State, stack: str, x: Tensor, heads: int) -> Tensor:
 
 
 def mmer_ia(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """Intermediate attention (Chumachenko et al., ICPR 2022), on vectors of frames."""
+    """Computes intermediate attention (Chumachenko et al., ICPR 2022) on vectors of frames."""
     import torch
 
     audio, video = _stage(state, 0, inputs["audio"], inputs["video"])
@@ -271,36 +272,39 @@ def mmer_ia(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[
         key = (other @ state[f"{block}.kv.weight"].chunk(2)[0].T).unflatten(-1, (hyper["num_heads"], -1))
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
         gates[block] = scores.softmax(-1).mean(1).sum(1)[..., None]  # b k 1
-    return _answer(state, *_stage(state, 1, audio * gates["va1"], video * gates["av1"]))
+    return _classified(state, *_stage(state, 1, audio * gates["va1"], video * gates["av1"]))
 
 
 def mmer_it(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """Intermediate transformer (the same paper)."""
-    return _answer(state, *_met_between(state, inputs, hyper))
+    """Computes the intermediate transformer (the same paper)."""
+    return _classified(state, *_met_between(state, inputs, hyper))
 
 
 def mmer_lt(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """Late transformer (the same paper)."""
+    """Computes the late transformer (the same paper)."""
     audio, video = _stage(state, 1, *_stage(state, 0, inputs["audio"], inputs["video"]))
-    asking = _asking(state, "av", audio, video, hyper), _asking(state, "va", video, audio, hyper)
-    return _answer(state, *asking)
+    asking = _cross_attention(state, "av", audio, video, hyper), _cross_attention(state, "va", video, audio, hyper)
+    return _classified(state, *asking)
 
 
 def avtca_released(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> dict[str, Tensor]:
-    """AVT-CA's released code: the intermediate transformer, and a self-attention that both streams share."""
+    """Computes AVT-CA's released code: the intermediate transformer, and a self-attention that both streams share."""
     streams = _met_between(state, inputs, hyper)
     heads = hyper["num_heads"]
-    return _answer(state, *(joint_attention(state, "finalAttention", x, x, heads, None) for x in streams))
+    return _classified(state, *(joint_attention(state, "finalAttention", x, x, heads, None) for x in streams))
 
 
 def _met_between(state: State, inputs: Mapping[str, Tensor], hyper: Mapping) -> tuple[Tensor, Tensor]:
     audio, video = _stage(state, 0, inputs["audio"], inputs["video"])
-    heard, seen = _asking(state, "av1", audio, video, hyper), _asking(state, "va1", video, audio, hyper)
+    heard, seen = (
+        _cross_attention(state, "av1", audio, video, hyper),
+        _cross_attention(state, "va1", video, audio, hyper),
+    )
     return _stage(state, 1, audio + heard, video + seen)
 
 
 def _stage(state: State, stage: int, audio: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Two convolutions over time of each stream (b, n, d); the maximum over two steps follows those of sound."""
+    """Applies two convolutions over time to each stream (b, n, d), in audio each with a maximum over two steps."""
     from torch.nn import functional
 
     def convolve(name, x, padding):
@@ -314,8 +318,8 @@ def _stage(state: State, stage: int, audio: Tensor, video: Tensor) -> tuple[Tens
     return audio.mT, video.mT
 
 
-def _asking(state: State, name: str, x: Tensor, other: Tensor, hyper: Mapping) -> Tensor:
-    """What x (b, q, d) gets by asking other (b, k, e): (b, q, d)."""
+def _cross_attention(state: State, name: str, x: Tensor, other: Tensor, hyper: Mapping) -> Tensor:
+    """Attends from x (b, q, d) to other (b, k, e): (b, q, d)."""
     from torch.nn import functional
 
     parts = linear(state, f"{name}.attn.kv", layer_norm(state, f"{name}.norm1_k", other)).chunk(2, -1)
@@ -325,24 +329,24 @@ def _asking(state: State, name: str, x: Tensor, other: Tensor, hyper: Mapping) -
     return x + linear(state, f"{name}.mlp.fc2", hidden)
 
 
-def _answer(state: State, audio: Tensor, video: Tensor) -> dict[str, Tensor]:
-    """Means over time of (b, n, d), joined, classified."""
+def _classified(state: State, audio: Tensor, video: Tensor) -> dict[str, Tensor]:
+    """Classifies the joined means over time of (b, n, d)."""
     import torch
 
     return {"logits": linear(state, "classifier_1.0", torch.cat((audio.mean(1), video.mean(1)), -1))}
 
 
-# As many steps as others have; as wide as the system, which maps no pictures; as many steps as there are positions.
+# Equal steps in all streams; video as wide as the system, which does not project it; as many steps as positions.
 _EQUAL = {"text": (20, 300), "audio": (20, 74), "video": (20, 35)}
 _AS_WIDE = {"video": (50, 50)}
-_PLACES = {"audio": (30, 74), "video": (30, 35)}
+_POSITIONS = {"audio": (30, 74), "video": (30, 35)}
 RESTATED: dict[str, Restated] = {
     "lmf": Restated(lmf, torch_states.lmf),
     "tfn": Restated(tfn, torch_states.tfn),
     "mfn": Restated(mfn, torch_states.mfn, _EQUAL),
     "mult": Restated(mult, torch_states.mult),
     "auxformer": Restated(auxformer, torch_states.auxformer, _AS_WIDE),
-    "uavm": Restated(uavm, torch_states.uavm, _PLACES),
+    "uavm": Restated(uavm, torch_states.uavm, _POSITIONS),
     "mmer_ia": Restated(mmer_ia, torch_states.mmer_ia),
     "mmer_it": Restated(mmer_it, torch_states.mmer_it),
     "mmer_lt": Restated(mmer_lt, torch_states.mmer_lt),

@@ -1,8 +1,8 @@
-"""Layers of our baselines in plain PyTorch, and our variables as their tensors.
+"""Layers of our baselines in plain PyTorch, and the conversion of our variables to their tensors.
 
-As in `fusions` a system is a function of its tensors by name, in evaluation, its inputs without padding. Names
+As in `fusions` a system is a function of its named tensors, in evaluation mode, on inputs without padding. Names
 are those of `restated.tensors`, but for attention and LSTMs, which have PyTorch's.
-Shapes: b clip, n step of a stream (q one that asks, k one that answers), d width.
+Shapes: b clip, n step of a stream (q queries, k keys), d width.
 """
 
 import math
@@ -23,9 +23,9 @@ STREAMS = ("text", "audio", "video")
 
 
 def named(params: Mapping, batch_stats: Mapping | None = None) -> dict[str, np.ndarray]:
-    """Our variables as of `tensors`, except that query, key and value stand in one matrix, "in_proj_weight".
+    """Converts our variables as `tensors`, with query, key and value joined in one matrix, "in_proj_weight".
 
-    An LSTM has PyTorch's four tensors, of which ours lacks "bias_hh": it is zero.
+    An LSTM has PyTorch's four tensors; ours lacks "bias_hh", which is zero.
     """
     state = tensors(params, batch_stats)
     for at in [name.removesuffix("query.weight") for name in state if name.endswith(".query.weight")]:
@@ -44,7 +44,7 @@ def named(params: Mapping, batch_stats: Mapping | None = None) -> dict[str, np.n
 
 
 def lstm(state: State, *names: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """An LSTM, or two with the second from behind: states (b, n, d) and the last (b, d) of x (b, n, w), ways joined."""
+    """Runs an LSTM, or a bidirectional pair, over x (b, n, w): states (b, n, d) and the last (b, d)."""
     import torch
 
     weights = [tensor for name in names for tensor in recurrent(state, name)]
@@ -54,14 +54,14 @@ def lstm(state: State, *names: str, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def convolution(state: State, name: str, x: Tensor, groups: int = 1) -> Tensor:
-    """Over the steps of x (b, n, d), zeros around them, an odd kernel: (b, n, d)."""
+    """Convolves the steps of x (b, n, d) with an odd kernel and zero padding: (b, n, d)."""
     from torch.nn import functional
 
     return functional.conv1d(x.mT, state[f"{name}.weight"], state.get(f"{name}.bias"), padding="same", groups=groups).mT
 
 
 def joint_projections(state: State, name: str, x: Tensor, source: Tensor | None) -> tuple[Tensor, ...]:
-    """Query of x, key and value of `source`, or of x where it is None."""
+    """Projects x to queries, and `source`, or x where it is None, to keys and values."""
     from torch.nn import functional
 
     weight, bias = state[f"{name}.in_proj_weight"], state.get(f"{name}.in_proj_bias")
@@ -75,37 +75,38 @@ def joint_projections(state: State, name: str, x: Tensor, source: Tensor | None)
 def attend(
     state: State, name: str, heads: int, x: Tensor, source: Tensor | None = None, admitted: Tensor | None = None
 ) -> Tensor:
-    """x (b, q, d) asks source (b, k, d), or itself: (b, q, d)."""
+    """Attends from x (b, q, d) to source (b, k, d), or to itself: (b, q, d)."""
     return linear(state, f"{name}.out", attention(*joint_projections(state, name, x, source), heads, admitted))
 
 
 def pre_norm(
     state: State, name: str, heads: int, x: Tensor, source: Tensor | None = None, admitted: Tensor | None = None
 ) -> Tensor:
-    """A layer that normalises before each branch; a `source` (b, k, d) is normalised as x (b, q, d) is."""
+    """Applies a layer with a norm before each branch; a `source` (b, k, d) has the same norm as x (b, q, d)."""
     normal = lambda x: layer_norm(state, f"{name}.attention_norm", x)  # noqa: E731
-    asked = None if source is None else normal(source)
-    x = x + attend(state, f"{name}.attention", heads, normal(x), asked, admitted)
+    attended = None if source is None else normal(source)
+    x = x + attend(state, f"{name}.attention", heads, normal(x), attended, admitted)
     return x + feed_forward(state, name, layer_norm(state, f"{name}.norm", x))
 
 
 def post_norm(state: State, name: str, heads: int, x: Tensor, source: Tensor | None = None) -> Tensor:
-    """A layer that normalises each sum; given a `source` (b, k, d) it asks that too, as a decoder's does."""
+    """Applies a layer with a norm after each sum; with a `source` (b, k, d) it is a decoder layer."""
     x = layer_norm(state, f"{name}.attention_norm", x + attend(state, f"{name}.attention", heads, x))
     if source is not None:
-        asked = attend(state, f"{name}.source_attention", heads, x, source)
-        x = layer_norm(state, f"{name}.source_norm", x + asked)
+        attended = attend(state, f"{name}.source_attention", heads, x, source)
+        x = layer_norm(state, f"{name}.source_norm", x + attended)
     return layer_norm(state, f"{name}.norm", x + feed_forward(state, name, x))
 
 
 def feed_forward(state: State, name: str, x: Tensor) -> Tensor:
+    """Applies two linear layers with a ReLU between them."""
     return linear(state, f"{name}.down", linear(state, f"{name}.up", x).relu())
 
 
 def encoder(
     state: State, name: str, settings: Mapping, x: Tensor, admitted: Tensor | None = None, source: Tensor | None = None
 ) -> Tensor:
-    """Layers of a stream by itself, or asking a source, on scaled steps with sinusoids, and a last norm."""
+    """Applies layers of self-attention, or of attention to a source, to scaled steps with sinusoids, then a norm."""
     x, source = (None if steps is None else math.sqrt(steps.shape[-1]) * steps + waves(steps) for steps in (x, source))
     for i in range(settings["layers"]):
         x = pre_norm(state, f"{name}.layer_{i}", settings["heads"], x, source, admitted)
@@ -113,7 +114,7 @@ def encoder(
 
 
 def waves(x: Tensor) -> Tensor:
-    """Sinusoids (n, d) of the steps of x (b, n, d), the first of which is 1."""
+    """Returns sinusoids (n, d) of the steps of x (b, n, d), numbered from 1."""
     import torch
 
     n, width = x.shape[1:]
@@ -123,7 +124,7 @@ def waves(x: Tensor) -> Tensor:
 
 
 def spans(x: Tensor, count: int) -> Tensor:
-    """Averages of `count` equal spans, overlapping where they must: (b, n, d) → (b, count, d)."""
+    """Averages `count` equal spans, overlapping where necessary: (b, n, d) → (b, count, d)."""
     from torch.nn import functional
 
     return functional.adaptive_avg_pool1d(x.mT, count).mT

@@ -1,4 +1,4 @@
-"""The encoders of transformers, in PyTorch: made at random, given our inputs, asked for their features."""
+"""The encoders of transformers in PyTorch, with random weights, run on our inputs."""
 
 import tempfile
 from pathlib import Path
@@ -12,7 +12,7 @@ from benchmarks.ways import torch_device
 
 
 def new(config: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """The encoder of a configuration, of random weights, for evaluation; and the tensors of its checkpoint file."""
+    """Builds an encoder of random weights for evaluation; returns it and the tensors of its checkpoint file."""
     import torch
     import transformers
 
@@ -24,19 +24,19 @@ def new(config: Any) -> tuple[Any, dict[str, np.ndarray]]:
     model.eval()
     if config.model_type in ("efficientnet", "perceiver"):
         _revive(model)
-    # By way of the file: its names are the hub's, those in memory change with transformers.
+    # Through the file: its names are the hub's, while those in memory change with transformers.
     with tempfile.TemporaryDirectory(prefix="avjax-") as folder:
         model.save_pretrained(folder)
         tensors = formats.read(Path(folder) / "model.safetensors")
     model = model.get_encoder() if config.is_encoder_decoder else model
     pooler = getattr(model, "pooler", None)
     if pooler is not None and any(True for _ in pooler.parameters()):
-        model.pooler = None  # a product that ours does not make
+        model.pooler = None  # ours has none
     return model, tensors
 
 
 def _revive(model: Any) -> None:
-    """Weights that let a signal through to the end; transformers' own start makes it vanish."""
+    """Draws weights that keep the signal's scale; with transformers' initial ones it vanishes."""
     import torch
 
     for module in model.modules():
@@ -47,26 +47,26 @@ def _revive(model: Any) -> None:
 
 
 def placed(thing: Any, dtype: str) -> Any:
-    """A model or a tensor on PyTorch's device, of `dtype`."""
+    """Moves a model or a tensor to PyTorch's device, with `dtype`."""
     import torch
 
     return thing.to(torch_device(), getattr(torch, dtype))
 
 
 def inputs(ours: np.ndarray, dtype: str) -> Any:
-    """Our inputs as the originals take them, on their device: told apart by rank and kind."""
+    """Converts our inputs to those of the originals, on their device, according to rank and dtype."""
     import torch
 
-    there = torch.from_numpy(ours)
-    if there.ndim == 4:
-        there = there.permute(0, 3, 1, 2).contiguous()
-    if there.ndim == 5:
-        there = _patches(there)
-    return placed(there, dtype) if ours.dtype.kind == "f" else there.long().to(torch_device())
+    tensor = torch.from_numpy(ours)
+    if tensor.ndim == 4:
+        tensor = tensor.permute(0, 3, 1, 2).contiguous()
+    if tensor.ndim == 5:
+        tensor = _patches(tensor)
+    return placed(tensor, dtype) if ours.dtype.kind == "f" else tensor.long().to(torch_device())
 
 
 def _patches(pairs: Any) -> Any:
-    """Pairs of pictures (b, 2, h, w, 3) → (b, 2, 27, h, w), the 3x3 pixels about each, as Perceiver IO takes them."""
+    """Gathers the 3x3 pixels around each of pairs (b, 2, h, w, 3), as Perceiver IO takes them: (b, 2, 27, h, w)."""
     import torch
 
     padded = torch.nn.functional.pad(pairs, (0, 0, 1, 1, 1, 1))
@@ -74,17 +74,17 @@ def _patches(pairs: Any) -> Any:
     return windows.permute(0, 1, 5, 6, 4, 2, 3).flatten(2, 4).contiguous()
 
 
-def asked(model: Any, there: Any) -> Any:
-    """The original's features (b, s, d), when they are there."""
-    answer = model(there)
-    if "last_hidden_state" not in answer:
-        return finished(answer.logits.flatten(1, 2))  # flow, (b, h, w, 2)
-    features = answer.last_hidden_state
-    return finished(features if features.ndim == 3 else features.flatten(2).mT)  # of a convolutional one (b, d, h, w)
+def features(model: Any, tensor: Any) -> Any:
+    """Returns the original's features (b, s, d), once computed."""
+    output = model(tensor)
+    if "last_hidden_state" not in output:
+        return finished(output.logits.flatten(1, 2))  # flow, (b, h, w, 2)
+    hidden = output.last_hidden_state
+    return finished(hidden if hidden.ndim == 3 else hidden.flatten(2).mT)  # convolutional: (b, d, h, w)
 
 
 def finished(tensor: Any) -> Any:
-    """The tensor, when it is computed."""
+    """Returns the tensor, once it is computed."""
     if tensor.is_cuda:
         import torch
 

@@ -1,4 +1,4 @@
-"""Baselines on sequences restated in plain PyTorch, by the conventions of `layers`.
+"""Baselines on sequences in plain PyTorch, by the conventions of `layers`.
 
 Shapes: b clip, n step of a stream, d width.
 """
@@ -10,14 +10,14 @@ from benchmarks.torch.layers import State, Tensor, attend, convolution, encoder,
 from benchmarks.torch.restated import Restated, mean_of_heads
 
 Inputs = Mapping[str, Tensor]
-Answers = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 
 
 # ---- Three branches -----------------------------------------------------------------------------------------------
 
 
-def three_branch(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """John and Kawanishi, ICPR 2022."""
+def three_branch(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes the model of John and Kawanishi, ICPR 2022."""
     import torch
 
     first, second = settings["streams"]
@@ -32,8 +32,8 @@ def three_branch(state: State, inputs: Inputs, settings: Mapping) -> Answers:
 # ---- MMA-DFER -----------------------------------------------------------------------------------------------------
 
 
-def mma_dfer(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """Chumachenko, Iosifidis, Gabbouj, CVPR Workshops 2024, on feature sequences."""
+def mma_dfer(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes MMA-DFER (Chumachenko, Iosifidis, Gabbouj, CVPR Workshops 2024) on feature sequences."""
     import torch
 
     x = {s: linear(state, f"project_{s}", inputs[s]) for s in settings["streams"]}
@@ -45,8 +45,8 @@ def mma_dfer(state: State, inputs: Inputs, settings: Mapping) -> Answers:
     *others, last = settings["streams"]
     token = state["class_token"].expand(len(x[last]), 1, -1)
     steps = torch.cat([token, x[last]], 1) + sum(x[s].mean(1, keepdim=True) for s in others)
-    heard = _layer(state, "temporal", settings["heads"], steps[:, :1], steps, approximate="tanh")
-    return {"logits": linear(state, "head", heard[:, 0])}
+    token = _layer(state, "temporal", settings["heads"], steps[:, :1], steps, approximate="tanh")
+    return {"logits": linear(state, "head", token[:, 0])}
 
 
 def _layer(  # noqa: PLR0913 - the settings of PyTorch's layer
@@ -58,7 +58,7 @@ def _layer(  # noqa: PLR0913 - the settings of PyTorch's layer
     eps: float = 1e-5,
     approximate: str = "none",
 ) -> Tensor:
-    """A layer with GELU that normalises before each branch, its source as itself."""
+    """Applies a layer with GELU and a norm before each branch, the same for its source."""
     from torch.nn import functional
 
     asking, asked = (
@@ -82,8 +82,8 @@ def _bottleneck(state: State, name: str, steps: Mapping[str, Tensor]) -> dict[st
 # ---- C3D and LSTM -------------------------------------------------------------------------------------------------
 
 
-def c3d_lstm(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """Convolutions and LSTMs, the video a feature sequence."""
+def c3d_lstm(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Applies convolutions and LSTMs, on a video feature sequence."""
     import torch
 
     steps = {s: inputs[s] for s in settings["streams"]}
@@ -96,8 +96,8 @@ def c3d_lstm(state: State, inputs: Inputs, settings: Mapping) -> Answers:
 # ---- LADDER -------------------------------------------------------------------------------------------------------
 
 
-def ladder(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """Goncalves and Busso, ICASSP 2023; without noise what the decoders rebuild is what they read."""
+def ladder(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes LADDER (Goncalves and Busso, ICASSP 2023); without noise the decoders rebuild their own input."""
     import torch
 
     streams = settings["streams"]
@@ -113,12 +113,12 @@ def ladder(state: State, inputs: Inputs, settings: Mapping) -> Answers:
 
 
 def _climbed(state: State, stream: str, x: Tensor, count: int) -> list[Tensor]:
-    """The layers of a stream from its input up, each normalised."""
-    found = [_standard(x)]
+    """Returns the layers of a stream from its input up, each normalised."""
+    layers = [_standard(x)]
     for i in range(count):
-        below = found[-1].relu() if i else found[-1]
-        found.append(_standard(linear(state, f"{stream}_up_{i}", below)))
-    return found
+        below = layers[-1].relu() if i else layers[-1]
+        layers.append(_standard(linear(state, f"{stream}_up_{i}", below)))
+    return layers
 
 
 def _standard(x: Tensor) -> Tensor:
@@ -135,8 +135,9 @@ def _denoised(state: State, name: str, x: Tensor, above: Tensor) -> Tensor:
     return (x - mean) * curve(state[f"{name}.slope"]) + mean
 
 
-def ladder_loss(answers: Answers, inputs: Inputs) -> Tensor:
-    return mean_of_heads(answers, inputs) + answers["errors"].mean()
+def ladder_loss(outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Adds the reconstruction errors to the cross entropy."""
+    return mean_of_heads(outputs, inputs) + outputs["errors"].mean()
 
 
 RESTATED: dict[str, Restated] = {

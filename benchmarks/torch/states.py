@@ -1,9 +1,9 @@
-"""Parameters of our fusions as the tensors of the released systems: what `fusions` computes with.
+"""Converts parameters of our fusions to the tensors of the released systems, which `fusions` computes with.
 
-A function takes `params` and, where there are norms over a batch, `batch_stats`, nested dictionaries of arrays, and
-gives {released name: array}, without the tensors that no answer depends on. Where a released system has parameters that
-ours folds into others, they change nothing: a second bias is zero, a norm passes on what it is given. Those are not to
-be trained (`trains`), so that both sides make the same update.
+A function takes `params` and, with norms over a batch, `batch_stats`, nested dictionaries of arrays, and returns
+{released name: array}, without tensors that no output depends on. Parameters of a released system that ours folds into
+others are neutral: a second bias is zero, a norm is the identity. They are not trained (`trains`), so that both sides
+make the same update.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ _STREAMS = {"l": "text", "a": "audio", "v": "video"}
 
 
 def trains(name: str) -> bool:
-    """Whether ours has such a parameter: running statistics are none, and the rest of these is folded into others."""
+    """Returns whether ours has such a parameter: not running statistics or parameters that are folded into others."""
     return not any(part in name for part in ("running_", "bias_hh", "_subnet.norm."))
 
 
 def layers(named: Mapping[str, Params]) -> State:
-    """Linear layers, convolutions over time and norms by their released names."""
+    """Converts linear layers, convolutions over time and norms, given by their released names."""
     out = {}
     for name, params in named.items():
         out |= {f"{name}.{_KINDS[kind]}": values.T for kind, values in params.items()}
@@ -32,20 +32,20 @@ _KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runnin
 
 
 def _flat(layer: Params, inputs: int = 1) -> Params:
-    """A dense layer from and to heads as a plain one; `inputs` counts the axes that it reads."""
+    """Flattens a dense layer from and to heads; `inputs` counts its input axes."""
     kernel = layer["kernel"]
     flat = {"kernel": kernel.reshape(np.prod(kernel.shape[:inputs]), -1)}
     return flat | ({"bias": layer["bias"].reshape(-1)} if "bias" in layer else {})
 
 
 def _side_by_side(params: Params, *names: str) -> Params:
-    """Layers from the same vector to heads as one plain layer."""
+    """Joins layers from the same vector to heads into one dense layer."""
     flat = [_flat(params[name]) for name in names]
     return {kind: np.concatenate([layer[kind] for layer in flat], -1) for kind in flat[0]}
 
 
 def _attention(name: str, params: Params) -> State:
-    """Attention whose query, key and value stand in one matrix."""
+    """Converts attention to the layout with query, key and value in one matrix."""
     joint = _side_by_side(params, "query", "key", "value")
     out = layers({f"{name}.out_proj": _flat(params["out"], 2)})
     return out | {f"{name}.in_proj_weight": joint["kernel"].T, f"{name}.in_proj_bias": joint["bias"]}
@@ -61,7 +61,7 @@ def _lstm(name: str, params: Params, suffix: str = "") -> State:
 
 
 def _unimodal(params: Params) -> State:
-    """A norm stands before the first layer of sound and of picture; PyTorch adds 1e-5 to its variance."""
+    """Converts the unimodal parts; audio and video begin with a norm, to whose variance PyTorch adds 1e-5."""
     state = _lstm("text_subnet.rnn", params["text_states"], "_l0") | layers({"text_subnet.linear_1": params["text"]})
     for stream in ("audio", "video"):
         ones = np.ones(len(params[f"{stream}_0"]["kernel"]), np.float32)
@@ -72,12 +72,14 @@ def _unimodal(params: Params) -> State:
 
 
 def lmf(params: Params) -> State:
+    """Converts LMF."""
     factors = {f"{s}_factor": params[f"factor_{s}"] for s in _STREAMS.values()}
     fusion = {"fusion_weights": params["weights"], "fusion_bias": params["bias"][None]}
     return _unimodal(params["unimodal"]) | factors | fusion
 
 
 def tfn(params: Params) -> State:
+    """Converts TFN."""
     ours = ("hidden_0", "hidden_1", "head")
     return _unimodal(params["unimodal"]) | layers(
         {f"post_fusion_layer_{i}": params[name] for i, name in enumerate(ours, 1)}
@@ -88,6 +90,7 @@ def tfn(params: Params) -> State:
 
 
 def mfn(params: Params) -> State:
+    """Converts MFN."""
     state = layers({"out_fc1": params["output"], "out_fc2": params["head"]})
     for s, stream in _STREAMS.items():
         state |= _lstm(f"lstm_{s}", params[f"{stream}_states"])
@@ -114,6 +117,7 @@ def _encoder(name: str, params: Params) -> State:
 
 
 def mult(params: Params) -> State:
+    """Converts MulT."""
     fuse = params["fuse"]
     state = layers({"proj1": fuse["hidden_0"], "proj2": fuse["out"], "out_layer": params["head"]})
     for s, stream in _STREAMS.items():
@@ -125,6 +129,7 @@ def mult(params: Params) -> State:
 
 
 def auxformer(params: Params) -> State:
+    """Converts AuxFormer."""
     state = layers({"conv_1d_a": params["project_audio"]})
     for s, stream, o, other in (("a", "audio", "v", "video"), ("v", "video", "a", "audio")):
         state |= _encoder(f"{s}_mem", params[f"{stream}_alone"])
@@ -140,6 +145,7 @@ def auxformer(params: Params) -> State:
 
 
 def uavm(params: Params) -> State:
+    """Converts UAVM."""
     state = layers({"s_trans.mlp_head.0": params["head_norm"], "s_trans.mlp_head.1": params["head"]})
     for stack, ours in (("a_trans", "audio"), ("v_trans", "video"), ("s_trans", "shared")):
         state |= _positioned(stack, params[ours])
@@ -162,7 +168,7 @@ def _positioned(stack: str, params: Params) -> State:
 
 
 def mmer_ia(params: Params, batch_stats: Params) -> State:
-    """The lower half of a "kv" is there, and zero: the released attention has values that nothing reads."""
+    """Converts MMER's intermediate attention; the unused values of the released attention, half of a "kv", are zero."""
     state = _branches(params, batch_stats)
     for block, ours in (("av1", params["first_asks"]), ("va1", params["second_asks"])):
         key = _flat(ours["key"])["kernel"]
@@ -172,19 +178,30 @@ def mmer_ia(params: Params, batch_stats: Params) -> State:
 
 
 def mmer_it(params: Params, batch_stats: Params) -> State:
-    return _branches(params, batch_stats) | _asking("av1", params["first_asks"]) | _asking("va1", params["second_asks"])
+    """Converts MMER's intermediate transformer."""
+    return (
+        _branches(params, batch_stats)
+        | _cross_attention("av1", params["first_asks"])
+        | _cross_attention("va1", params["second_asks"])
+    )
 
 
 def mmer_lt(params: Params, batch_stats: Params) -> State:
-    return _branches(params, batch_stats) | _asking("av", params["first_asks"]) | _asking("va", params["second_asks"])
+    """Converts MMER's late transformer."""
+    return (
+        _branches(params, batch_stats)
+        | _cross_attention("av", params["first_asks"])
+        | _cross_attention("va", params["second_asks"])
+    )
 
 
 def avtca_released(params: Params, batch_stats: Params) -> State:
+    """Converts the released AVT-CA."""
     return mmer_it(params, batch_stats) | _attention("finalAttention", params["final"])
 
 
 def _branches(params: Params, batch_stats: Params) -> State:
-    """The convolutions of both streams, and the classifier."""
+    """Converts the convolutions of both streams, and the classifier."""
     state = layers({"classifier_1.0": params["head"]})
     for branch, ours in (("audio_model", "audio"), ("visual_model", "video")):
         for i in range(4):
@@ -194,7 +211,7 @@ def _branches(params: Params, batch_stats: Params) -> State:
     return state
 
 
-def _asking(name: str, params: Params) -> State:
+def _cross_attention(name: str, params: Params) -> State:
     attention = {"attn.q": _flat(params["query"]), "attn.kv": _side_by_side(params, "key", "value")}
     attention |= {"attn.proj": _flat(params["out"], 2), "norm1_q": params["query_norm"], "norm1_k": params["key_norm"]}
     rest = {"norm2": params["norm"], "mlp.fc1": params["up"], "mlp.fc2": params["down"]}

@@ -1,6 +1,6 @@
-"""ETG-AVER, EmoAsst, DE-III and AVT-CA restated in plain PyTorch, by the conventions of `layers`.
+"""ETG-AVER, EmoAsst, DE-III and AVT-CA in plain PyTorch, by the conventions of `layers`.
 
-Shapes: b clip, n step of a stream (q one that asks, k one that answers), d width, c class.
+Shapes: b clip, n step of a stream (q queries, k keys), d width, c class.
 """
 
 import functools
@@ -16,22 +16,22 @@ from benchmarks.torch.layers import State, Tensor, attend, joint_projections, na
 from benchmarks.torch.restated import Restated, sum_of_heads
 
 Inputs = Mapping[str, Tensor]
-Answers = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 
 # ---- ETG-AVER -----------------------------------------------------------------------------------------------------
 
 _ETG_WEIGHTS = {"fusion": 2.0, "text": 2.0, "audio": 1.0, "video": 1.0}  # Table V
 
 
-def etg_aver(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """`etg_aver.EtgAver` with these tensors for its parameters."""
+def etg_aver(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes `etg_aver.EtgAver` with these tensors as its parameters."""
     import torch
 
     read = ("classes", "width", "segment_count", "temperature", "summary")
     widths = {s: inputs[s].shape[-1] for s in settings["streams"]}
     module = _etg_module(tuple(widths.items()), *(settings[name] for name in read))
-    answers = torch.func.functional_call(module, dict(state), (inputs,))
-    return {f"logits_{head}".removesuffix("_fusion"): x for head, x in answers.items()}
+    outputs = torch.func.functional_call(module, dict(state), (inputs,))
+    return {f"logits_{head}".removesuffix("_fusion"): x for head, x in outputs.items()}
 
 
 @functools.cache
@@ -43,33 +43,35 @@ def _etg_module(widths: tuple, classes: int, width: int, segment_count: int, tem
 
 
 def etg_state(params: Mapping) -> dict[str, np.ndarray]:
+    """Converts our parameters to those of `etg_aver.EtgAver`."""
     from benchmarks.torch import etg_aver as torch_etg
 
     return {name: x.numpy() for name, x in torch_etg.from_flax(params).items()}
 
 
-def etg_loss(answers: Answers, inputs: Inputs) -> Tensor:
+def etg_loss(outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Returns the mean of the loss over clips, with the weights of Table V."""
     from benchmarks.torch import etg_aver as torch_etg
 
-    logits = {name.removeprefix("logits").removeprefix("_") or "fusion": x for name, x in answers.items()}
+    logits = {name.removeprefix("logits").removeprefix("_") or "fusion": x for name, x in outputs.items()}
     return torch_etg.loss(logits, inputs, _ETG_WEIGHTS).mean()
 
 
 # ---- EmoAsst ------------------------------------------------------------------------------------------------------
 
 
-def emoasst(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """Both branches; texts are those of the clips, as outside of training."""
+def emoasst(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes both branches; texts are those of the clips, as in evaluation."""
     heads, text = settings["heads"], _unit(inputs["text"].mean(1))
     frames = _fitting(state, "project_video", inputs["video"])
     alone = post_norm(state, "vfm.frame", heads, frames.flatten(0, 1)[:, None]).view_as(frames)
     query = state["query"] + _fitting(state, "project_text", text)[:, None]
     for i in range(2):
         query = post_norm(state, f"vfm.decoder_{i}", heads, query, alone)
-    sound = _fitting(state, "project_audio", inputs["audio"])
+    audio = _fitting(state, "project_audio", inputs["audio"])
     for i in range(3):
-        sound = post_norm(state, f"aa.block_{i}", heads, sound)
-    branches = {"video": query.mean(1), "audio": sound.mean(1)}
+        audio = post_norm(state, f"aa.block_{i}", heads, audio)
+    branches = {"video": query.mean(1), "audio": audio.mean(1)}
     features = {m: _unit(_fitting(state, f"express_{m}", x)) for m, x in branches.items()}
     classes = _unit(inputs["classes"])
     scores = {f"logits_{m}_zero": x @ classes.T / TEMPERATURE for m, x in features.items()}
@@ -77,7 +79,7 @@ def emoasst(state: State, inputs: Inputs, settings: Mapping) -> Answers:
 
 
 def _fitting(state: State, name: str, x: Tensor) -> Tensor:
-    """Through a linear layer where there is one."""
+    """Applies a linear layer where there is one."""
     return linear(state, name, x) if f"{name}.weight" in state else x
 
 
@@ -87,12 +89,13 @@ def _unit(x: Tensor) -> Tensor:
     return functional.normalize(x, dim=-1)
 
 
-def emoasst_loss(answers: Answers, inputs: Inputs) -> Tensor:
-    return _clip_loss(answers["video"], answers["text"]) + _supcon(answers["audio"], answers["text"], inputs["label"])
+def emoasst_loss(outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Returns the sum of both branches' losses."""
+    return _clip_loss(outputs["video"], outputs["text"]) + _supcon(outputs["audio"], outputs["text"], inputs["label"])
 
 
 def _clip_loss(x: Tensor, y: Tensor) -> Tensor:
-    """The symmetric loss of pairs (b, d)."""
+    """Returns the symmetric contrastive loss of pairs (b, d)."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -101,7 +104,7 @@ def _clip_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _supcon(x: Tensor, y: Tensor, label: Tensor) -> Tensor:
-    """Khosla et al. 2020, Eq. 2, over the features (b, d) of both modalities."""
+    """Computes Khosla et al. 2020, Eq. 2, over the features (b, d) of both modalities."""
     import torch
 
     z, label = torch.cat([x, y]), torch.cat([label, label])
@@ -115,7 +118,8 @@ def _supcon(x: Tensor, y: Tensor, label: Tensor) -> Tensor:
 # ---- DE-III -------------------------------------------------------------------------------------------------------
 
 
-def de_iii(state: State, inputs: Inputs, settings: Mapping) -> Answers:
+def de_iii(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes DE-III on sequences of features."""
     import torch
 
     encoded = {s: _encoded(state, s, inputs[s], settings) for s in settings["streams"]}
@@ -128,7 +132,7 @@ def de_iii(state: State, inputs: Inputs, settings: Mapping) -> Answers:
 
 
 def _encoded(state: State, stream: str, x: Tensor, settings: Mapping) -> Tensor:
-    """Eq. 1 of one stream."""
+    """Computes Eq. 1 for one stream."""
     x = linear(state, f"{stream}_input", x)
     for i in range(settings["depths"][stream]):
         x = conformer(state, f"{stream}_block_{i}", settings["heads"], x)
@@ -136,7 +140,7 @@ def _encoded(state: State, stream: str, x: Tensor, settings: Mapping) -> Tensor:
 
 
 def _pae(state: State, flow: Tensor, video: Tensor) -> Tensor:
-    """Eqs. 2–3."""
+    """Computes Eqs. 2–3."""
     import torch
 
     share = linear(state, "pae.weights", torch.cat([flow, video], -1)).softmax(-1)
@@ -144,7 +148,7 @@ def _pae(state: State, flow: Tensor, video: Tensor) -> Tensor:
 
 
 def _ife(state: State, name: str, x: Tensor, other: Tensor) -> Tensor:
-    """Eqs. 4–6: x (b, q, d) asks other (b, k, d)."""
+    """Computes Eqs. 4–6: attends from x (b, q, d) to other (b, k, d)."""
     query, key, value = joint_projections(state, name, x, other)
     x = x + (_unit(query) @ _unit(key).mT).softmax(-1) @ value
     return linear(state, f"{name}.down", linear(state, f"{name}.up", x).relu())
@@ -153,8 +157,8 @@ def _ife(state: State, name: str, x: Tensor, other: Tensor) -> Tensor:
 # ---- AVT-CA -------------------------------------------------------------------------------------------------------
 
 
-def avt_ca(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """As its paper has it, the video a feature sequence."""
+def avt_ca(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes AVT-CA as in its paper, on a video feature sequence."""
     heads = settings["heads"]
     audio = _avt_block(state, "audio_block", heads, _pooled(state, inputs["audio"]))
     video = _avt_block(state, "video_block", heads, linear(state, "video", inputs["video"]))
@@ -166,7 +170,7 @@ def avt_ca(state: State, inputs: Inputs, settings: Mapping) -> Answers:
 
 
 def _pooled(state: State, x: Tensor) -> Tensor:
-    """Eqs. 1a–1d: (b, n, w) → (b, ceil(n / 4), d)."""
+    """Computes Eqs. 1a–1d: (b, n, w) → (b, ceil(n / 4), d)."""
     from torch.nn import functional
 
     x = x.mT
@@ -177,7 +181,7 @@ def _pooled(state: State, x: Tensor) -> Tensor:
 
 
 def _avt_block(state: State, name: str, heads: int, x: Tensor) -> Tensor:
-    """Eqs. 2–6."""
+    """Computes Eqs. 2–6."""
     from torch.nn import functional
 
     x = layer_norm(state, f"{name}.norm", x + attend(state, f"{name}.attention", heads, x))

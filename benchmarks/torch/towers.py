@@ -1,4 +1,4 @@
-"""Our baselines of transformers restated in plain PyTorch, as `baselines` has the others.
+"""Our baselines of transformers in plain PyTorch, by the conventions of `baselines`.
 
 Shapes: b clip or conversation, u turn, n step, d width, c class.
 """
@@ -14,24 +14,24 @@ from benchmarks.torch.layers import STREAMS, State, Tensor, convolution, encoder
 from benchmarks.torch.restated import Restated, mean_of_heads, sum_of_heads
 
 Inputs = Mapping[str, Tensor]
-Answers = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 _PAIR = ("audio", "video")
 
 
 # ---- Towers: MMTM and MSAF ----------------------------------------------------------------------------------------
 
 
-def mmtm(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """MMTM (Joze et al., CVPR 2020) between transformers."""
+def mmtm(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes MMTM (Joze et al., CVPR 2020) between transformers."""
     return _towers(state, inputs, settings, _excited)
 
 
-def msaf(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """MSAF (Su et al. 2020) between transformers, blocks that divide the width."""
+def msaf(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes MSAF (Su et al. 2020) between transformers, with blocks that divide the width."""
     return _towers(state, inputs, settings, _split_attention)
 
 
-def _towers(state: State, inputs: Inputs, settings: Mapping, gate) -> Answers:
+def _towers(state: State, inputs: Inputs, settings: Mapping, gate) -> Outputs:
     import torch
 
     steps = {s: linear(state, f"project_{s}", inputs[s]) for s in STREAMS}
@@ -42,7 +42,7 @@ def _towers(state: State, inputs: Inputs, settings: Mapping, gate) -> Answers:
     return {"logits": linear(state, "head", torch.cat([x.mean(1) for x in steps.values()], -1))}
 
 
-def _excited(state: State, name: str, steps: Answers, settings: Mapping) -> Answers:
+def _excited(state: State, name: str, steps: Outputs, settings: Mapping) -> Outputs:
     import torch
 
     squeezed = torch.cat([x.mean(1) for x in steps.values()], -1)
@@ -51,17 +51,17 @@ def _excited(state: State, name: str, steps: Answers, settings: Mapping) -> Answ
     return {s: x * excited[s][:, None] for s, x in steps.items()}
 
 
-def _split_attention(state: State, name: str, steps: Answers, settings: Mapping) -> Answers:
+def _split_attention(state: State, name: str, steps: Outputs, settings: Mapping) -> Outputs:
     block = settings["block"]
     joint = sum(x.mean(1).unflatten(-1, (-1, block)).sum(1) for x in steps.values())
     joint = linear(state, f"{name}.joint", joint).relu()
     scores = linear(state, f"{name}.attention", joint).unflatten(-1, (-1, block))  # b g block
-    shares = scores.softmax(1).chunk(len(steps), 1)
-    return {s: x * share.flatten(1)[:, None] for (s, x), share in zip(steps.items(), shares, strict=True)}
+    weights = scores.softmax(1).chunk(len(steps), 1)
+    return {s: x * weight.flatten(1)[:, None] for (s, x), weight in zip(steps.items(), weights, strict=True)}
 
 
 def msaf_state(params: Mapping) -> dict[str, np.ndarray]:
-    """The layer that gives the shares of blocks has these outside and their channels inside."""
+    """Converts our parameters; the layer of the blocks' weights has blocks outside and their channels inside."""
 
     def turned(name: str, part: Mapping) -> Mapping:
         if not name.startswith("gate_"):
@@ -76,8 +76,8 @@ def msaf_state(params: Mapping) -> dict[str, np.ndarray]:
 # ---- Conversations: M2FNet ----------------------------------------------------------------------------------------
 
 
-def m2fnet(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """M2FNet (Chudasama et al., CVPRW 2022): beside the logits the turns (b, u, d) of each stream by its name."""
+def m2fnet(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes M2FNet (Chudasama et al., CVPRW 2022): logits, and the turns (b, u, d) of each stream by its name."""
     import torch
 
     alone = {s: _turns(state, s, inputs[s].mean(2), settings) for s in STREAMS}
@@ -89,30 +89,31 @@ def m2fnet(state: State, inputs: Inputs, settings: Mapping) -> Answers:
 
 
 def _turns(state: State, stream: str, x: Tensor, settings: Mapping) -> Tensor:
-    entered = x = linear(state, f"project_{stream}", x)
+    projected = x = linear(state, f"project_{stream}", x)
     for i in range(settings["layers"]):
         x = pre_norm(state, f"{stream}_{i}", settings["heads"], x)
-    return entered + x
+    return projected + x
 
 
 def _fused(state: State, name: str, heads: int, main: Tensor, other: Tensor) -> Tensor:
-    """The main stream asks and answers, the other is asked."""
+    """Attends with queries and values of the main stream and keys of the other."""
     import torch
     from torch.nn import functional
 
     weights, biases = (state[f"{name}.in_proj_{kind}"].chunk(3) for kind in ("weight", "bias"))
     parts = map(functional.linear, (main, other, main), weights, biases)
-    answer = linear(state, f"{name}.out", attention(*parts, heads))
-    return linear(state, f"{name}.join", torch.cat([answer, main], -1)).relu()
+    attended = linear(state, f"{name}.out", attention(*parts, heads))
+    return linear(state, f"{name}.join", torch.cat([attended, main], -1)).relu()
 
 
-def m2fnet_loss(answers: Answers, inputs: Inputs) -> Tensor:
-    triplets = sum(_triplet(answers[s].flatten(0, 1), inputs["label"].flatten()) for s in STREAMS)
-    return mean_of_heads(answers, inputs) + 0.05 * triplets
+def m2fnet_loss(outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Adds the triplet losses of the streams to the cross entropy."""
+    triplets = sum(_triplet(outputs[s].flatten(0, 1), inputs["label"].flatten()) for s in STREAMS)
+    return mean_of_heads(outputs, inputs) + 0.05 * triplets
 
 
 def _triplet(x: Tensor, label: Tensor) -> Tensor:
-    """Of x (n, d) and label (n,): (), the farthest of a class against the nearest of another."""
+    """Returns the loss () of x (n, d) and label (n,): the farthest of a class against the nearest of another."""
     import torch
 
     x = x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
@@ -129,16 +130,16 @@ def _triplet(x: Tensor, label: Tensor) -> Tensor:
 # ---- All streams: T-MEP -------------------------------------------------------------------------------------------
 
 
-def tmep(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """T-MEP (Zhang et al., IEEE TCSVT 2024)."""
+def tmep(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes T-MEP (Zhang et al., IEEE TCSVT 2024)."""
     import torch
 
     steps = {s: encoder(state, s, settings, linear(state, f"project_{s}", inputs[s])) for s in STREAMS}
     for i in range(settings["joint_layers"]):
         others = {s: torch.cat([x for o, x in steps.items() if o != s], 1) for s in STREAMS}
         asked = [pre_norm(state, f"joint_{i}.{s}_asks", settings["heads"], x, others[s]) for s, x in steps.items()]
-        whole = pre_norm(state, f"joint_{i}.together", settings["heads"], torch.cat(asked, 1))
-        steps = dict(zip(STREAMS, whole.split([x.shape[1] for x in asked], 1), strict=True))
+        joint = pre_norm(state, f"joint_{i}.together", settings["heads"], torch.cat(asked, 1))
+        steps = dict(zip(STREAMS, joint.split([x.shape[1] for x in asked], 1), strict=True))
     vectors = [layer_norm(state, "norm", x).mean(1) for x in steps.values()]
     return {"logits": linear(state, "head", torch.stack(vectors).mean(0))}
 
@@ -146,15 +147,15 @@ def tmep(state: State, inputs: Inputs, settings: Mapping) -> Answers:
 # ---- Neighbouring steps: CFN-SR and VAVL --------------------------------------------------------------------------
 
 
-def cfn_sr(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """CFN-SR (Fu et al. 2021) on features: sound tells pictures which of their steps count."""
+def cfn_sr(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes CFN-SR (Fu et al. 2021) on features: audio weighs the steps of video."""
     import torch
 
     audio, video = (_residual_blocks(state, s, inputs[s], settings) for s in _PAIR)
     causal = torch.ones(audio.shape[1], audio.shape[1], dtype=torch.bool, device=audio.device).tril()
-    said = encoder(state, "memory", settings, audio, causal)[:, -1]
-    told = linear(state, "audio_tells_video.steps", video) + linear(state, "audio_tells_video.said", said)[:, None]
-    weights = linear(state, "audio_tells_video.score", told.tanh()).softmax(1)  # b n 1
+    summary = encoder(state, "memory", settings, audio, causal)[:, -1]
+    hidden = linear(state, "audio_tells_video.steps", video) + linear(state, "audio_tells_video.said", summary)[:, None]
+    weights = linear(state, "audio_tells_video.score", hidden.tanh()).softmax(1)  # b n 1
     video = video * (1 + weights * video.shape[1])
     return {"logits": linear(state, "head", torch.cat([audio.mean(1), video.mean(1)], -1))}
 
@@ -168,8 +169,8 @@ def _residual_blocks(state: State, stream: str, x: Tensor, settings: Mapping) ->
     return x
 
 
-def vavl(state: State, inputs: Inputs, settings: Mapping) -> Answers:
-    """VAVL (Goncalves et al. 2023), with Transformer-XL's positions: beside the logits "rebuilt_<stream>"."""
+def vavl(state: State, inputs: Inputs, settings: Mapping) -> Outputs:
+    """Computes VAVL (Goncalves et al. 2023) with Transformer-XL's positions: logits, and "rebuilt_<stream>"."""
     import torch
 
     features = {}
@@ -179,9 +180,9 @@ def vavl(state: State, inputs: Inputs, settings: Mapping) -> Answers:
         shared = _conformers(state, "shared", settings["shared_depth"], settings["heads"], own)
         features[s] = layer_norm(state, "norm", shared + own).mean(1)
     joined = torch.cat(list(features.values()), -1).detach()
-    answers = {"logits": _head(state, "head_fusion", joined)}
-    answers |= {f"logits_{s}": _head(state, f"head_{s}", x) for s, x in features.items()}
-    return answers | {f"rebuilt_{s}": _head(state, f"rebuild_{s}", x) for s, x in features.items()}
+    outputs = {"logits": _head(state, "head_fusion", joined)}
+    outputs |= {f"logits_{s}": _head(state, f"head_{s}", x) for s, x in features.items()}
+    return outputs | {f"rebuilt_{s}": _head(state, f"rebuild_{s}", x) for s, x in features.items()}
 
 
 def _conformers(state: State, name: str, depth: int, heads: int, x: Tensor) -> Tensor:
@@ -196,11 +197,12 @@ def _head(state: State, name: str, x: Tensor) -> Tensor:
     return linear(state, f"{name}.Dense_1", hidden)
 
 
-def vavl_loss(answers: Answers, inputs: Inputs) -> Tensor:
+def vavl_loss(outputs: Outputs, inputs: Inputs) -> Tensor:
+    """Adds the reconstruction loss to the cross entropies."""
     from torch.nn import functional
 
-    rebuilt = sum(functional.mse_loss(answers[f"rebuilt_{s}"], inputs[s].mean(1)) for s in _PAIR)
-    return sum_of_heads(answers, inputs) + 2 * rebuilt
+    rebuilt = sum(functional.mse_loss(outputs[f"rebuilt_{s}"], inputs[s].mean(1)) for s in _PAIR)
+    return sum_of_heads(outputs, inputs) + 2 * rebuilt
 
 
 RESTATED: dict[str, Restated] = {

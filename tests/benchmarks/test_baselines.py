@@ -1,4 +1,4 @@
-"""The baselines restated in PyTorch make the same step as ours, and one that differs is refused."""
+"""The baselines' PyTorch versions make the same step as ours, and a differing one is rejected."""
 
 import dataclasses
 
@@ -31,16 +31,16 @@ SMALL = {
     "cfn_sr": {"width": 8, "heads": 2, "layers": 2, "blocks": 2, "kernel": 3},
     "vavl": {"bottleneck": 5, "width": 8, "heads": 2, "kernel": 5, "depth": 1, "shared_depth": 1},
 }
-# A plain one and one of conversations; the others are thorough.
+# One of clips and one of conversations; the others are thorough.
 QUICK = ("concat", "bc_lstm")
-# Whose loss has further terms than those of the heads.
+# Models whose loss has terms besides those of the heads.
 MORE_TERMS = ("m2fnet", "misa", "mfm", "vavl")
 RESTATED = torch_baselines.RESTATED | torch_towers.RESTATED
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small models and short streams of different lengths; several clips share a class."""
+    """Makes models small and streams short and of different lengths; several clips share a class."""
     for name, settings in SMALL.items():
         monkeypatch.setitem(benchmark.SIZES, name, (benchmark.Size("small", settings),))
     monkeypatch.setattr(benchmark, "SHAPES", {"text": (5, 9), "audio": (12, 7), "video": (7, 6)})
@@ -49,7 +49,7 @@ def small(monkeypatch):
 
 
 def ways(name: str) -> list[str]:
-    """The names of the ways whose first two steps are the same."""
+    """Returns the names of the ways whose first two steps are the same."""
     return [way.name for way in benchmark.make_ways(benchmark.make_case(name, *benchmark.sizes(name)))]
 
 

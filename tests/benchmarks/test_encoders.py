@@ -1,4 +1,4 @@
-"""The benchmark of encoders compares like with like, refuses what is not, and its figures are what they say."""
+"""The benchmark of encoders compares like with like, rejects what differs, and computes its figures correctly."""
 
 import csv
 import dataclasses
@@ -52,34 +52,34 @@ PERCEIVER = {
 
 
 def like(load: Load, *batches, **changes) -> Load:
-    """A load of other batches."""
+    """Returns a load with other batches."""
     return dataclasses.replace(load, cpu=batches, accelerator=batches, **changes)
 
 
 TINY = {
     "text": ({"model_type": "bert", "vocab_size": 30} | SIZES, like(benchmark.TEXTS, (2, 9))),
-    "picture": ({"model_type": "vit", "image_size": 8, "patch_size": 4} | SIZES, like(benchmark.PICTURES, (3, 8))),
-    "faces": (EFFICIENTNET, like(benchmark.PICTURES, (2, 64))),
+    "image": ({"model_type": "vit", "image_size": 8, "patch_size": 4} | SIZES, like(benchmark.IMAGES, (3, 8))),
+    "faces": (EFFICIENTNET, like(benchmark.IMAGES, (2, 64))),
     "flow": (
         PERCEIVER,
         like(benchmark.PAIRS, (1, 12), shape=lambda b, n: (b, 2, 10, n, 3)),
     ),
-    "sound": ({"model_type": "wav2vec2"} | SIZES | CONVS | POSITIONS, like(benchmark.WAVES, (1, 800), (2, 600))),
+    "audio": ({"model_type": "wav2vec2"} | SIZES | CONVS | POSITIONS, like(benchmark.WAVES, (1, 800), (2, 600))),
     "whisper": ({"model_type": "whisper"} | WHISPER, like(benchmark.SPECTRA, (1, 40), (2, 6), only=40)),
 }
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """Small encoders, timed for a moment."""
+    """Makes encoders small and timings short."""
     monkeypatch.setattr(benchmark, "ENCODERS", TINY)
     monkeypatch.setattr(benchmark, "_LEAST_SECONDS", 0.01)
 
 
 def measured(name: str, dtype: str = "float32", repeats: int = 2) -> tuple[list[dict], list[str]]:
-    """The rows, and the lines that were said."""
-    said: list[str] = []
-    return benchmark.measure(name, dtype, PEAK, repeats, said.append), said
+    """Returns the rows and the messages."""
+    messages: list[str] = []
+    return benchmark.measure(name, dtype, PEAK, repeats, messages.append), messages
 
 
 # ---- Rows ---------------------------------------------------------------------------------------------------------
@@ -90,17 +90,17 @@ def measured(name: str, dtype: str = "float32", repeats: int = 2) -> tuple[list[
     ("name", "dtype"),
     [
         pytest.param("text", "float32", marks=pytest.mark.budget(8)),  # imports PyTorch
-        ("picture", "float32"),
-        ("picture", "bfloat16"),
-        *(pytest.param(name, "float32", marks=pytest.mark.thorough) for name in ("faces", "flow", "sound", "whisper")),
+        ("image", "float32"),
+        ("image", "bfloat16"),
+        *(pytest.param(name, "float32", marks=pytest.mark.thorough) for name in ("faces", "flow", "audio", "whisper")),
     ],
 )
 def test_rows(name, dtype):
-    rows, said = measured(name, dtype)
+    rows, messages = measured(name, dtype)
     assert [(r["batch"], r["length"]) for r in rows] == list(benchmark.ENCODERS[name][1].batches())
     row = rows[0]
     assert (row["encoder"], row["dtype"], row["repeats"]) == (name, dtype, 2)
-    assert any(line.endswith("avjax, pytorch compute the same") for line in said)
+    assert any(line.endswith("avjax, pytorch compute the same") for line in messages)
     for way in ("avjax", "pytorch"):
         low, median, high = (row[f"{way}_seconds_{k}"] for k in ("min", "median", "max"))
         assert 0 < low <= median <= high
@@ -114,14 +114,14 @@ def test_rows(name, dtype):
 
 @needs_torch
 def test_the_ways_are_timed_in_turn():
-    _, said = measured("text", repeats=3)
-    timed = [line.split(": ")[1].split()[0] for line in said if "repeat" in line]
+    _, messages = measured("text", repeats=3)
+    timed = [line.split(": ")[1].split()[0] for line in messages if "repeat" in line]
     assert timed == 3 * ["avjax", "pytorch"]
 
 
 @pytest.mark.thorough
-def test_sound_is_measured_against_its_own_length(no_torch):
-    rows, _ = measured("sound")
+def test_audio_is_measured_against_its_own_length(no_torch):
+    rows, _ = measured("audio")
     for row, seconds in zip(rows, (0.05, 2 * 0.0375), strict=True):
         assert row["avjax_times_real_time"] == pytest.approx(seconds / row["avjax_seconds_median"])
         assert row["padded"] > row["length"]
@@ -130,18 +130,18 @@ def test_sound_is_measured_against_its_own_length(no_torch):
 
 @needs_torch
 def test_a_length_that_the_original_does_not_take_is_measured_for_ours_alone():
-    whole, short = measured("whisper")[0]
-    assert whole["pytorch_seconds_median"] > 0
+    full, short = measured("whisper")[0]
+    assert full["pytorch_seconds_median"] > 0
     assert (short["pytorch_seconds_median"], short["speed_up_over_pytorch"]) == ("", "")
     assert short["avjax_seconds_median"] > 0
 
 
 def test_without_pytorch_its_columns_are_empty(no_torch):
-    rows, said = measured("text")
+    rows, messages = measured("text")
     others = {value for c, value in rows[0].items() if c.startswith(("pytorch_", "compiled_", "speed_up_"))}
     assert others == {""}
     assert rows[0]["avjax_per_second"] > 0
-    assert not any("compute the same" in line for line in said)
+    assert not any("compute the same" in line for line in messages)
 
 
 @needs_torch
@@ -151,8 +151,8 @@ def test_on_an_accelerator_the_compiled_original_is_a_third_way(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
     monkeypatch.setattr(benchmark, "torch_device", lambda: "cuda")
     monkeypatch.setattr(originals, "placed", lambda x, dtype: x)
-    (row,), said = measured("picture")
-    assert any("avjax, pytorch, compiled compute the same" in line for line in said)
+    (row,), messages = measured("image")
+    assert any("avjax, pytorch, compiled compute the same" in line for line in messages)
     assert row["speed_up_over_compiled"] == row["compiled_seconds_median"] / row["avjax_seconds_median"]
     assert row["compiled_compile_seconds"] != ""
 
@@ -161,14 +161,14 @@ def test_on_an_accelerator_the_compiled_original_is_a_third_way(monkeypatch):
 
 
 @needs_torch
-@pytest.mark.parametrize(("dtype", "of_what"), [("float32", "share of the standard"), ("bfloat16", "cosine of pooled")])
+@pytest.mark.parametrize(
+    ("dtype", "of_what"), [("float32", "relative to the standard"), ("bfloat16", "cosine of pooled")]
+)
 def test_ways_that_do_not_agree_are_not_timed(monkeypatch, dtype, of_what):
     right = originals.inputs
     monkeypatch.setattr(originals, "inputs", lambda inputs, dtype: right(inputs[:, ::-1].copy() ** 3, dtype))
-    with pytest.raises(
-        AvjaxError, match=rf"picture 3 x 8 pixels: pytorch and avjax: the .* {of_what}.* cannot be comp"
-    ):
-        measured("picture", dtype)
+    with pytest.raises(AvjaxError, match=rf"image 3 x 8 pixels: pytorch and avjax: the .* {of_what}.* cannot be comp"):
+        measured("image", dtype)
 
 
 @needs_torch
@@ -230,6 +230,7 @@ true_sizes = pytest.mark.parametrize(
 
 
 def true_module(name):
+    """Builds the module at its true size."""
     import transformers
 
     from avjax.encoders import FAMILIES
@@ -257,7 +258,7 @@ def test_originals_exist_at_their_true_size(name):
 
 
 def block(steps: int, width: int, inner: int) -> int:
-    """FLOPs of a transformer layer: four maps, two for the feed-forward layer, scores and context."""
+    """Counts the FLOPs of a transformer layer: four projections, a feed-forward layer of two, scores and context."""
     return 2 * steps * (4 * width**2 + 2 * width * inner) + 2 * 2 * steps**2 * width
 
 
@@ -349,7 +350,7 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_committed_results_can_be_added_to():
-    found = committed("encoders", benchmark.KEY)
-    assert {row["encoder"] for row in found} == set(TRUE_SIZE)
+    rows = committed("encoders", benchmark.KEY)
+    assert {row["encoder"] for row in rows} == set(TRUE_SIZE)
     (row, *_), _ = measured("text", repeats=1)
-    assert list(found[0]) == ["benchmark", *row, *record.circumstances()]
+    assert list(rows[0]) == ["benchmark", *row, *record.circumstances()]

@@ -1,4 +1,4 @@
-"""The benchmark of extraction: its figures are those of the extraction, and its rows can be added to."""
+"""The benchmark of extraction: its figures are those of the extraction, and rows can be added to its CSV."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_encoders_are_one_stage_whatever_their_names():
 
 
 def made(monkeypatch, *seconds: float) -> dict:
-    """The row of extractions that take the given seconds."""
+    """Returns the row of extractions that take the given seconds."""
     left = list(seconds)
 
     def timings(*_):
@@ -37,17 +37,17 @@ def test_figures_are_those_of_the_median_run(monkeypatch):
 @pytest.mark.thorough
 def test_rows(tmp_path):
     tiny_run._write_data(tmp_path / "R")
-    said = []
-    row = extract.measure("folder", str(tmp_path / "R"), "lite", True, 1, said.append)
+    messages = []
+    row = extract.measure("folder", str(tmp_path / "R"), "lite", True, 1, messages.append)
     assert (row["clips"], row["preset"], row["dataset"]) == (9, "lite", "folder")
     assert row["clips_per_second"] == pytest.approx(9 / row["seconds_median"])
-    assert len(said) == 1
+    assert len(messages) == 1
     assert all(row[f"{stage}_seconds"] > 0 for stage in extract.STAGES if stage != "flow")
 
 
 @pytest.mark.thorough
 def test_every_stage_is_known(tmp_path):
-    """What an extraction says it spent its time on is a stage, or the name of one of its preset's encoders."""
+    """The time of an extraction is attributed to the stages or to the encoders of its preset."""
     tiny_run._write_data(tmp_path / "R")
     spent = extract._timings("folder", str(tmp_path / "R"), "deiii_lite", True, 1)["spent"]
     encoders = {presets.PRESETS["deiii_lite"].text.source}
@@ -56,6 +56,6 @@ def test_every_stage_is_known(tmp_path):
 
 
 def test_committed_results_can_be_added_to(monkeypatch):
-    found = committed("extract", extract.KEY)
+    rows = committed("extract", extract.KEY)
     row = made(monkeypatch, 1.0)
-    assert list(found[0]) == ["benchmark", *row, *record.circumstances()]
+    assert list(rows[0]) == ["benchmark", *row, *record.circumstances()]

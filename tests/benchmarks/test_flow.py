@@ -1,4 +1,4 @@
-"""The benchmark of flow: its figures are what they say, and its committed rows can be added to."""
+"""The benchmark of flow: its figures are consistent, and rows can be added to its committed CSV."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.benched import committed
 
 @pytest.fixture
 def small(monkeypatch):
-    """Small faces, and a Perceiver that says that nothing moves."""
+    """Makes faces small, and a Perceiver whose flow is zero."""
     for name in benchmark.SOURCES.values():
         preset = presets.PRESETS[name]
         changed = dataclasses.replace(preset, flow=dataclasses.replace(preset.flow, side=48))
@@ -26,10 +26,10 @@ def small(monkeypatch):
 @pytest.mark.thorough
 def test_rows(small):
     for name in benchmark.SOURCES:
-        said = []
-        row = benchmark.measure(name, 2, said.append)
+        messages = []
+        row = benchmark.measure(name, 2, messages.append)
         assert (row["source"], row["side"], row["repeats"]) == (name, 48, 2)
-        assert len(said) == 6
+        assert len(messages) == 6
         total = 0
         for step in ("flow", "drawing", "seeing"):
             low, median, high = (row[f"{step}_seconds_{k}"] for k in ("min", "median", "max"))
@@ -47,6 +47,6 @@ def test_made_up_faces_move():
 
 @pytest.mark.thorough
 def test_committed_results_can_be_added_to(small):
-    found = committed("flow", benchmark.KEY)
-    assert {row["source"] for row in found} == set(benchmark.SOURCES)
-    assert list(found[0]) == ["benchmark", *benchmark.measure("dis", 1, print), *record.circumstances()]
+    rows = committed("flow", benchmark.KEY)
+    assert {row["source"] for row in rows} == set(benchmark.SOURCES)
+    assert list(rows[0]) == ["benchmark", *benchmark.measure("dis", 1, print), *record.circumstances()]

@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: PyTorch's model and training are ours, single runs are lanes; and the CSV."""
+"""The benchmark of lanes: PyTorch's model and training are ours, single runs are lanes; and the CSV."""
 
 import csv
 import functools
@@ -17,13 +17,13 @@ from benchmarks import lanes, record
 from tests import synthetic
 from tests.benched import assert_one_line, bench, committed, needs_torch
 
-FEATURES = synthetic.make(clips=40, signal=0.3, seed=5)  # clip 3 lacks sound, clip 5 lacks a face
+FEATURES = synthetic.make(clips=40, signal=0.3, seed=5)  # clip 3 lacks audio, clip 5 lacks a face
 IDS = FEATURES.ids
 FOLD = Fold("one", tuple(IDS[:24]), tuple(IDS[30:]), tuple(IDS[24:30]))
 
 
 def settings(**more):
-    """One batch an epoch, so that the order of the clips does not matter."""
+    """Returns settings with one batch per epoch, so that the order of the clips does not matter."""
     chosen = {"model__width": 16, "train__batch_size": 24, "train__epochs": 8, "train__epochs_per_call": 8}
     chosen |= {"train__patience": 0, "train__learning_rate": 0.01, "train__warmup": 0.2, "train__weight_decay": 0.1}
     return config.settings("configs/etg_mafw.py", **(chosen | more))
@@ -31,7 +31,7 @@ def settings(**more):
 
 @functools.cache
 def trained():
-    """A lane before and after training: plan, data, model, first state, last state, sums, test logits."""
+    """Trains a lane: returns plan, data, model, first state, last state, sums, test logits."""
     chosen = settings()
     plan = lane_plans.plan(FEATURES, [FOLD], (1,), chosen.protocol)
     data = batches.resident(FEATURES, "both", "train")
@@ -43,11 +43,12 @@ def trained():
 
 
 def lane(tree):
+    """Returns the first lane."""
     return jax.tree.map(lambda v: v[0], tree)
 
 
 def in_torch(params):
-    """The PyTorch side with our parameters: module, model, streams, run."""
+    """Builds the PyTorch side with our parameters: module, model, streams, run."""
     from benchmarks.torch import etg_aver as torch_etg
 
     plan, data, *_ = trained()
@@ -58,7 +59,7 @@ def in_torch(params):
 
 
 def close(ours, others, share: float = 1e-4) -> None:
-    """Equal to `share` of the standard deviation."""
+    """Asserts that values are equal to within `share` of the standard deviation."""
     np.testing.assert_allclose(
         np.asarray(ours), np.asarray(others), rtol=0, atol=share * float(np.asarray(others).std())
     )
@@ -91,12 +92,12 @@ def test_logits_loss_and_gradient_are_the_same():
         return jnp.mean(sum(model.loss(output, batch, plan.lanes.prior[0]).values())), output.logits
 
     (value, logits), grads = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(lane(first.params))
-    there = torch_etg.take(torch_etg.standardised(streams, run.train), run.train)
-    answers = theirs(there)
-    loss = torch_etg.loss(answers, there, torch_etg.head_weights(settings().model)).mean()
+    batch_in_torch = torch_etg.take(torch_etg.standardised(streams, run.train), run.train)
+    outputs = theirs(batch_in_torch)
+    loss = torch_etg.loss(outputs, batch_in_torch, torch_etg.head_weights(settings().model)).mean()
     loss.backward()
     for head in logits:
-        close(answers[head].detach(), logits[head])
+        close(outputs[head].detach(), logits[head])
     assert loss.item() == pytest.approx(float(value), abs=1e-5)
     expected = torch_etg.from_flax(grads)
     everything = float(torch.cat([g.ravel() for g in expected.values()]).std())
@@ -112,13 +113,13 @@ def test_what_lies_under_a_mask_is_not_read():
         longer[s] = torch_etg.F.pad(streams[s], (0, 0, 0, 3))
         longer[f"{s}_mask"] = torch_etg.F.pad(streams[f"{s}_mask"], (0, 3))
         longer[s][~longer[f"{s}_mask"]] = 7.5
-    for head, logits in torch_etg.answers(model, streams, run.test).items():
-        close(torch_etg.answers(model, longer, run.test)[head], logits)
+    for head, logits in torch_etg.predict(model, streams, run.test).items():
+        close(torch_etg.predict(model, longer, run.test)[head], logits)
 
 
 @needs_torch
 def test_training_is_the_same():
-    """Same optimizer, schedule, clipping, decay, selection: from equal parameters, equal epochs and answers."""
+    """Equal parameters, optimizer, schedule, clipping, decay and selection give equal epochs and predictions."""
     plan, _, _, first, last, sums, logits = trained()
     torch_etg, model, streams, run = in_torch(lane(first.params))
     ended = torch_etg.fit(model, streams, run, settings())
@@ -143,7 +144,7 @@ def test_batches_cover_every_training_clip_once_an_epoch():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> tuple[list[dict[str, str]], list[str]]:
-    """The rows and the lines of one short command."""
+    """Runs one short command; returns its rows and its lines."""
     out = tmp_path_factory.mktemp("bench") / "new" / "lanes.csv"
     done = bench("lanes", "--widths=8", "--clips=60", "--epochs=1", "--batch=8", "--repeats=2", f"--out={out}")
     assert done.returncode == 0, done.stderr
@@ -192,17 +193,17 @@ def test_without_pytorch_its_row_is_empty(no_torch):
 def test_ways_that_do_not_agree_are_not_timed():
     state = trained()[4]
     logits = np.random.default_rng(0).normal(size=(1, 4, 3))
-    whole = lanes.Ended(state, logits)
-    lanes.check_agreement([whole], [whole])
-    with pytest.raises(AvjaxError, match=r"lanes and single runs: answers differ by .*; they do not compute the same"):
-        lanes.check_agreement([whole], [lanes.Ended(state, logits + 0.01)])
+    ended = lanes.Ended(state, logits)
+    lanes.check_agreement([ended], [ended])
+    with pytest.raises(AvjaxError, match=r"lanes and single runs: predictions differ by .*; they do not compute"):
+        lanes.check_agreement([ended], [lanes.Ended(state, logits + 0.01)])
     moved = state.replace(params=jax.tree.map(lambda v: v * 1.01, state.params))
     with pytest.raises(AvjaxError, match=r"single runs: parameters differ by 1\.0e-02"):
-        lanes.check_agreement([whole], [lanes.Ended(moved, logits)])
-    with pytest.raises(AvjaxError, match="answers differ by nan"):
-        lanes.check_agreement([whole], [lanes.Ended(state, logits * np.nan)])
+        lanes.check_agreement([ended], [lanes.Ended(moved, logits)])
+    with pytest.raises(AvjaxError, match="predictions differ by nan"):
+        lanes.check_agreement([ended], [lanes.Ended(state, logits * np.nan)])
     with pytest.raises(AvjaxError, match=r"lanes made \[8\] updates, single runs \[9\]"):
-        lanes.check_agreement([whole], [lanes.Ended(state.replace(step=state.step + 1), logits)])
+        lanes.check_agreement([ended], [lanes.Ended(state.replace(step=state.step + 1), logits)])
 
 
 # ---- The record ---------------------------------------------------------------------------------------------------
@@ -215,8 +216,8 @@ def test_a_row_of_the_same_key_is_replaced_and_others_stay(tmp_path):
     record.merge(path, [row | {"machine": "B"}], ("what", "machine"))
     record.merge(path, [row | {"seconds": 2}], ("what", "machine"))
     with path.open() as file:
-        found = [(r["what"], r["machine"], r["seconds"]) for r in csv.DictReader(file)]
-    assert found == [("pytorch", "A", "1.235"), ("lanes", "B", "1.235"), ("lanes", "A", "2")]
+        rows = [(r["what"], r["machine"], r["seconds"]) for r in csv.DictReader(file)]
+    assert rows == [("pytorch", "A", "1.235"), ("lanes", "B", "1.235"), ("lanes", "A", "2")]
 
 
 def test_a_file_of_other_columns_is_left_alone(tmp_path):
@@ -228,23 +229,23 @@ def test_a_file_of_other_columns_is_left_alone(tmp_path):
 
 
 def test_circumstances_are_complete():
-    about = record.circumstances()
-    assert all(str(value) for value in about.values())
-    assert about["jax"] == jax.__version__
-    assert record.cores() == about["cores"] > 0
+    circumstances = record.circumstances()
+    assert all(str(value) for value in circumstances.values())
+    assert circumstances["jax"] == jax.__version__
+    assert record.cores() == circumstances["cores"] > 0
 
 
 def test_committed_results_can_be_added_to():
-    found = committed("lanes", lanes.KEY)
-    assert len(found) >= 3
-    assert list(record.circumstances()) == list(found[0])[-len(record.circumstances()) :]
-    assert {row["what"] for row in found} == {"lanes", "one after another", "pytorch"}
+    rows = committed("lanes", lanes.KEY)
+    assert len(rows) >= 3
+    assert list(record.circumstances()) == list(rows[0])[-len(record.circumstances()) :]
+    assert {row["what"] for row in rows} == {"lanes", "one after another", "pytorch"}
 
 
 # ---- The command --------------------------------------------------------------------------------------------------
 
 
-def test_help_says_what_is_measured():
+def test_help_states_what_is_measured():
     done = bench("--help")
     assert done.returncode == 0
     assert "one after another" in done.stdout

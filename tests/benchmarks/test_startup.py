@@ -1,4 +1,4 @@
-"""The benchmark of the start: what it takes for the first step, how time is divided, and a start of a small run."""
+"""The benchmark of the start-up: the first step's time, its division into parts, and the start of a small run."""
 
 import importlib
 
@@ -52,7 +52,7 @@ def test_imports_are_noted_once(tmp_path, monkeypatch):
     load = startup.timed(importlib.import_module, lambda what, seconds: noted.append((what, seconds)))
     nested = startup.timed(lambda name: load(name), lambda *_: None)
     nested("outer_slow")
-    load("outer_slow")  # there already
+    load("outer_slow")  # imported already
     ((what, seconds),) = noted
     assert what == "imports"
     assert 0.04 < seconds < 5
@@ -67,17 +67,17 @@ def test_a_training_that_ends_early_is_an_error(tmp_path):
 def test_rows(tmp_path, monkeypatch):
     tiny_run._write_data(tmp_path / "R")
     store = extraction.extract("folder", "lite", root=str(tmp_path / "R"), out=str(tmp_path / "F"), random=True)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # quicker; figures are not looked at
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # faster; figures are not checked
     flags = [
         "--config=configs/etg_folder.py:audio_only",
         f"--config.data.features={store}",
         "--config.protocol.fold_count=2",
     ]
     flags += ["--config.model.width=16", "--config.train.epochs=20", "--config.train.epochs_per_call=2"]
-    said = []
-    rows = {row["what"]: row for row in startup.measure(flags, 1, said.append)}
+    messages = []
+    rows = {row["what"]: row for row in startup.measure(flags, 1, messages.append)}
     assert list(rows) == [startup.EMPTY, startup.FILLED]
-    assert len(said) == 2
+    assert len(messages) == 2
     for row in rows.values():
         low, median, high = (row[f"first_step_seconds_{k}"] for k in ("min", "median", "max"))
         assert 0 < low == median == high <= row["first_epochs_seconds"]
@@ -88,7 +88,7 @@ def test_rows(tmp_path, monkeypatch):
 
 
 def test_committed_results_can_be_added_to():
-    found = committed("startup", startup.KEY)
+    committed_rows = committed("startup", startup.KEY)
     start = startup.Start(1.0, 2.0, dict.fromkeys((*startup.PARTS, "other"), 0.1))
     row = startup.row("c", startup.EMPTY, [start])
-    assert list(found[0]) == ["benchmark", *row, *record.circumstances()]
+    assert list(committed_rows[0]) == ["benchmark", *row, *record.circumstances()]

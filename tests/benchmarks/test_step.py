@@ -1,4 +1,4 @@
-"""The benchmark of steps makes the same step on both sides, refuses others, and its figures are what they say."""
+"""The benchmark of steps makes the same step on both sides, rejects others, and computes its figures correctly."""
 
 import csv
 import dataclasses
@@ -44,13 +44,13 @@ SMALL = {
     "bc_lstm": {"hidden": 4, "width": 5},
     "concat": {"width": 6, "hidden": 5},
 }
-# One of each file of restatements; the others are thorough. `test_row` has lmf.
+# One of each file in benchmarks/torch; the others are thorough. `test_row` has lmf.
 QUICK = ("etg_aver", "c3d_lstm")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Small models and batches, timed for a moment."""
+    """Makes models and batches small and timings short."""
     for name, settings in SMALL.items():
         more = {"classes": (benchmark.CLASSES, benchmark.SHAPES["text"][1])} if name == "emoasst" else {}
         monkeypatch.setitem(benchmark.SIZES, name, (benchmark.Size("small", settings, more=more),))
@@ -61,7 +61,7 @@ def small(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch, programs):
-    """Cases of the same module share a compiled step."""
+    """Compiles one step for all cases of the same module."""
     right = benchmark.our_program
 
     def our_program(case):
@@ -73,17 +73,19 @@ def compiled_once(monkeypatch, programs):
 
 @pytest.fixture(scope="module")
 def programs():
+    """Holds the compiled steps."""
     return {}
 
 
 def measured(name: str, repeats: int = 2) -> tuple[dict, list[str]]:
-    """The row, and the lines that were said."""
-    said: list[str] = []
-    (row,) = benchmark.measure(name, repeats, said.append)
-    return row, said
+    """Returns the row and the messages."""
+    messages: list[str] = []
+    (row,) = benchmark.measure(name, repeats, messages.append)
+    return row, messages
 
 
 def case_of(name: str) -> benchmark.Case:
+    """Builds a case of the model's only size."""
     return benchmark.make_case(name, *benchmark.sizes(name))
 
 
@@ -93,15 +95,15 @@ def case_of(name: str) -> benchmark.Case:
 @pytest.mark.budget(8)
 @needs_torch
 def test_row():
-    row, said = measured("lmf")
+    row, messages = measured("lmf")
     assert (row["model"], row["size"], row["batch"], row["repeats"]) == ("lmf", "small", 4, 2)
     assert row["streams"] == "text 20x300 audio 50x74 video 50x35"
     lstm, text = 4 * 4 * (300 + 4 + 1), 6 * (4 + 1)
     dense = 3 * (74 + 1) + 2 * 3 * (3 + 1) + 5 * (35 + 1) + 2 * 5 * (5 + 1)
     factors = 2 * 7 * (1 + 6 + 1 + 3 + 1 + 5) + 2 + 7
     assert row["parameters"] == lstm + text + dense + factors
-    assert said[:2] == ["lmf (small): compiling", "lmf (small): avjax, pytorch compute the same"]
-    assert [line.split(": ")[1].split()[0] for line in said[2:]] == 2 * ["avjax", "pytorch"]
+    assert messages[:2] == ["lmf (small): compiling", "lmf (small): avjax, pytorch compute the same"]
+    assert [line.split(": ")[1].split()[0] for line in messages[2:]] == 2 * ["avjax", "pytorch"]
     for way in ("avjax", "pytorch"):
         low, median, high = (row[f"{way}_seconds_{k}"] for k in ("min", "median", "max"))
         assert 0 < low <= median <= high
@@ -119,12 +121,12 @@ def test_a_conversation_is_as_many_clips():
     assert case.batch["label"].shape == case.batch["turn_mask"].shape == case.batch["weight"].shape == (2, 2)
 
 
-def test_what_is_restated_nowhere_is_measured_alone(monkeypatch):
+def test_a_model_without_pytorch_version_is_measured_alone(monkeypatch):
     monkeypatch.delitem(benchmark.RESTATED, "concat")
-    row, said = measured("concat", 1)
+    row, messages = measured("concat", 1)
     assert row["avjax_seconds_median"] > 0
     assert {v for k, v in row.items() if k.startswith(("pytorch", "compiled", "speed_up"))} == {""}
-    assert "compute the same" not in " ".join(said)
+    assert "compute the same" not in " ".join(messages)
 
 
 def test_without_pytorch_nothing_is_compared(no_torch):
@@ -145,7 +147,7 @@ def test_every_size_has_a_row(monkeypatch):
     assert rows[0]["parameters"] != rows[1]["parameters"]
 
 
-def test_names_that_are_not_there_are_named():
+def test_unknown_names_are_reported():
     assert chosen("--models", ["mult", "lmf"], benchmark.MODELS) == ["mult", "lmf"]
     with pytest.raises(AvjaxError, match=r"--models: alloy is not among emoasst, etg_aver, .*, lmf, tfn"):
         chosen("--models", ["alloy"], benchmark.MODELS)
@@ -185,7 +187,7 @@ def test_both_read_the_first_token_where_it_is_the_summary(monkeypatch):
 @needs_torch
 def test_another_loss_is_refused(monkeypatch):
     restated = benchmark.RESTATED["lmf"]
-    other = lambda answers, inputs: -restated.loss(answers, inputs)  # noqa: E731
+    other = lambda outputs, inputs: -restated.loss(outputs, inputs)  # noqa: E731
     monkeypatch.setitem(benchmark.RESTATED, "lmf", dataclasses.replace(restated, loss=other))
     with pytest.raises(AvjaxError, match=r"lmf: pytorch: what an update changes in the logits of 'fusion' differ"):
         measured("lmf")
@@ -200,7 +202,7 @@ def test_a_system_of_other_weights_is_refused(monkeypatch):
         measured("lmf")
 
 
-def test_other_answers_and_other_updates_are_refused():
+def test_other_logits_and_other_updates_are_refused():
     rng = np.random.default_rng(0)
     first, change = rng.normal(size=(2, 4, 7))
     ours = [{"fusion": first, "audio": first}, {"fusion": first + change, "audio": first}]
@@ -248,8 +250,8 @@ def test_a_mistake_is_one_line():
 
 
 def test_committed_results_can_be_added_to(monkeypatch):
-    found = committed("step", benchmark.KEY)
-    assert {row["model"] for row in found} == set(benchmark.MODELS)
+    rows = committed("step", benchmark.KEY)
+    assert {row["model"] for row in rows} == set(benchmark.MODELS)
     monkeypatch.delitem(benchmark.RESTATED, "concat")
     row, _ = measured("concat", 1)
-    assert list(found[0]) == ["benchmark", *row, *record.circumstances()]
+    assert list(rows[0]) == ["benchmark", *row, *record.circumstances()]

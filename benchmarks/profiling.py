@@ -1,7 +1,7 @@
-"""Shares: what the time of one of our training steps is spent on, by part of the model and by kind of operation.
+"""Profiles one of our training steps: the time by part of the model and by kind of operation.
 
-XLA's operations are timed by JAX's profiler, each without those that it runs within, and named after the lines of the
-program that they come from. On a CPU; on other devices the profiler has other names for them.
+XLA's operations are timed by JAX's profiler, each without the operations nested in it, and attributed to the source
+lines in their metadata. CPU only: on other devices the profiler names operations differently.
 """
 
 import collections
@@ -22,11 +22,12 @@ _NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{[^}]*?op_name="
 
 
 def measure(name: str, size: Size, folder: Path) -> dict[str, dict[str, float]]:
-    """Makes `STEPS` steps of a model of that size, and leaves the profiler's trace in `folder`.
+    """Runs `STEPS` steps of a model of that size, and leaves the profiler's trace in `folder`.
 
     Returns:
-      {"part": {part of the model: share}, "kind": {kind of operation: share}}, the largest share first. A part is the
-      outer two modules without their numbers, or "forward", "backward" or "update" of what is in no module.
+      {"part": {part of the model: fraction}, "kind": {kind of operation: fraction}}, the largest first. A part is the
+      outer two modules without their numbers; outside all modules it is "forward", "backward" or "update".
+
     Raises:
       AvjaxError: the profiler has timed no operation of the program.
     """
@@ -41,13 +42,13 @@ def measure(name: str, size: Size, folder: Path) -> dict[str, dict[str, float]]:
     if not taken:
         raise AvjaxError(f"{folder}: the trace has no operation of XLA; expected a run on a CPU")
     return {
-        "part": _shares((part(sources.get(op, "")), t) for op, t in taken.items()),
-        "kind": _shares((kind(op, sources.get(op, "")), t) for op, t in taken.items()),
+        "part": _fractions((part(sources.get(op, "")), t) for op, t in taken.items()),
+        "kind": _fractions((kind(op, sources.get(op, "")), t) for op, t in taken.items()),
     }
 
 
 def operations(folder: Path) -> dict[str, float]:
-    """Operation → nanoseconds, without those of the operations within it, of the newest trace in `folder`."""
+    """Returns operation → nanoseconds, without nested operations, of the newest trace in `folder`."""
     newest = max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     taken: collections.Counter[str] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(newest)).planes:
@@ -58,7 +59,7 @@ def operations(folder: Path) -> dict[str, float]:
 
 
 def alone(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
-    """Events (start, duration, name) of one thread → name → time in it that is in no event within."""
+    """Maps events (start, duration, name) of one thread to name → its time outside nested events."""
     taken: collections.Counter[str] = collections.Counter()
     open_: list[tuple[float, str]] = []
     for start, duration, name in sorted(events, key=lambda event: (event[0], -event[1])):
@@ -72,7 +73,7 @@ def alone(events: Iterable[tuple[float, float, str]]) -> dict[str, float]:
 
 
 def part(source: str) -> str:
-    """Where an operation comes from, by XLA's name of its source such as "jit(step)/jvp(M)/block_0/up/dot_general"."""
+    """Returns the part of the model of an XLA source name such as "jit(step)/jvp(M)/block_0/up/dot_general"."""
     modules = [word for word in source.split("/")[1:-1] if not re.search(r"[.()>]|^while$|^body$|^cond$", word)]
     if not modules:
         return _direction(source)
@@ -86,7 +87,7 @@ def _direction(source: str) -> str:
 
 
 def kind(operation: str, source: str) -> str:
-    """What an operation does: matrix products with what is fused to them, copies, sums and maxima, or all else."""
+    """Classifies an operation: matrix products with what is fused to them, copies, reductions, or elementwise."""
     primitive = source.rpartition("/")[2]
     if operation.startswith("dot") or primitive == "dot_general":
         return f"products, {_direction(source)}"
@@ -95,7 +96,7 @@ def kind(operation: str, source: str) -> str:
     return "reductions" if primitive.startswith(("reduce", "argmax", "cumsum")) else "elementwise"
 
 
-def _shares(taken: Iterable[tuple[str, float]]) -> dict[str, float]:
+def _fractions(taken: Iterable[tuple[str, float]]) -> dict[str, float]:
     sums: collections.Counter[str] = collections.Counter()
     for name, time in taken:
         sums[name] += time
@@ -103,15 +104,15 @@ def _shares(taken: Iterable[tuple[str, float]]) -> dict[str, float]:
     return {name: time / total for name, time in sums.most_common()}
 
 
-def table(title: str, shares: Mapping[str, Mapping[str, float]], most: int = 8) -> Any:
-    """The `most` largest shares by part and by kind, side by side, in percent."""
+def table(title: str, fractions: Mapping[str, Mapping[str, float]], most: int = 8) -> Any:
+    """Renders the `most` largest fractions by part and by kind, side by side, in percent."""
     from rich.table import Table
 
     out = Table(title=title)
-    for name in shares:
+    for name in fractions:
         out.add_column(name)
         out.add_column("%", justify="right")
-    columns = [[(name, f"{100 * share:.1f}") for name, share in by.items()][:most] for by in shares.values()]
+    columns = [[(name, f"{100 * fraction:.1f}") for name, fraction in by.items()][:most] for by in fractions.values()]
     for cells in itertools.zip_longest(*columns, fillvalue=("", "")):
         out.add_row(*itertools.chain(*cells))
     return out
