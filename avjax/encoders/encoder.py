@@ -155,7 +155,12 @@ def run(
 
 
 def pooled(features: jax.Array, mask: jax.Array, pool: str | None) -> tuple[jax.Array, jax.Array]:
-    """Pools features (b, s, d) and mask (b, s) to (b, d) and (b,); returns them unchanged if `pool` is None."""
+    """Pools features (b, s, d) and mask (b, s) to (b, d) and (b,); returns them unchanged if `pool` is None.
+
+    Example:
+      >>> pooled(jnp.array([[[1.0], [3.0]]]), jnp.array([[True, True]]), "mean")[0].tolist()
+      [[2.0]]
+    """
     if pool in ("first", "projected"):
         return features[:, 0], mask[:, 0]
     if pool == "mean":

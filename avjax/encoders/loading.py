@@ -71,6 +71,11 @@ def load(
     Raises:
       AvjaxError: the source is neither, no family supports it, it has no such tower or layer, or its tensors do not
         fit.
+
+    Example:
+      >>> encoder = load("minilm", random=True)
+      >>> encoder.config.width
+      384
     """
     choose("pool", pool, (None, *POOLS))
     files = _registered(source) if random else _find(source)
@@ -109,6 +114,11 @@ def architecture(
 
     Raises:
       AvjaxError: as for `load`, except for the weights of a registered name.
+
+    Example:
+      >>> family, module, _ = architecture("minilm")
+      >>> module.config.width
+      384
     """
     files = _registered(source) if source in weights.REGISTRY else _find(source)
     family = FAMILIES[select_tower(files.config, None)["model_type"]]
@@ -118,7 +128,12 @@ def architecture(
 
 
 def default_dtype() -> str:
-    """Returns the default dtype of matrix products: float32 on a CPU, bfloat16 elsewhere."""
+    """Returns the default dtype of matrix products: float32 on a CPU, bfloat16 elsewhere.
+
+    Example:
+      >>> default_dtype() in ("float32", "bfloat16")
+      True
+    """
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 

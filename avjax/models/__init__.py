@@ -29,6 +29,9 @@ def check(settings: EtgAverSettings | FusionSettings) -> None:
 
     Raises:
       AvjaxError: no model has that name, or a setting does not fit it.
+
+    Example:
+      >>> check(FusionSettings(name="concat"))
     """
     choose("model.name", settings.name, sorted(REGISTRY))
     fits = isinstance(settings, EtgAverSettings) == settings.name.startswith("etg_aver")
@@ -41,7 +44,12 @@ def check(settings: EtgAverSettings | FusionSettings) -> None:
 
 
 def meanings(name: str) -> dict[str, str]:
-    """Returns descriptions of the settings of a fusion or of EmoAsst, from the docstring of its module."""
+    """Returns descriptions of the settings of a fusion or of EmoAsst, from the docstring of its module.
+
+    Example:
+      >>> meanings("mult")["out_dropout"]
+      'in the last perceptron'
+    """
     module = emoasst.EmoAsst if name == "emoasst" else fusions.FUSIONS[name].module
     listed = (inspect.getdoc(module) or "").partition("Attributes:")[2]
     text = " ".join(listed.split())
@@ -55,6 +63,11 @@ def build(settings: EtgAverSettings | FusionSettings, classes: int, task: str = 
 
     Raises:
       AvjaxError: as `check`, or a setting does not fit the task.
+
+    Example:
+      >>> model = build(FusionSettings(name="concat", streams=("audio", "video")), 7)
+      >>> model.prediction_heads
+      ('fusion',)
     """
     check(settings)
     return REGISTRY[settings.name](settings, classes, task)

@@ -117,7 +117,12 @@ SCORINGS: dict[str, Scoring] = {
 
 
 def encoded(labels: list, classes: tuple[str, ...], task: str) -> np.ndarray:
-    """Encodes the labels of clips (`datasets.base.Clip.label`) as an array of their kind."""
+    """Encodes the labels of clips (`datasets.base.Clip.label`) as an array of their kind.
+
+    Example:
+      >>> encoded(["sad", "happy"], ("happy", "sad"), "single").tolist()
+      [1, 0]
+    """
     if task == "single":
         return np.array([classes.index(label) for label in labels], np.int32)
     if task == "soft":
@@ -127,5 +132,10 @@ def encoded(labels: list, classes: tuple[str, ...], task: str) -> np.ndarray:
 
 
 def prior(label: np.ndarray, classes: int) -> np.ndarray:
-    """Computes class frequencies of training labels (n,), or the mean of each column of labels (n, c): (c,)."""
+    """Computes class frequencies of training labels (n,), or the mean of each column of labels (n, c): (c,).
+
+    Example:
+      >>> prior(np.array([0, 0, 1, 0]), 2).tolist()
+      [0.75, 0.25]
+    """
     return np.bincount(label, minlength=classes) / len(label) if label.ndim == 1 else label.mean(0)

@@ -1,6 +1,7 @@
 """Bundles: written whole or not at all, read only if they are what was written."""
 
 import dataclasses
+import doctest
 import json
 import os
 import pathlib
@@ -50,6 +51,11 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def copied(whole, tmp_path):
     return pathlib.Path(shutil.copytree(whole, tmp_path / "B"))
+
+
+def test_the_example_of_load_runs(whole):
+    results = doctest.testmod(avjax, extraglobs={"bundle_folder": whole})
+    assert (results.attempted, results.failed) == (1, 0)
 
 
 def read_json(folder, name):
