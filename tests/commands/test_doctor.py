@@ -53,7 +53,7 @@ def by_name(rows):
     ("version", "state", "expected"),
     [
         ("0.10.2", "ok", "0.10.2"),
-        ("0.4.1", "broken", "0.4.1; supported is <0.13,>=0.10.2"),
+        ("0.4.1", "broken", "0.4.1; supported: <0.13,>=0.10.2"),
         (None, "broken", "missing"),
     ],
 )

@@ -326,7 +326,7 @@ def test_a_kill_leaves_a_whole_bundle_or_none(workdir, tmp_path):
         (lambda w: (w / "protocol.json").unlink(), r"protocol\.json: cannot be read"),
         (lambda w: change(w / "config.json", protocol__standardise="speaker"), "'speaker'; .*statistics of the spea"),
         (lambda w: change(w / "config.json", protocol__standardise="enrol"), "'enrol'; .*statistics of the spea"),
-        (lambda w: change(w / "environment.json", features__streams={}), "does not say how wide text, audio, video"),
+        (lambda w: change(w / "environment.json", features__streams={}), "has no width of text, audio, video"),
     ],
 )
 def test_runs_that_cannot_be_exported(workdir, tmp_path, damage, message):

@@ -179,7 +179,7 @@ def test_sentences_and_what_is_missing(trained, answered):
     assert nothing.missing == {
         "video": "no face in any frame",
         "audio": "no audio stream",
-        "sentence": "nothing to say: no face and no voice was measured",
+        "sentence": "nothing to describe: no face and no voice was measured",
     }
     assert all(sum(a.scores.values()) == pytest.approx(1) for a in answered.values())
 
@@ -335,8 +335,8 @@ def change(path: pathlib.Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda w: (w / "config.json").unlink(), r"no run of avjax\.train here \(no config\.json\)"),
-        (lambda w: (w / "report.html").unlink(), r"an unfinished run; start its avjax\.train command again"),
+        (lambda w: (w / "config.json").unlink(), r"no run of avjax\.train \(it has no config\.json\)"),
+        (lambda w: (w / "report.html").unlink(), r"an unfinished run; repeat its avjax\.train command"),
         (lambda w: (w / "metrics.json").unlink(), r"metrics\.json: cannot be read .*No such file"),
         (lambda w: (w / "metrics.json").write_text("{"), r"metrics\.json: cannot be read .*restore a copy"),
         (lambda w: (w / "metrics.json").write_text("[]"), r"metrics\.json: holds a list, not an object"),

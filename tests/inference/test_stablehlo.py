@@ -179,7 +179,7 @@ def test_products_are_full_float32_on_every_platform():
 
 def test_a_run_that_does_not_say_how_wide_its_streams_are():
     run, _ = etg()
-    with pytest.raises(AvjaxError, match=r"does not say how wide text, audio, video are\); train again"):
+    with pytest.raises(AvjaxError, match=r"has no width of text, audio, video\); train again"):
         exported(dataclasses.replace(run, streams={}))
 
 
