@@ -132,7 +132,7 @@ def train(settings: Settings, workdir: Path | None = None, dry: bool = False) ->
             done, state = checkpoints.restore(state) or (0, state)
             log = run_directory.Log(workdir, done, multihost.is_writer())
             if done:
-                say(f"going on after epoch {done}")
+                say(f"continuing after epoch {done}")
             while done < settings.train.epochs and not placement.read(state.stopped).all():
                 cli.heed_interrupts()
                 start = time.perf_counter()

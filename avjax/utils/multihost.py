@@ -213,7 +213,7 @@ class Watch:
             except Exception:  # the process that hosts the messages is gone: it is lost, or the run has ended
                 lost = "" if self._ending else f"{self._name(0)} is gone"
             if lost and not self._ending:
-                _end(f"{lost}; this process ends. The same command goes on from the last checkpoint")
+                _end(f"{lost}; this process ends. The same command continues from the last checkpoint")
             time.sleep(_BEAT)
 
     def _lost(self) -> str:

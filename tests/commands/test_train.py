@@ -109,7 +109,7 @@ def undisturbed(features, tmp_path_factory) -> pathlib.Path:
 def test_a_killed_run_ends_as_if_undisturbed(features, undisturbed, tmp_path):
     stop(features, tmp_path, "epoch 8/")
     output = run(features, tmp_path)
-    assert "going on after epoch" in output
+    assert "continuing after epoch" in output
     assert "epoch 3/" not in output
     assert_equal_runs(tmp_path, undisturbed)
 
@@ -120,10 +120,10 @@ def test_runs_killed_and_interrupted_in_turn_end_as_if_undisturbed(features, und
     stop(features, tmp_path, "epoch 1/")  # the first checkpoint may be half-written
     stop(features, tmp_path, "epoch 5/")
     output = stop(features, tmp_path, "epoch 8/", signal.SIGINT)
-    assert "going on after epoch" in output
+    assert "continuing after epoch" in output
     assert "interrupted; the same command continues from this state" in output
     output = run(features, tmp_path)
-    assert "going on after epoch" in output
+    assert "continuing after epoch" in output
     assert "epoch 3/" not in output
     assert_equal_runs(tmp_path, undisturbed)
 

@@ -131,7 +131,7 @@ def test_a_run_of_two_processes_goes_on_as_one(features, tmp_path):
     assert [p.wait(120) for p in both] == [143, 143], output(workdir, 0) + output(workdir, 1)
     assert "stopped on request; the state after epoch" in output(workdir, 0)
     process = start(features, workdir, 0, 1, port, **{"train.epochs": 200, "mesh.preset": "single"})
-    assert wait_for([process], workdir, "going on after epoch")
+    assert wait_for([process], workdir, "continuing after epoch")
     process.kill()
     process.wait()
 
@@ -156,7 +156,7 @@ def test_a_lost_process_is_named(lost, features, tmp_path):
         both[1].wait()
     assert status != 0
     assert "process 1 of 2" in output(workdir, 0)
-    assert "goes on from the last checkpoint" in output(workdir, 0)
+    assert "continues from the last checkpoint" in output(workdir, 0)
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def query_notes(metrics: Metrics) -> list[str]:
     """Notes how much queries with the label help on training clips, for runs that train with such queries."""
     if "query" not in metrics:
         return []
-    with_label, without = map(percent, metrics["query"].values())
+    with_label, without = (percent(metrics["query"][key]) for key in ("with_label", "without_label"))
     return [
         "Queries contain the label in training only: zero-shot UAR of the video on training clips is "
         f"{with_label} with the label and {without} without it."

@@ -305,4 +305,5 @@ def test_every_fusion_that_can_read_the_streams_is_compared():
 
 def test_a_recipe_names_keys_of_the_training():
     for fusion in FUSIONS.values():
-        TrainSettings(**fusion.recipe)
+        settings = TrainSettings(**fusion.recipe)
+        assert {key: getattr(settings, key) for key in fusion.recipe} == dict(fusion.recipe)
